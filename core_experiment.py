@@ -1,0 +1,430 @@
+"""Fisher-guided perturbation of a language model's residual stream.
+
+For sentences that contain a target word, at the token just before it and at every chosen layer: read
+the residual stream h, find the direction v in which the next-token prediction is most sensitive (the
+top eigenvector of the Fisher information matrix), push h along v, and record what the model predicts
+instead. Pushes of the same length along random directions, and towards another sentence's
+activation, stand beside it as controls.
+
+    python core_experiment.py --num-sentences 10
+    python core_experiment.py --model-name meta-llama/Llama-3.1-8B --scale-unit nats
+
+Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matrix.png and
+perturbation_analysis.png to --output-dir.
+"""
+
+import argparse
+from pathlib import Path
+import sys
+
+from arguments import Parser, count, finite, layer_number, positive, positive_or_all
+from errors import UserError
+
+HERE = Path(__file__).parent
+RESULTS, EIGENVECTORS = "experiment_results.json", "fisher_eigenvectors.npz"
+FILES = (RESULTS, EIGENVECTORS, "fisher_similarity_matrix.png", "perturbation_analysis.png")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="core_experiment.py",
+        description="Push a model's residual stream along its most sensitive direction.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model-name", default="smollm2-135m", metavar="NAME", help="hub id, local directory, or the embedded model")
+    add(
+        "--data-file",
+        default=str(HERE / "data" / "animals.json"),
+        metavar="FILE",
+        help=".json {word: [sentences]}, .txt, .jsonl, .csv, .parquet, or a hub dataset",
+    )
+    add("--text-column", metavar="NAME", help="column of a table or dataset that holds the text")
+    add("--data-config", metavar="NAME", help="configuration of a hub dataset")
+    add("--data-split", default="train", metavar="NAME", help="split of a hub dataset")
+    add("--target-word", default="animals", metavar="WORD", help="push at the token just before this word")
+    add("--num-sentences", type=positive, default=20, metavar="N", help="sentences, chosen to be diverse")
+    add("--require-predicted", action="store_true", help="only sentences whose top prediction starts the target word")
+    add(
+        "--layers",
+        type=layer_number,
+        nargs="+",
+        metavar="L",
+        help="decoder layers, or all (default: every fifth and the last)",
+    )
+    add(
+        "--scales",
+        type=finite,
+        nargs="+",
+        metavar="A",
+        default=[-10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10],
+        help="how far to push, in units of --scale-unit",
+    )
+    add(
+        "--scale-unit",
+        choices=["eigenvalue", "nats", "norm"],
+        default="eigenvalue",
+        help="one step is lambda, or 1/sqrt(lambda), for which A^2/2 nats are predicted, or |h|/100",
+    )
+    add(
+        "--max-vocab-subset",
+        type=positive_or_all,
+        default=200,
+        metavar="K",
+        help="most probable tokens that the Fisher matrix counts, or all",
+    )
+    add("--num-controls", type=count, default=1, metavar="N", help="random directions per layer")
+    add("--batch-size", type=positive, default=256, metavar="N", help="gradients or pushes in one pass")
+    add(
+        "--dtype",
+        choices=["auto", "float64", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the model; auto: bfloat16 on CUDA, else float32",
+    )
+    add("--device", default="auto", metavar="NAME", help="auto takes cuda, then mps, then cpu")
+    add("--seed", type=count, default=0, metavar="N", help="of the random directions")
+    add("--trust-remote-code", action="store_true", help="run code that a hub model brings along")
+    add("--output-dir", default="experiment_results", metavar="DIR", help="where the four files go")
+    args = parser.parse_args(argv)
+    args.scales = sorted(set(map(float, args.scales)))
+    if not any(args.scales):
+        parser.error("argument --scales: at least one must not be 0")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args(sys.argv[1:])  # --help and bad arguments need not wait for the seconds that torch takes to import
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+import math
+import time
+import warnings
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import fisher
+import models
+import plots
+import report
+import sentences
+import storage
+
+# Sentences whose key-value cache and graph wait in memory for their turn, about 12 MB each for an 8B
+# model; later ones are read a second time.
+HELD = 64
+INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
+SPECTRUM = 10  # leading eigenvalues recorded per sentence and layer
+SAVE_EVERY = 30.0  # seconds of work that a crash may cost
+# KL(plain forward || cached last token) in nats that rounding explains; seen: 1e-10 and 3e-3.
+CACHE_TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 0.05, "float16": 0.05}
+
+
+# --- the model and its sentences -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """What every step needs of the model, in one place."""
+
+    lm: torch.nn.Module
+    tokenizer: object
+    layers: list[int]  # numbers of the chosen decoder layers, ascending
+    modules: list[torch.nn.Module]  # and the layers themselves
+
+    def decode(self, token: int) -> str:
+        return self.tokenizer.decode([token])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A prompt as the model reads it: the cache before its last token, and the model linearised there."""
+
+    prefix: object
+    point: fisher.Point
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A sentence of the experiment, and what the unperturbed model makes of it."""
+
+    context: sentences.Context
+    activations: torch.Tensor  # (layers, d) float32
+    target_probability: float
+    target_rank: int  # 1 is the most probable token
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():  # kernels run on after the call that asked for them
+            torch.cuda.synchronize()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def load(args: argparse.Namespace) -> Model:
+    lm, tokenizer = models.load_model(args.model_name, args.dtype, args.device, args.trust_remote_code)
+    modules = list(models.decoder_layers(lm).values())
+    layers = choose_layers(args.layers, len(modules))
+    return Model(lm, tokenizer, layers, [modules[number] for number in layers])
+
+
+def choose_layers(asked: list[int | str] | None, depth: int) -> list[int]:
+    """Ascending layer numbers: those asked for, or every fifth and the last.
+
+    Raises:
+        UserError: the model has no such layer.
+    """
+    if asked is None:
+        return sorted({*range(0, depth, 5), depth - 1})
+    if "all" in asked:
+        return list(range(depth))
+    if max(asked) >= depth:
+        raise UserError(f"--layers {max(asked)}: the model has layers 0 to {depth - 1}")
+    return sorted(set(asked))
+
+
+def choose_vocab_subset(asked: int | str, vocabulary: int) -> int | str:
+    """The number of tokens to count, at most the vocabulary."""
+    if asked == "all" or asked <= vocabulary:
+        return asked
+    print(f"note: --max-vocab-subset {asked} is more than the vocabulary: counting all {vocabulary} tokens")
+    return vocabulary
+
+
+@contextmanager
+def naming(sentence: str, layers: list[int]) -> Iterator[None]:
+    """Says which sentence and layer a numerical failure belongs to."""
+    try:
+        yield
+    except fisher.NumericalError as error:
+        where = "" if error.layer is None else f" at layer {layers[error.layer]}"
+        raise UserError(f"{error}{where} of sentence {sentence!r} (try --dtype float32)") from error
+
+
+def read(model: Model, context: sentences.Context) -> Reading:
+    ids = torch.tensor(context.ids)
+    with naming(context.sentence, model.layers):
+        prefix = fisher.prefill(model.lm, ids[:-1])
+        return Reading(prefix, fisher.linearize(model.lm, model.modules, ids[-1], prefix))
+
+
+def locate_all(args: argparse.Namespace, model: Model, texts: list[str]) -> list[sentences.Context]:
+    """The sentences in which the tokenizer lets the word be found, within the model's longest prompt."""
+    longest = getattr(model.lm.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    located = (sentences.locate(model.tokenizer, text, args.target_word) for text in texts)
+    contexts = [context for context in located if context and len(context.ids) <= longest]
+    if not contexts:
+        raise UserError(f"in none of {len(texts)} sentences does a token stand before {args.target_word!r}")
+    return contexts
+
+
+def choose_sentences(
+    args: argparse.Namespace, model: Model, texts: list[str], clock: Clock
+) -> tuple[list[Chosen], dict[int, Reading]]:
+    """The most diverse sentences that qualify, and the readings of the first of them."""
+    contexts = locate_all(args, model, texts)
+    chosen, held = [], {}
+    order = sentences.diverse_order([context.prompt for context in contexts])
+    with tqdm(total=min(args.num_sentences, len(contexts)), desc="reading", unit="sentence", leave=False) as bar:
+        for index in order:
+            context = contexts[index]
+            with clock("prefix"):
+                reading = read(model, context)
+            log_probs = reading.point.log_probs
+            target = log_probs[context.target_id]
+            rank = int((log_probs > target).sum()) + 1
+            if args.require_predicted and rank > 1:
+                continue
+            if len(chosen) < HELD:
+                held[len(chosen)] = reading
+            chosen.append(Chosen(context, reading.point.activations, float(target.exp()), rank))
+            bar.update()
+            if len(chosen) == args.num_sentences:
+                break
+    if not chosen:
+        raise UserError(
+            f"in none of {len(contexts)} sentences is {args.target_word!r} the top prediction (--require-predicted)"
+        )
+    if len(chosen) < args.num_sentences:
+        print(f"note: {args.num_sentences} sentences were asked for, {len(chosen)} are to be had")
+    return chosen, held
+
+
+def check_cached_path(model: Model, context: sentences.Context, reading: Reading) -> None:
+    """Holds the cached last token against one plain forward pass over the whole prompt.
+
+    Raises:
+        UserError: they differ by more than rounding, so this architecture cannot be trusted here.
+    """
+    with torch.no_grad():
+        output = model.lm(torch.tensor([context.ids], device=model.lm.device))
+    plain = output.logits[0, -1].float().log_softmax(-1)
+    kl = float(fisher.kl_divergence(plain, reading.point.log_probs))
+    if not kl <= CACHE_TOLERANCE[str(model.lm.dtype).removeprefix("torch.")]:
+        name = type(model.lm).__name__
+        raise UserError(f"{name} is not supported: its cached and plain predictions differ by {kl:.2g} nats")
+
+
+# --- the experiment ------------------------------------------------------------------------------
+
+
+def control_directions(
+    args: argparse.Namespace, layers: list[int], index: int, chosen: list[Chosen]
+) -> dict[str, torch.Tensor]:
+    """Unit directions (layers, d) to hold beside v: random ones, and towards another sentence.
+
+    A random direction is a function of seed, sentence number, layer and its own number alone. The
+    other sentence is the one before (the second, for the first; none, for a single sentence).
+    """
+    here = chosen[index].activations
+    controls = {}
+    for number in range(args.num_controls):
+        draws = [
+            np.random.default_rng([args.seed, index, layer, number]).standard_normal(here.shape[1]) for layer in layers
+        ]
+        controls[f"random_{number}"] = torch.from_numpy(np.stack(draws)).to(here)
+    if len(chosen) > 1:
+        controls["difference"] = chosen[index - 1 if index else 1].activations - here
+    return {name: torch.nn.functional.normalize(d, dim=-1) for name, d in controls.items()}
+
+
+def step_lengths(unit: str, scales: torch.Tensor, eigenvalues: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Signed step lengths (layers, scales) from scales (scales,), lambda (layers,) and |h| (layers,)."""
+    one = {"eigenvalue": eigenvalues, "nats": eigenvalues.rsqrt(), "norm": norms / 100}[unit]
+    return one[:, None] * scales
+
+
+def perturb(
+    args: argparse.Namespace,
+    model: Model,
+    context: sentences.Context,
+    reading: Reading,
+    controls: dict[str, torch.Tensor],
+    chunks: fisher.Chunks,
+    clock: Clock,
+) -> report.Measured:
+    """One sentence at all layers: the Fisher matrix, its top eigenvector, and every push."""
+    point = reading.point
+    with clock("gradients"):
+        if args.max_vocab_subset == "all":
+            cotangents = fisher.exact_cotangents(point)
+        else:
+            cotangents = fisher.top_k_cotangents(point, args.max_vocab_subset)
+        gradients = fisher.pull_back(point, cotangents, chunks)  # (layers, k, d)
+    with clock("eigen"):
+        eigen = fisher.eigenpairs(gradients, cotangents.weights, SPECTRUM)
+
+    directions = torch.stack([eigen.vectors[:, 0], *controls.values()], dim=1)  # (layers, n, d)
+    scales = torch.tensor([scale for scale in args.scales if scale], device=directions.device)
+    steps = step_lengths(args.scale_unit, scales, eigen.values[:, 0], point.activations.norm(dim=-1))
+    curvature = fisher.curvature(gradients, cotangents.weights, directions)  # (layers, n)
+    predicted_kl = 0.5 * steps[:, None] ** 2 * curvature[:, :, None]  # (layers, n, scales)
+
+    deltas = directions[:, :, None] * steps[:, None, :, None]  # (layers, n, scales, d)
+    at_layer = torch.arange(len(model.modules), device=deltas.device).repeat_interleave(predicted_kl[0].numel())
+    token = torch.tensor(context.ids[-1])
+    with clock("sweep"):
+        sweep = fisher.sweep(
+            model.lm, model.modules, token, reading.prefix, point.log_probs,
+            deltas.flatten(0, 2), at_layer, report.TOP, chunks,
+        )  # fmt: skip
+    return report.Measured(
+        activations=point.activations,
+        top=point.log_probs.topk(report.TOP),
+        mass=cotangents.mass,
+        eigen=eigen,
+        steps=steps,
+        predicted_kl=predicted_kl,
+        sweep=fisher.Sweep(*(column.unflatten(0, predicted_kl.shape) for column in sweep)),
+    )
+
+
+# --- the protocol --------------------------------------------------------------------------------
+
+
+def save(directory: Path, results: report.Results) -> None:
+    storage.write_npz(directory / EIGENVECTORS, results.arrays())
+    storage.write_json(directory / RESULTS, results.document())
+
+
+def perturb_all(
+    args: argparse.Namespace, model: Model, results: report.Results, held: dict[int, Reading], clock: Clock
+) -> None:
+    """Takes every sentence through `perturb` into `results`, saving what there is now and then."""
+    chunks = fisher.Chunks(args.batch_size)
+    saved = time.perf_counter()
+    for index, chosen in enumerate(tqdm(results.chosen, desc="perturbing", unit="sentence")):
+        if index not in held:
+            with clock("prefix"):
+                held[index] = read(model, chosen.context)
+        controls = control_directions(args, model.layers, index, results.chosen)
+        with naming(chosen.context.sentence, model.layers):
+            measured = perturb(args, model, chosen.context, held.pop(index), controls, chunks, clock)
+        results.add(measured, list(controls))
+        tqdm.write(report.sentence_block(results, index))
+        if time.perf_counter() - saved > SAVE_EVERY:
+            save(Path(args.output_dir), results)
+            saved = time.perf_counter()
+
+
+def run(args: argparse.Namespace) -> int:
+    directory = Path(args.output_dir)
+    storage.check_writable(directory)
+    texts = sentences.read_sentences(
+        args.data_file, args.target_word, args.text_column, args.data_config, args.data_split
+    )
+    clock = Clock()
+    with clock("load"):
+        model = load(args)
+    vocabulary = model.lm.get_output_embeddings().weight.shape[0]
+    args.max_vocab_subset = choose_vocab_subset(args.max_vocab_subset, vocabulary)
+    environment = models.describe(model.lm)
+    print(report.heading(args.model_name, environment, model.layers))
+
+    chosen, held = choose_sentences(args, model, texts, clock)
+    check_cached_path(model, chosen[0].context, held[0])
+    print(report.sentence_table(chosen, model.decode))
+
+    results = report.Results(vars(args), environment, model.layers, chosen, model.decode, clock.seconds)
+    code = 0
+    try:
+        perturb_all(args, model, results, held, clock)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        print(f"Interrupted: keeping the {len(results)} of {len(chosen)} sentences that are done.", file=sys.stderr)
+    if len(results) == 0:
+        return code
+    save(directory, results)
+    plots.draw(directory)
+    print(report.layer_table(results))
+    print(report.timing_line(clock.seconds))
+    print(f"Written to {directory}: {', '.join(FILES)}")
+    return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: tqdm.write(f"note: {message}", file=sys.stderr)
+        try:
+            return run(args)
+        except UserError as error:
+            print(f"core_experiment.py: error: {report.printable(str(error))}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

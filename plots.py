@@ -1,0 +1,278 @@
+"""The experiment's two pictures, drawn from its result file.
+
+    python plots.py experiment_results
+
+draws them again, from a run that was cut short or after a change here.
+"""
+
+import json
+from pathlib import Path
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display is needed
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+import matplotlib.pyplot as plt
+import numpy as np
+
+from errors import UserError
+import storage
+
+RESULTS = "experiment_results.json"
+SIMILARITY, PERTURBATION = "fisher_similarity_matrix.png", "perturbation_analysis.png"
+
+DPI = 160
+STYLE = {
+    "font.size": 13,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 14,
+    "figure.constrained_layout.use": True,
+}
+# Okabe and Ito's colours, told apart with any colour vision; and a line style each, for print
+KINDS = {"fisher": ("#D55E00", "-", "o"), "difference": ("#0072B2", "-", "s"), "random": ("#7A7A7A", "-", "^")}
+NAMES = {"fisher": "Fisher eigenvector", "difference": "towards another sentence", "random": "random"}
+TOKEN_COLOURS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"]
+MAX_PANELS = 8  # layers that get a panel of their own; of more, evenly spaced ones
+KL_FLOOR = 1e-9  # nats: below it, rounding of the logits
+
+
+def draw(directory: Path) -> None:
+    """Draws both pictures of the results in `directory`.
+
+    Raises:
+        UserError: no readable results there, or it cannot be written to.
+    """
+    try:
+        results = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no readable {RESULTS} in {directory}: {error}") from error
+    with plt.rc_context(STYLE):
+        for name, figure in (
+            (SIMILARITY, similarity_figure(results)),
+            (PERTURBATION, perturbation_figure(results)),
+        ):
+            with storage.atomic_open(directory / name) as file:
+                figure.savefig(file, format="png", dpi=DPI)
+            plt.close(figure)
+
+
+# --- similarity of the eigenvectors --------------------------------------------------------------
+
+
+def similarity_figure(results: dict) -> Figure:
+    """|cosine| of top eigenvectors, all pairs grouped by layer, beside its mean by pair of layers."""
+    layers = list(results["fisher"][0])
+    matrix = np.array(results["similarity_matrix"])
+    count = len(matrix) // len(layers)  # sentences
+    figure, (all_pairs, means) = plt.subplots(1, 2, figsize=(15, 7), width_ratios=[1.25, 1])
+
+    image = all_pairs.imshow(matrix, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    centres = np.arange(len(layers)) * count + (count - 1) / 2
+    for ticks in (all_pairs.set_xticks, all_pairs.set_yticks):
+        ticks(centres, layers)
+    for edge in np.arange(1, len(layers)) * count - 0.5:
+        all_pairs.axhline(edge, color="white", linewidth=1)
+        all_pairs.axvline(edge, color="white", linewidth=1)
+    all_pairs.tick_params(length=0)
+    all_pairs.set(
+        title="Top Fisher eigenvectors, every pair",
+        xlabel=f"layer ({count} sentence{'s' * (count > 1)} in each block)",
+        ylabel="layer",
+    )
+
+    blocks = _block_means(matrix, len(layers), count)
+    means.imshow(blocks, cmap="viridis", vmin=0, vmax=1)
+    for (row, column), value in np.ndenumerate(blocks):
+        if len(layers) <= 12 and np.isfinite(value):
+            colour = "white" if value < 0.6 else "black"
+            means.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=11)
+    for ticks in (means.set_xticks, means.set_yticks):
+        ticks(np.arange(len(layers)), layers)
+    means.tick_params(length=0)
+    means.set(title=_within_and_between(blocks), xlabel="layer", ylabel="layer")
+    chance = np.sqrt(2 / (np.pi * results["environment"]["hidden_size"]))
+    figure.colorbar(
+        image, ax=[all_pairs, means], shrink=0.8, label=f"|cosine|   (random directions: {chance:.2f} on average)"
+    )
+    return figure
+
+
+def _block_means(matrix: np.ndarray, layers: int, count: int) -> np.ndarray:
+    """Mean |cosine| by pair of layers; within a layer, of different sentences (NaN for a single one)."""
+    blocks = matrix.reshape(layers, count, layers, count).sum(axis=(1, 3))
+    pairs = np.full((layers, layers), float(count * count))
+    blocks[np.diag_indices(layers)] -= count  # each with itself
+    pairs[np.diag_indices(layers)] -= count
+    return np.divide(blocks, pairs, out=np.full_like(blocks, np.nan), where=pairs > 0)
+
+
+def _within_and_between(blocks: np.ndarray) -> str:
+    within, between = np.diag(blocks), blocks[~np.eye(len(blocks), dtype=bool)]
+    parts = [
+        f"{name} {values.mean():.2f}"
+        for name, values in (("within a layer", within), ("between layers", between))
+        if np.isfinite(values).any()
+    ]
+    return "Mean: " + ", ".join(parts) if parts else "Mean"
+
+
+# --- what the pushes did -------------------------------------------------------------------------
+
+
+def perturbation_figure(results: dict) -> Figure:
+    """KL against scale by layer; top-5 overlap and flips by layer and scale; one sentence's tokens."""
+    layers = list(results["fisher"][0])
+    shown = [layers[i] for i in sorted(set(np.linspace(0, len(layers) - 1, MAX_PANELS).round().astype(int)))]
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = plt.figure(figsize=(16, 3.4 * rows + 5.2))
+    top, bottom = figure.subfigures(2, 1, height_ratios=[3.4 * rows, 5.2])
+
+    panels = top.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for panel, layer in zip(panels.flat, shown, strict=False):
+        _kl_panel(panel, results, layer)
+    for panel in panels.flat[len(shown) :]:
+        panel.set_visible(False)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    top.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    unit = results["experiment_config"]["scale_unit"]
+    step = {"eigenvalue": "steps of λ", "nats": "steps of 1/√λ", "norm": "steps of ‖h‖/100"}[unit]
+    top.supxlabel(f"scale α ({step})", fontsize=13)
+    top.supylabel("KL(original ‖ perturbed), nats", fontsize=13)
+
+    overlap, flips, example = bottom.subplots(1, 3, width_ratios=[1, 1, 1.15])
+    _heatmap(overlap, results, _overlap, "Top-5 tokens kept (Fisher)", "viridis")
+    _heatmap(flips, results, lambda push, base: push["top_changed"], "Top token changed (Fisher)", "magma")
+    _example_panel(example, results)
+    return figure
+
+
+def _scales(results: dict) -> list[str]:
+    return [f"{scale:g}" for scale in results["experiment_config"]["scales"]]
+
+
+def _pushes(results: dict, layer: str, scale: str, kind: str) -> list[dict]:
+    """Records of one kind of direction at a layer and scale, over all sentences."""
+    if kind == "fisher":
+        return [sentence[layer][scale] for sentence in results["perturbation_results"]]
+    controls = [sentence[layer][scale]["controls"] for sentence in results["perturbation_results"]]
+    return [push for control in controls for name, push in control.items() if name.partition("_")[0] == kind]
+
+
+def _kl_panel(panel: Axes, results: dict, layer: str) -> None:
+    scales = [scale for scale in _scales(results) if float(scale)]
+    signed = [np.array([s for s in scales if sign * float(s) > 0]) for sign in (-1, 1)]
+    for kind, (colour, line, marker) in KINDS.items():
+        for side in signed:  # two curves: KL is 0 at scale 0, which has no place on a log axis
+            pushes = [_pushes(results, layer, scale, kind) for scale in side]
+            if not pushes or not pushes[0]:
+                continue
+            x = side.astype(float)
+            quartiles = [np.percentile([p["kl"] for p in at], [25, 50, 75]) for at in pushes]
+            low, median, high = np.maximum(quartiles, KL_FLOOR).T
+            label = NAMES[kind] if side is signed[-1] else None
+            panel.plot(x, median, line, color=colour, marker=marker, markersize=4, label=label)
+            panel.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+            if kind == "fisher":
+                predicted = [np.median([p["predicted_kl"] for p in at]) for at in pushes]
+                label = label and "predicted for it, ½ δᵀFδ"
+                panel.plot(x, np.maximum(predicted, KL_FLOOR), "--", color="black", linewidth=1.3, label=label)
+    panel.set_yscale("log")
+    panel.set_xscale("symlog", linthresh=min(abs(float(s)) for s in scales))
+    panel.set_xticks(*_thinned(scales))
+    panel.minorticks_off()
+    panel.set_title(f"layer {layer}")
+
+
+def _thinned(scales: list[str]) -> tuple[list[float], list[str]]:
+    """Few enough tick labels to be read: the smallest and largest of either sign, and one between."""
+    values = sorted({abs(float(scale)) for scale in scales})
+    keep = {values[0], values[len(values) // 2], values[-1]}
+    ticks = [float(scale) for scale in scales if abs(float(scale)) in keep]
+    return ticks, [f"{tick:g}".replace("-", "−") for tick in ticks]
+
+
+def _overlap(push: dict, base: list[int]) -> float:
+    return len(set(push["top_ids"]) & set(base)) / len(base)
+
+
+def _heatmap(panel: Axes, results: dict, statistic, title: str, cmap: str) -> None:
+    """Mean over sentences of statistic(push, unperturbed top ids), layers by scales."""
+    layers, scales = list(results["fisher"][0]), _scales(results)
+    bases = [context["top_ids"] for context in results["contexts"]]
+    values = [
+        [
+            np.mean([statistic(p, b) for p, b in zip(_pushes(results, layer, scale, "fisher"), bases, strict=True)])
+            for scale in scales
+        ]
+        for layer in layers
+    ]
+    image = panel.imshow(values, cmap=cmap, vmin=0, vmax=1, aspect="auto")
+    shown = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), 12)).round().astype(int))
+    panel.set_yticks(shown, [layers[i] for i in shown])
+    ticks = np.arange(0, len(scales), -(-len(scales) // 12))
+    panel.set_xticks(ticks, [scales[i].replace("-", "−") for i in ticks], rotation=45 if len(scales) > 7 else 0)
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    panel.set(title=title, xlabel="scale α", ylabel="layer")
+    panel.figure.colorbar(image, ax=panel, format=lambda x, _: f"{x:.0%}", pad=0.02)
+
+
+def _example_panel(panel: Axes, results: dict) -> None:
+    """Probabilities of the leading tokens across scales, where pushes along the eigenvector moved most."""
+    scales = _scales(results)
+    records = results["perturbation_results"]
+    sentence, layer = max(
+        ((s, layer) for s in range(len(records)) for layer in records[s]),
+        key=lambda where: max(push["kl"] for push in records[where[0]][where[1]].values()),
+    )
+    by_scale = [records[sentence][layer][scale] for scale in scales]
+    curves: dict[int, np.ndarray] = {}
+    names = {}
+    for column, push in enumerate(by_scale):
+        for token, name, probability in zip(push["top_ids"], push["top_tokens"], push["top_probs"], strict=True):
+            curves.setdefault(token, np.full(len(scales), np.nan))[column] = probability
+            names[token] = name
+    leading = sorted(curves, key=lambda token: -np.nanmax(curves[token]))[: len(TOKEN_COLOURS)]
+    for token, colour in zip(leading, TOKEN_COLOURS, strict=False):
+        panel.plot(
+            [float(s) for s in scales], curves[token], "o-", color=colour, markersize=4, label=_token_name(names[token])
+        )
+    panel.set_xscale("symlog", linthresh=min(abs(float(s)) for s in scales if float(s)))
+    panel.set_xticks(*_thinned([s for s in scales if float(s)]))
+    panel.minorticks_off()
+    panel.set_ylim(0, 1)
+    prompt = results["contexts"][sentence]["prompt"]
+    prompt = prompt if len(prompt) <= 34 else "…" + prompt[-33:]
+    panel.set(
+        title=f"S{sentence}, layer {layer}: “{_plain(prompt)}”",
+        xlabel="scale α",
+        ylabel="probability, while in the top 5",
+    )
+    panel.title.set_fontsize(12)
+    panel.legend(frameon=False, fontsize=11, ncols=2, loc="upper center")
+
+
+def _token_name(token: str) -> str:
+    """A token as a label: quoted, since its spaces matter."""
+    return f"“{_plain(token)}”"
+
+
+def _plain(text: str) -> str:
+    """`text` with its dollar signs and control characters disarmed, for matplotlib."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text.replace("$", r"\$")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python plots.py DIRECTORY_OF_RESULTS")
+    try:
+        draw(Path(sys.argv[1]))
+    except UserError as error:
+        print(f"plots.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,270 @@
+"""What the experiment found: its records as plain Python, their summary, and both as text for a terminal."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+import statistics
+import textwrap
+
+import numpy as np
+import torch
+
+import fisher
+
+TOP = 5  # most probable tokens recorded for every push
+MAX_SIMILARITY = 2000  # rows of the similarity matrix, whose square is written as JSON
+FELT_KL = 0.05  # nats: below it a push has hardly moved a prediction
+EXCERPT = 48  # characters of a prompt's end shown in a line
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one sentence gave, at all layers. Directions: the Fisher eigenvector first, then the controls."""
+
+    activations: torch.Tensor  # (layers, d)
+    top: tuple[torch.Tensor, torch.Tensor]  # unperturbed log-probabilities and ids, (TOP,) each
+    mass: float  # probability that the counted tokens hold
+    eigen: fisher.Eigen
+    steps: torch.Tensor  # (layers, scales without 0): signed lengths
+    predicted_kl: torch.Tensor  # (layers, directions, scales without 0), nats
+    sweep: fisher.Sweep  # of the same shape
+
+
+class Results:
+    """The experiment's records, sentence by sentence."""
+
+    def __init__(
+        self,
+        config: dict,
+        environment: dict,
+        layers: list[int],
+        chosen: list,
+        decode: Callable[[int], str],
+        seconds: dict[str, float],
+    ):
+        self.config, self.environment, self.layers = config, environment, layers
+        self.chosen, self.decode, self.seconds = chosen, decode, seconds
+        self.scales = config["scales"]
+        self.fisher: list[dict] = []
+        self.perturbations: list[dict] = []
+        self.top_ids: list[list[int]] = []  # the unperturbed model's
+        self.eigenvectors, self.eigenvalues, self.activations = [], [], []
+
+    def __len__(self) -> int:
+        return len(self.fisher)
+
+    def add(self, measured: Measured, controls: list[str]) -> None:
+        """Takes in the next sentence; `controls` names the directions after the first."""
+        eigen = fisher.Eigen(*(part.cpu() for part in measured.eigen))
+        self.eigenvectors.append(eigen.vectors[:, 0].numpy())
+        self.eigenvalues.append(eigen.values[:, 0].numpy())
+        self.activations.append(measured.activations.cpu().numpy())
+        self.fisher.append(
+            {
+                layer: {
+                    "eigenvalues": eigen.values[row].tolist(),
+                    "trace": eigen.trace[row].item(),
+                    "captured_mass": measured.mass,
+                    "effective_rank": eigen.effective_rank[row].item(),
+                    "activation_norm": measured.activations[row].norm().item(),
+                }
+                for row, layer in enumerate(self.layers)
+            }
+        )
+        self.perturbations.append(self._pushes(measured, ["fisher", *controls]))
+        self.top_ids.append(measured.top[1].tolist())
+
+    def _pushes(self, measured: Measured, names: list[str]) -> dict:
+        base = self._record(0.0, 0.0, 0.0, *(part.tolist() for part in measured.top))
+        steps, predicted = measured.steps.tolist(), measured.predicted_kl.tolist()
+        kl, ids, log_probs = (column.tolist() for column in measured.sweep)
+
+        def push(row: int, direction: int, column: int) -> dict:
+            numbers = [table[row][direction][column] for table in (kl, predicted)]
+            top = [table[row][direction][column] for table in (log_probs, ids)]
+            record = self._record(steps[row][column], *numbers, *top)
+            record["top_changed"] = record["top_ids"][0] != base["top_ids"][0]
+            return record
+
+        pushed = [scale for scale in self.scales if scale]
+        layers = {}
+        for row, layer in enumerate(self.layers):
+            layers[layer] = {}
+            for scale in self.scales:
+                if scale:
+                    column = pushed.index(scale)
+                    records = [push(row, direction, column) for direction in range(len(names))]
+                else:  # the unperturbed prediction itself
+                    records = [dict(base) for _ in names]
+                layers[layer][f"{scale:g}"] = {
+                    **records[0],
+                    "controls": dict(zip(names[1:], records[1:], strict=True)),
+                }
+        return layers
+
+    def _record(self, step: float, kl: float, predicted_kl: float, log_probs: list, ids: list) -> dict:
+        return {
+            "step": step,
+            "kl": kl,
+            "predicted_kl": predicted_kl,
+            "top_changed": False,
+            "top_ids": ids,
+            "top_tokens": [self.decode(i) for i in ids],
+            "top_probs": np.exp(log_probs).tolist(),
+        }
+
+    # --- what is written ---
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of fisher_eigenvectors.npz."""
+        return {
+            "eigenvectors": np.stack(self.eigenvectors),  # (sentences, layers, d)
+            "eigenvalues": np.stack(self.eigenvalues),  # (sentences, layers)
+            "activations": np.stack(self.activations),  # (sentences, layers, d)
+            "layers": np.array(self.layers),
+        }
+
+    def document(self) -> dict:
+        """The contents of experiment_results.json."""
+        done = self.chosen[: len(self)]
+        labels, similarity = self.similarity()
+        return {
+            "experiment_config": self.config,
+            "environment": self.environment,
+            "complete": len(done) == len(self.chosen),
+            "sentences": [c.context.sentence for c in done],
+            "contexts": [self._context(c, ids) for c, ids in zip(done, self.top_ids, strict=True)],
+            "fisher": self.fisher,
+            "perturbation_results": self.perturbations,
+            "similarity_labels": labels,
+            "similarity_matrix": similarity,
+            "summary": self.summary(),
+            "timings": self.seconds,
+        }
+
+    def _context(self, chosen, top_ids: list[int]) -> dict:
+        context = chosen.context
+        return {
+            "prompt": context.prompt,
+            "position": context.position,
+            "previous_token": self.decode(context.ids[-1]),
+            "target_token": self.decode(context.target_id),
+            "target_probability": chosen.target_probability,
+            "target_rank": chosen.target_rank,
+            "top_ids": top_ids,
+        }
+
+    def similarity(self) -> tuple[list[str], np.ndarray]:
+        """Labels S{i}_L{layer}, grouped by layer, and |cosine| of their top eigenvectors.
+
+        Of a very long run, the first sentences only: as many as keep the matrix within MAX_SIMILARITY.
+        """
+        count = max(1, min(len(self), MAX_SIMILARITY // len(self.layers)))
+        vectors = np.stack(self.eigenvectors[:count], axis=1)  # (layers, sentences, d)
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        labels = [f"S{i}_L{layer}" for layer in self.layers for i in range(count)]
+        return labels, np.minimum(np.abs(flat @ flat.T), 1)
+
+    def summary(self) -> dict:
+        """By layer: medians over sentences, and what the longest pushes of either sign did."""
+        far = max(map(abs, self.scales))
+        layers = {}
+        for row, layer in enumerate(self.layers):
+            of = {key: [f[layer][key] for f in self.fisher] for key in self.fisher[0][layer] if key != "eigenvalues"}
+            pushes = self._far_pushes(layer, far)
+            layers[layer] = {
+                "eigenvalue_median": float(np.median([values[row] for values in self.eigenvalues])),
+                **{f"{key}_median": statistics.median(values) for key, values in of.items()},
+                "kl_median": {kind: statistics.median(p["kl"] for p in ps) for kind, ps in pushes.items()},
+                "flips": {kind: statistics.fmean(p["top_changed"] for p in ps) for kind, ps in pushes.items()},
+            }
+        return {"at_scale": far, "layers": layers}
+
+    def _far_pushes(self, layer: int, far: float) -> dict[str, list[dict]]:
+        """The records of the longest pushes at a layer, by kind of direction."""
+        kinds: dict[str, list[dict]] = {}
+        for sentence in self.perturbations:
+            for scale in {f"{far:g}", f"{-far:g}"} & set(sentence[layer]):
+                record = sentence[layer][scale]
+                for name, push in {"fisher": record, **record["controls"]}.items():
+                    kinds.setdefault(name.partition("_")[0], []).append(push)
+        return kinds
+
+
+# --- text for the terminal -----------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """`text` with everything a terminal would obey, or not show, written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def excerpt(text: str) -> str:
+    """The end of a text, in at most EXCERPT printable characters."""
+    text = printable(text)
+    return text if len(text) <= EXCERPT else "…" + text[1 - EXCERPT :]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for cells in [header, *rows]:
+        first, *others = [
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        lines.append("  ".join([first, *others]).rstrip())
+    return "\n".join(lines)
+
+
+def heading(name: str, environment: dict, layers: list[int]) -> str:
+    size, place = f"{environment['parameters']:,} parameters", f"{environment['dtype']} on {environment['device']}"
+    return f"{printable(name)}: {size}, {place}; layers {' '.join(map(str, layers))} of {environment['depth']}"
+
+
+def sentence_table(chosen: list, decode: Callable[[int], str]) -> str:
+    rows = [
+        [f"S{i}", excerpt(c.context.prompt).ljust(EXCERPT), printable(decode(c.context.target_id)),
+         f"{c.target_probability:.3f}", str(c.target_rank)]
+        for i, c in enumerate(chosen)
+    ]  # fmt: skip
+    return table(["", "prompt".ljust(EXCERPT), "target", "probability", "rank"], rows)
+
+
+def sentence_block(results: Results, index: int) -> str:
+    """A finished sentence in a few lines: a column a layer."""
+    fisher_, pushes = results.fisher[index], results.perturbations[index]
+    far = f"{max(results.scales, key=abs):g}"
+    title = f"S{index}  {excerpt(results.chosen[index].context.prompt)}"
+    names = ["fisher", *next(iter(pushes.values()))[far]["controls"]]
+    rows = [["  lambda", *(f"{fisher_[layer]['eigenvalues'][0]:.2g}" for layer in results.layers)]]
+    for name in names:
+        cells = []
+        for layer in results.layers:
+            record = pushes[layer][far]
+            push = record if name == "fisher" else record["controls"][name]
+            cells.append(f"{push['kl']:.2g}" + ("*" if push["top_changed"] else ""))
+        rows.append([f"  KL {name}", *cells])
+    return title + "\n" + table([f"  layer, at {far}", *map(str, results.layers)], rows)
+
+
+def layer_table(results: Results) -> str:
+    """The summary by layer, and how long each stage took."""
+    summary = results.summary()
+    kinds = list(next(iter(summary["layers"].values()))["kl_median"])
+    header = ["layer", "lambda", "mass", "eff. rank", *(f"KL {k}" for k in kinds), *(f"flips {k}" for k in kinds)]
+    rows = [
+        [str(layer), f"{s['eigenvalue_median']:.3g}", f"{s['captured_mass_median']:.3f}",
+         f"{s['effective_rank_median']:.2f}", *(f"{s['kl_median'][k]:.2g}" for k in kinds),
+         *(f"{s['flips'][k]:.0%}" for k in kinds)]
+        for layer, s in summary["layers"].items()
+    ]  # fmt: skip
+    far = f"±{summary['at_scale']:g}"
+    note = f"Medians over {len(results)} sentences; KL in nats and share of changed top tokens at {far}."
+    weak = max(s["kl_median"]["fisher"] for s in summary["layers"].values()) < FELT_KL
+    if weak and results.config["scale_unit"] == "eigenvalue":
+        note += " Steps of alpha * lambda were too short to move these predictions: --scale-unit nats scales them to."
+    return table(header, rows) + "\n" + textwrap.fill(note, 100)
+
+
+def timing_line(seconds: dict[str, float]) -> str:
+    return "seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())

@@ -1,0 +1,87 @@
+"""Files that appear whole or not at all."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+import json
+import math
+import os
+from pathlib import Path
+import tempfile
+from typing import IO
+
+import numpy as np
+
+from errors import UserError
+
+DIGITS = 7  # significant digits of a float in JSON: all that float32 holds
+
+
+@contextmanager
+def atomic_open(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes the place of `path` when the block ends well, and else leaves no trace.
+
+    Raises:
+        UserError: the folder cannot be written to, or the disk is full; what stood there stays.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside its place, since a rename is atomic only within one file system.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o666 & ~_umask())  # a temporary file is private until now
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_writable(directory: Path) -> None:
+    """Raises UserError unless `directory` can be written to, or made. Leaves nothing behind."""
+    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror} (choose another --output-dir)") from error
+
+
+def plain(value):
+    """`value` as JSON knows it: arrays to lists, floats rounded to float32's digits.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON has no word for.
+    """
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} cannot be written as JSON")
+        return float(f"{value:.{DIGITS}g}")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes `value` as JSON, a line for each top-level key's entries."""
+    with atomic_open(path) as file:
+        file.write((json.dumps(plain(value), ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes named arrays as an uncompressed NPZ, the same bytes for the same arrays."""
+    with atomic_open(path) as file:
+        np.savez(file, **arrays)
