@@ -38,6 +38,9 @@ from transformers.masking_utils import eager_mask
 HEAD_ROWS = 16384  # vocabulary rows turned to float32 at a time: 256 MB at d = 4096
 
 
+LARGE_KL = 0.1  # nats: above it, the rounding of a plain log-sum-exp (1e-6) no longer matters
+
+
 class NumericalError(ArithmeticError):
     """Numbers that no result can be made of: NaN, infinity, or a Fisher matrix that is zero.
 
@@ -440,16 +443,22 @@ def curvature(gradients: Tensor, weights: Tensor, directions: Tensor) -> Tensor:
 # --- pushing along directions --------------------------------------------------------------------
 
 
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum_c p (log p - log q) in nats, over the last dimension; never negative.
+def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
+    """KL(p || q) in nats (rows,) of p = exp(log_p) (V,) and q = softmax(logits) (rows, V).
 
-    Written as sum_c q - p - p u with u = log q - log p, the same since p and q both sum to one, every
-    term is non-negative and nothing cancels: KL of 1e-9 nats is right in float32, where the
-    textbook sum is noise below 1e-7.
+    KL = log E_p[exp(u)] - E_p[u] with u = logits - log_p, which no shift of u changes. Shifted to
+    E_p[u] = 0, and with expm1 and log1p, what is left is of second order in u: 1e-10 nats is right in
+    float32, where the sum of p (log p - log q) is noise below 1e-7. Large divergences, whose
+    exp(u) would overflow, are taken as they stand.
     """
-    u = log_q - log_p
     p = log_p.exp()
-    return torch.where(u.abs() < 1, p * (torch.expm1(u) - u), log_q.exp() - p - p * u).sum(-1)
+    u = logits - log_p
+    mean = u @ p
+    far = logits.logsumexp(-1) - mean
+    u -= mean[..., None]
+    left = u @ p  # rounding of the mean
+    near = torch.log1p(u.clamp_(max=80).expm1_() @ p) - left
+    return torch.where(far > LARGE_KL, far, near.clamp(min=0))
 
 
 class Sweep(NamedTuple):
@@ -458,6 +467,7 @@ class Sweep(NamedTuple):
     kl: Tensor  # (rows,) float32, KL(unperturbed || perturbed) in nats
     top_ids: Tensor  # (rows, top) int64, the most probable tokens, descending
     top_log_probs: Tensor  # (rows, top) float32, nats
+    target_log_prob: Tensor  # (rows,) float32, nats, of the one token asked about
 
 
 @torch.no_grad()
@@ -469,6 +479,7 @@ def sweep(
     log_probs: Tensor,
     deltas: Tensor,
     at_layer: Tensor,
+    target: int = 0,
     top: int = 5,
     chunks: Chunks | None = None,
 ) -> Sweep:
@@ -478,23 +489,46 @@ def sweep(
         layers, token, prefix: as in `linearize`.
         log_probs: (V,) float32, the unperturbed distribution.
         deltas: (rows, d) float32, what is added to the residual stream.
-        at_layer: (rows,) int64, the index in `layers` of the one layer where row r is pushed.
+        at_layer: (rows,) int64 on the CPU, ascending: the index in `layers` of the one layer where row r
+            is pushed.
+        target: a token whose probability to return.
         top: how many of the most probable tokens to return.
     Raises:
         NumericalError: a push led to logits that hold NaN or infinity.
+        ValueError: at_layer is not ascending.
     """
 
-    def chunk(deltas: Tensor, at_layer: Tensor) -> Sweep:
-        def push(index: int) -> Callable[[Tensor], Tensor]:
-            here = torch.where((at_layer == index)[:, None], deltas, 0.0)[:, None]  # (rows, 1, d)
-            return lambda h: (h.float() + here.to(h.device)).to(h.dtype)
+    if (at_layer.diff() < 0).any():
+        raise ValueError("at_layer must be ascending")
+    # A row is the unperturbed one below its layer, so the batch starts as one row and grows at every
+    # layer by the rows pushed there. Architectures with an attention of their own need all rows from
+    # the start.
+    growing = model.is_backend_compatible()
 
-        hooks = [(layer, edit_stream(push(index))) for index, layer in enumerate(layers)]
+    def chunk(deltas: Tensor, at_layer: Tensor) -> Sweep:
+        counts = torch.bincount(at_layer, minlength=len(layers)).tolist()
+        starts = [sum(counts[:index]) for index in range(len(counts))]
+
+        def push(index: int) -> Callable[[Tensor], Tensor]:
+            here = deltas[starts[index] : starts[index] + counts[index], None]  # (count, 1, d)
+
+            def grow(h: Tensor) -> Tensor:
+                return torch.cat([h, (h[:1].float() + here.to(h.device)).to(h.dtype)])
+
+            def add(h: Tensor) -> Tensor:
+                padding = (0, 0, 0, 0, starts[index], len(deltas) - starts[index] - counts[index])
+                return (h.float() + nn.functional.pad(here, padding).to(h.device)).to(h.dtype)
+
+            return grow if growing else add
+
+        hooks = [(layer, edit_stream(push(index))) for index, layer in enumerate(layers) if counts[index]]
         with forward_hooks(hooks):
-            logits = _last_token_logits(model, token, prefix, rows=len(deltas))
-        log_q = logits.log_softmax(-1)
-        top_log_probs, top_ids = log_q.topk(top)
-        return Sweep(kl_divergence(log_probs, log_q), top_ids, top_log_probs)
+            logits = _last_token_logits(model, token, prefix, rows=1 if growing else len(deltas))
+        logits = logits[-len(deltas) :]
+        kl = kl_divergence(log_probs, logits)
+        normalizer = logits.logsumexp(-1)
+        top_logits, top_ids = logits.topk(top)
+        return Sweep(kl, top_ids, top_logits - normalizer[:, None], logits[:, target] - normalizer)
 
     parts = (chunks or Chunks()).map(chunk, deltas, at_layer)
     result = Sweep(*(torch.cat(column) for column in zip(*parts, strict=True)))

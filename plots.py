@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: no display is needed
 
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,6 +37,8 @@ STYLE = {
 KINDS = {"fisher": ("#D55E00", "-", "o"), "difference": ("#0072B2", "-", "s"), "random": ("#7A7A7A", "-", "^")}
 NAMES = {"fisher": "Fisher eigenvector", "difference": "towards another sentence", "random": "random"}
 TOKEN_COLOURS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"]
+# the square root keeps small cosines, where most of the pairs are, apart
+COSINE = {"cmap": "viridis", "norm": PowerNorm(0.5, vmin=0, vmax=1)}
 MAX_PANELS = 8  # layers that get a panel of their own; of more, evenly spaced ones
 KL_FLOOR = 1e-9  # nats: below it, rounding of the logits
 
@@ -68,9 +71,9 @@ def similarity_figure(results: dict) -> Figure:
     layers = list(results["fisher"][0])
     matrix = np.array(results["similarity_matrix"])
     count = len(matrix) // len(layers)  # sentences
-    figure, (all_pairs, means) = plt.subplots(1, 2, figsize=(15, 7), width_ratios=[1.25, 1])
+    figure, (all_pairs, means) = plt.subplots(1, 2, figsize=(15, 7.4), width_ratios=[1.6, 1])
 
-    image = all_pairs.imshow(matrix, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    image = all_pairs.imshow(matrix, **COSINE, interpolation="nearest")
     centres = np.arange(len(layers)) * count + (count - 1) / 2
     for ticks in (all_pairs.set_xticks, all_pairs.set_yticks):
         ticks(centres, layers)
@@ -85,10 +88,10 @@ def similarity_figure(results: dict) -> Figure:
     )
 
     blocks = _block_means(matrix, len(layers), count)
-    means.imshow(blocks, cmap="viridis", vmin=0, vmax=1)
+    means.imshow(blocks, **COSINE)
     for (row, column), value in np.ndenumerate(blocks):
         if len(layers) <= 12 and np.isfinite(value):
-            colour = "white" if value < 0.6 else "black"
+            colour = "white" if value < 0.4 else "black"
             means.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=11)
     for ticks in (means.set_xticks, means.set_yticks):
         ticks(np.arange(len(layers)), layers)
@@ -144,7 +147,7 @@ def perturbation_figure(results: dict) -> Figure:
     top.supxlabel(f"scale α ({step})", fontsize=13)
     top.supylabel("KL(original ‖ perturbed), nats", fontsize=13)
 
-    overlap, flips, example = bottom.subplots(1, 3, width_ratios=[1, 1, 1.15])
+    overlap, flips, example = bottom.subplots(1, 3, width_ratios=[1, 1, 1.25])
     _heatmap(overlap, results, _overlap, "Top-5 tokens kept (Fisher)", "viridis")
     _heatmap(flips, results, lambda push, base: push["top_changed"], "Top token changed (Fisher)", "magma")
     _example_panel(example, results)
@@ -182,18 +185,18 @@ def _kl_panel(panel: Axes, results: dict, layer: str) -> None:
                 label = label and "predicted for it, ½ δᵀFδ"
                 panel.plot(x, np.maximum(predicted, KL_FLOOR), "--", color="black", linewidth=1.3, label=label)
     panel.set_yscale("log")
-    panel.set_xscale("symlog", linthresh=min(abs(float(s)) for s in scales))
-    panel.set_xticks(*_thinned(scales))
-    panel.minorticks_off()
+    _scale_axis(panel, scales)
     panel.set_title(f"layer {layer}")
 
 
-def _thinned(scales: list[str]) -> tuple[list[float], list[str]]:
-    """Few enough tick labels to be read: the smallest and largest of either sign, and one between."""
-    values = sorted({abs(float(scale)) for scale in scales})
-    keep = {values[0], values[len(values) // 2], values[-1]}
+def _scale_axis(panel: Axes, scales: list[str]) -> None:
+    """Logarithmic in |scale| on either side of a narrow middle, labelled at a few of the scales."""
+    sizes = sorted({abs(float(scale)) for scale in scales if float(scale)})
+    keep = {sizes[0], sizes[len(sizes) // 2], sizes[-1]}
     ticks = [float(scale) for scale in scales if abs(float(scale)) in keep]
-    return ticks, [f"{tick:g}".replace("-", "−") for tick in ticks]
+    panel.set_xscale("symlog", linthresh=sizes[0], linscale=0.25)
+    panel.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+    panel.minorticks_off()
 
 
 def _overlap(push: dict, base: list[int]) -> float:
@@ -223,38 +226,31 @@ def _heatmap(panel: Axes, results: dict, statistic, title: str, cmap: str) -> No
 
 
 def _example_panel(panel: Axes, results: dict) -> None:
-    """Probabilities of the leading tokens across scales, where pushes along the eigenvector moved most."""
-    scales = _scales(results)
-    records = results["perturbation_results"]
-    sentence, layer = max(
-        ((s, layer) for s in range(len(records)) for layer in records[s]),
-        key=lambda where: max(push["kl"] for push in records[where[0]][where[1]].values()),
-    )
-    by_scale = [records[sentence][layer][scale] for scale in scales]
-    curves: dict[int, np.ndarray] = {}
-    names = {}
-    for column, push in enumerate(by_scale):
-        for token, name, probability in zip(push["top_ids"], push["top_tokens"], push["top_probs"], strict=True):
+    """Next-token probabilities across scales: the sentence that best predicts its target, the middle layer."""
+    scales, contexts = _scales(results), results["contexts"]
+    sentence = max(range(len(contexts)), key=lambda i: contexts[i]["target_probability"])
+    layers = list(results["fisher"][sentence])
+    layer = layers[len(layers) // 2]
+    pushes = [results["perturbation_results"][sentence][layer][scale] for scale in scales]
+    x = [float(scale) for scale in scales]
+
+    curves: dict[str, np.ndarray] = {}  # a token's probability is known while it is in the top 5
+    for column, push in enumerate(pushes):
+        for token, probability in zip(push["top_tokens"], push["top_probs"], strict=True):
             curves.setdefault(token, np.full(len(scales), np.nan))[column] = probability
-            names[token] = name
-    leading = sorted(curves, key=lambda token: -np.nanmax(curves[token]))[: len(TOKEN_COLOURS)]
-    for token, colour in zip(leading, TOKEN_COLOURS, strict=False):
-        panel.plot(
-            [float(s) for s in scales], curves[token], "o-", color=colour, markersize=4, label=_token_name(names[token])
-        )
-    panel.set_xscale("symlog", linthresh=min(abs(float(s)) for s in scales if float(s)))
-    panel.set_xticks(*_thinned([s for s in scales if float(s)]))
-    panel.minorticks_off()
-    panel.set_ylim(0, 1)
-    prompt = results["contexts"][sentence]["prompt"]
-    prompt = prompt if len(prompt) <= 34 else "…" + prompt[-33:]
-    panel.set(
-        title=f"S{sentence}, layer {layer}: “{_plain(prompt)}”",
-        xlabel="scale α",
-        ylabel="probability, while in the top 5",
-    )
+    target = contexts[sentence]["target_token"]
+    curves.pop(target, None)
+    panel.plot(x, [push["target_prob"] for push in pushes], "o-", color=TOKEN_COLOURS[0], label=_token_name(target))
+    leading = sorted(curves, key=lambda token: -np.nanmax(curves[token]))
+    for token, colour in zip(leading, TOKEN_COLOURS[1:], strict=False):
+        panel.plot(x, curves[token], "s--", color=colour, markersize=5, label=_token_name(token))
+    _scale_axis(panel, scales)
+    panel.set_ylim(-0.02, 1.02)
+    prompt = contexts[sentence]["prompt"]
+    prompt = prompt if len(prompt) <= 30 else "…" + prompt[-29:]
+    panel.set(title=f"S{sentence}, layer {layer}: “{_plain(prompt)}”", xlabel="scale α", ylabel="probability")
     panel.title.set_fontsize(12)
-    panel.legend(frameon=False, fontsize=11, ncols=2, loc="upper center")
+    panel.legend(frameon=False, fontsize=11, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _token_name(token: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+import math
 import statistics
 import textwrap
 
@@ -22,6 +23,7 @@ class Measured:
 
     activations: torch.Tensor  # (layers, d)
     top: tuple[torch.Tensor, torch.Tensor]  # unperturbed log-probabilities and ids, (TOP,) each
+    target_log_prob: torch.Tensor  # (), unperturbed
     mass: float  # probability that the counted tokens hold
     eigen: fisher.Eigen
     steps: torch.Tensor  # (layers, scales without 0): signed lengths
@@ -74,15 +76,15 @@ class Results:
         self.top_ids.append(measured.top[1].tolist())
 
     def _pushes(self, measured: Measured, names: list[str]) -> dict:
-        base = self._record(0.0, 0.0, 0.0, *(part.tolist() for part in measured.top))
+        base_log_probs, base_ids = (part.tolist() for part in measured.top)
+        base = self._record(0.0, 0.0, 0.0, base_ids, base_log_probs, measured.target_log_prob.item())
         steps, predicted = measured.steps.tolist(), measured.predicted_kl.tolist()
-        kl, ids, log_probs = (column.tolist() for column in measured.sweep)
+        kl, *rest = (column.tolist() for column in measured.sweep)
 
         def push(row: int, direction: int, column: int) -> dict:
-            numbers = [table[row][direction][column] for table in (kl, predicted)]
-            top = [table[row][direction][column] for table in (log_probs, ids)]
-            record = self._record(steps[row][column], *numbers, *top)
-            record["top_changed"] = record["top_ids"][0] != base["top_ids"][0]
+            numbers = [cells[row][direction][column] for cells in (kl, predicted, *rest)]
+            record = self._record(steps[row][column], *numbers)
+            record["top_changed"] = record["top_ids"][0] != base_ids[0]
             return record
 
         pushed = [scale for scale in self.scales if scale]
@@ -101,15 +103,18 @@ class Results:
                 }
         return layers
 
-    def _record(self, step: float, kl: float, predicted_kl: float, log_probs: list, ids: list) -> dict:
+    def _record(
+        self, step: float, kl: float, predicted_kl: float, ids: list, log_probs: list, target_log_prob: float
+    ) -> dict:
         return {
             "step": step,
             "kl": kl,
             "predicted_kl": predicted_kl,
             "top_changed": False,
+            "target_prob": math.exp(target_log_prob),
             "top_ids": ids,
             "top_tokens": [self.decode(i) for i in ids],
-            "top_probs": np.exp(log_probs).tolist(),
+            "top_probs": [math.exp(value) for value in log_probs],
         }
 
     # --- what is written ---
