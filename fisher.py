@@ -117,7 +117,7 @@ def last_token_attention(
     if s_aux is not None:
         sink = s_aux.reshape(1, groups, heads // groups, 1).expand(rows, -1, -1, -1)
         scores = torch.cat([sink.to(scores.dtype), scores], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     if s_aux is not None:
         weights = weights[..., 1:]
     out = weights[..., :-1] @ past_value + weights[..., -1:] @ own_value
@@ -513,11 +513,12 @@ def sweep(
             here = deltas[starts[index] : starts[index] + counts[index], None]  # (count, 1, d)
 
             def grow(h: Tensor) -> Tensor:
-                return torch.cat([h, (h[:1].float() + here.to(h.device)).to(h.dtype)])
+                # the sum is float32 or wider: in half precision, only the result is rounded
+                return torch.cat([h, (h[:1] + here.to(h.device)).to(h.dtype)])
 
             def add(h: Tensor) -> Tensor:
                 padding = (0, 0, 0, 0, starts[index], len(deltas) - starts[index] - counts[index])
-                return (h.float() + nn.functional.pad(here, padding).to(h.device)).to(h.dtype)
+                return (h + nn.functional.pad(here, padding).to(h.device)).to(h.dtype)
 
             return grow if growing else add
 

@@ -25,7 +25,7 @@ import storage
 RESULTS = "experiment_results.json"
 SIMILARITY, PERTURBATION = "fisher_similarity_matrix.png", "perturbation_analysis.png"
 
-DPI = 160
+DPI = 150
 STYLE = {
     "font.size": 13,
     "axes.spines.top": False,

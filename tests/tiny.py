@@ -1,0 +1,109 @@
+"""Tiny random models of many architectures, and what they compute, worked out the long way in float64."""
+
+import torch
+from torch import Tensor, nn
+import transformers as hf
+
+D, DEPTH, VOCABULARY = 32, 3, 97
+COMMON = {
+    "hidden_size": D, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "vocab_size": VOCABULARY,
+    "intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.3,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+
+# The sliding windows are shorter than the prompts of the tests.
+CONFIGS = {
+    "llama": lambda: hf.LlamaConfig(**GROUPED),
+    "llama-tied": lambda: hf.LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "qwen2": lambda: hf.Qwen2Config(**GROUPED),
+    "qwen3": lambda: hf.Qwen3Config(**GROUPED, head_dim=8),
+    "mistral": lambda: hf.MistralConfig(**GROUPED, sliding_window=4),
+    "gemma2": lambda: hf.Gemma2Config(
+        **GROUPED, head_dim=8, sliding_window=4, layer_types=SLIDING, query_pre_attn_scalar=8,
+        final_logit_softcapping=2.0, attn_logit_softcapping=3.0,
+    ),
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **GROUPED, head_dim=8, sliding_window=4, layer_types=SLIDING, query_pre_attn_scalar=8
+    ),
+    "gpt2": lambda: hf.GPT2Config(
+        n_embd=D, n_layer=DEPTH, n_head=4, vocab_size=VOCABULARY, n_positions=64, initializer_range=0.3
+    ),
+    "gpt-neox": lambda: hf.GPTNeoXConfig(**COMMON),
+    "phi3": lambda: hf.Phi3Config(**GROUPED),
+    "opt": lambda: hf.OPTConfig(
+        hidden_size=D, num_hidden_layers=DEPTH, num_attention_heads=4, vocab_size=VOCABULARY, ffn_dim=48,
+        max_position_embeddings=64, word_embed_proj_dim=16, init_std=0.3,
+    ),
+    "bloom": lambda: hf.BloomConfig(
+        hidden_size=D, n_layer=DEPTH, n_head=4, vocab_size=VOCABULARY, initializer_range=0.3
+    ),
+    "falcon": lambda: hf.FalconConfig(**COMMON, new_decoder_architecture=False),
+    "falcon-alibi": lambda: hf.FalconConfig(
+        **COMMON, alibi=True, new_decoder_architecture=False, multi_query=False, parallel_attn=False
+    ),
+    "cohere": lambda: hf.CohereConfig(**GROUPED, logit_scale=0.5),
+    "granite": lambda: hf.GraniteConfig(**GROUPED, logits_scaling=3.0),
+    "gpt-oss": lambda: hf.GptOssConfig(
+        **GROUPED, head_dim=8, sliding_window=4, layer_types=SLIDING, num_local_experts=4, num_experts_per_tok=2
+    ),
+}  # fmt: skip
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The same random model on every call, in the dtype asked for."""
+    torch.manual_seed(0)
+    plain = {"attn_implementation": "eager", "dtype": torch.float32}
+    if name == "gpt-oss":
+        plain["experts_implementation"] = "eager"  # grouped kernels know no float64
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name](), **plain)
+    return model.eval().requires_grad_(False).to(dtype)
+
+
+def prompt(tokens: int = 9) -> Tensor:
+    return torch.randint(3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(1))
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, found without the code under test."""
+    return list(next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == DEPTH))
+
+
+def plain_log_probs(
+    model: nn.Module, ids: Tensor, layer: nn.Module | None = None, push: Tensor | None = None
+) -> Tensor:
+    """Next-token log-probabilities by one full forward pass; `push` (d,) is added at the last token."""
+
+    def add(module, args, output):
+        h = output[0] if isinstance(output, tuple) else output
+        pushed = torch.cat([h[:, :-1], h[:, -1:] + push], dim=1)
+        return (pushed, *output[1:]) if isinstance(output, tuple) else pushed
+
+    handle = layer.register_forward_hook(add) if layer is not None else None
+    try:
+        return model(ids[None], use_cache=False).logits[0, -1].log_softmax(-1)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def jacobian(model: nn.Module, ids: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """(V, d) derivatives of all log-probabilities in the residual stream at the last token; and p (V,)."""
+    zero = torch.zeros(D, dtype=model.dtype)
+
+    def log_probs(push: Tensor) -> Tensor:
+        return plain_log_probs(model, ids, layer, push)
+
+    if model.config.model_type == "bloom":  # its GELU is an autograd function that jacrev cannot enter
+        rows = torch.autograd.functional.jacobian(log_probs, zero)
+    else:
+        rows = torch.func.jacrev(log_probs)(zero)
+    return rows, plain_log_probs(model, ids).exp()
+
+
+def brute_force_fisher(model: nn.Module, ids: Tensor, layer: nn.Module, k: int | None = None) -> Tensor:
+    """F (d, d) of the k most probable tokens, or of all, as a plain sum of outer products."""
+    rows, p = jacobian(model, ids, layer)
+    tokens = p.argsort(descending=True)[:k]
+    return sum(p[t] * torch.outer(rows[t], rows[t]) for t in tokens)
