@@ -1,7 +1,15 @@
-"""Argument types of the command lines: what a flag may hold, and one line when it holds something else."""
+"""What both command lines share: argument types, one-line errors, and no waiting for an absent network."""
 
 import argparse
 import math
+import os
+from pathlib import Path
+import socket
+from urllib.parse import urlparse
+from urllib.request import getproxies
+
+HUB = "https://huggingface.co"  # the default of HF_ENDPOINT
+EMBEDDED = "smollm2-135m"  # the model that comes from the package index: see models.py
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,3 +47,17 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return value
+
+
+def settle_network(*names: str) -> None:
+    """Tells the hub's libraries to stay offline if one of `names` may be on the hub, and it has no address here.
+
+    They would else retry for a minute before they fail, or look into their cache. Has to be called
+    before they are imported, which is when they read this setting.
+    """
+    if all(name == EMBEDDED or Path(name).exists() for name in names) or getproxies():
+        return
+    try:
+        socket.getaddrinfo(urlparse(os.environ.get("HF_ENDPOINT", HUB)).hostname, 443)
+    except OSError:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")

