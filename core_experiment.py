@@ -208,6 +208,8 @@ def naming(sentence: str, layers: list[int]) -> Iterator[None]:
     """Says which sentence and layer a numerical failure belongs to."""
     try:
         yield
+    except fisher.UnsupportedModelError as error:
+        raise UserError(f"this model is not supported: {error}") from error
     except fisher.NumericalError as error:
         where = "" if error.layer is None else f" at layer {layers[error.layer]}"
         raise UserError(f"{error}{where} of sentence {sentence!r} (try --dtype float32)") from error
@@ -323,10 +325,7 @@ def perturb(
     """One sentence at all layers: the Fisher matrix, its top eigenvector, and every push."""
     point = reading.point
     with clock("gradients"):
-        if args.max_vocab_subset == "all":
-            cotangents = fisher.exact_cotangents(point)
-        else:
-            cotangents = fisher.top_k_cotangents(point, args.max_vocab_subset)
+        cotangents = fisher.cotangents(point, args.max_vocab_subset)
         gradients = fisher.pull_back(point, cotangents, chunks)  # (layers, k, d)
     with clock("eigen"):
         eigen = fisher.eigenpairs(gradients, cotangents.weights, SPECTRUM)

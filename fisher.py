@@ -41,6 +41,10 @@ HEAD_ROWS = 16384  # vocabulary rows turned to float32 at a time: 256 MB at d = 
 LARGE_KL = 0.1  # nats: above it, the rounding of a plain log-sum-exp (1e-6) no longer matters
 
 
+class UnsupportedModelError(ValueError):
+    """A model whose architecture this module cannot work with; the message says why."""
+
+
 class NumericalError(ArithmeticError):
     """Numbers that no result can be made of: NaN, infinity, or a Fisher matrix that is zero.
 
@@ -162,7 +166,7 @@ def prefill(model: nn.Module, ids: Tensor) -> DynamicCache | None:
     Args:
         ids: (tokens,) int64, all the prompt but its last token; may be empty (returns None).
     Raises:
-        ValueError: the model's cache is not plain keys and values (recurrent or hybrid models).
+        UnsupportedModelError: its cache is not plain keys and values (recurrent and hybrid models).
     """
     if len(ids) == 0:
         return None
@@ -170,7 +174,7 @@ def prefill(model: nn.Module, ids: Tensor) -> DynamicCache | None:
     model.base_model(ids[None].to(model.device), past_key_values=cache, use_cache=True)  # no head
     for layer in cache.layers:
         if not isinstance(layer, DynamicLayer):
-            raise ValueError(f"a cache of {type(layer).__name__} is not supported: keys and values only")
+            raise UnsupportedModelError(f"a cache of {type(layer).__name__} is not supported: keys and values only")
         layer.update = MethodType(_extend_without_storing, layer)
     return cache
 
@@ -227,6 +231,7 @@ def linearize(model: nn.Module, layers: Sequence[nn.Module], token: Tensor, pref
     hooks.append((model.get_output_embeddings(), keep_head))
     with torch.enable_grad(), forward_hooks(hooks):
         logits = _last_token_logits(model, token, prefix, rows=1)[0]
+    logits = logits.to(head["raw_logits"].device)  # a model spread over devices returns it to the first
 
     activations = torch.stack([h.float().to(logits.device) for h in streams])
     _require_finite(activations, "activations")
@@ -272,6 +277,11 @@ def _linear_head(point: Point) -> tuple[Tensor, Tensor] | None:
     return weight.detach(), slope[0, -1].float()
 
 
+def cotangents(point: Point, tokens: int | str = "all") -> Cotangents:
+    """Cotangents that make up F: of the most probable `tokens` tokens, or of "all" the vocabulary."""
+    return exact_cotangents(point) if tokens == "all" else top_k_cotangents(point, tokens)
+
+
 def top_k_cotangents(point: Point, k: int) -> Cotangents:
     """Cotangents of the k most probable tokens: z_t = grad_x log p_t, with weight p_t (not renormalised).
 
@@ -306,11 +316,11 @@ def exact_cotangents(point: Point) -> Cotangents:
     is the most probable token's own (it fixes the sign of eigenvectors).
 
     Raises:
-        ValueError: the head is not linear.
+        UnsupportedModelError: the head is not linear.
     """
     linear = _linear_head(point)
     if linear is None:
-        raise ValueError("the exact Fisher matrix needs a linear output head; count the top-k tokens instead")
+        raise UnsupportedModelError("the whole vocabulary needs a linear output head: count fewer tokens")
     weight, slope = linear
     p = point.log_probs.exp()
     d = weight.shape[1]
@@ -320,7 +330,8 @@ def exact_cotangents(point: Point) -> Cotangents:
         w = s[:, None] * w.float()
         second += w.mT @ (q[:, None] * w)
         mean += w.mT @ q
-    values, vectors = torch.linalg.eigh(second - torch.outer(mean, mean))
+    values, vectors = torch.linalg.eigh(_off_mps(second - torch.outer(mean, mean)))
+    values, vectors = values.to(mean), vectors.to(mean)
     top = p.argmax()
     top_row = slope[top] * weight[top].float() - mean
     rows = torch.cat([top_row[None], vectors.mT])
@@ -349,17 +360,19 @@ class Chunks:
             try:
                 results.append(function(*chunk))
                 start += len(chunk[0])
+                continue
             except torch.OutOfMemoryError:
                 if self.size == 1:
                     raise
-                self.size = max(1, min(self.size, len(chunk[0])) // 2)
-                warnings.warn(f"out of memory: going on with batches of {self.size}", stacklevel=2)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+            # out here the failed attempt's tensors, which the exception held, can be freed
+            self.size = max(1, min(self.size, len(chunk[0])) // 2)
+            warnings.warn(f"out of memory: going on with batches of {self.size}", stacklevel=2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         return results
 
 
-def pull_back(point: Point, cotangents: Cotangents, chunks: Chunks | None = None) -> Tensor:
+def pull_back(point: Point, z: Cotangents, chunks: Chunks | None = None) -> Tensor:
     """G (layers, k, d) float32: row i at a layer is J^T z_i, one batched backward pass per chunk.
 
     For top-k cotangents, row t is the gradient of log p_t with respect to the residual stream.
@@ -368,17 +381,17 @@ def pull_back(point: Point, cotangents: Cotangents, chunks: Chunks | None = None
         NumericalError: gradients hold NaN or infinity.
     """
     # Rows go through the network at unit norm, so that float16 gradients do not underflow.
-    norms = cotangents.rows.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    norms = z.rows.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
 
-    def one(z: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(point.x, point.biases, z[None, None], retain_graph=True)
+    def one(row: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(point.x, point.biases, row[None, None], retain_graph=True)
 
     def chunk(rows: Tensor, norms: Tensor) -> Tensor:
         unit = (rows / norms[:, None]).to(point.x)
         grads = torch.func.vmap(one)(unit)  # one (chunk, d) a layer
         return torch.stack([norms[:, None] * g.to(norms) for g in grads])
 
-    gradients = torch.cat((chunks or Chunks()).map(chunk, cotangents.rows, norms), dim=1)
+    gradients = torch.cat((chunks or Chunks()).map(chunk, z.rows, norms), dim=1)
     _require_finite(gradients, "gradients")
     return gradients
 
@@ -386,6 +399,11 @@ def pull_back(point: Point, cotangents: Cotangents, chunks: Chunks | None = None
 def fisher_matrix(gradients: Tensor, weights: Tensor) -> Tensor:
     """F = G^T diag(w) G, (..., d, d) float32, from G (..., k, d) and w (k,)."""
     return gradients.mT @ (weights[:, None] * gradients)
+
+
+def _off_mps(tensor: Tensor) -> Tensor:
+    """On the CPU if it was on MPS, which has neither float64 nor eigh."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 class Eigen(NamedTuple):
@@ -412,7 +430,7 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1) -> Eigen:
         torch.linalg.LinAlgError: the decomposition failed.
     """
     k, d = gradients.shape[1:]
-    work = gradients.cpu() if gradients.device.type == "mps" else gradients  # MPS has no float64
+    work = _off_mps(gradients)
     r = work.double() * weights.to(work.device).double().sqrt()[:, None]
     gram = r @ r.mT if k <= d else r.mT @ r
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -525,7 +543,7 @@ def sweep(
         hooks = [(layer, edit_stream(push(index))) for index, layer in enumerate(layers) if counts[index]]
         with forward_hooks(hooks):
             logits = _last_token_logits(model, token, prefix, rows=1 if growing else len(deltas))
-        logits = logits[-len(deltas) :]
+        logits = logits[-len(deltas) :].to(log_probs.device)
         kl = kl_divergence(log_probs, logits)
         normalizer = logits.logsumexp(-1)
         top_logits, top_ids = logits.topk(top)
@@ -535,6 +553,6 @@ def sweep(
     result = Sweep(*(torch.cat(column) for column in zip(*parts, strict=True)))
     bad = (~result.kl.isfinite()).nonzero()
     if len(bad):
-        layer = int(at_layer[bad[0, 0]])
+        layer = int(at_layer[int(bad[0, 0])])
         raise NumericalError("the logits after a push hold NaN or infinity", layer=layer)
     return result

@@ -8,6 +8,7 @@ draws them again, from a run that was cut short or after a change here.
 import json
 from pathlib import Path
 import sys
+import warnings
 
 import matplotlib
 
@@ -53,7 +54,8 @@ def draw(directory: Path) -> None:
         results = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"no readable {RESULTS} in {directory}: {error}") from error
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a token in a script that the font lacks is drawn as a box
         for name, figure in (
             (SIMILARITY, similarity_figure(results)),
             (PERTURBATION, perturbation_figure(results)),

@@ -17,7 +17,7 @@ def measured(name: str, tokens: int = 9, exact: bool = False, k: int = K, dtype=
     layers = tiny.layers_of(model)
     prefix = fisher.prefill(model, ids[:-1])
     point = fisher.linearize(model, layers, ids[-1], prefix)
-    cotangents = fisher.exact_cotangents(point) if exact else fisher.top_k_cotangents(point, k)
+    cotangents = fisher.cotangents(point, "all" if exact else k)
     return model, ids, layers, prefix, point, cotangents
 
 
@@ -101,6 +101,13 @@ def test_gradients_match_finite_differences():
             ahead, behind = (tiny.plain_log_probs(model, ids, layer, sign * push)[top] for sign in (1, -1))
             slope = float(ahead - behind) / (2 * step)
             assert gradients[index, 0, axis].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
+def test_a_cache_that_is_not_keys_and_values_is_refused():
+    config = tiny.hf.MambaConfig(hidden_size=tiny.D, num_hidden_layers=2, vocab_size=tiny.VOCABULARY, state_size=4)
+    model = tiny.hf.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises((fisher.UnsupportedModelError, TypeError)):
+        fisher.prefill(model, tiny.prompt())
 
 
 @pytest.mark.parametrize("k", [K, tiny.VOCABULARY], ids=["k < d", "k > d"])
@@ -252,7 +259,7 @@ def test_a_head_that_is_not_linear_is_gone_through():
     through = fisher.linearize(model, layers, ids[-1], prefix)
     found = fisher.top_k_cotangents(through, K)
     assert_close(found.rows, cotangents.rows.double(), 1e-5)
-    with pytest.raises(ValueError, match="linear output head"):
+    with pytest.raises(fisher.UnsupportedModelError, match="linear output head"):
         fisher.exact_cotangents(through)
 
 

@@ -1,0 +1,95 @@
+"""What the top-k truncation misses, and what bfloat16 costs, on the embedded model.
+
+    python benchmarks/measure_approximations.py
+
+Medians over the first diverse sentences of data/animals.json, against the exact Fisher matrix in
+float32. Prints the tables of docs/method.md and writes benchmarks/results/approximations.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+import sys
+import time
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+import core_experiment
+import fisher
+import models
+import sentences
+
+COUNTS = (10, 50, 200, 1000)
+
+
+def measure(model: core_experiment.Model, context: sentences.Context, tokens) -> tuple[fisher.Eigen, float]:
+    point = core_experiment.read(model, context).point
+    z = fisher.cotangents(point, tokens)
+    return fisher.eigenpairs(fisher.pull_back(point, z), z.weights), z.mass
+
+
+def ratios(found: fisher.Eigen, truth: fisher.Eigen) -> dict[str, torch.Tensor]:
+    """By layer: lambda and trace as shares of the true ones, and |cos| of the eigenvectors."""
+    return {
+        "lambda": found.values[:, 0] / truth.values[:, 0],
+        "trace": found.trace / truth.trace,
+        "cos": (found.vectors[:, 0] * truth.vectors[:, 0]).sum(-1).abs(),
+    }
+
+
+def summary(rows: list[dict[str, torch.Tensor]]) -> dict[str, dict]:
+    """Median and worst over sentences and layers."""
+    stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    return {key: {"median": float(t.median()), "lowest": float(t.min())} for key, t in stacked.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-sentences", type=int, default=20)
+    options = parser.parse_args()
+    args = core_experiment.parse_args(["--device", "cpu"])
+    model = core_experiment.load(args)
+    texts = sentences.read_sentences(args.data_file, args.target_word)
+    contexts = core_experiment.locate_all(args, model, texts)
+    order = sentences.diverse_order([context.prompt for context in contexts])
+    contexts = [contexts[index] for index, _ in zip(order, range(options.num_sentences), strict=False)]
+
+    exact = [measure(model, context, "all")[0] for context in contexts]
+    truncation = {}
+    for count in COUNTS:
+        found = [measure(model, context, count) for context in contexts]
+        rows = [ratios(eigen, truth) for (eigen, _), truth in zip(found, exact, strict=True)]
+        mass = torch.tensor([mass for _, mass in found])
+        truncation[count] = {"mass": {"median": float(mass.median()), "lowest": float(mass.min())}, **summary(rows)}
+        print(count, truncation[count], flush=True)
+
+    # bfloat16 only: CPUs have no fast float16
+    half = core_experiment.load(core_experiment.parse_args(["--device", "cpu", "--dtype", "bfloat16"]))
+    full = [measure(model, context, 200)[0] for context in contexts]
+    rows = [ratios(measure(half, context, 200)[0], truth) for context, truth in zip(contexts, full, strict=True)]
+    deviation = torch.stack([(row["lambda"] - 1).abs() for row in rows])
+    bfloat16 = {
+        "lambda_off_by": {"median": float(deviation.median()), "largest": float(deviation.max())},
+        "cos": summary(rows)["cos"],
+        "cos_below_0.99": float((torch.stack([row["cos"] for row in rows]) < 0.99).float().mean()),
+    }
+    print("bfloat16", bfloat16, flush=True)
+
+    result = {
+        "command": "python benchmarks/" + Path(__file__).name,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": models.describe(model.lm),
+        "sentences": len(contexts),
+        "layers": model.layers,
+        "truncation": truncation,
+        "bfloat16": bfloat16,
+    }
+    path = ROOT / "benchmarks" / "results" / "approximations.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
