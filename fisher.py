@@ -10,7 +10,7 @@ It predicts what a small push does: KL(p(.|h) || p(.|h + delta)) = 1/2 delta^T F
 
 How it is computed, whatever the tokens counted:
 
-    prefill      the tokens before the last one, once, into a key-value cache that nothing changes
+    prefill      the tokens before the last one, once, into a constant key-value cache (last_token.py)
     linearize    the last token, with a zero bias on the residual stream of every chosen layer
     cotangents   rows z_i at x, the input of the output head, and weights w_i, such that
                  F = sum_i w_i (J^T z_i)(J^T z_i)^T  with J = dx/dh
@@ -25,24 +25,17 @@ is any transformers causal LM in evaluation mode; it is handed back as it came.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
 from typing import NamedTuple
 import warnings
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import eager_mask
+from transformers import DynamicCache
+
+from last_token import UnsupportedModelError, last_token_logits
 
 HEAD_ROWS = 16384  # vocabulary rows turned to float32 at a time: 256 MB at d = 4096
-
-
 LARGE_KL = 0.1  # nats: above it, the rounding of a plain log-sum-exp (1e-6) no longer matters
-
-
-class UnsupportedModelError(ValueError):
-    """A model whose architecture this module cannot work with; the message says why."""
 
 
 class NumericalError(ArithmeticError):
@@ -86,107 +79,6 @@ def edit_stream(edit: Callable[[Tensor], Tensor]) -> Callable:
     return hook
 
 
-# --- attention of the last token over a constant prefix ------------------------------------------
-
-
-def last_token_attention(
-    module: nn.Module,
-    query: Tensor,  # (rows, heads, 1, head_dim)
-    key: Tensor,  # (rows, groups, tokens, head_dim): heads / groups query heads share a key head
-    value: Tensor,  # (rows, groups, tokens, head_dim)
-    attention_mask: Tensor | None,  # (1 or rows, 1, 1, tokens), added to the scores
-    scaling: float | None = None,
-    softcap: float | None = None,  # Gemma 2
-    s_aux: Tensor | None = None,  # (heads,): attention sinks, gpt-oss
-    **_,
-) -> tuple[Tensor, None]:
-    """Softmax attention of one query token, with no gradient to the tokens before it.
-
-    Nothing upstream of the prefix depends on the last token, so its keys and values are constants.
-    Saying so is what keeps a batched backward pass from carrying a (tokens, head_dim) gradient per
-    cotangent, head and layer: half of the whole pass on a CPU. The operations are plain ones, since
-    fused attention kernels have no batching rule for their backward.
-    """
-    rows, heads, _, width = query.shape
-    groups = key.shape[1]
-    q = query.reshape(rows, groups, heads // groups, width)
-    past_key, own_key = key[:, :, :-1].detach(), key[:, :, -1:]
-    past_value, own_value = value[:, :, :-1].detach(), value[:, :, -1:]
-    scores = torch.cat([q @ past_key.mT, q @ own_key.mT], dim=-1)  # (rows, groups, share, tokens)
-    scores = scores * (width**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    if s_aux is not None:
-        sink = s_aux.reshape(1, groups, heads // groups, 1).expand(rows, -1, -1, -1)
-        scores = torch.cat([sink.to(scores.dtype), scores], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
-    if s_aux is not None:
-        weights = weights[..., 1:]
-    out = weights[..., :-1] @ past_value + weights[..., -1:] @ own_value
-    return out.reshape(rows, 1, heads, width), None
-
-
-LAST_TOKEN_ATTENTION = "fisher_last_token"
-AttentionInterface.register(LAST_TOKEN_ATTENTION, last_token_attention)
-AttentionMaskInterface.register(LAST_TOKEN_ATTENTION, eager_mask)
-
-
-@contextmanager
-def constant_prefix(model: nn.Module) -> Iterator[None]:
-    """Runs the model's attention as `last_token_attention`, then gives the model its own back.
-
-    Architectures that bring their own attention (BLOOM, Falcon) keep it: as right, but slower.
-    """
-    if not model.is_backend_compatible():
-        yield
-        return
-    own = model.config._attn_implementation
-    model.set_attn_implementation(LAST_TOKEN_ATTENTION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
-
-
-def _extend_without_storing(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__):
-    rows = key.shape[0]
-    keys = torch.cat([layer.keys.expand(rows, -1, -1, -1), key], dim=-2)
-    values = torch.cat([layer.values.expand(rows, -1, -1, -1), value], dim=-2)
-    return keys, values
-
-
-@torch.no_grad()
-def prefill(model: nn.Module, ids: Tensor) -> DynamicCache | None:
-    """Keys and values of a prompt's tokens, in a cache that later passes read but never change.
-
-    A pass over more rows than one sees the same prefix in each of them.
-
-    Args:
-        ids: (tokens,) int64, all the prompt but its last token; may be empty (returns None).
-    Raises:
-        UnsupportedModelError: its cache is not plain keys and values (recurrent and hybrid models).
-    """
-    if len(ids) == 0:
-        return None
-    cache = DynamicCache(config=model.config)
-    model.base_model(ids[None].to(model.device), past_key_values=cache, use_cache=True)  # no head
-    for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer):
-            raise UnsupportedModelError(f"a cache of {type(layer).__name__} is not supported: keys and values only")
-        layer.update = MethodType(_extend_without_storing, layer)
-    return cache
-
-
-def _last_token_logits(model: nn.Module, token: Tensor, prefix: DynamicCache | None, rows: int) -> Tensor:
-    """Logits of `rows` copies of the last token, (rows, V) float32."""
-    ids = token.reshape(1, 1).expand(rows, 1).to(model.device)
-    with constant_prefix(model):
-        output = model(ids, past_key_values=prefix, use_cache=prefix is not None)
-    return output.logits[:, -1].float()
-
-
 # --- the model, linearised at a prompt's last token ----------------------------------------------
 
 
@@ -212,7 +104,7 @@ def linearize(model: nn.Module, layers: Sequence[nn.Module], token: Tensor, pref
     Args:
         layers: decoder layers of the model, in order.
         token: () or (1,) int64, the prompt's last token.
-        prefix: `prefill` of all tokens before it.
+        prefix: `last_token.prefill` of all tokens before it.
     Raises:
         NumericalError: activations or logits hold NaN or infinity.
     """
@@ -230,7 +122,7 @@ def linearize(model: nn.Module, layers: Sequence[nn.Module], token: Tensor, pref
     hooks = [(layer, edit_stream(add_zero_bias)) for layer in layers]
     hooks.append((model.get_output_embeddings(), keep_head))
     with torch.enable_grad(), forward_hooks(hooks):
-        logits = _last_token_logits(model, token, prefix, rows=1)[0]
+        logits = last_token_logits(model, token, prefix, rows=1)[0]
     logits = logits.to(head["raw_logits"].device)  # a model spread over devices returns it to the first
 
     activations = torch.stack([h.float().to(logits.device) for h in streams])
@@ -542,7 +434,7 @@ def sweep(
 
         hooks = [(layer, edit_stream(push(index))) for index, layer in enumerate(layers) if counts[index]]
         with forward_hooks(hooks):
-            logits = _last_token_logits(model, token, prefix, rows=1 if growing else len(deltas))
+            logits = last_token_logits(model, token, prefix, rows=1 if growing else len(deltas))
         logits = logits[-len(deltas) :].to(log_probs.device)
         kl = kl_divergence(log_probs, logits)
         normalizer = logits.logsumexp(-1)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import fisher
+import last_token
 import models
 
 PROMPT = "The zoo keeps many wild"
@@ -43,7 +44,7 @@ def test_eigenpairs_match_the_naive_protocol(embedded):
     model, _, ids = embedded
     layers, k = [5, 29], 30
     modules = [model.model.layers[number] for number in layers]
-    prefix = fisher.prefill(model, ids[:-1])
+    prefix = last_token.prefill(model, ids[:-1])
     point = fisher.linearize(model, modules, ids[-1], prefix)
     cotangents = fisher.top_k_cotangents(point, k)
     eigen = fisher.eigenpairs(fisher.pull_back(point, cotangents), cotangents.weights)
@@ -66,7 +67,7 @@ def test_eigenpairs_match_the_naive_protocol(embedded):
 def test_the_exact_fisher_matrix_predicts_kl(embedded):
     model, _, ids = embedded
     modules = [model.model.layers[number] for number in (10, 29)]
-    prefix = fisher.prefill(model, ids[:-1])
+    prefix = last_token.prefill(model, ids[:-1])
     point = fisher.linearize(model, modules, ids[-1], prefix)
     cotangents = fisher.exact_cotangents(point)
     eigen = fisher.eigenpairs(fisher.pull_back(point, cotangents), cotangents.weights)

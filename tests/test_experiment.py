@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import core_experiment
-import fisher
+import last_token
 import models
 import plots
 import sentences
@@ -338,8 +338,8 @@ def test_nan_names_the_sentence_and_the_layer(tmp_path, byte_level, capsys):
 
 
 def test_an_architecture_whose_cache_misleads_is_refused(model_directory, tmp_path, capsys, monkeypatch):
-    prefill = fisher.prefill
-    monkeypatch.setattr(fisher, "prefill", lambda model, ids: prefill(model, ids.flip(0)))
+    prefill = last_token.prefill
+    monkeypatch.setattr(last_token, "prefill", lambda model, ids: prefill(model, ids.flip(0)))
     assert run(model_directory, tmp_path / "out") == 2
     assert "LlamaForCausalLM is not supported" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fisher
+import last_token
 import tiny
 
 K = 20
@@ -15,7 +16,7 @@ RELATIVE = 1e-4
 def measured(name: str, tokens: int = 9, exact: bool = False, k: int = K, dtype=torch.float32):
     model, ids = tiny.build(name, dtype), tiny.prompt(tokens)
     layers = tiny.layers_of(model)
-    prefix = fisher.prefill(model, ids[:-1])
+    prefix = last_token.prefill(model, ids[:-1])
     point = fisher.linearize(model, layers, ids[-1], prefix)
     cotangents = fisher.cotangents(point, "all" if exact else k)
     return model, ids, layers, prefix, point, cotangents
@@ -106,8 +107,8 @@ def test_gradients_match_finite_differences():
 def test_a_cache_that_is_not_keys_and_values_is_refused():
     config = tiny.hf.MambaConfig(hidden_size=tiny.D, num_hidden_layers=2, vocab_size=tiny.VOCABULARY, state_size=4)
     model = tiny.hf.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises((fisher.UnsupportedModelError, TypeError)):
-        fisher.prefill(model, tiny.prompt())
+    with pytest.raises((last_token.UnsupportedModelError, TypeError)):
+        last_token.prefill(model, tiny.prompt())
 
 
 @pytest.mark.parametrize("k", [K, tiny.VOCABULARY], ids=["k < d", "k > d"])
@@ -259,7 +260,7 @@ def test_a_head_that_is_not_linear_is_gone_through():
     through = fisher.linearize(model, layers, ids[-1], prefix)
     found = fisher.top_k_cotangents(through, K)
     assert_close(found.rows, cotangents.rows.double(), 1e-5)
-    with pytest.raises(fisher.UnsupportedModelError, match="linear output head"):
+    with pytest.raises(last_token.UnsupportedModelError, match="linear output head"):
         fisher.exact_cotangents(through)
 
 

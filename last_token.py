@@ -1,0 +1,118 @@
+"""The last token of a prompt, over a prefix that stays as it is.
+
+The tokens before the last one are run once, into a key-value cache that nothing changes; every later
+pass is of the last token alone, in one row or in many, with or without gradients.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import eager_mask
+
+LAST_TOKEN_ATTENTION = "fisher_last_token"
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose architecture this project cannot work with; the message says why."""
+
+
+def last_token_attention(
+    module: nn.Module,
+    query: Tensor,  # (rows, heads, 1, head_dim)
+    key: Tensor,  # (rows, groups, tokens, head_dim): heads / groups query heads share a key head
+    value: Tensor,  # (rows, groups, tokens, head_dim)
+    attention_mask: Tensor | None,  # (1 or rows, 1, 1, tokens), added to the scores
+    scaling: float | None = None,
+    softcap: float | None = None,  # Gemma 2
+    s_aux: Tensor | None = None,  # (heads,): attention sinks, gpt-oss
+    **_,
+) -> tuple[Tensor, None]:
+    """Softmax attention of one query token, with no gradient to the tokens before it.
+
+    Nothing upstream of the prefix depends on the last token, so its keys and values are constants.
+    Saying so is what keeps a batched backward pass from carrying a (tokens, head_dim) gradient per
+    cotangent, head and layer: half of the whole pass on a CPU. The operations are plain ones, since
+    fused attention kernels have no batching rule for their backward.
+    """
+    rows, heads, _, width = query.shape
+    groups = key.shape[1]
+    q = query.reshape(rows, groups, heads // groups, width)
+    past_key, own_key = key[:, :, :-1].detach(), key[:, :, -1:]
+    past_value, own_value = value[:, :, :-1].detach(), value[:, :, -1:]
+    scores = torch.cat([q @ past_key.mT, q @ own_key.mT], dim=-1)  # (rows, groups, share, tokens)
+    scores = scores * (width**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    if s_aux is not None:
+        sink = s_aux.reshape(1, groups, heads // groups, 1).expand(rows, -1, -1, -1)
+        scores = torch.cat([sink.to(scores.dtype), scores], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    if s_aux is not None:
+        weights = weights[..., 1:]
+    out = weights[..., :-1] @ past_value + weights[..., -1:] @ own_value
+    return out.reshape(rows, 1, heads, width), None
+
+
+AttentionInterface.register(LAST_TOKEN_ATTENTION, last_token_attention)
+AttentionMaskInterface.register(LAST_TOKEN_ATTENTION, eager_mask)
+
+
+@contextmanager
+def constant_prefix(model: nn.Module) -> Iterator[None]:
+    """Runs the model's attention as `last_token_attention`, then gives the model its own back.
+
+    Architectures that bring their own attention (BLOOM, Falcon) keep it: as right, but slower.
+    """
+    if not model.is_backend_compatible():
+        yield
+        return
+    own = model.config._attn_implementation
+    model.set_attn_implementation(LAST_TOKEN_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+def _extend_without_storing(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__):
+    rows = key.shape[0]
+    keys = torch.cat([layer.keys.expand(rows, -1, -1, -1), key], dim=-2)
+    values = torch.cat([layer.values.expand(rows, -1, -1, -1), value], dim=-2)
+    return keys, values
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, ids: Tensor) -> DynamicCache | None:
+    """Keys and values of a prompt's tokens, in a cache that later passes read but never change.
+
+    A pass over more rows than one sees the same prefix in each of them.
+
+    Args:
+        ids: (tokens,) int64, all the prompt but its last token; may be empty (returns None).
+    Raises:
+        UnsupportedModelError: its cache is not plain keys and values (recurrent and hybrid models).
+    """
+    if len(ids) == 0:
+        return None
+    cache = DynamicCache(config=model.config)
+    model.base_model(ids[None].to(model.device), past_key_values=cache, use_cache=True)  # no head
+    for layer in cache.layers:
+        if not isinstance(layer, DynamicLayer):
+            raise UnsupportedModelError(f"a cache of {type(layer).__name__} is not supported: keys and values only")
+        layer.update = MethodType(_extend_without_storing, layer)
+    return cache
+
+
+def last_token_logits(model: nn.Module, token: Tensor, prefix: DynamicCache | None, rows: int) -> Tensor:
+    """Logits of `rows` copies of the last token, (rows, V) float32."""
+    ids = token.reshape(1, 1).expand(rows, 1).to(model.device)
+    with constant_prefix(model):
+        output = model(ids, past_key_values=prefix, use_cache=prefix is not None)
+    return output.logits[:, -1].float()
