@@ -142,6 +142,8 @@ def perturbation_figure(results: dict) -> Figure:
         _kl_panel(panel, results, layer)
     for panel in panels.flat[len(shown) :]:
         panel.set_visible(False)
+    for panel in panels[-2, len(shown) - columns * (rows - 1) :] if rows > 1 else ():
+        panel.tick_params(labelbottom=True)  # the panel below it is not there to carry them
     handles, labels = panels[0, 0].get_legend_handles_labels()
     top.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     unit = results["experiment_config"]["scale_unit"]
