@@ -21,6 +21,7 @@ from arguments import EMBEDDED, Parser, count, finite, layer_number, positive, p
 from errors import UserError
 
 HERE = Path(__file__).parent
+BUNDLED = "data/animals.json"
 RESULTS, EIGENVECTORS = "experiment_results.json", "fisher_eigenvectors.npz"
 FILES = (RESULTS, EIGENVECTORS, "fisher_similarity_matrix.png", "perturbation_analysis.png")
 
@@ -28,65 +29,62 @@ FILES = (RESULTS, EIGENVECTORS, "fisher_similarity_matrix.png", "perturbation_an
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="core_experiment.py",
+        usage="%(prog)s [options]",
         description="Push a model's residual stream along its most sensitive direction.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     add = parser.add_argument
-    add("--model-name", default=EMBEDDED, metavar="NAME", help="hub id, local directory, or the embedded model")
+    add("--model-name", default=EMBEDDED, metavar="NAME", help="hub id or local directory (smollm2-135m)")
     add(
         "--data-file",
-        default=str(HERE / "data" / "animals.json"),
         metavar="FILE",
-        help=".json {word: [sentences]}, .txt, .jsonl, .csv, .parquet, or a hub dataset",
+        help=f".json {{word: [sentences]}}, .txt, .jsonl, .csv, .parquet, or a\nhub dataset ({BUNDLED})",
     )
     add("--text-column", metavar="NAME", help="column of a table or dataset that holds the text")
     add("--data-config", metavar="NAME", help="configuration of a hub dataset")
-    add("--data-split", default="train", metavar="NAME", help="split of a hub dataset")
-    add("--target-word", default="animals", metavar="WORD", help="push at the token just before this word")
-    add("--num-sentences", type=positive, default=20, metavar="N", help="sentences, chosen to be diverse")
-    add("--require-predicted", action="store_true", help="only sentences whose top prediction starts the target word")
-    add(
-        "--layers",
-        type=layer_number,
-        nargs="+",
-        metavar="L",
-        help="decoder layers, or all (default: every fifth and the last)",
-    )
+    add("--data-split", default="train", metavar="NAME", help="split of a hub dataset (train)")
+    add("--target-word", default="animals", metavar="WORD", help="push at the token just before this word (animals)")
+    add("--num-sentences", type=positive, default=20, metavar="N", help="sentences, chosen to be diverse (20)")
+    add("--require-predicted", action="store_true", help="only where the model's top prediction starts the word")
+    add("--layers", type=layer_number, nargs="+", metavar="L", help="decoder layers, or all (every fifth and the last)")
     add(
         "--scales",
         type=finite,
         nargs="+",
         metavar="A",
-        default=[-10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10],
-        help="how far to push, in units of --scale-unit",
+        default=[0, -0.5, 0.5, -1, 1, -2, 2, -5, 5, -10, 10],
+        help="how far to push, in units (0 ±0.5 ±1 ±2 ±5 ±10)",
     )
     add(
         "--scale-unit",
         choices=["eigenvalue", "nats", "norm"],
         default="eigenvalue",
-        help="one step is lambda, or 1/sqrt(lambda), for which A^2/2 nats are predicted, or |h|/100",
+        metavar="UNIT",
+        help="eigenvalue: lambda; nats: 1/sqrt(lambda), for which A²/2 nats are\npredicted; norm: |h|/100 (eigenvalue)",
     )
     add(
         "--max-vocab-subset",
         type=positive_or_all,
         default=200,
         metavar="K",
-        help="most probable tokens that the Fisher matrix counts, or all",
+        help="most probable tokens that the Fisher matrix counts, or all (200)",
     )
-    add("--num-controls", type=count, default=1, metavar="N", help="random directions per layer")
-    add("--batch-size", type=positive, default=256, metavar="N", help="gradients or pushes in one pass")
+    add("--num-controls", type=count, default=1, metavar="N", help="random directions per layer (1)")
+    add("--batch-size", type=positive, default=256, metavar="N", help="gradients or pushes in one pass (256)")
     add(
         "--dtype",
         choices=["auto", "float64", "float32", "bfloat16", "float16"],
         default="auto",
-        help="of the model; auto: bfloat16 on CUDA, else float32",
+        metavar="TYPE",
+        help="float64, float32, bfloat16, float16 (bfloat16 on CUDA, else float32)",
     )
-    add("--device", default="auto", metavar="NAME", help="auto takes cuda, then mps, then cpu")
-    add("--seed", type=count, default=0, metavar="N", help="of the random directions")
+    add("--device", default="auto", metavar="NAME", help="as torch names it (cuda, then mps, then cpu)")
+    add("--seed", type=count, default=0, metavar="N", help="of the random directions (0)")
     add("--trust-remote-code", action="store_true", help="run code that a hub model brings along")
-    add("--output-dir", default="experiment_results", metavar="DIR", help="where the four files go")
+    add("--output-dir", default="experiment_results", metavar="DIR", help="for the four files (experiment_results)")
     args = parser.parse_args(argv)
-    args.scales = sorted(set(map(float, args.scales)))
+    # six digits, as the results name a scale
+    args.scales = sorted({float(f"{scale:g}") for scale in args.scales})
     if not any(args.scales):
         parser.error("argument --scales: at least one must not be 0")
     return args
@@ -94,7 +92,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 if __name__ == "__main__":  # before the imports below, which take seconds: --help need not wait for torch
     given = parse_args(sys.argv[1:])
-    settle_network(given.model_name, given.data_file)
+    settle_network(given.model_name, given.data_file or str(HERE))
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -388,9 +386,8 @@ def perturb_all(
 def run(args: argparse.Namespace) -> int:
     directory = Path(args.output_dir)
     storage.check_writable(directory)
-    texts = sentences.read_sentences(
-        args.data_file, args.target_word, args.text_column, args.data_config, args.data_split
-    )
+    source = args.data_file or str(HERE / BUNDLED)
+    texts = sentences.read_sentences(source, args.target_word, args.text_column, args.data_config, args.data_split)
     clock = Clock()
     with clock("load"):
         model = load(args)
@@ -403,7 +400,8 @@ def run(args: argparse.Namespace) -> int:
     check_cached_path(model, chosen[0].context, held[0])
     print(report.sentence_table(chosen, model.decode))
 
-    results = report.Results(vars(args), environment, model.layers, chosen, model.decode, clock.seconds)
+    config = {**vars(args), "data_file": args.data_file or BUNDLED, "layers": model.layers}
+    results = report.Results(config, environment, model.layers, chosen, model.decode, clock.seconds)
     code = 0
     try:
         perturb_all(args, model, results, held, clock)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+import functools
 import math
 import statistics
 import textwrap
@@ -44,7 +45,8 @@ class Results:
         seconds: dict[str, float],
     ):
         self.config, self.environment, self.layers = config, environment, layers
-        self.chosen, self.decode, self.seconds = chosen, decode, seconds
+        self.chosen, self.seconds = chosen, seconds
+        self.decode = functools.cache(decode)  # the same few tokens, thousands of times
         self.scales = config["scales"]
         self.fisher: list[dict] = []
         self.perturbations: list[dict] = []

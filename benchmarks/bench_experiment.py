@@ -92,7 +92,7 @@ def main() -> None:
     # The naive protocol takes the model as transformers hands it out, fused attention and all.
     plain = AutoModelForCausalLM.from_pretrained(models.embedded_model()).eval().requires_grad_(False)
     plain_layers = [plain.model.layers[number] for number in model.layers]
-    texts = sentences.read_sentences(args.data_file, args.target_word)
+    texts = sentences.read_sentences(str(ROOT / core_experiment.BUNDLED), args.target_word)
     contexts = [sentences.locate(model.tokenizer, text, args.target_word) for text in texts]
     order = sentences.diverse_order([c.prompt for c in contexts])
     contexts = [contexts[index] for index, _ in zip(order, range(options.num_sentences), strict=False)]

@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     args = core_experiment.parse_args(["--device", "cpu"])
     model = core_experiment.load(args)
-    texts = sentences.read_sentences(args.data_file, args.target_word)
+    texts = sentences.read_sentences(str(ROOT / core_experiment.BUNDLED), args.target_word)
     contexts = core_experiment.locate_all(args, model, texts)
     order = sentences.diverse_order([context.prompt for context in contexts])
     contexts = [contexts[index] for index, _ in zip(order, range(options.num_sentences), strict=False)]
