@@ -21,30 +21,64 @@ class UnsupportedModelError(ValueError):
     """A model whose architecture this project cannot work with; the message says why."""
 
 
+class _SharedProduct(torch.autograd.Function):
+    """a @ b (rows, groups, share, m) of a (rows, groups, share, n) with b (groups, n, m), which all rows share.
+
+    b is a constant: it takes no gradient. One matrix product per group whatever the rows, also under
+    vmap, whose own rule would copy b once for every row.
+    """
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        rows, groups, share, n = a.shape
+        product = a.transpose(0, 1).reshape(groups, rows * share, n) @ b
+        return product.unflatten(1, (rows, share)).transpose(0, 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (b,) = ctx.saved_tensors
+        return _SharedProduct.apply(grad, b.mT), None
+
+    @staticmethod
+    def vmap(info, in_dims: tuple[int, None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+        rows = a.movedim(in_dims[0], 0).flatten(0, 1)
+        return _SharedProduct.apply(rows, b).unflatten(0, (info.batch_size, -1)), 0
+
+
 def last_token_attention(
     module: nn.Module,
     query: Tensor,  # (rows, heads, 1, head_dim)
-    key: Tensor,  # (rows, groups, tokens, head_dim): heads / groups query heads share a key head
-    value: Tensor,  # (rows, groups, tokens, head_dim)
+    key: Tensor,  # (rows, groups, 1, head_dim): heads / groups query heads share a key head
+    value: Tensor,  # (rows, groups, 1, value_dim)
     attention_mask: Tensor | None,  # (1 or rows, 1, 1, tokens), added to the scores
     scaling: float | None = None,
     softcap: float | None = None,  # Gemma 2
     s_aux: Tensor | None = None,  # (heads,): attention sinks, gpt-oss
     **_,
 ) -> tuple[Tensor, None]:
-    """Softmax attention of one query token, with no gradient to the tokens before it.
+    """Softmax attention of one query token over itself and the prefix that its key and value carry.
 
-    Nothing upstream of the prefix depends on the last token, so its keys and values are constants.
-    Saying so is what keeps a batched backward pass from carrying a (tokens, head_dim) gradient per
-    cotangent, head and layer: half of the whole pass on a CPU. The operations are plain ones, since
-    fused attention kernels have no batching rule for their backward.
+    Nothing in the prefix depends on the last token, so its keys and values are constants, the same for
+    every row. Saying so keeps a batched backward pass from carrying a (tokens, head_dim) gradient per
+    cotangent, head and layer (half of the whole pass on a CPU), and a batched forward pass from
+    copying the prefix for every row. The operations are plain ones: fused attention kernels have no
+    batching rule for their backward.
+
+    Raises:
+        UnsupportedModelError: the model changed the key after it was cached, and lost the prefix.
     """
     rows, heads, _, width = query.shape
     groups = key.shape[1]
     q = query.reshape(rows, groups, heads // groups, width)
-    past_key, own_key = key[:, :, :-1].detach(), key[:, :, -1:]
-    past_value, own_value = value[:, :, :-1].detach(), value[:, :, -1:]
-    scores = torch.cat([q @ past_key.mT, q @ own_key.mT], dim=-1)  # (rows, groups, share, tokens)
+    scores = (q * key).sum(-1, keepdim=True)  # (rows, groups, share, 1)
+    if hasattr(key, "prefix"):
+        scores = torch.cat([_SharedProduct.apply(q, key.prefix[0].mT), scores], dim=-1)
+    if attention_mask is not None and attention_mask.shape[-1] != scores.shape[-1]:
+        raise UnsupportedModelError(f"the attention of {type(module).__name__} changes keys after they are cached")
     scores = scores * (width**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -56,8 +90,10 @@ def last_token_attention(
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     if s_aux is not None:
         weights = weights[..., 1:]
-    out = weights[..., :-1] @ past_value + weights[..., -1:] @ own_value
-    return out.reshape(rows, 1, heads, width), None
+    out = weights[..., -1:] * value
+    if hasattr(value, "prefix"):
+        out = out + _SharedProduct.apply(weights[..., :-1], value.prefix[0])
+    return out.reshape(rows, 1, heads, -1), None
 
 
 AttentionInterface.register(LAST_TOKEN_ATTENTION, last_token_attention)
@@ -81,7 +117,14 @@ def constant_prefix(model: nn.Module) -> Iterator[None]:
         model.set_attn_implementation(own)
 
 
-def _extend_without_storing(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__):
+def _carry_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+    """What a constant cache does in place of growing: the last token's key and value take the prefix along."""
+    key.prefix, value.prefix = layer.keys, layer.values
+    return key, value
+
+
+def _copy_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+    """The same for an attention other than `last_token_attention`: the prefix is copied for every row."""
     rows = key.shape[0]
     keys = torch.cat([layer.keys.expand(rows, -1, -1, -1), key], dim=-2)
     values = torch.cat([layer.values.expand(rows, -1, -1, -1), value], dim=-2)
@@ -103,10 +146,11 @@ def prefill(model: nn.Module, ids: Tensor) -> DynamicCache | None:
         return None
     cache = DynamicCache(config=model.config)
     model.base_model(ids[None].to(model.device), past_key_values=cache, use_cache=True)  # no head
+    update = _carry_prefix if model.is_backend_compatible() else _copy_prefix
     for layer in cache.layers:
         if not isinstance(layer, DynamicLayer):
             raise UnsupportedModelError(f"a cache of {type(layer).__name__} is not supported: keys and values only")
-        layer.update = MethodType(_extend_without_storing, layer)
+        layer.update = MethodType(update, layer)
     return cache
 
 
