@@ -106,9 +106,9 @@ import torch
 from tqdm import tqdm
 
 import fisher
-import last_token
 import models
 import plots
+from reading import Model, Reading, check_cached_path, load, naming, read
 import report
 import sentences
 import storage
@@ -118,33 +118,11 @@ import storage
 HELD = 64
 INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
 SPECTRUM = 10  # leading eigenvalues recorded per sentence and layer
-SAVE_EVERY = 30.0  # seconds of work that a crash may cost
-# KL(plain forward pass || cached last token) in nats that rounding explains; seen: 3e-11 and 7e-3.
-CACHE_TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 0.05, "float16": 0.05}
+SAVE_EVERY = 30.0  # seconds of work that a crash may cost,
+SAVE_SHARE = 0.05  # or more in a long run, so that saving takes at most this share of the time
 
 
-# --- the model and its sentences -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Model:
-    """What every step needs of the model, in one place."""
-
-    lm: torch.nn.Module
-    tokenizer: object
-    layers: list[int]  # numbers of the chosen decoder layers, ascending
-    modules: list[torch.nn.Module]  # and the layers themselves
-
-    def decode(self, token: int) -> str:
-        return self.tokenizer.decode([token])
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A prompt as the model reads it: the cache before its last token, and the model linearised there."""
-
-    prefix: object
-    point: fisher.Point
+# --- the sentences -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -172,53 +150,12 @@ class Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def load(args: argparse.Namespace) -> Model:
-    lm, tokenizer = models.load_model(args.model_name, args.dtype, args.device, args.trust_remote_code)
-    modules = list(models.decoder_layers(lm).values())
-    layers = choose_layers(args.layers, len(modules))
-    return Model(lm, tokenizer, layers, [modules[number] for number in layers])
-
-
-def choose_layers(asked: list[int | str] | None, depth: int) -> list[int]:
-    """Ascending layer numbers: those asked for, or every fifth and the last.
-
-    Raises:
-        UserError: the model has no such layer.
-    """
-    if asked is None:
-        return sorted({*range(0, depth, 5), depth - 1})
-    if "all" in asked:
-        return list(range(depth))
-    if max(asked) >= depth:
-        raise UserError(f"--layers {max(asked)}: the model has layers 0 to {depth - 1}")
-    return sorted(set(asked))
-
-
 def choose_vocab_subset(asked: int | str, vocabulary: int) -> int | str:
     """The number of tokens to count, at most the vocabulary."""
     if asked == "all" or asked <= vocabulary:
         return asked
     print(f"note: --max-vocab-subset {asked} is more than the vocabulary: counting all {vocabulary} tokens")
     return vocabulary
-
-
-@contextmanager
-def naming(sentence: str, layers: list[int]) -> Iterator[None]:
-    """Says which sentence and layer a numerical failure belongs to."""
-    try:
-        yield
-    except last_token.UnsupportedModelError as error:
-        raise UserError(f"this model is not supported: {error}") from error
-    except fisher.NumericalError as error:
-        where = "" if error.layer is None else f" at layer {layers[error.layer]}"
-        raise UserError(f"{error}{where} of sentence {sentence!r} (try --dtype float32)") from error
-
-
-def read(model: Model, context: sentences.Context) -> Reading:
-    ids = torch.tensor(context.ids)
-    with naming(context.sentence, model.layers):
-        prefix = last_token.prefill(model.lm, ids[:-1])
-        return Reading(prefix, fisher.linearize(model.lm, model.modules, ids[-1], prefix))
 
 
 def locate_all(args: argparse.Namespace, model: Model, texts: list[str]) -> list[sentences.Context]:
@@ -263,24 +200,6 @@ def choose_sentences(
     if len(chosen) < args.num_sentences:
         print(f"note: {args.num_sentences} sentences were asked for, {len(chosen)} are to be had")
     return chosen, held
-
-
-def check_cached_path(model: Model, context: sentences.Context, reading: Reading) -> None:
-    """Holds the cached last token, and pushes of length zero, against one plain forward pass.
-
-    Raises:
-        UserError: they differ by more than rounding, so this architecture cannot be trusted here.
-    """
-    with torch.no_grad():
-        plain = model.lm(torch.tensor([context.ids], device=model.lm.device)).logits[0, -1].float()
-    log_probs = plain.log_softmax(-1)
-    none = torch.zeros_like(reading.point.activations)
-    token, every = torch.tensor(context.ids[-1]), torch.arange(len(model.modules))
-    pushed = fisher.sweep(model.lm, model.modules, token, reading.prefix, log_probs, none, every)
-    kl = max(float(fisher.kl_divergence(log_probs, reading.point.log_probs)), float(pushed.kl.max()))
-    if kl > CACHE_TOLERANCE[str(model.lm.dtype).removeprefix("torch.")]:
-        name = type(model.lm).__name__
-        raise UserError(f"{name} is not supported: its cached and plain predictions differ by {kl:.2g} nats")
 
 
 # --- the experiment ------------------------------------------------------------------------------
@@ -368,7 +287,7 @@ def perturb_all(
 ) -> None:
     """Takes every sentence through `perturb` into `results`, saving what there is now and then."""
     chunks = fisher.Chunks(args.batch_size)
-    saved = time.perf_counter()
+    due = time.perf_counter() + SAVE_EVERY
     for index, chosen in enumerate(tqdm(results.chosen, desc="perturbing", unit="sentence", disable=None)):
         if index not in held:
             with clock("prefix"):
@@ -378,9 +297,10 @@ def perturb_all(
             measured = perturb(args, model, chosen.context, held.pop(index), controls, chunks, clock)
         results.add(measured, list(controls))
         tqdm.write(report.sentence_block(results, index))
-        if time.perf_counter() - saved > SAVE_EVERY:
+        if (start := time.perf_counter()) > due:
             save(Path(args.output_dir), results)
-            saved = time.perf_counter()
+            end = time.perf_counter()
+            due = end + max(SAVE_EVERY, (end - start) / SAVE_SHARE)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -390,7 +310,7 @@ def run(args: argparse.Namespace) -> int:
     texts = sentences.read_sentences(source, args.target_word, args.text_column, args.data_config, args.data_split)
     clock = Clock()
     with clock("load"):
-        model = load(args)
+        model = load(args.model_name, args.layers, args.dtype, args.device, args.trust_remote_code)
     vocabulary = model.lm.get_output_embeddings().weight.shape[0]
     args.max_vocab_subset = choose_vocab_subset(args.max_vocab_subset, vocabulary)
     environment = models.describe(model.lm)
@@ -426,6 +346,10 @@ def main(argv: list[str] | None = None) -> int:
             return run(args)
         except UserError as error:
             print(f"core_experiment.py: error: {report.printable(str(error))}", file=sys.stderr)
+            return 2
+        except torch.OutOfMemoryError:
+            advice = "fewer --layers, a smaller --max-vocab-subset, --dtype bfloat16, or a smaller model"
+            print(f"core_experiment.py: error: out of memory even row by row: try {advice}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return INTERRUPTED

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM
 import core_experiment
 import fisher
 import models
+import reading
 import sentences
 
 CHUNKS = (25, 50, 100, 200)
@@ -88,7 +89,7 @@ def main() -> None:
     options = parser.parse_args()
 
     args = core_experiment.parse_args(["--scale-unit", "nats", "--num-controls", "0", "--device", "cpu"])
-    model = core_experiment.load(args)
+    model = reading.load(args.model_name, args.layers, args.dtype, args.device)
     # The naive protocol takes the model as transformers hands it out, fused attention and all.
     plain = AutoModelForCausalLM.from_pretrained(models.embedded_model()).eval().requires_grad_(False)
     plain_layers = [plain.model.layers[number] for number in model.layers]
@@ -102,8 +103,8 @@ def main() -> None:
     def ours(context):
         clock = core_experiment.Clock()
         with clock("prefix"):
-            reading = core_experiment.read(model, context)
-        return core_experiment.perturb(args, model, context, reading, {}, chunks, clock), clock.seconds
+            prompt = reading.read(model, context)
+        return core_experiment.perturb(args, model, context, prompt, {}, chunks, clock), clock.seconds
 
     def floor(ids):
         with torch.no_grad():
@@ -136,11 +137,11 @@ def main() -> None:
         )  # fmt: skip
         print({k: v if isinstance(v, dict) else float(f"{v:.3g}") for k, v in rows[-1].items()}, flush=True)
 
-    reading = core_experiment.read(model, contexts[0])
-    cotangents = fisher.top_k_cotangents(reading.point, args.max_vocab_subset)
+    point = reading.read(model, contexts[0]).point
+    cotangents = fisher.top_k_cotangents(point, args.max_vocab_subset)
     chunk_seconds = {
         size: statistics.median(
-            seconds(lambda: fisher.pull_back(reading.point, cotangents, fisher.Chunks(size)))[0]  # noqa: B023
+            seconds(lambda: fisher.pull_back(point, cotangents, fisher.Chunks(size)))[0]  # noqa: B023
             for _ in range(options.repeats)
         )
         for size in CHUNKS

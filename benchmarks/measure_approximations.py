@@ -20,13 +20,14 @@ import torch
 import core_experiment
 import fisher
 import models
+import reading
 import sentences
 
 COUNTS = (10, 50, 200, 1000)
 
 
-def measure(model: core_experiment.Model, context: sentences.Context, tokens) -> tuple[fisher.Eigen, float]:
-    point = core_experiment.read(model, context).point
+def measure(model: reading.Model, context: sentences.Context, tokens) -> tuple[fisher.Eigen, float]:
+    point = reading.read(model, context).point
     z = fisher.cotangents(point, tokens)
     return fisher.eigenpairs(fisher.pull_back(point, z), z.weights), z.mass
 
@@ -50,8 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-sentences", type=int, default=20)
     options = parser.parse_args()
-    args = core_experiment.parse_args(["--device", "cpu"])
-    model = core_experiment.load(args)
+    args = core_experiment.parse_args([])
+    model = reading.load(args.model_name, None, "float32", "cpu")
     texts = sentences.read_sentences(str(ROOT / core_experiment.BUNDLED), args.target_word)
     contexts = core_experiment.locate_all(args, model, texts)
     order = sentences.diverse_order([context.prompt for context in contexts])
@@ -67,7 +68,7 @@ def main() -> None:
         print(count, truncation[count], flush=True)
 
     # bfloat16 only: CPUs have no fast float16
-    half = core_experiment.load(core_experiment.parse_args(["--device", "cpu", "--dtype", "bfloat16"]))
+    half = reading.load(args.model_name, None, "bfloat16", "cpu")
     full = [measure(model, context, 200)[0] for context in contexts]
     rows = [ratios(measure(half, context, 200)[0], truth) for context, truth in zip(contexts, full, strict=True)]
     deviation = torch.stack([(row["lambda"] - 1).abs() for row in rows])

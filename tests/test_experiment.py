@@ -15,9 +15,11 @@ import pytest
 import torch
 
 import core_experiment
+import fisher
 import last_token
 import models
 import plots
+import reading
 import sentences
 
 FILES = {
@@ -217,10 +219,10 @@ def test_all_layers_and_the_whole_vocabulary(model_directory, tmp_path):
 
 
 def test_default_layers():
-    assert core_experiment.choose_layers(None, 32) == [0, 5, 10, 15, 20, 25, 30, 31]
-    assert core_experiment.choose_layers(None, 30) == [0, 5, 10, 15, 20, 25, 29]
-    assert core_experiment.choose_layers(None, 1) == [0]
-    assert core_experiment.choose_layers([3, 1, 3], 4) == [1, 3]
+    assert reading.choose_layers(None, 32) == [0, 5, 10, 15, 20, 25, 30, 31]
+    assert reading.choose_layers(None, 30) == [0, 5, 10, 15, 20, 25, 29]
+    assert reading.choose_layers(None, 1) == [0]
+    assert reading.choose_layers([3, 1, 3], 4) == [1, 3]
 
 
 def test_require_predicted_keeps_only_what_the_model_predicts(model_directory, tmp_path, animals):
@@ -342,6 +344,32 @@ def test_an_architecture_whose_cache_misleads_is_refused(model_directory, tmp_pa
     monkeypatch.setattr(last_token, "prefill", lambda model, ids: prefill(model, ids.flip(0)))
     assert run(model_directory, tmp_path / "out") == 2
     assert "LlamaForCausalLM is not supported" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_a_line_of_advice(model_directory, tmp_path, capsys, monkeypatch):
+    def no_room(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(fisher, "pull_back", no_room)
+    assert run(model_directory, tmp_path / "out") == 2
+    assert "out of memory even row by row: try" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_smaller_batch_after_running_out_of_memory_is_noted(model_directory, tmp_path, capsys, monkeypatch):
+    vmap = torch.func.vmap
+
+    def room_for_ten(function):
+        def mapped(rows):
+            if len(rows) > 10:
+                raise torch.OutOfMemoryError
+            return vmap(function)(rows)
+
+        return mapped
+
+    monkeypatch.setattr(torch.func, "vmap", room_for_ten)
+    assert run(model_directory, tmp_path, "--num-sentences", "2") == 0
+    assert "note: out of memory: going on with batches of 7" in capsys.readouterr().err
+    assert len(read(tmp_path)[0]["sentences"]) == 2
 
 
 # --- interruptions ---
