@@ -95,7 +95,7 @@ class Point:
     logits: Tensor  # (V,) float32: after the scaling or soft-capping that follows the head
 
 
-def linearize(model: nn.Module, layers: Sequence[nn.Module], token: Tensor, prefix: DynamicCache | None) -> Point:
+def linearize(model: nn.Module, layers: Iterable[nn.Module], token: Tensor, prefix: DynamicCache | None) -> Point:
     """Runs the last token with a zero bias added to the residual stream of every layer in `layers`.
 
     The biases change nothing; one backward pass from x returns the gradients at all layers for the

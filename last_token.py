@@ -6,6 +6,7 @@ pass is of the last token alone, in one row or in many, with or without gradient
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from types import MethodType
 
 import torch
@@ -140,8 +141,10 @@ def prefill(model: nn.Module, ids: Tensor) -> DynamicCache | None:
     Args:
         ids: (tokens,) int64, all the prompt but its last token; may be empty (returns None).
     Raises:
-        UnsupportedModelError: its cache is not plain keys and values (recurrent and hybrid models).
+        UnsupportedModelError: the model has no cache of plain keys and values (recurrent and hybrid models).
     """
+    if "past_key_values" not in signature(model.forward).parameters:
+        raise UnsupportedModelError(f"{type(model).__name__} keeps no key-value cache")
     if len(ids) == 0:
         return None
     cache = DynamicCache(config=model.config)

