@@ -1,4 +1,4 @@
-"""What both command lines share: argument types, one-line errors, and no waiting for an absent network."""
+"""What both command lines share: argument types, one-line errors, text that is safe to print, an absent network."""
 
 import argparse
 import math
@@ -61,3 +61,8 @@ def settle_network(*names: str) -> None:
         socket.getaddrinfo(urlparse(os.environ.get("HF_ENDPOINT", HUB)).hostname, 443)
     except OSError:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def printable(text: str) -> str:
+    """`text` with everything a terminal would obey, or not show, written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

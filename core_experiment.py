@@ -17,13 +17,21 @@ import argparse
 from pathlib import Path
 import sys
 
-from arguments import EMBEDDED, Parser, count, finite, layer_number, positive, positive_or_all, settle_network
+from arguments import (
+    EMBEDDED,
+    Parser,
+    count,
+    finite,
+    layer_number,
+    positive,
+    positive_or_all,
+    printable,
+    settle_network,
+)
 from errors import UserError
 
 HERE = Path(__file__).parent
 BUNDLED = "data/animals.json"
-RESULTS, EIGENVECTORS = "experiment_results.json", "fisher_eigenvectors.npz"
-FILES = (RESULTS, EIGENVECTORS, "fisher_similarity_matrix.png", "perturbation_analysis.png")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -113,6 +121,8 @@ import report
 import sentences
 import storage
 
+EIGENVECTORS = "fisher_eigenvectors.npz"
+FILES = (plots.RESULTS, EIGENVECTORS, plots.SIMILARITY, plots.PERTURBATION)
 # Sentences whose key-value cache and graph wait in memory for their turn, about 12 MB each for an 8B
 # model; later ones are read a second time.
 HELD = 64
@@ -279,7 +289,7 @@ def perturb(
 
 def save(directory: Path, results: report.Results) -> None:
     storage.write_npz(directory / EIGENVECTORS, results.arrays())
-    storage.write_json(directory / RESULTS, results.document())
+    storage.write_json(directory / plots.RESULTS, results.document())
 
 
 def perturb_all(
@@ -322,6 +332,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = {**vars(args), "data_file": args.data_file or BUNDLED, "layers": model.layers}
     results = report.Results(config, environment, model.layers, chosen, model.decode, clock.seconds)
+    print(report.block_legend(results))
     code = 0
     try:
         perturb_all(args, model, results, held, clock)
@@ -345,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return run(args)
         except UserError as error:
-            print(f"core_experiment.py: error: {report.printable(str(error))}", file=sys.stderr)
+            print(f"core_experiment.py: error: {printable(str(error))}", file=sys.stderr)
             return 2
         except torch.OutOfMemoryError:
             advice = "fewer --layers, a smaller --max-vocab-subset, --dtype bfloat16, or a smaller model"

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import numpy as np
 
+from arguments import printable
 from errors import UserError
 import storage
 
@@ -41,7 +42,7 @@ TOKEN_COLOURS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00
 # the square root keeps small cosines, where most of the pairs are, apart
 COSINE = {"cmap": "viridis", "norm": PowerNorm(0.5, vmin=0, vmax=1)}
 MAX_PANELS = 8  # layers that get a panel of their own; of more, evenly spaced ones
-KL_FLOOR = 1e-9  # nats: below it, rounding of the logits
+KL_FLOOR = 1e-11  # nats: below it, rounding of the logits
 
 
 def draw(directory: Path) -> None:
@@ -263,9 +264,8 @@ def _token_name(token: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """`text` with its dollar signs and control characters disarmed, for matplotlib."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text.replace("$", r"\$")
+    """`text` without what matplotlib, or a terminal, would take for an instruction."""
+    return printable(text).replace("$", r"\$")
 
 
 if __name__ == "__main__":
@@ -274,5 +274,5 @@ if __name__ == "__main__":
     try:
         draw(Path(sys.argv[1]))
     except UserError as error:
-        print(f"plots.py: error: {error}", file=sys.stderr)
+        print(f"plots.py: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

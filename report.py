@@ -10,6 +10,7 @@ import textwrap
 import numpy as np
 import torch
 
+from arguments import printable
 import fisher
 
 TOP = 5  # most probable tokens recorded for every push
@@ -32,6 +33,18 @@ class Measured:
     sweep: fisher.Sweep  # of the same shape
 
 
+@dataclass(frozen=True)
+class Record:
+    """A finished sentence: its entries in the results, and its rows of the arrays."""
+
+    fisher: dict  # by layer
+    pushes: dict  # by layer and scale
+    top_ids: list[int]  # the unperturbed model's
+    eigenvectors: np.ndarray  # (layers, d)
+    eigenvalues: np.ndarray  # (layers,)
+    activations: np.ndarray  # (layers, d)
+
+
 class Results:
     """The experiment's records, sentence by sentence."""
 
@@ -48,34 +61,38 @@ class Results:
         self.chosen, self.seconds = chosen, seconds
         self.decode = functools.cache(decode)  # the same few tokens, thousands of times
         self.scales = config["scales"]
-        self.fisher: list[dict] = []
-        self.perturbations: list[dict] = []
-        self.top_ids: list[list[int]] = []  # the unperturbed model's
-        self.eigenvectors, self.eigenvalues, self.activations = [], [], []
+        self.done: list[Record] = []
 
     def __len__(self) -> int:
-        return len(self.fisher)
+        return len(self.done)
+
+    @property
+    def farthest(self) -> str:
+        """The scale farthest from 0, as the records name it."""
+        return f"{max(self.scales, key=abs):g}"
 
     def add(self, measured: Measured, controls: list[str]) -> None:
-        """Takes in the next sentence; `controls` names the directions after the first."""
+        """Takes in the next sentence, whole or not at all; `controls` names the directions after the first."""
         eigen = fisher.Eigen(*(part.cpu() for part in measured.eigen))
-        self.eigenvectors.append(eigen.vectors[:, 0].numpy())
-        self.eigenvalues.append(eigen.values[:, 0].numpy())
-        self.activations.append(measured.activations.cpu().numpy())
-        self.fisher.append(
-            {
-                layer: {
-                    "eigenvalues": eigen.values[row].tolist(),
-                    "trace": eigen.trace[row].item(),
-                    "captured_mass": measured.mass,
-                    "effective_rank": eigen.effective_rank[row].item(),
-                    "activation_norm": measured.activations[row].norm().item(),
-                }
-                for row, layer in enumerate(self.layers)
+        entries = {
+            layer: {
+                "eigenvalues": eigen.values[row].tolist(),
+                "trace": eigen.trace[row].item(),
+                "captured_mass": measured.mass,
+                "effective_rank": eigen.effective_rank[row].item(),
+                "activation_norm": measured.activations[row].norm().item(),
             }
+            for row, layer in enumerate(self.layers)
+        }
+        record = Record(
+            fisher=entries,
+            pushes=self._pushes(measured, ["fisher", *controls]),
+            top_ids=measured.top[1].tolist(),
+            eigenvectors=eigen.vectors[:, 0].numpy(),
+            eigenvalues=eigen.values[:, 0].numpy(),
+            activations=measured.activations.cpu().numpy(),
         )
-        self.perturbations.append(self._pushes(measured, ["fisher", *controls]))
-        self.top_ids.append(measured.top[1].tolist())
+        self.done.append(record)
 
     def _pushes(self, measured: Measured, names: list[str]) -> dict:
         base_log_probs, base_ids = (part.tolist() for part in measured.top)
@@ -124,24 +141,24 @@ class Results:
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of fisher_eigenvectors.npz."""
         return {
-            "eigenvectors": np.stack(self.eigenvectors),  # (sentences, layers, d)
-            "eigenvalues": np.stack(self.eigenvalues),  # (sentences, layers)
-            "activations": np.stack(self.activations),  # (sentences, layers, d)
+            "eigenvectors": np.stack([r.eigenvectors for r in self.done]),  # (sentences, layers, d)
+            "eigenvalues": np.stack([r.eigenvalues for r in self.done]),  # (sentences, layers)
+            "activations": np.stack([r.activations for r in self.done]),  # (sentences, layers, d)
             "layers": np.array(self.layers),
         }
 
     def document(self) -> dict:
         """The contents of experiment_results.json."""
-        done = self.chosen[: len(self)]
+        chosen = self.chosen[: len(self)]
         labels, similarity = self.similarity()
         return {
             "experiment_config": self.config,
             "environment": self.environment,
-            "complete": len(done) == len(self.chosen),
-            "sentences": [c.context.sentence for c in done],
-            "contexts": [self._context(c, ids) for c, ids in zip(done, self.top_ids, strict=True)],
-            "fisher": self.fisher,
-            "perturbation_results": self.perturbations,
+            "complete": len(chosen) == len(self.chosen),
+            "sentences": [c.context.sentence for c in chosen],
+            "contexts": [self._context(c, r.top_ids) for c, r in zip(chosen, self.done, strict=True)],
+            "fisher": [r.fisher for r in self.done],
+            "perturbation_results": [r.pushes for r in self.done],
             "similarity_labels": labels,
             "similarity_matrix": similarity,
             "summary": self.summary(),
@@ -166,7 +183,7 @@ class Results:
         Of a very long run, the first sentences only: as many as keep the matrix within MAX_SIMILARITY.
         """
         count = max(1, min(len(self), MAX_SIMILARITY // len(self.layers)))
-        vectors = np.stack(self.eigenvectors[:count], axis=1)  # (layers, sentences, d)
+        vectors = np.stack([r.eigenvectors for r in self.done[:count]], axis=1)  # (layers, sentences, d)
         flat = vectors.reshape(-1, vectors.shape[-1])
         labels = [f"S{i}_L{layer}" for layer in self.layers for i in range(count)]
         return labels, np.minimum(np.abs(flat @ flat.T), 1)
@@ -176,10 +193,11 @@ class Results:
         far = max(map(abs, self.scales))
         layers = {}
         for row, layer in enumerate(self.layers):
-            of = {key: [f[layer][key] for f in self.fisher] for key in self.fisher[0][layer] if key != "eigenvalues"}
+            entries = [r.fisher[layer] for r in self.done]
+            of = {key: [e[key] for e in entries] for key in entries[0] if key != "eigenvalues"}
             pushes = self._far_pushes(layer, far)
             layers[layer] = {
-                "eigenvalue_median": float(np.median([values[row] for values in self.eigenvalues])),
+                "eigenvalue_median": float(np.median([r.eigenvalues[row] for r in self.done])),
                 **{f"{key}_median": statistics.median(values) for key, values in of.items()},
                 "kl_median": {kind: statistics.median(p["kl"] for p in ps) for kind, ps in pushes.items()},
                 "flips": {kind: statistics.fmean(p["top_changed"] for p in ps) for kind, ps in pushes.items()},
@@ -189,20 +207,15 @@ class Results:
     def _far_pushes(self, layer: int, far: float) -> dict[str, list[dict]]:
         """The records of the longest pushes at a layer, by kind of direction."""
         kinds: dict[str, list[dict]] = {}
-        for sentence in self.perturbations:
-            for scale in {f"{far:g}", f"{-far:g}"} & set(sentence[layer]):
-                record = sentence[layer][scale]
+        for sentence in self.done:
+            for scale in {f"{far:g}", f"{-far:g}"} & set(sentence.pushes[layer]):
+                record = sentence.pushes[layer][scale]
                 for name, push in {"fisher": record, **record["controls"]}.items():
                     kinds.setdefault(name.partition("_")[0], []).append(push)
         return kinds
 
 
 # --- text for the terminal -----------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    """`text` with everything a terminal would obey, or not show, written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def excerpt(text: str) -> str:
@@ -237,13 +250,17 @@ def sentence_table(chosen: list, decode: Callable[[int], str]) -> str:
     return table(["", "prompt".ljust(EXCERPT), "target", "probability", "rank"], rows)
 
 
+def block_legend(results: Results) -> str:
+    return f"Sentence by sentence, KL in nats after the push at scale {results.farthest}; * the top token changed:"
+
+
 def sentence_block(results: Results, index: int) -> str:
     """A finished sentence in a few lines: a column a layer."""
-    fisher_, pushes = results.fisher[index], results.perturbations[index]
-    far = f"{max(results.scales, key=abs):g}"
+    entries, pushes = results.done[index].fisher, results.done[index].pushes
+    far = results.farthest
     title = f"S{index}  {excerpt(results.chosen[index].context.prompt)}"
     names = ["fisher", *next(iter(pushes.values()))[far]["controls"]]
-    rows = [["  lambda", *(f"{fisher_[layer]['eigenvalues'][0]:.2g}" for layer in results.layers)]]
+    rows = [["  lambda", *(f"{entries[layer]['eigenvalues'][0]:.2g}" for layer in results.layers)]]
     for name in names:
         cells = []
         for layer in results.layers:
@@ -251,7 +268,7 @@ def sentence_block(results: Results, index: int) -> str:
             push = record if name == "fisher" else record["controls"][name]
             cells.append(f"{push['kl']:.2g}" + ("*" if push["top_changed"] else ""))
         rows.append([f"  KL {name}", *cells])
-    return title + "\n" + table([f"  layer, at {far}", *map(str, results.layers)], rows)
+    return title + "\n" + table(["  layer", *map(str, results.layers)], rows)
 
 
 def layer_table(results: Results) -> str:
@@ -267,9 +284,10 @@ def layer_table(results: Results) -> str:
     ]  # fmt: skip
     far = f"±{summary['at_scale']:g}"
     note = f"Medians over {len(results)} sentences; KL in nats and share of changed top tokens at {far}."
-    weak = max(s["kl_median"]["fisher"] for s in summary["layers"].values()) < FELT_KL
+    weak = statistics.median(s["kl_median"]["fisher"] for s in summary["layers"].values()) < FELT_KL
     if weak and results.config["scale_unit"] == "eigenvalue":
-        note += " Steps of alpha * lambda were too short to move these predictions: --scale-unit nats scales them to."
+        note += " At half of the layers or more, steps of lambda are too short to move a prediction: --scale-unit nats"
+        note += " makes them long enough."
     return table(header, rows) + "\n" + textwrap.fill(note, 100)
 
 
