@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         except torch.OutOfMemoryError:
             advice = "fewer --layers, a smaller --max-vocab-subset, --dtype bfloat16, or a smaller model"
-            print(f"core_experiment.py: error: out of memory even row by row: try {advice}", file=sys.stderr)
+            print(f"core_experiment.py: error: not enough memory: try {advice}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return INTERRUPTED

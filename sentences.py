@@ -34,13 +34,13 @@ def read_sentences(
         UserError: unreadable, malformed or empty source, or no sentence with the word.
     """
     path = Path(source)
-    if path.suffix.lower() in TABLES or not path.exists():
-        texts = _dataset_texts(source, text_column, config, split)
-        texts = (sentence for text in texts for sentence in SENTENCE_END.split(text))
-    elif path.suffix.lower() == ".json":
+    if path.suffix.lower() == ".json":
         texts = _json_texts(path, word)
     elif path.suffix.lower() == ".txt":
         texts = _read(path).splitlines()
+    elif path.suffix.lower() in TABLES or not path.exists():
+        texts = _dataset_texts(source, text_column, config, split)
+        texts = (sentence for text in texts for sentence in SENTENCE_END.split(text))
     else:
         raise UserError(f"cannot read {source}: give a .json, .txt, .jsonl, .csv or .parquet file")
 

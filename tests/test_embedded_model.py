@@ -9,11 +9,11 @@ import re
 import subprocess
 import sys
 
-from conftest import ROOT
 import numpy as np
 import pytest
 import torch
 
+from conftest import ROOT
 import fisher
 import last_token
 import models

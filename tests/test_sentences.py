@@ -111,7 +111,7 @@ def test_another_column_and_another_word(tmp_path):
 
 
 BAD_SOURCES = {  # name of the file, its bytes (None: it does not exist), what the error says
-    "missing": ("none.json", None, "cannot read"),
+    "missing": ("none.json", None, "none.json: No such file"),
     "missing table": ("none.csv", None, "no such file"),
     "empty json": ("a.json", b"", "not valid JSON"),
     "malformed json": ("a.json", b'{"animals": [', "not valid JSON"),
