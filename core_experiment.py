@@ -116,6 +116,7 @@ from tqdm import tqdm
 import fisher
 import models
 import plots
+import pushes
 from reading import Model, Reading, check_cached_path, load, naming, read
 import report
 import sentences
@@ -268,7 +269,7 @@ def perturb(
     at_layer = torch.arange(len(model.modules)).repeat_interleave(predicted_kl[0].numel())
     token = torch.tensor(context.ids[-1])
     with clock("sweep"):
-        sweep = fisher.sweep(
+        sweep = pushes.sweep(
             model.lm, model.modules, token, reading.prefix, point.log_probs,
             deltas.flatten(0, 2), at_layer, context.target_id, report.TOP, chunks,
         )  # fmt: skip
@@ -276,11 +277,11 @@ def perturb(
         activations=point.activations,
         top=point.log_probs.topk(report.TOP),
         target_log_prob=point.log_probs[context.target_id],
-        mass=cotangents.mass,
+        mass=float(cotangents.mass),
         eigen=eigen,
         steps=steps,
         predicted_kl=predicted_kl,
-        sweep=fisher.Sweep(*(column.unflatten(0, predicted_kl.shape) for column in sweep)),
+        sweep=pushes.Sweep(*(column.unflatten(0, predicted_kl.shape) for column in sweep)),
     )
 
 

@@ -7,22 +7,23 @@ For the residual stream h leaving a decoder layer at the last token of a prompt,
 the expectation being under the model's own p (Amari, "Natural gradient works efficiently in
 learning", 1998; Martens, "New insights and perspectives on the natural gradient method", 2020).
 It predicts what a small push does: KL(p(.|h) || p(.|h + delta)) = 1/2 delta^T F delta + O(|delta|^3).
+h may as well be a bias added at every token of a prompt: a change of the whole residual stream.
 
 How it is computed, whatever the tokens counted:
 
-    prefill      the tokens before the last one, once, into a constant key-value cache (last_token.py)
-    linearize    the last token, with a zero bias on the residual stream of every chosen layer
-    cotangents   rows z_i at x, the input of the output head, and weights w_i, such that
-                 F = sum_i w_i (J^T z_i)(J^T z_i)^T  with J = dx/dh
-    pull_back    G: all rows J^T z_i at all layers, in one batched backward pass per chunk
-    eigenpairs   of F = G^T diag(w) G, without forming F while it has fewer rows than columns
-    sweep        the predictions after pushes along any directions, as rows of one batch
+    linearize          one prompt's last token, a zero bias at every chosen layer, over a prefix (last_token.py)
+    linearize_prompts  or a batch of whole prompts, a zero bias of its own for each, at one module
+    cotangents         rows z_i at x, the input of the output head, and weights w_i, such that
+                       F = sum_i w_i (J^T z_i)(J^T z_i)^T  with J = dx/dh
+    pull_back          G: all rows J^T z_i at all layers, in one batched backward pass per chunk
+    eigenpairs         of F = G^T diag(w) G, without forming F while it has fewer rows than columns
 
 Tensors in, tensors out: this module reads no files, prints nothing and keeps no state. The model
-is any transformers causal LM in evaluation mode; it is handed back as it came.
+is any transformers causal LM in evaluation mode; it is handed back as it came. In the shapes below,
+"..." is nothing for one prompt, and (prompts,) for a batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,30 +36,30 @@ from transformers import DynamicCache
 from last_token import UnsupportedModelError, last_token_logits
 
 HEAD_ROWS = 16384  # vocabulary rows turned to float32 at a time: 256 MB at d = 4096
-LARGE_KL = 0.1  # nats: above it, the rounding of a plain log-sum-exp (1e-6) no longer matters
 
 
 class NumericalError(ArithmeticError):
     """Numbers that no result can be made of: NaN, infinity, or a Fisher matrix that is zero.
 
-    `layer` is the index of the first chosen layer where they appeared, or None (the logits).
+    `layer` and `prompt` are the indices of the first chosen layer and prompt of a batch where they appeared,
+    or None where there is no telling (the logits belong to no layer).
     """
 
-    def __init__(self, message: str, layer: int | None = None):
+    def __init__(self, message: str, layer: int | None = None, prompt: int | None = None):
         super().__init__(message)
-        self.layer = layer
+        self.layer, self.prompt = layer, prompt
 
 
 # --- hooks -------------------------------------------------------------------------------------
 
 
 @contextmanager
-def forward_hooks(hooks: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
-    """Installs forward hooks and removes every one of them, whatever happens inside."""
+def hooked(*hooks: tuple[Callable, Callable]) -> Iterator[None]:
+    """Installs hooks, pairs of (module.register_..., hook), and removes every one of them, whatever happens."""
     handles = []
     try:
-        for module, hook in hooks:
-            handles.append(module.register_forward_hook(hook))
+        for register, hook in hooks:
+            handles.append(register(hook))
         yield
     finally:
         for handle in handles:
@@ -84,15 +85,15 @@ def edit_stream(edit: Callable[[Tensor], Tensor]) -> Callable:
 
 @dataclass(frozen=True)
 class Point:
-    """A prompt's last token: what was read there, and the graph from the zero biases to x."""
+    """What was read at the last token of a prompt, or of each of a batch, and the graph from the biases to x."""
 
-    activations: Tensor  # (layers, d) float32, the residual stream leaving each chosen layer
-    log_probs: Tensor  # (V,) float32, nats
-    biases: list[Tensor]  # one (d,) leaf a layer, all zero: the point where gradients are taken
-    x: Tensor  # (1, 1, d_head): the head's input, the final normalised hidden state
+    activations: Tensor  # (layers, ..., d) float32, the residual stream leaving each chosen layer
+    log_probs: Tensor  # (..., V) float32, nats
+    biases: list[Tensor]  # one (..., d) leaf a layer, all zero: the point where gradients are taken
+    x: Tensor  # (prompts, 1, d_head): the head's input, the final normalised hidden state
     head: nn.Module  # x -> raw logits, (V, d_head) if linear
-    raw_logits: Tensor  # (1, 1, V): the head's output
-    logits: Tensor  # (V,) float32: after the scaling or soft-capping that follows the head
+    raw_logits: Tensor  # (prompts, 1, V): the head's output
+    logits: Tensor  # (..., V) float32: after the scaling or soft-capping that follows the head
 
 
 def linearize(model: nn.Module, layers: Iterable[nn.Module], token: Tensor, prefix: DynamicCache | None) -> Point:
@@ -119,30 +120,93 @@ def linearize(model: nn.Module, layers: Iterable[nn.Module], token: Tensor, pref
     def keep_head(module: nn.Module, args: tuple, output: Tensor) -> None:
         head.update(x=args[0], raw_logits=output)
 
-    hooks = [(layer, edit_stream(add_zero_bias)) for layer in layers]
-    hooks.append((model.get_output_embeddings(), keep_head))
-    with torch.enable_grad(), forward_hooks(hooks):
+    hooks = [(layer.register_forward_hook, edit_stream(add_zero_bias)) for layer in layers]
+    hooks.append((model.get_output_embeddings().register_forward_hook, keep_head))
+    with torch.enable_grad(), hooked(*hooks):
         logits = last_token_logits(model, token, prefix, rows=1)[0]
-    logits = logits.to(head["raw_logits"].device)  # a model spread over devices returns it to the first
+    return _point(model, streams, biases, logits, **head)
 
+
+def linearize_prompts(
+    model: nn.Module, module: nn.Module, ids: Tensor, lengths: Tensor, last_only: bool = False
+) -> Point:
+    """Runs whole prompts with a zero bias, each its own, added to what leaves `module` at every token.
+
+    The prompts are padded on the right, where causal attention lets no real token see it, so no mask is
+    needed. Each row's last real token is picked before the head by its length: nothing is left that a
+    padding side could turn wrong.
+
+    Args:
+        module: any module of the model whose output is (prompts, tokens, d), or a tuple that begins with it.
+        ids: (prompts, tokens) int64, padded with any token.
+        lengths: (prompts,) int64, the tokens of each prompt.
+        last_only: add the bias at each prompt's last token alone.
+    Raises:
+        NumericalError: activations or logits hold NaN or infinity.
+        last_token.UnsupportedModelError: the module's output is of another shape, or does not lead to the
+            predictions.
+    """
+    prompts, last = torch.arange(len(ids)), lengths.cpu() - 1
+    streams, biases, head = [], [], {}
+
+    def add_zero_biases(h: Tensor) -> Tensor:
+        if h.ndim != 3 or h.shape[:2] != ids.shape or not h.is_floating_point():
+            raise UnsupportedModelError("its output is not of shape (prompts, tokens, d)")
+        bias = torch.zeros(len(ids), h.shape[-1], dtype=h.dtype, device=h.device, requires_grad=True)
+        streams.append(h.detach()[prompts, last])
+        biases.append(bias)
+        if last_only:
+            at_last = torch.arange(ids.shape[1]) == last[:, None]
+            return h + at_last[..., None].to(h) * bias[:, None]
+        return h + bias[:, None]
+
+    def pick_last(module: nn.Module, args: tuple) -> tuple:
+        head["x"] = args[0][prompts, last][:, None]
+        return (head["x"], *args[1:])
+
+    def keep_logits(module: nn.Module, args: tuple, output: Tensor) -> None:
+        head["raw_logits"] = output
+
+    output_head = model.get_output_embeddings()
+    with (
+        torch.enable_grad(),
+        hooked(
+            (module.register_forward_hook, edit_stream(add_zero_biases)),
+            (output_head.register_forward_pre_hook, pick_last),
+            (output_head.register_forward_hook, keep_logits),
+        ),
+    ):
+        logits = model(ids.to(model.device), use_cache=False).logits[:, 0].float()
+    if len(biases) != 1 or not head["x"].requires_grad:
+        raise UnsupportedModelError("it does not stand, once, between the prompt and the output head")
+    return _point(model, streams, biases, logits, **head)
+
+
+def _point(
+    model: nn.Module, streams: list[Tensor], biases: list[Tensor], logits: Tensor, x: Tensor, raw_logits: Tensor
+) -> Point:
+    logits = logits.to(raw_logits.device)  # a model spread over devices returns it to the first
     activations = torch.stack([h.float().to(logits.device) for h in streams])
-    _require_finite(activations, "activations")
-    if not logits.isfinite().all():
-        raise NumericalError("the logits hold NaN or infinity")
+    _require_finite(activations, "activations", places=activations.ndim - 1)
+    _require_finite(logits.detach()[None], "logits", places=logits.ndim)
     return Point(
         activations=activations,
         log_probs=logits.detach().log_softmax(-1),
         biases=biases,
+        x=x,
         head=model.get_output_embeddings(),
+        raw_logits=raw_logits,
         logits=logits,
-        **head,
     )
 
 
-def _require_finite(per_layer: Tensor, what: str) -> None:
-    finite = per_layer.flatten(1).isfinite().all(dim=1)
+def _require_finite(values: Tensor, what: str, places: int) -> None:
+    """Raises NumericalError unless `values` is finite; its first `places` axes are layers and prompts."""
+    finite = values.flatten(places).isfinite().all(dim=-1)
     if not finite.all():
-        raise NumericalError(f"the {what} hold NaN or infinity", layer=int((~finite).nonzero()[0]))
+        layer, *prompt = (~finite).nonzero()[0].tolist()
+        layer = None if what == "logits" else layer
+        raise NumericalError(f"the {what} hold NaN or infinity", layer, *prompt)
 
 
 # --- cotangents at the head's input --------------------------------------------------------------
@@ -151,13 +215,13 @@ def _require_finite(per_layer: Tensor, what: str) -> None:
 class Cotangents(NamedTuple):
     """F = sum_i weights[i] (J^T rows[i]) (J^T rows[i])^T. Row 0 belongs to the most probable token."""
 
-    rows: Tensor  # (k, d_head) float32
-    weights: Tensor  # (k,) float32
-    mass: float  # probability that the counted tokens hold
+    rows: Tensor  # (..., k, d_head) float32
+    weights: Tensor  # (..., k) float32
+    mass: Tensor  # (...) float32: probability that the counted tokens hold
 
 
 def _linear_head(point: Point) -> tuple[Tensor, Tensor] | None:
-    """Head weights (V, d_head) and slope (V,), if logits = phi(W x + b) with phi elementwise.
+    """Head weights (V, d_head) and slope (..., V), if logits = phi(W x + b) with phi elementwise.
 
     phi is whatever the model does after its head: nothing, a scale (Cohere, Granite) or a soft cap
     (Gemma 2). Its slope phi' is the gradient of the sum of the logits. None for any other head.
@@ -166,7 +230,7 @@ def _linear_head(point: Point) -> tuple[Tensor, Tensor] | None:
     if not isinstance(point.head, nn.Linear) or weight.is_meta:
         return None
     (slope,) = torch.autograd.grad(point.logits.sum(), point.raw_logits, retain_graph=True)
-    return weight.detach(), slope[0, -1].float()
+    return weight.detach(), slope.reshape(point.logits.shape).float()
 
 
 def cotangents(point: Point, tokens: int | str = "all") -> Cotangents:
@@ -185,19 +249,20 @@ def top_k_cotangents(point: Point, k: int) -> Cotangents:
     if linear is None:
         log_probs = point.logits.log_softmax(-1)
 
-        def grad_x(token: Tensor) -> Tensor:
-            one_hot = torch.zeros_like(log_probs).scatter(0, token[None], 1.0)
-            return torch.autograd.grad(log_probs, point.x, one_hot, retain_graph=True)[0][0, -1]
+        def grad_x(token: Tensor) -> Tensor:  # (...)
+            one_hot = torch.zeros_like(log_probs).scatter(-1, token[..., None], 1.0)
+            (grad,) = torch.autograd.grad(log_probs, point.x, one_hot, retain_graph=True)
+            return grad.reshape(*token.shape, -1)
 
-        rows = torch.func.vmap(grad_x)(tokens).float()
+        rows = torch.func.vmap(grad_x, in_dims=-1, out_dims=-2)(tokens).float()
     else:
         weight, slope = linear
-        mean = torch.zeros(weight.shape[1], device=weight.device)
-        parts = zip(weight.split(HEAD_ROWS), (slope * point.log_probs.exp()).split(HEAD_ROWS), strict=True)
-        for w, q in parts:
-            mean += w.float().mT @ q
-        rows = slope[tokens, None] * weight[tokens].float() - mean
-    return Cotangents(rows, p, float(p.sum()))
+        mean = slope.new_zeros(*p.shape[:-1], weight.shape[1])
+        q = slope * point.log_probs.exp()
+        for w, part in zip(weight.split(HEAD_ROWS), q.split(HEAD_ROWS, dim=-1), strict=True):
+            mean += part @ w.float()
+        rows = slope.gather(-1, tokens)[..., None] * weight[tokens].float() - mean[..., None, :]
+    return Cotangents(rows, p, p.sum(-1))
 
 
 def exact_cotangents(point: Point) -> Cotangents:
@@ -215,6 +280,14 @@ def exact_cotangents(point: Point) -> Cotangents:
         raise UnsupportedModelError("the whole vocabulary needs a linear output head: count fewer tokens")
     weight, slope = linear
     p = point.log_probs.exp()
+    prompts = zip(slope.reshape(-1, len(weight)), p.reshape(-1, len(weight)), strict=True)
+    each = [_exact_cotangents(weight, *of_prompt) for of_prompt in prompts]
+    rows, weights = (torch.stack(part).reshape(*p.shape[:-1], *part[0].shape) for part in zip(*each, strict=True))
+    return Cotangents(rows, weights, torch.ones_like(p[..., 0]))
+
+
+def _exact_cotangents(weight: Tensor, slope: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (1 + d_head, d_head) and weights (1 + d_head,) of one prompt, from slope and p (V,)."""
     d = weight.shape[1]
     second = torch.zeros(d, d, device=weight.device)
     mean = torch.zeros(d, device=weight.device)
@@ -226,9 +299,7 @@ def exact_cotangents(point: Point) -> Cotangents:
     values, vectors = values.to(mean), vectors.to(mean)
     top = p.argmax()
     top_row = slope[top] * weight[top].float() - mean
-    rows = torch.cat([top_row[None], vectors.mT])
-    weights = torch.cat([values.new_zeros(1), values.clamp(min=0)])
-    return Cotangents(rows, weights, 1.0)
+    return torch.cat([top_row[None], vectors.mT]), torch.cat([values.new_zeros(1), values.clamp(min=0)])
 
 
 # --- gradients, the matrix, its eigenpairs -------------------------------------------------------
@@ -265,32 +336,34 @@ class Chunks:
 
 
 def pull_back(point: Point, z: Cotangents, chunks: Chunks | None = None) -> Tensor:
-    """G (layers, k, d) float32: row i at a layer is J^T z_i, one batched backward pass per chunk.
+    """G (layers, ..., k, d) float32: row i at a layer is J^T z_i, one batched backward pass per chunk of rows.
 
-    For top-k cotangents, row t is the gradient of log p_t with respect to the residual stream.
+    For top-k cotangents, row t is the gradient of log p_t with respect to the bias.
 
     Raises:
         NumericalError: gradients hold NaN or infinity.
     """
     # Rows go through the network at unit norm, so that float16 gradients do not underflow.
-    norms = z.rows.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    norms = z.rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
     def one(row: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(point.x, point.biases, row[None, None], retain_graph=True)
+        return torch.autograd.grad(point.x, point.biases, row.reshape(point.x.shape), retain_graph=True)
 
     def chunk(rows: Tensor, norms: Tensor) -> Tensor:
-        unit = (rows / norms[:, None]).to(point.x)
-        grads = torch.func.vmap(one)(unit)  # one (chunk, d) a layer
-        return torch.stack([norms[:, None] * g.to(norms) for g in grads])
+        unit = (rows / norms).to(point.x)  # (chunk, ..., d_head)
+        # a single row goes without vmap, for which fused attention has no backward rule
+        grads = torch.func.vmap(one)(unit) if len(unit) > 1 else [g[None] for g in one(unit[0])]
+        return torch.stack([norms * g.to(norms) for g in grads])
 
-    gradients = torch.cat((chunks or Chunks()).map(chunk, z.rows, norms), dim=1)
-    _require_finite(gradients, "gradients")
+    by_row = (z.rows.movedim(-2, 0), norms.movedim(-2, 0))
+    gradients = torch.cat((chunks or Chunks()).map(chunk, *by_row), dim=1).movedim(1, -2)
+    _require_finite(gradients, "gradients", places=gradients.ndim - 2)
     return gradients
 
 
 def fisher_matrix(gradients: Tensor, weights: Tensor) -> Tensor:
-    """F = G^T diag(w) G, (..., d, d) float32, from G (..., k, d) and w (k,)."""
-    return gradients.mT @ (weights[:, None] * gradients)
+    """F = G^T diag(w) G, (..., d, d) float32, from G (..., k, d) and w (k,) or (..., k)."""
+    return gradients.mT @ (weights[..., None] * gradients)
 
 
 def _off_mps(tensor: Tensor) -> Tensor:
@@ -299,152 +372,62 @@ def _off_mps(tensor: Tensor) -> Tensor:
 
 
 class Eigen(NamedTuple):
-    """The leading part of the spectrum of F at each layer."""
+    """The leading part of the spectrum of F, at each layer or of each prompt."""
 
-    values: Tensor  # (layers, m) float32, descending, nats / unit^2
-    vectors: Tensor  # (layers, m, d) float32, unit norm, rows
-    trace: Tensor  # (layers,) float32: sum of all eigenvalues
-    effective_rank: Tensor  # (layers,) float32: (sum lambda)^2 / sum lambda^2, participation ratio
+    values: Tensor  # (..., m) float32, descending, nats / unit^2
+    vectors: Tensor  # (..., m, d) float32, orthonormal rows; zero where the eigenvalue is
+    trace: Tensor  # (...) float32: sum of all eigenvalues
+    effective_rank: Tensor  # (...) float32: (sum lambda)^2 / sum lambda^2, participation ratio; 0 if F is 0
 
 
-def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1) -> Eigen:
-    """The `num` largest eigenpairs of F = G^T diag(w) G at each layer, from G (layers, k, d), w (k,).
+def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: bool = False) -> Eigen:
+    """The `num` largest eigenpairs (or as many as there are) of each F = G^T diag(w) G.
 
     With R = diag(sqrt(w)) G, F = R^T R and the k x k Gram matrix R R^T share their nonzero
     eigenvalues, and u of the latter gives v = R^T u / sqrt(lambda) of F. The smaller of the two is
     decomposed, in float64: a Gram matrix squares R's condition number, and float64 has the room.
 
+    Since F is symmetric and positive semi-definite, this is also its singular value decomposition:
+    F ~ U diag(S) V with S = values, V = vectors and U = V^T.
+
     Signs: v points where row 0 of G, the most probable token's log-probability, grows; where that
     derivative vanishes, v's largest component is positive.
 
+    Args:
+        gradients: G (..., k, d).
+        weights: w (k,) or (..., k).
+        allow_zero: let F be zero (a certain prediction), with eigenvalues and vectors that are zero.
     Raises:
-        NumericalError: F is zero at a layer, so that it has no direction.
+        NumericalError: F is zero, so that it has no direction; `layer` is its first index.
         torch.linalg.LinAlgError: the decomposition failed.
     """
-    k, d = gradients.shape[1:]
-    work = _off_mps(gradients)
-    r = work.double() * weights.to(work.device).double().sqrt()[:, None]
+    k, d = gradients.shape[-2:]
+    work = _off_mps(gradients).double()
+    r = work * weights.to(work).sqrt()[..., None]
     gram = r @ r.mT if k <= d else r.mT @ r
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     zero = (trace <= 0).nonzero()
-    if len(zero):
-        raise NumericalError("the Fisher matrix is zero", layer=int(zero[0]))
+    if len(zero) and not allow_zero:
+        raise NumericalError("the Fisher matrix is zero", layer=int(zero[0, 0]))
 
     values, u = torch.linalg.eigh(gram)
-    num = min(num, values.shape[-1])
-    values = values[:, -num:].flip(-1).clamp(min=0)
-    u = u[:, :, -num:].flip(-1).mT  # (layers, num, k or d)
+    values = values[..., -num:].flip(-1).clamp(min=0)
+    u = u[..., -num:].flip(-1).mT  # (..., num, k or d)
     v = nn.functional.normalize(u @ r, dim=-1) if k <= d else u
+    v = torch.linalg.qr(v.mT).Q.mT  # small eigenvalues' vectors carry the rounding of large ones'
 
-    slope = torch.einsum("lmd,ld->lm", v, work[:, 0].double())
-    flat = slope.abs() <= 1e-6 * work[:, 0].double().norm(dim=-1, keepdim=True)
+    slope = (v @ work[..., 0, :, None])[..., 0]
+    flat = slope.abs() <= 1e-6 * work[..., 0, :].norm(dim=-1, keepdim=True)
     largest = v.gather(-1, v.abs().argmax(-1, keepdim=True))[..., 0]
     v = v * torch.where(torch.where(flat, largest, slope) < 0, -1.0, 1.0)[..., None]
 
-    rank = trace**2 / gram.pow(2).sum(dim=(-2, -1))
+    # What is below the rounding of the Gram matrix is no eigenvalue, and its vector no direction.
+    real = values > values[..., :1] * k * torch.finfo(torch.float64).eps
+    values, v = values * real, v * real[..., None]
+    rank = trace**2 / gram.pow(2).sum(dim=(-2, -1)).clamp(min=torch.finfo(torch.float64).tiny)
     return Eigen(*(t.to(gradients.device, torch.float32) for t in (values, v, trace, rank)))
 
 
 def curvature(gradients: Tensor, weights: Tensor, directions: Tensor) -> Tensor:
     """u^T F u (layers, n) for directions u (layers, n, d): a push s u is predicted to cost 1/2 s^2 of it."""
     return torch.einsum("lkn,k->ln", (gradients @ directions.mT) ** 2, weights)
-
-
-# --- pushing along directions --------------------------------------------------------------------
-
-
-def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
-    """KL(p || q) in nats (rows,) of p = exp(log_p) (V,) and q = softmax(logits) (rows, V).
-
-    KL = log E_p[exp(u)] - E_p[u] with u = logits - log_p, which no shift of u changes. Shifted to
-    E_p[u] = 0, and with expm1 and log1p, what is left is of second order in u: 1e-10 nats is right in
-    float32, where the sum of p (log p - log q) is noise below 1e-7. Large divergences, whose
-    exp(u) would overflow, are taken as they stand.
-    """
-    p = log_p.exp()
-    u = logits - log_p
-    mean = u @ p
-    far = logits.logsumexp(-1) - mean
-    u -= mean[..., None]
-    left = u @ p  # rounding of the mean
-    near = torch.log1p(u.clamp_(max=80).expm1_() @ p) - left
-    return torch.where(far > LARGE_KL, far, near.clamp(min=0))
-
-
-class Sweep(NamedTuple):
-    """The next-token distribution after each push."""
-
-    kl: Tensor  # (rows,) float32, KL(unperturbed || perturbed) in nats
-    top_ids: Tensor  # (rows, top) int64, the most probable tokens, descending
-    top_log_probs: Tensor  # (rows, top) float32, nats
-    target_log_prob: Tensor  # (rows,) float32, nats, of the one token asked about
-
-
-@torch.no_grad()
-def sweep(
-    model: nn.Module,
-    layers: Sequence[nn.Module],
-    token: Tensor,
-    prefix: DynamicCache | None,
-    log_probs: Tensor,
-    deltas: Tensor,
-    at_layer: Tensor,
-    target: int = 0,
-    top: int = 5,
-    chunks: Chunks | None = None,
-) -> Sweep:
-    """Pushes the last token's residual stream and reads the predictions; every push is a row of a batch.
-
-    Args:
-        layers, token, prefix: as in `linearize`.
-        log_probs: (V,) float32, the unperturbed distribution.
-        deltas: (rows, d) float32, what is added to the residual stream.
-        at_layer: (rows,) int64 on the CPU, ascending: the index in `layers` of the one layer where row r
-            is pushed.
-        target: a token whose probability to return.
-        top: how many of the most probable tokens to return.
-    Raises:
-        NumericalError: a push led to logits that hold NaN or infinity.
-        ValueError: at_layer is not ascending.
-    """
-
-    if (at_layer.diff() < 0).any():
-        raise ValueError("at_layer must be ascending")
-    # A row is the unperturbed one below its layer, so the batch starts as one row and grows at every
-    # layer by the rows pushed there. Architectures with an attention of their own need all rows from
-    # the start.
-    growing = model.is_backend_compatible()
-
-    def chunk(deltas: Tensor, at_layer: Tensor) -> Sweep:
-        counts = torch.bincount(at_layer, minlength=len(layers)).tolist()
-        starts = [sum(counts[:index]) for index in range(len(counts))]
-
-        def push(index: int) -> Callable[[Tensor], Tensor]:
-            here = deltas[starts[index] : starts[index] + counts[index], None]  # (count, 1, d)
-
-            def grow(h: Tensor) -> Tensor:
-                # the sum is float32 or wider: in half precision, only the result is rounded
-                return torch.cat([h, (h[:1] + here.to(h.device)).to(h.dtype)])
-
-            def add(h: Tensor) -> Tensor:
-                padding = (0, 0, 0, 0, starts[index], len(deltas) - starts[index] - counts[index])
-                return (h + nn.functional.pad(here, padding).to(h.device)).to(h.dtype)
-
-            return grow if growing else add
-
-        hooks = [(layer, edit_stream(push(index))) for index, layer in enumerate(layers) if counts[index]]
-        with forward_hooks(hooks):
-            logits = last_token_logits(model, token, prefix, rows=1 if growing else len(deltas))
-        logits = logits[-len(deltas) :].to(log_probs.device)
-        kl = kl_divergence(log_probs, logits)
-        normalizer = logits.logsumexp(-1)
-        top_logits, top_ids = logits.topk(top)
-        return Sweep(kl, top_ids, top_logits - normalizer[:, None], logits[:, target] - normalizer)
-
-    parts = (chunks or Chunks()).map(chunk, deltas, at_layer)
-    result = Sweep(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    bad = (~result.kl.isfinite()).nonzero()
-    if len(bad):
-        layer = int(at_layer[int(bad[0, 0])])
-        raise NumericalError("the logits after a push hold NaN or infinity", layer=layer)
-    return result

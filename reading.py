@@ -11,6 +11,7 @@ from errors import UserError
 import fisher
 import last_token
 import models
+import pushes
 from sentences import Context
 
 # KL(plain forward pass || cached last token) in nats that rounding may explain. On the embedded model it is
@@ -99,8 +100,8 @@ def check_cached_path(model: Model, context: Context, reading: Reading) -> None:
     none = torch.zeros_like(reading.point.activations)
     token, every = torch.tensor(context.ids[-1]), torch.arange(len(model.modules))
     with naming(context.sentence, model.layers):
-        pushed = fisher.sweep(model.lm, model.modules, token, reading.prefix, log_probs, none, every)
-    kl = max(float(fisher.kl_divergence(log_probs, reading.point.log_probs)), float(pushed.kl.max()))
+        pushed = pushes.sweep(model.lm, model.modules, token, reading.prefix, log_probs, none, every)
+    kl = max(float(pushes.kl_divergence(log_probs, reading.point.log_probs)), float(pushed.kl.max()))
     if not kl <= CACHE_TOLERANCE[str(model.lm.dtype).removeprefix("torch.")]:
         name = type(model.lm).__name__
         raise UserError(f"{name} is not supported: its cached and plain predictions differ by {kl:.2g} nats")

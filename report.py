@@ -12,6 +12,7 @@ import torch
 
 from arguments import printable
 import fisher
+import pushes
 
 TOP = 5  # most probable tokens recorded for every push
 MAX_SIMILARITY = 2000  # rows of the similarity matrix, whose square is written as JSON
@@ -30,7 +31,7 @@ class Measured:
     eigen: fisher.Eigen
     steps: torch.Tensor  # (layers, scales without 0): signed lengths
     predicted_kl: torch.Tensor  # (layers, directions, scales without 0), nats
-    sweep: fisher.Sweep  # of the same shape
+    sweep: pushes.Sweep  # of the same shape
 
 
 @dataclass(frozen=True)

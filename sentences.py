@@ -10,8 +10,9 @@ import re
 import numpy as np
 
 from errors import UserError
+from rows import read_rows
 
-TABLES = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # ending -> reader in `datasets`
+TABLES = (".jsonl", ".csv", ".parquet")
 TEXT_COLUMNS = ("text", "sentence", "content")  # recognised when --text-column is not given
 # Enough to choose from; a data set is read until so many sentences with the word have been found.
 MAX_CANDIDATES = 2000
@@ -83,32 +84,12 @@ def _json_texts(path: Path, word: str) -> list[str]:
 
 
 def _dataset_texts(source: str, column: str | None, config: str | None, split: str) -> Iterator[str]:
-    path = Path(source)
-    reader = TABLES.get(path.suffix.lower())
-    if reader and not path.is_file():
-        raise UserError(f"cannot read {source}: no such file")
-
-    import datasets  # takes a second, and most runs read a small file
-
-    datasets.disable_progress_bars()
-    try:
-        if reader:
-            rows = datasets.load_dataset(reader, data_files=str(path), split="train", streaming=True)
-        else:
-            rows = datasets.load_dataset(source, config, split=split, streaming=True)
-        for row in rows:
-            column = column or next((c for c in TEXT_COLUMNS if c in row), None)
-            if column not in row:
-                names = ", ".join(map(str, row))
-                raise UserError(f"choose the column of {source} with --text-column: {names}")
-            if isinstance(row[column], str):
-                yield row[column]
-    except UserError:
-        raise
-    except Exception as error:  # whatever a reader or the network brings, the user can mend it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        what = "" if reader else "no such file, and as a dataset of the hub: "
-        raise UserError(f"cannot read {source}: {what}{reason}") from error
+    for row in read_rows(source, split, config):
+        column = column or next((c for c in TEXT_COLUMNS if c in row), None)
+        if column not in row:
+            raise UserError(f"choose the column of {source} with --text-column: {', '.join(map(str, row))}")
+        if isinstance(row[column], str):
+            yield row[column]
 
 
 # --- choosing ------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from conftest import ROOT
 import fisher
 import last_token
 import models
+import pushes
 
 PROMPT = "The zoo keeps many wild"
 
@@ -74,7 +75,7 @@ def test_the_exact_fisher_matrix_predicts_kl(embedded):
     eigen = fisher.eigenpairs(fisher.pull_back(point, cotangents), cotangents.weights)
     kl = 1e-4
     deltas = (2 * kl / eigen.values[:, 0]).sqrt()[:, None] * eigen.vectors[:, 0]
-    swept = fisher.sweep(model, modules, ids[-1], prefix, point.log_probs, deltas, torch.arange(2))
+    swept = pushes.sweep(model, modules, ids[-1], prefix, point.log_probs, deltas, torch.arange(2))
     assert (swept.kl / kl - 1).abs().max() < 0.03
 
 

@@ -5,6 +5,7 @@ import torch
 
 import fisher
 import last_token
+import pushes
 import tiny
 
 K = 20
@@ -62,7 +63,7 @@ def test_sweep_rows_equal_one_perturbed_full_forward_each(name):
     generator = torch.Generator().manual_seed(2)
     deltas = torch.randn(7, tiny.D, generator=generator)
     at_layer = torch.tensor([0, 0, 0, 1, 2, 2, 2])
-    swept = fisher.sweep(model, layers, ids[-1], prefix, point.log_probs, deltas, at_layer, target=5)
+    swept = pushes.sweep(model, layers, ids[-1], prefix, point.log_probs, deltas, at_layer, target=5)
     reference = tiny.build(name, torch.float64)
     base = tiny.plain_log_probs(reference, ids)
     for row in range(len(deltas)):
@@ -84,7 +85,7 @@ def test_fisher_predicts_kl_of_small_pushes(name):
     for kl in (1e-3, 1e-5):  # nats predicted; float32 logits carry noise of about 1e-12
         steps = (2 * kl / eigen.values[:, 0]).sqrt()
         deltas = steps[:, None] * eigen.vectors[:, 0]
-        swept = fisher.sweep(model, layers, ids[-1], prefix, point.log_probs, deltas, torch.arange(tiny.DEPTH))
+        swept = pushes.sweep(model, layers, ids[-1], prefix, point.log_probs, deltas, torch.arange(tiny.DEPTH))
         errors.append((swept.kl / kl - 1).abs().max().item())
     assert errors[1] < 0.01  # the next term is of third order in the push: a tenth for a hundredth of the KL
     assert errors[1] < errors[0] / 3
@@ -187,7 +188,7 @@ def test_activations_are_the_layers_outputs():
 def test_passes_leave_the_prefix_as_it_was():
     model, ids, layers, prefix, point, cotangents = measured("llama")
     before = [layer.keys.clone() for layer in prefix.layers]
-    fisher.sweep(model, layers, ids[-1], prefix, point.log_probs, torch.ones(5, tiny.D), torch.zeros(5, dtype=int))
+    pushes.sweep(model, layers, ids[-1], prefix, point.log_probs, torch.ones(5, tiny.D), torch.zeros(5, dtype=int))
     again = fisher.linearize(model, layers, ids[-1], prefix)
     assert all(torch.equal(a, layer.keys) for a, layer in zip(before, prefix.layers, strict=True))
     assert torch.equal(again.log_probs, point.log_probs)
@@ -201,7 +202,7 @@ def test_results_do_not_depend_on_chunk_size(size):
     deltas = torch.randn(9, tiny.D, generator=torch.Generator().manual_seed(5))
     at_layer = torch.arange(9) // 3
     rest = (model, layers, ids[-1], prefix, point.log_probs, deltas, at_layer)
-    for found, expected in zip(fisher.sweep(*rest, chunks=chunks), fisher.sweep(*rest), strict=True):
+    for found, expected in zip(pushes.sweep(*rest, chunks=chunks), pushes.sweep(*rest), strict=True):
         assert torch.allclose(found, expected, rtol=1e-4)
 
 
@@ -234,7 +235,7 @@ def test_the_model_is_given_back_as_it_came():
     model.requires_grad_(True)
     attention = model.config._attn_implementation
     fisher.linearize(model, layers, ids[-1], prefix)
-    fisher.sweep(model, layers, ids[-1], prefix, point.log_probs, torch.ones(1, tiny.D), torch.zeros(1, dtype=int))
+    pushes.sweep(model, layers, ids[-1], prefix, point.log_probs, torch.ones(1, tiny.D), torch.zeros(1, dtype=int))
     assert all(not module._forward_hooks for module in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert model.config._attn_implementation == attention
@@ -293,10 +294,10 @@ def test_kl_divergence_against_float64():
         exact_q = shifted.double().log_softmax(-1)
         expected = (exact_p.exp() * (exact_p - exact_q)).sum().item()
         # logits of about 10 are rounded to 1e-6, a hundredth of the smallest push
-        assert fisher.kl_divergence(log_p, shifted[None]).item() == pytest.approx(
+        assert pushes.kl_divergence(log_p, shifted[None]).item() == pytest.approx(
             expected, rel=0.02 if size < 1e-3 else 1e-3
         )
-    assert fisher.kl_divergence(log_p, logits[None]).item() == pytest.approx(0, abs=1e-12)
+    assert pushes.kl_divergence(log_p, logits[None]).item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -332,7 +333,7 @@ def test_nan_logits_after_a_push_name_the_layer():
     model, ids, layers, prefix, point, _ = measured("llama")
     deltas = torch.tensor([1.0, float("inf")])[:, None].expand(2, tiny.D)
     with pytest.raises(fisher.NumericalError, match="after a push") as caught:
-        fisher.sweep(model, layers, ids[-1], prefix, point.log_probs, deltas, torch.tensor([0, 2]))
+        pushes.sweep(model, layers, ids[-1], prefix, point.log_probs, deltas, torch.tensor([0, 2]))
     assert caught.value.layer == 2
 
 
@@ -347,4 +348,4 @@ def test_a_zero_fisher_matrix_is_an_error_that_names_the_layer():
 def test_pushes_out_of_order_are_refused():
     model, ids, layers, prefix, point, _ = measured("llama")
     with pytest.raises(ValueError, match="ascending"):
-        fisher.sweep(model, layers, ids[-1], prefix, point.log_probs, torch.ones(2, tiny.D), torch.tensor([1, 0]))
+        pushes.sweep(model, layers, ids[-1], prefix, point.log_probs, torch.ones(2, tiny.D), torch.tensor([1, 0]))
