@@ -7,6 +7,7 @@ safetensors once (about a minute) and kept in the user's cache directory.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+import difflib
 import hashlib
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -140,6 +141,17 @@ def describe(model: nn.Module) -> dict:
     }
 
 
+def fingerprint(model: nn.Module) -> str:
+    """A hash that tells two models apart: of every parameter's name, shape and up to 64 of its values."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if not parameter.is_meta:  # offloaded to disk
+            values = parameter.detach().flatten()
+            digest.update(values[:: max(1, len(values) // 64)][:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 # --- the layers of any decoder -------------------------------------------------------------------
 
 
@@ -158,6 +170,24 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
         raise UserError(f"{type(model).__name__} has no list of {depth} decoder layers to hook")
     name, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     return {f"{name}.{index}": layer for index, layer in enumerate(layers)}
+
+
+def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """A module by its path ("model.layers.15") or a decoder layer by its number ("15"): its path, and itself.
+
+    Raises:
+        UserError: the model has no such module; says which decoder layers it has.
+    """
+    layers = decoder_layers(model)
+    if name.isdigit() and int(name) < len(layers):
+        return list(layers.items())[int(name)]
+    modules = dict(model.named_modules())
+    if name in modules and name:
+        return name, modules[name]
+    first, *_, last = layers
+    near = difflib.get_close_matches(name, modules, 1)
+    hint = f"; did you mean {near[0]}?" if near and near[0] not in layers else ""
+    raise UserError(f"{type(model).__name__} has no module {name!r}: its layers are {first} ... {last}{hint}")
 
 
 # --- the embedded model --------------------------------------------------------------------------

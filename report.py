@@ -237,9 +237,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def heading(name: str, environment: dict, layers: list[int]) -> str:
+def model_line(name: str, environment: dict) -> str:
     size, place = f"{environment['parameters']:,} parameters", f"{environment['dtype']} on {environment['device']}"
-    return f"{printable(name)}: {size}, {place}; layers {' '.join(map(str, layers))} of {environment['depth']}"
+    return f"{printable(name)}: {size}, {place}"
+
+
+def heading(name: str, environment: dict, layers: list[int]) -> str:
+    return f"{model_line(name, environment)}; layers {' '.join(map(str, layers))} of {environment['depth']}"
 
 
 def sentence_table(chosen: list, decode: Callable[[int], str]) -> str:

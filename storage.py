@@ -1,6 +1,6 @@
 """Files that appear whole or not at all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 import json
 import math
@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 import tempfile
 from typing import IO
+import zipfile
 
 import numpy as np
 
@@ -85,3 +86,18 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes named arrays as an uncompressed NPZ, the same bytes for the same arrays."""
     with atomic_open(path) as file:
         np.savez(file, **arrays)
+
+
+def write_archive(path: Path, members: Iterable[tuple[str, np.ndarray | bytes]]) -> None:
+    """Writes an uncompressed NPZ of named members, arrays (NAME.npy) or bytes as they are, one after the other.
+
+    Unlike `write_npz` it takes the members as they come, so that they need not fit into memory together.
+    """
+    with atomic_open(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, value in members:
+            # ZipInfo's default date, so that the same members make the same bytes
+            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
+                if isinstance(value, bytes):
+                    member.write(value)
+                else:
+                    np.lib.format.write_array(member, value, allow_pickle=False)

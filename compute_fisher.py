@@ -1,0 +1,339 @@
+"""Fisher information matrices of a dataset's prompts, each compressed to its top singular triplets.
+
+For every prompt, a zero bias is added to the residual stream at one layer, at every token. F is the Fisher
+information matrix of the next-token distribution at the prompt's end with respect to that bias: a push of
+the whole residual stream by delta changes the prediction by KL ~ 1/2 delta^T F delta nats. Prompts whose
+F is unlike the others' are prompts on which the model behaves unlike itself.
+
+    python compute_fisher.py
+    python compute_fisher.py --config configs/llama_8b.yaml --output-dir results
+    torchrun --nproc-per-node 8 compute_fisher.py --config configs/lmsys_1b.yaml
+
+Writes fisher_matrices_compressed.npz, prompts.jsonl, metadata.yaml and fisher_spectra.png to the output
+directory. Stopped, the same command goes on where it was.
+"""
+
+from pathlib import Path
+import sys
+
+from arguments import printable, settle_network
+from errors import UserError
+import settings as settings_
+
+
+def read_arguments(argv: list[str] | None) -> tuple[settings_.Settings, bool]:
+    """The settings, or the end of the program: one line and exit code 2."""
+    try:
+        return settings_.parse_args(argv)
+    except UserError as error:
+        print(f"compute_fisher.py: error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds: --help need not wait for torch
+    given = read_arguments(sys.argv[1:])
+    settle_network(given[0].model_path, settings_.resolve_dataset(given[0]))
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+import time
+import warnings
+
+import torch
+from tqdm import tqdm
+
+import fisher
+import last_token
+import models
+from prompts import Encoded, Prompts, encode, plan_batches
+import pushes
+import ranks
+from ranks import Ranks
+from reading import CACHE_TOLERANCE
+import report
+import runs
+from settings import Settings
+from shards import Result, Store
+
+SHARD_BATCHES = 16  # a shard is so many batches' prompts: sorted by length, they need little padding
+# Rows (tokens times cotangents) of one backward pass: more of them no longer make better use of the machine.
+BACKWARD_ROWS = 4096
+# Above this length attention runs in a fused kernel, which keeps no tokens x tokens matrix for the backward
+# pass. Below it plain attention is as fast, and many cotangents can share one backward pass.
+PLAIN_ATTENTION = 256
+WAITING = 2  # batches that may wait to be written
+INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
+
+
+# --- one batch -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under study, and the module that its residual stream is hooked at."""
+
+    lm: torch.nn.Module
+    tokenizer: object
+    path: str
+    module: torch.nn.Module
+
+
+def pad(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (prompts, tokens), each row filled up with its own last token, and lengths (prompts,)."""
+    longest = max(len(encoded.ids) for encoded in batch)
+    rows = [encoded.ids + encoded.ids[-1:] * (longest - len(encoded.ids)) for encoded in batch]
+    return torch.tensor(rows), torch.tensor([len(encoded.ids) for encoded in batch])
+
+
+def use_attention(lm: torch.nn.Module, kind: str) -> None:
+    """Sets the model's attention to "eager" (plain) or "sdpa" (fused), where it has that choice."""
+    if lm.is_backend_compatible() and lm.config._attn_implementation != kind:
+        try:
+            lm.set_attn_implementation(kind)
+        except ValueError:  # an architecture without fused attention stays with the plain one
+            lm.set_attn_implementation("eager")
+
+
+@contextmanager
+def naming(subject: Subject, batch: list[Encoded]) -> Iterator[None]:
+    """Says which prompt a numerical failure belongs to."""
+    try:
+        yield
+    except fisher.NumericalError as error:
+        prompt = batch[error.prompt].prompt
+        where = f"at prompt {prompt.index}, {runs.excerpt(prompt.text)!r}"
+        raise UserError(f"{error} {where} (row {prompt.row} of the dataset): try --dtype float32") from error
+    except last_token.UnsupportedModelError as error:
+        raise UserError(f"--hook-layer-name {subject.path}: {error}") from error
+
+
+def linearize(settings: Settings, subject: Subject, batch: list[Encoded]) -> tuple[fisher.Point, int]:
+    """The batch's prompts at their last tokens, and how many cotangents to pull back at once."""
+    ids, lengths = pad(batch)
+    together = max(1, BACKWARD_ROWS // ids.numel()) if ids.shape[1] <= PLAIN_ATTENTION else 1
+    use_attention(subject.lm, "eager" if together > 1 else "sdpa")
+    last_only = settings.bias_positions == "last"
+    return fisher.linearize_prompts(subject.lm, subject.module, ids, lengths, last_only), together
+
+
+def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Result]:
+    """The results of a batch's prompts. Out of memory, it goes on with half of the batch at a time.
+
+    Raises:
+        UserError: a prompt leads to NaN or infinity, or the module does not lead to the predictions.
+    """
+    start = time.perf_counter()
+
+    def part(which: torch.Tensor) -> list[Result]:
+        here = [batch[i] for i in which.tolist()]
+        with naming(subject, here):
+            point, together = linearize(settings, subject, here)
+            z = fisher.cotangents(point, settings.top_k_tokens)
+            passes = -(-z.rows.shape[-2] // together)
+            chunks = fisher.Chunks(-(-z.rows.shape[-2] // passes))  # of equal size: no remainder at the end
+            gradients = fisher.pull_back(point, z, chunks)[0]
+            eigen = fisher.eigenpairs(gradients, z.weights, settings.num_singular_values, allow_zero=True)
+        top_probability, top_id = (column.tolist() for column in point.log_probs.exp().max(-1))
+        values, vectors = (part.cpu().numpy() for part in eigen[:2])
+        trace, rank, mass = (part.tolist() for part in (eigen.trace, eigen.effective_rank, z.mass))
+        return [
+            Result(
+                record={
+                    "index": encoded.prompt.index,
+                    "row": encoded.prompt.row,
+                    "prompt": encoded.prompt.text,
+                    "tokens": len(encoded.ids),
+                    "truncated": encoded.truncated,
+                    "top_token": subject.tokenizer.decode([top_id[i]]),
+                    "top_probability": top_probability[i],
+                    "captured_mass": mass[i],
+                    "trace": trace[i],
+                    "effective_rank": rank[i],
+                    "singular_values": values[i].tolist(),
+                },
+                values=values[i],
+                vectors=vectors[i],
+            )
+            for i, encoded in enumerate(here)
+        ]
+
+    results = sum(fisher.Chunks(len(batch)).map(part, torch.arange(len(batch))), [])
+    seconds = (time.perf_counter() - start) / len(batch)
+    for result in results:
+        result.record["seconds"] = seconds
+    return results
+
+
+def check_padding(settings: Settings, subject: Subject, batch: list[Encoded]) -> None:
+    """Holds a prompt's predictions beside a longer prompt against those of itself alone, in a plain forward pass.
+
+    Raises:
+        UserError: they differ by more than rounding, so that this model's results would depend on the padding.
+    """
+    shortest, *_, longest = sorted([*batch, batch[0]], key=lambda encoded: len(encoded.ids))
+    with naming(subject, [shortest, longest]):
+        point, _ = linearize(settings, subject, [shortest, longest])
+    with torch.no_grad():
+        alone = subject.lm(torch.tensor([shortest.ids], device=subject.lm.device), use_cache=False)
+    log_probs = alone.logits[0, -1].float().log_softmax(-1).to(point.log_probs.device)
+    kl = float(pushes.kl_divergence(log_probs, point.log_probs[0]))
+    if not kl <= CACHE_TOLERANCE[str(subject.lm.dtype).removeprefix("torch.")]:
+        name = type(subject.lm).__name__
+        raise UserError(f"{name} is not supported: its predictions change by {kl:.2g} nats with what is in the batch")
+
+
+# --- the dataset, shard by shard -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A window of the dataset, and what is left to do of it."""
+
+    number: int
+    finished: int  # prompts that an earlier run has done
+    todo: dict[int, list[Encoded]]  # by number of the batch
+    closed: bool = False  # its file is there
+
+
+def plan(settings: Settings, prompts: Prompts, tokenizer, longest: int, store: Store, who: Ranks) -> Iterator[Shard]:
+    """This process's shards in order, with what an earlier run left of them.
+
+    Shards and batches are a function of the dataset and the settings alone, so that neither the number of
+    processes nor an interruption changes a result.
+    """
+    source = islice(prompts, settings.num_prompts)
+    size = SHARD_BATCHES * settings.batch_size
+    number = -1
+    while window := list(islice(source, size)):
+        number += 1
+        if number % who.size != who.rank:
+            continue
+        if store.has_shard(number, window):
+            yield Shard(number, len(window), {}, closed=True)
+            continue
+        encoded = [encode(tokenizer, prompt, longest) for prompt in window]
+        batches = plan_batches([len(e.ids) for e in encoded], settings.batch_size)
+        todo = {i: [encoded[j] for j in batch] for i, batch in enumerate(batches)}
+        for i in [i for i in todo if store.has_batch(number, i, [e.prompt for e in todo[i]])]:
+            del todo[i]
+        yield Shard(number, len(window) - sum(map(len, todo.values())), todo)
+
+
+def progress_bar(settings: Settings, who: Ranks) -> tqdm:
+    size = SHARD_BATCHES * settings.batch_size
+    starts = range(who.rank * size, settings.num_prompts, who.size * size)
+    mine = sum(min(size, settings.num_prompts - start) for start in starts)
+    label = "Fisher matrices" if who.size == 1 else f"Fisher matrices, process 1 of {who.size}"
+    return tqdm(total=mine, desc=label, unit="prompt", disable=None if who.first else True)
+
+
+def compute(settings: Settings, subject: Subject, shards: Iterator[Shard], store: Store, bar: tqdm) -> None:
+    """Takes every shard through `measure`. The next one is tokenized, and results are written, meanwhile."""
+    pending: deque[Future] = deque()
+    tokens, start, checked = 0, time.perf_counter(), False
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        ahead = reader.submit(next, shards, None)
+        while (shard := ahead.result()) is not None:
+            ahead = reader.submit(next, shards, None)
+            bar.update(shard.finished)
+            for number, batch in shard.todo.items():
+                if not checked:
+                    check_padding(settings, subject, batch)
+                    checked = True
+                results = measure(settings, subject, batch)
+                pending.append(writer.submit(store.write_batch, shard.number, number, results))
+                while len(pending) > WAITING:  # a write that failed is heard of here
+                    pending.popleft().result()
+                tokens += sum(len(encoded.ids) for encoded in batch)
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+                bar.update(len(batch))
+            if not shard.closed:
+                pending.append(writer.submit(store.close_shard, shard.number))
+        for write in pending:
+            write.result()
+
+
+# --- the protocol --------------------------------------------------------------------------------
+
+
+def load_subject(settings: Settings, who: Ranks) -> tuple[Subject, Settings]:
+    """The model, and the settings with a number of tokens and of singular values that there are."""
+    device = settings.device
+    if who.size > 1 and device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{who.local}"
+    lm, tokenizer = models.load_model(settings.model_path, settings.dtype, device, settings.trust_remote_code)
+    path, module = models.find_module(lm, settings.hook_layer_name)
+    vocabulary = lm.get_output_embeddings().weight.shape[0]
+    k = settings.top_k_tokens
+    if k != "all" and k > vocabulary:
+        k = vocabulary
+    return Subject(lm, tokenizer, path, module), replace(settings, top_k_tokens=k)
+
+
+def run(settings: Settings, overwrite: bool, who: Ranks) -> int:
+    if who.ask_first(lambda: runs.is_finished(settings, overwrite)):
+        if who.first:
+            runs.clean_up(settings)
+            print(f"{settings.output_dir} is finished: nothing to do (--overwrite starts anew)")
+        return 0
+    prompts = Prompts(
+        settings_.resolve_dataset(settings),
+        settings.dataset_split,
+        settings.prompt_column,
+        settings.dataset_config,
+        settings.seed,
+    )
+    subject, fitted = load_subject(settings, who)
+    config = subject.lm.config.get_text_config(decoder=True)
+    longest = min(settings.max_length, getattr(config, "max_position_embeddings", None) or settings.max_length)
+    environment = models.describe(subject.lm)
+    identity = {"hook_layer": subject.path, "model_fingerprint": models.fingerprint(subject.lm)}
+    who.ask_first(lambda: runs.begin(settings, identity, environment, overwrite) and None)
+    store = Store(Path(settings.output_dir), settings.store)
+    if who.first:
+        print(report.model_line(settings.model_path, environment) + f"; hooked at {subject.path}")
+        r = settings.num_singular_values
+        if fitted.top_k_tokens != "all" and r > fitted.top_k_tokens:
+            print(f"note: F of {fitted.top_k_tokens} tokens has no more singular values than that: {r} were asked for")
+
+    code = 0
+    with progress_bar(settings, who) as bar:
+        shards = plan(settings, prompts, subject.tokenizer, longest, store, who)
+        try:
+            compute(fitted, subject, shards, store, bar)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+    if code:
+        print("Interrupted: finished batches are saved, and the same command goes on with the rest.", file=sys.stderr)
+        return code
+    who.wait_for_all()
+    if who.first:
+        print(runs.finish(settings, store, SHARD_BATCHES * settings.batch_size, prompts.skipped))
+        print(f"Wrote {settings.output_dir}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    settings, overwrite = read_arguments(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: tqdm.write(f"note: {message}", file=sys.stderr)
+        try:
+            with ranks.join() as who:
+                return run(settings, overwrite, who)
+        except UserError as error:
+            print(f"compute_fisher.py: error: {printable(str(error))}", file=sys.stderr)
+            return 2
+        except torch.OutOfMemoryError:
+            advice = "a smaller --max-length or --top-k-tokens, --dtype bfloat16, or a smaller model"
+            print(f"compute_fisher.py: error: not enough memory for one prompt: try {advice}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""A pipeline run's output directory: begun, gone on with, finished."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from arguments import printable
+from errors import UserError
+import plots
+import report
+import scores
+from settings import INCIDENTAL, Settings
+from shards import ARRAYS, FOLDER, Store, load_fisher_matrices
+import storage
+
+FORMAT = "residual-fisher/1"
+METADATA = "metadata.yaml"
+PROMPTS = plots.PROMPTS
+STANDING_OUT = 5  # prompts named at the end
+
+
+def _metadata(directory: Path) -> dict | None:
+    """What the directory's metadata says; None if it holds nothing.
+
+    Raises:
+        UserError: it holds files of another making.
+    """
+    path = directory / METADATA
+    foreign = UserError(f"{directory} holds files that compute_fisher.py did not write: choose another --output-dir")
+    if not path.is_file():
+        left = [
+            p for p in (directory.iterdir() if directory.is_dir() else []) if not p.name.startswith(f".{METADATA}-")
+        ]
+        if left or (directory.exists() and not directory.is_dir()):
+            raise foreign
+        return None
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise foreign from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise foreign
+    return found
+
+
+def _write_metadata(directory: Path, metadata: dict) -> None:
+    with storage.atomic_open(directory / METADATA) as file:
+        text = yaml.safe_dump(storage.plain(metadata), sort_keys=False, allow_unicode=True, width=110)
+        file.write(text.encode())
+
+
+def is_finished(settings: Settings, overwrite: bool) -> bool:
+    """Whether the output directory already holds all that these settings ask for.
+
+    Raises:
+        UserError: it cannot be written to, is not this script's, or holds a run with other settings.
+    """
+    directory = Path(settings.output_dir)
+    found = _metadata(directory)
+    storage.check_writable(directory)
+    if found is None or overwrite:
+        return False
+    then, now = found["config"], asdict(settings)
+    differing = [key for key in now if key not in INCIDENTAL and then.get(key) != now[key]]
+    if differing:
+        said = ", ".join(f"{key} was {then.get(key)!r} and is {now[key]!r}" for key in differing)
+        raise UserError(f"{directory} holds a run with other settings ({said}): --overwrite removes it")
+    return found["complete"]
+
+
+def begin(settings: Settings, identity: dict, environment: dict, overwrite: bool) -> Store:
+    """The output directory made ready: emptied of an earlier run, or checked to be of the same model.
+
+    Raises:
+        UserError: it holds results of another model.
+    """
+    directory = Path(settings.output_dir)
+    store = Store(directory, settings.store)
+    found = _metadata(directory)
+    if overwrite:
+        store.remove()
+        for name in (ARRAYS, PROMPTS, plots.SPECTRA, METADATA):
+            (directory / name).unlink(missing_ok=True)
+    elif found is not None:
+        for key, now in identity.items():
+            if found[key] != now:
+                raise UserError(
+                    f"{directory} holds a run whose {key} was {found[key]}, now {now}: --overwrite removes it"
+                )
+        store.remove_leftovers()
+    about = {"format": FORMAT, "complete": False, **identity, "config": asdict(settings), "environment": environment}
+    _write_metadata(directory, about)
+    return store
+
+
+def finish(settings: Settings, store: Store, per_shard: int, skipped: int) -> str:
+    """Turns a run whose shards are all there into its final files, and says what it found.
+
+    Interrupted at any point, it can be called again.
+
+    Raises:
+        UserError: there is no prompt, or a file cannot be written.
+    """
+    directory = store.directory
+    records = [_numbers(record) for record in store.records()]
+    if not records:
+        raise UserError(f"{settings.dataset_name} has no usable prompt: {skipped} rows, all empty or no text")
+    store.close(len(records), per_shard)
+    with load_fisher_matrices(directory) as matrices:
+        columns = standing_out(matrices)
+        bias_dim = matrices[0].U.shape[0]
+    with storage.atomic_open(directory / PROMPTS) as file:
+        for index, record in enumerate(store.records()):
+            record.update({name: float(column[index]) for name, column in columns.items()})
+            file.write((json.dumps(storage.plain(record), ensure_ascii=False) + "\n").encode())
+    plots.draw_spectra(directory)
+    metadata = _metadata(directory)
+    statistics = summarize(records, skipped)
+    metadata.update(
+        complete=True,
+        num_prompts=len(records),
+        bias_dim=bias_dim,
+        num_singular_values=len(records[0]["singular_values"]),
+        arrays=ARRAYS if (directory / ARRAYS).exists() else f"{FOLDER}/",
+        statistics=statistics,
+    )
+    _write_metadata(directory, metadata)
+    if (directory / ARRAYS).exists():
+        store.remove()
+    return final_table(directory, statistics)
+
+
+def clean_up(settings: Settings) -> None:
+    """Removes shards that a finished run was stopped from removing."""
+    directory = Path(settings.output_dir)
+    if (directory / ARRAYS).exists():
+        Store(directory, settings.store).remove()
+
+
+def _numbers(record: dict) -> dict:
+    """A record without its texts: millions of them should fit into memory."""
+    return {key: value for key, value in record.items() if key not in ("prompt", "top_token")}
+
+
+def standing_out(matrices: Sequence) -> dict[str, np.ndarray]:
+    """By prompt: how far its log lambda_1, and the distance of its subspace from the mean one, are from the usual."""
+    mean = scores.mean_subspace(matrices)
+    first, distance = np.empty(len(matrices)), np.empty(len(matrices))
+    for index, triplets in enumerate(matrices):
+        first[index] = triplets.S[0]
+        distance[index] = scores.subspace_distance(triplets, mean)
+    log_first = np.log(np.maximum(first, np.finfo(np.float32).tiny))
+    z_lambda, z_subspace = scores.robust_z(log_first), scores.robust_z(distance)
+    return {
+        "z_log_lambda": z_lambda,
+        "subspace_distance": distance,
+        "z_subspace": z_subspace,
+        "outlier_score": np.maximum(np.abs(z_lambda), z_subspace),
+    }
+
+
+def summarize(records: list[dict], skipped: int) -> dict:
+    """The run in numbers."""
+    column = {
+        key: np.array([r[key] for r in records]) for key in ("trace", "effective_rank", "captured_mass", "tokens")
+    }
+    first = np.array([r["singular_values"][0] for r in records])
+    seconds = np.array([r["seconds"] for r in records])
+    return {
+        "lambda_1": _spread(first),
+        **{name: _spread(values) for name, values in column.items()},
+        "total_tokens": int(column["tokens"].sum()),
+        "skipped_rows": skipped,
+        "truncated_prompts": sum(r["truncated"] for r in records),
+        "longest_prompts": np.argsort(-column["tokens"], kind="stable")[:STANDING_OUT].tolist(),
+        "slowest_prompts": np.argsort(-seconds, kind="stable")[:STANDING_OUT].tolist(),
+        "compute_seconds": float(seconds.sum()),  # of all processes together
+    }
+
+
+def _spread(values: np.ndarray) -> dict:
+    return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
+
+
+def final_table(directory: Path, statistics: dict) -> str:
+    rows = [
+        [label, *(f"{statistics[key][part]:.4g}" for part in ("median", "min", "max"))]
+        for key, label in {
+            "lambda_1": "lambda 1, nats per unit²",
+            "trace": "trace of F",
+            "effective_rank": "effective rank",
+            "captured_mass": "captured mass",
+            "tokens": "tokens",
+        }.items()
+    ]
+    lines = [report.table(["", "median", "least", "most"], rows)]
+    for kind in ("longest", "slowest"):
+        lines.append(f"{kind}: prompts {', '.join(map(str, statistics[f'{kind}_prompts']))}")
+    skipped, truncated = statistics["skipped_rows"], statistics["truncated_prompts"]
+    lines.append(f"{skipped} rows without a text skipped, {truncated} prompts shortened to --max-length")
+    leading = sorted(_read_prompts(directory), key=lambda r: -r["outlier_score"])[:STANDING_OUT]
+    cells = [
+        [str(r["index"]), f"{r['outlier_score']:.1f}", f"{r['z_log_lambda']:+.1f}", f"{r['z_subspace']:+.1f}",
+         "  " + excerpt(r["prompt"])]
+        for r in leading
+    ]  # fmt: skip
+    lines.append("Prompts that stand out, in robust standard deviations:")
+    table = report.table(["prompt", "score", "lambda 1", "subspace"], [row[:-1] for row in cells]).splitlines()
+    lines += [table[0], *(line + row[-1] for line, row in zip(table[1:], cells, strict=True))]
+    return "\n".join(lines)
+
+
+def _read_prompts(directory: Path) -> list[dict]:
+    keys = ("index", "prompt", "outlier_score", "z_log_lambda", "z_subspace")
+    with open(directory / PROMPTS, encoding="utf-8") as file:
+        leading: list[dict] = []
+        for line in file:  # a few at a time: there may be millions
+            record = json.loads(line)
+            leading.append({key: record[key] for key in keys})
+            if len(leading) > 1000:
+                leading = sorted(leading, key=lambda r: -r["outlier_score"])[:STANDING_OUT]
+    return leading
+
+
+def excerpt(text: str, length: int = 60) -> str:
+    """The beginning of a text, in a line of printable characters."""
+    text = printable(" ".join(text[: 4 * length].split()))
+    return text if len(text) <= length else text[: length - 1] + "…"
