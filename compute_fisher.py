@@ -39,7 +39,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 import time
 import warnings
 
@@ -161,7 +161,8 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
             for i, encoded in enumerate(here)
         ]
 
-    results = sum(fisher.Chunks(len(batch)).map(part, torch.arange(len(batch))), [])
+    parts = fisher.Chunks(len(batch)).map(part, torch.arange(len(batch)))
+    results = list(chain.from_iterable(parts))
     seconds = (time.perf_counter() - start) / len(batch)
     for result in results:
         result.record["seconds"] = seconds

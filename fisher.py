@@ -422,7 +422,7 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     v = v * torch.where(torch.where(flat, largest, slope) < 0, -1.0, 1.0)[..., None]
 
     # What is below the rounding of the Gram matrix is no eigenvalue, and its vector no direction.
-    real = values > values[..., :1] * k * torch.finfo(torch.float64).eps
+    real = values > values[..., :1] * 10 * k * torch.finfo(torch.float64).eps
     values, v = values * real, v * real[..., None]
     rank = trace**2 / gram.pow(2).sum(dim=(-2, -1)).clamp(min=torch.finfo(torch.float64).tiny)
     return Eigen(*(t.to(gradients.device, torch.float32) for t in (values, v, trace, rank)))

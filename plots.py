@@ -293,7 +293,7 @@ OUTLIER = 3.5  # robust standard deviations, the usual threshold (Iglewicz and H
 
 def _read_prompts(path: Path) -> dict:
     """The numbers of all prompts as columns, and the texts of the NAMED that stand out most, by index."""
-    keys = ("captured_mass", "z_log_lambda", "z_subspace", "outlier_score")
+    keys = ("tokens", "captured_mass", "z_log_lambda", "z_subspace", "principal_coordinates", "outlier_score")
     columns, spectra, texts = {key: [] for key in keys}, [], {}
     try:
         with open(path, encoding="utf-8") as file:
@@ -319,48 +319,63 @@ def _leading(texts: dict[int, str], scores: list[float]) -> dict[int, str]:
 
 
 def spectra_figure(prompts: dict) -> Figure:
-    """Spectra as quantile bands, the two outlier scores against each other, and two distributions."""
-    figure = plt.figure(figsize=(15, 11.5))
-    grid = figure.add_gridspec(3, 2, height_ratios=[1.25, 1, 0.5])
+    """Spectra, outlier scores, a map of the prompts, three distributions, and the prompts that stand out by name."""
+    figure = plt.figure(figsize=(20, 12.5))
+    grid = figure.add_gridspec(3, 3, height_ratios=[1.2, 1, 0.5])
     colours = dict(zip(prompts["texts"], [*TOKEN_COLOURS[1:], TOKEN_COLOURS[0]], strict=False))
     _spectra_panel(figure.add_subplot(grid[0, 0]), prompts, colours)
     _outlier_panel(figure.add_subplot(grid[0, 1]), prompts, colours)
+    _map_panel(figure.add_subplot(grid[0, 2]), prompts, colours)
 
     first = prompts["spectra"][:, 0]
-    panel = figure.add_subplot(grid[1, 0])
     positive = first[first > 0]
+    panel = figure.add_subplot(grid[1, 0])
     if len(positive):
         low, high = np.log10(positive.min()), np.log10(positive.max())
         panel.hist(positive, bins=np.logspace(low - 0.05, high + 0.05, 40), color="#56B4E9", edgecolor="white")
     panel.set_xscale("log")
     panel.set(title="Sensitivity", xlabel="λ₁ (nats per unit²)", ylabel="prompts")
     for index, colour in colours.items():
-        panel.plot(max(first[index], 1e-30), 0, "^", color=colour, markersize=11, clip_on=False, zorder=3)
+        if first[index] > 0:
+            panel.plot(first[index], 0, "^", color=colour, markersize=11, clip_on=False, zorder=3)
 
     panel = figure.add_subplot(grid[1, 1])
     panel.hist(prompts["captured_mass"], bins=np.linspace(0, 1, 41), color="#56B4E9", edgecolor="white")
     median = np.median(prompts["captured_mass"])
     panel.axvline(median, color="black", linestyle="--", linewidth=1.2)
     panel.set(
-        title=f"What the counted tokens hold: {median:.0%} of the probability in the median prompt",
+        title=f"Counted tokens hold {median:.0%} of the probability (median)",
         xlabel="captured mass",
         ylabel="prompts",
         xlim=(0, 1.02),
     )
-    panel.title.set_fontsize(12.5)
+
+    panel = figure.add_subplot(grid[1, 2])
+    _dots(panel, prompts["tokens"], np.where(first > 0, first, np.nan), colours)
+    panel.set(title="Sensitivity by length", xlabel="tokens", ylabel="λ₁ (nats per unit²)", xscale="log", yscale="log")
 
     panel = figure.add_subplot(grid[2, :])
     panel.axis("off")
     panel.set_title("Prompts that stand out, and their scores", loc="left")
     for row, (index, text) in enumerate(prompts["texts"].items()):
         line = " ".join(text.split())
-        line = line if len(line) <= 105 else line[:104] + "…"
+        line = line if len(line) <= 140 else line[:139] + "…"
         height = 0.92 - row / NAMED
         panel.plot(0.005, height, "o", color=colours[index], markersize=10, transform=panel.transAxes)
-        label = f"{index:>5}   {prompts['outlier_score'][index]:5.1f}   {_plain(line)}"
-        panel.text(0.02, height, label, transform=panel.transAxes, va="center", fontsize=12)
+        for x, label in ((0.035, str(index)), (0.06, f"{prompts['outlier_score'][index]:.1f}")):
+            panel.text(x, height, label, transform=panel.transAxes, va="center", ha="right")
+        panel.text(0.07, height, _plain(line), transform=panel.transAxes, va="center")
     panel.set(xlim=(0, 1), ylim=(0, 1))
     return figure
+
+
+def _dots(panel: Axes, x: np.ndarray, y: np.ndarray, colours: dict[int, str]) -> None:
+    """A dot for every prompt, or for MAX_POINTS evenly spaced ones; those that stand out in colour, with numbers."""
+    drawn = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).round().astype(int))
+    panel.plot(x[drawn], y[drawn], "o", color="#0072B2", alpha=0.35, markersize=6, markeredgewidth=0)
+    for index, colour in colours.items():
+        panel.plot(x[index], y[index], "o", color=colour, markersize=10, markeredgecolor="white")
+        panel.annotate(str(index), (x[index], y[index]), (7, 5), textcoords="offset points", fontsize=11)
 
 
 def _spectra_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
@@ -386,20 +401,26 @@ def _spectra_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
 
 
 def _outlier_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
-    x, y = prompts["z_log_lambda"], prompts["z_subspace"]
-    drawn = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).round().astype(int))
     panel.axhline(OUTLIER, color="#7A7A7A", linestyle=":", linewidth=1)
     for side in (-OUTLIER, OUTLIER):
         panel.axvline(side, color="#7A7A7A", linestyle=":", linewidth=1)
-    panel.plot(x[drawn], y[drawn], "o", color="#0072B2", alpha=0.35, markersize=5, markeredgewidth=0)
-    for index, colour in colours.items():
-        panel.plot(x[index], y[index], "o", color=colour, markersize=10, markeredgecolor="white")
-        panel.annotate(str(index), (x[index], y[index]), (7, 5), textcoords="offset points", fontsize=11)
-    beyond = int((prompts["outlier_score"] > OUTLIER).sum())
+    _dots(panel, prompts["z_log_lambda"], prompts["z_subspace"], colours)
     panel.set(
-        title=f"Standing out: {beyond} beyond {OUTLIER} (dotted)",
-        xlabel="log λ₁, robust z-score",
-        ylabel="distance from the mean subspace, robust z-score",
+        title=f"How unusual, in robust standard deviations (dotted: {OUTLIER})",
+        xlabel="log λ₁",
+        ylabel="distance from the mean subspace",
+    )
+    panel.title.set_fontsize(13)
+
+
+def _map_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
+    coordinates = prompts["principal_coordinates"]
+    columns = [coordinates[:, min(axis, coordinates.shape[1] - 1)] for axis in (0, 1)]
+    _dots(panel, *columns, colours)
+    panel.set(
+        title="Which directions: prompts with like F lie close",
+        xlabel="first principal coordinate",
+        ylabel="second principal coordinate",
     )
 
 

@@ -32,10 +32,9 @@ def _metadata(directory: Path) -> dict | None:
     path = directory / METADATA
     foreign = UserError(f"{directory} holds files that compute_fisher.py did not write: choose another --output-dir")
     if not path.is_file():
-        left = [
-            p for p in (directory.iterdir() if directory.is_dir() else []) if not p.name.startswith(f".{METADATA}-")
-        ]
-        if left or (directory.exists() and not directory.is_dir()):
+        # a killed process may have left what was to become the metadata
+        names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
+        if any(not name.startswith(f".{METADATA}-") for name in names) or directory.is_file():
             raise foreign
         return None
     try:
@@ -88,9 +87,8 @@ def begin(settings: Settings, identity: dict, environment: dict, overwrite: bool
     elif found is not None:
         for key, now in identity.items():
             if found[key] != now:
-                raise UserError(
-                    f"{directory} holds a run whose {key} was {found[key]}, now {now}: --overwrite removes it"
-                )
+                said = f"{key} was {found[key]!r} and is {now!r}"
+                raise UserError(f"{directory} holds a run of another model ({said}): --overwrite removes it")
         store.remove_leftovers()
     about = {"format": FORMAT, "complete": False, **identity, "config": asdict(settings), "environment": environment}
     _write_metadata(directory, about)
@@ -115,7 +113,7 @@ def finish(settings: Settings, store: Store, per_shard: int, skipped: int) -> st
         bias_dim = matrices[0].U.shape[0]
     with storage.atomic_open(directory / PROMPTS) as file:
         for index, record in enumerate(store.records()):
-            record.update({name: float(column[index]) for name, column in columns.items()})
+            record.update({name: column[index].tolist() for name, column in columns.items()})
             file.write((json.dumps(storage.plain(record), ensure_ascii=False) + "\n").encode())
     plots.draw_spectra(directory)
     metadata = _metadata(directory)
@@ -147,19 +145,23 @@ def _numbers(record: dict) -> dict:
 
 
 def standing_out(matrices: Sequence) -> dict[str, np.ndarray]:
-    """By prompt: how far its log lambda_1, and the distance of its subspace from the mean one, are from the usual."""
-    mean = scores.mean_subspace(matrices)
-    first, distance = np.empty(len(matrices)), np.empty(len(matrices))
-    for index, triplets in enumerate(matrices):
-        first[index] = triplets.S[0]
-        distance[index] = scores.subspace_distance(triplets, mean)
+    """By prompt: how unusual its log lambda_1, its subspace's distance from the mean one, and its coordinates are."""
+    mean, principal = scores.mean_subspace(matrices), scores.PrincipalCoordinates(matrices)
+    first, distance, coordinates = [], [], []
+    for triplets in matrices:
+        first.append(triplets.S[0])
+        distance.append(scores.subspace_distance(triplets, mean))
+        coordinates.append(principal.of(triplets))
     log_first = np.log(np.maximum(first, np.finfo(np.float32).tiny))
-    z_lambda, z_subspace = scores.robust_z(log_first), scores.robust_z(distance)
+    z_lambda, z_subspace = scores.robust_z(log_first), scores.robust_z(np.array(distance))
+    z_principal = np.abs([scores.robust_z(column) for column in np.array(coordinates).T]).max(axis=0)
     return {
         "z_log_lambda": z_lambda,
-        "subspace_distance": distance,
+        "subspace_distance": np.array(distance),
         "z_subspace": z_subspace,
-        "outlier_score": np.maximum(np.abs(z_lambda), z_subspace),
+        "principal_coordinates": np.array(coordinates),
+        "z_principal": z_principal,
+        "outlier_score": np.max([np.abs(z_lambda), z_subspace, z_principal], axis=0),
     }
 
 
@@ -205,17 +207,18 @@ def final_table(directory: Path, statistics: dict) -> str:
     leading = sorted(_read_prompts(directory), key=lambda r: -r["outlier_score"])[:STANDING_OUT]
     cells = [
         [str(r["index"]), f"{r['outlier_score']:.1f}", f"{r['z_log_lambda']:+.1f}", f"{r['z_subspace']:+.1f}",
-         "  " + excerpt(r["prompt"])]
+         f"{r['z_principal']:.1f}", "  " + excerpt(r["prompt"])]
         for r in leading
     ]  # fmt: skip
     lines.append("Prompts that stand out, in robust standard deviations:")
-    table = report.table(["prompt", "score", "lambda 1", "subspace"], [row[:-1] for row in cells]).splitlines()
-    lines += [table[0], *(line + row[-1] for line, row in zip(table[1:], cells, strict=True))]
+    header = ["prompt", "score", "lambda 1", "subspace", "principal"]
+    title, *numbers = report.table(header, [row[:-1] for row in cells]).splitlines()
+    lines += [title, *(line + row[-1] for line, row in zip(numbers, cells, strict=True))]
     return "\n".join(lines)
 
 
 def _read_prompts(directory: Path) -> list[dict]:
-    keys = ("index", "prompt", "outlier_score", "z_log_lambda", "z_subspace")
+    keys = ("index", "prompt", "outlier_score", "z_log_lambda", "z_subspace", "z_principal")
     with open(directory / PROMPTS, encoding="utf-8") as file:
         leading: list[dict] = []
         for line in file:  # a few at a time: there may be millions

@@ -6,7 +6,9 @@ import numpy as np
 
 from shards import Triplets
 
-SAMPLE = 4096  # prompts, evenly spaced, that the mean subspace is of: later ones hardly move it
+SAMPLE = 4096  # prompts, evenly spaced, that the mean subspace is of: more would hardly move it
+LANDMARKS = 512  # prompts, evenly spaced, whose matrices span the principal coordinates
+COORDINATES = 5
 
 
 def robust_z(values: np.ndarray) -> np.ndarray:
@@ -25,9 +27,8 @@ def mean_subspace(matrices: Sequence[Triplets]) -> np.ndarray:
 
     Of all r-dimensional subspaces, the one with the least mean squared chordal distance to the prompts' own.
     """
-    chosen = np.unique(np.linspace(0, len(matrices) - 1, min(len(matrices), SAMPLE)).round().astype(int))
     total = 0.0
-    for index in chosen:
+    for index in _evenly_spaced(len(matrices), SAMPLE):
         u = matrices[index].U.astype(np.float64)
         total = total + u @ u.T
     return np.linalg.eigh(total)[1][:, : -1 - u.shape[1] : -1]
@@ -42,3 +43,44 @@ def subspace_distance(triplets: Triplets, mean: np.ndarray) -> float:
     total = triplets.S.sum(dtype=np.float64)
     inside = ((mean.T @ triplets.U) ** 2).sum(axis=0) @ triplets.S
     return float(1 - inside / total) if total > 0 else 0.0
+
+
+class PrincipalCoordinates:
+    """The prompts as points, F / |F| in the space of matrices, in their leading principal coordinates.
+
+    Prompts that are odd in the same way share directions that others do not have: a group that spans a
+    coordinate of its own, and stands far out on it, even if each of its members is as near to the mean as any
+    other prompt. Kernel principal component analysis with tr(F F') / |F||F'| (Schoelkopf, Smola and Müller,
+    1998), over at most LANDMARKS prompts; the others are projected (Nyström). Nothing d x d is formed.
+    """
+
+    def __init__(self, matrices: Sequence[Triplets]):
+        chosen = _evenly_spaced(len(matrices), LANDMARKS)
+        self._factors = np.concatenate([_factor(matrices[i]) for i in chosen], axis=1)  # (d, landmarks * r)
+        self._landmarks = len(chosen)
+        kernel = np.stack([self._similarities(matrices[i]) for i in chosen])
+        self._mean = kernel.mean(axis=0)
+        self._axes = np.linalg.eigh(self._centred(kernel)).eigenvectors[:, : -1 - COORDINATES : -1]
+        self._axes *= np.sign(self._axes[np.abs(self._axes).argmax(axis=0), range(self._axes.shape[1])])
+
+    def _similarities(self, triplets: Triplets) -> np.ndarray:
+        overlap = (_factor(triplets).T @ self._factors) ** 2
+        return overlap.sum(axis=0).reshape(self._landmarks, -1).sum(axis=1, dtype=np.float64)
+
+    def _centred(self, kernel: np.ndarray) -> np.ndarray:
+        centred = kernel - self._mean
+        return centred - centred.mean(axis=-1, keepdims=True)
+
+    def of(self, triplets: Triplets) -> np.ndarray:
+        """(at most COORDINATES,) of one prompt, the leading coordinate first."""
+        return self._centred(self._similarities(triplets)) @ self._axes
+
+
+def _factor(triplets: Triplets) -> np.ndarray:
+    """R (d, r) with F / |F| = R R^T, in Frobenius norm; zero if F is."""
+    norm = np.linalg.norm(triplets.S)
+    return triplets.U * np.sqrt(triplets.S / norm if norm > 0 else triplets.S)
+
+
+def _evenly_spaced(count: int, most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 import difflib
+import json
 from pathlib import Path
 
 import yaml
@@ -143,7 +144,7 @@ def _checked(path: Path, name: str, value):
     if value is None and KEYS[name].default is None:
         return None
     if value is None or isinstance(value, list | dict):
-        raise UserError(f"{path}: {name}: a single value is wanted, not {'null' if value is None else value!r}")
+        raise UserError(f"{path}: {name}: a single value is wanted, not {json.dumps(value, default=str)}")
     try:
         return KEYS[name].metadata["read"](str(value))
     except argparse.ArgumentTypeError as error:

@@ -43,6 +43,20 @@ def sentencepiece(animals) -> hf.PreTrainedTokenizerFast:
     return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
 
 
+CHAT_TEMPLATE = (
+    "{{ eos_token }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' assistant:' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(byte_level) -> hf.PreTrainedTokenizerFast:
+    """The byte-level tokenizer with a chat template that brings its own beginning."""
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=byte_level.backend_tokenizer, eos_token="!")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
 def make_model_directory(path: Path, tokenizer: hf.PreTrainedTokenizerFast) -> Path:
     config = tiny.CONFIGS["llama"]()
     config.vocab_size = len(tokenizer)
@@ -55,3 +69,8 @@ def make_model_directory(path: Path, tokenizer: hf.PreTrainedTokenizerFast) -> P
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory, byte_level) -> Path:
     return make_model_directory(tmp_path_factory.mktemp("models") / "tiny-llama", byte_level)
+
+
+@pytest.fixture(scope="session")
+def chat_directory(tmp_path_factory, chat_tokenizer) -> Path:
+    return make_model_directory(tmp_path_factory.mktemp("models") / "tiny-chat", chat_tokenizer)

@@ -71,13 +71,17 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def plain_log_probs(
-    model: nn.Module, ids: Tensor, layer: nn.Module | None = None, push: Tensor | None = None
+    model: nn.Module,
+    ids: Tensor,
+    layer: nn.Module | None = None,
+    push: Tensor | None = None,
+    everywhere: bool = False,
 ) -> Tensor:
-    """Next-token log-probabilities by one full forward pass; `push` (d,) is added at the last token."""
+    """Next-token log-probabilities by one full forward pass; `push` (d,) is added at the last token, or at all."""
 
     def add(module, args, output):
         h = output[0] if isinstance(output, tuple) else output
-        pushed = torch.cat([h[:, :-1], h[:, -1:] + push], dim=1)
+        pushed = h + push if everywhere else torch.cat([h[:, :-1], h[:, -1:] + push], dim=1)
         return (pushed, *output[1:]) if isinstance(output, tuple) else pushed
 
     handle = layer.register_forward_hook(add) if layer is not None else None
@@ -88,12 +92,12 @@ def plain_log_probs(
             handle.remove()
 
 
-def jacobian(model: nn.Module, ids: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """(V, d) derivatives of all log-probabilities in the residual stream at the last token; and p (V,)."""
+def jacobian(model: nn.Module, ids: Tensor, layer: nn.Module, everywhere: bool = False) -> tuple[Tensor, Tensor]:
+    """(V, d) derivatives of all log-probabilities in a push at the last token, or at all; and p (V,)."""
     zero = torch.zeros(D, dtype=model.dtype)
 
     def log_probs(push: Tensor) -> Tensor:
-        return plain_log_probs(model, ids, layer, push)
+        return plain_log_probs(model, ids, layer, push, everywhere)
 
     if model.config.model_type == "bloom":  # its GELU is an autograd function that jacrev cannot enter
         rows = torch.autograd.functional.jacobian(log_probs, zero)
@@ -102,8 +106,10 @@ def jacobian(model: nn.Module, ids: Tensor, layer: nn.Module) -> tuple[Tensor, T
     return rows, plain_log_probs(model, ids).exp()
 
 
-def brute_force_fisher(model: nn.Module, ids: Tensor, layer: nn.Module, k: int | None = None) -> Tensor:
+def brute_force_fisher(
+    model: nn.Module, ids: Tensor, layer: nn.Module, k: int | None = None, everywhere: bool = False
+) -> Tensor:
     """F (d, d) of the k most probable tokens, or of all, as a plain sum of outer products."""
-    rows, p = jacobian(model, ids, layer)
+    rows, p = jacobian(model, ids, layer, everywhere)
     tokens = p.argsort(descending=True)[:k]
     return sum(p[t] * torch.outer(rows[t], rows[t]) for t in tokens)

@@ -1,0 +1,186 @@
+"""The pipeline against the plain loop and against its floor, in one process on the same prompts.
+
+    python benchmarks/bench_pipeline.py
+
+plain   a prompt at a time: a forward pass with a hook, one backward call a token, the d x d Fisher matrix and
+        its full SVD. Once on the model as `from_pretrained` returns it, whose weights take gradients too, and
+        once with the weights frozen
+this    compute_fisher.measure on the batches of compute_fisher's plan, and its files written
+floor   1 + k * (share of layers above the hook) plain forward passes over the same batches, without gradients and
+        with the logits of one token
+
+Fails unless both find the same singular values (1e-3 of the largest) and matrices. Also measures the peak memory of
+compute_fisher.py at 200 and at 2,000 short prompts. Writes benchmarks/results/bench_pipeline.json.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+import transformers
+
+import compute_fisher
+import models
+from prompts import Encoded, Prompts, encode, plan_batches
+from settings import Settings
+import shards
+import storage
+
+WIDE = {  # a random model of the width of a 1B one
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 32000,
+}  # fmt: skip
+
+
+def clock(function) -> tuple[float, object]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def plain(lm, module, ids: list[int], k: int, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pipeline as it reads: singular values (r,) and F's rank-r approximation's factors."""
+    bias = torch.zeros(lm.config.hidden_size, requires_grad=True)
+
+    def add(module, args, output):
+        return (output[0] + bias, *output[1:]) if isinstance(output, tuple) else output + bias
+
+    handle = module.register_forward_hook(add)
+    log_probs = lm(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    handle.remove()
+    top = log_probs.topk(k)
+    gradients = []
+    for log_prob in top.values:
+        lm.zero_grad()
+        bias.grad = None
+        log_prob.backward(retain_graph=True)
+        gradients.append(bias.grad.clone())
+    g = torch.stack(gradients)
+    u, s, _ = torch.linalg.svd(g.T @ (top.values.detach().exp()[:, None] * g))
+    return s[:r], u[:, :r]
+
+
+def compare(slow, fast: shards.Result) -> float:
+    """Largest difference of the two rank-r matrices, relative to the largest singular value."""
+    s, u = slow
+    v = torch.from_numpy(fast.vectors)
+    difference = u @ s.diag() @ u.T - v.T @ torch.from_numpy(fast.values).diag() @ v
+    return float(torch.linalg.matrix_norm(difference, 2) / s[0])
+
+
+def forward_passes(lm, batches: list[list[Encoded]]) -> None:
+    compute_fisher.use_attention(lm, "sdpa")
+    with torch.no_grad():
+        for batch in batches:
+            lm(compute_fisher.pad(batch)[0], use_cache=False, logits_to_keep=1)
+
+
+def bench(name: str, lm, tokenizer, layer: int, encoded: list[Encoded], settings: Settings) -> dict:
+    path, module = list(models.decoder_layers(lm).items())[layer]
+    subject = compute_fisher.Subject(lm, tokenizer, path, module)
+    plan = plan_batches([len(e.ids) for e in encoded], settings.batch_size)
+    batches = [[encoded[i] for i in batch] for batch in plan]
+    depth = lm.config.num_hidden_layers
+    passes = 1 + settings.top_k_tokens * (depth - 1 - layer) / depth
+
+    def this() -> list[shards.Result]:
+        found = []
+        with tempfile.TemporaryDirectory() as folder:
+            for number, batch in enumerate(batches):
+                results = compute_fisher.measure(settings, subject, batch)
+                shards.write_results(Path(folder) / f"{number}.npz", results, "full")
+                found += results
+        return sorted(found, key=lambda result: result.record["index"])
+
+    forward_passes(lm, batches[-1:])  # the first pass pays for what later ones do not
+    compute_fisher.measure(settings, subject, batches[-1])
+    forwards = [clock(lambda: forward_passes(lm, batches))[0]]
+    ours, results = clock(this)
+    forwards.append(clock(lambda: forward_passes(lm, batches))[0])  # before and after: speed drifts
+    floor = passes * sum(forwards) / 2
+
+    compute_fisher.use_attention(lm, "sdpa")  # transformers' default
+
+    def loop() -> list:
+        return [plain(lm, module, e.ids, settings.top_k_tokens, settings.num_singular_values) for e in encoded]
+
+    frozen, slow = clock(loop)
+    lm.requires_grad_(True)
+    unfrozen, _ = clock(loop)
+    lm.requires_grad_(False)
+    lm.zero_grad()
+    error = max(compare(a, b) for a, b in zip(slow, results, strict=True))
+    if error > 1e-3:
+        sys.exit(f"{name}: the two differ by {error:.1e} of the largest singular value")
+    row = {
+        "prompts": len(encoded), "tokens": sum(len(e.ids) for e in encoded), "batches": len(batches),
+        "layer": layer, "depth": depth, "hidden_size": lm.config.hidden_size,
+        "seconds": {"this": ours, "floor": floor, "plain, weights frozen": frozen, "plain, as loaded": unfrozen},
+        "times_floor": ours / floor, "times_faster_than_plain_as_loaded": unfrozen / ours,
+        "times_faster_than_plain_frozen": frozen / ours, "largest_difference": error,
+    }  # fmt: skip
+    print(
+        f"{name}: this {ours:.1f} s; {unfrozen / ours:.1f} x plain as loaded ({unfrozen:.1f} s), "
+        f"{frozen / ours:.1f} x plain with frozen weights ({frozen:.1f} s); {ours / floor:.2f} x floor ({floor:.1f} s); "
+        f"largest difference {error:.1e}",
+        flush=True,
+    )
+    return row
+
+
+def peak_memory(prompts: int) -> float:
+    """Peak resident memory in MB of compute_fisher.py over short prompts, at the last layer, where a pass is cheap."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "short.jsonl"
+        data.write_text("".join(json.dumps({"prompt": f"What is {i} plus {i % 7}?"}) + "\n" for i in range(prompts)))
+        command = [sys.executable, str(ROOT / "compute_fisher.py"), "--dataset-name", str(data), "--num-prompts"]
+        command += [str(prompts), "--hook-layer-name", "29", "--output-dir", f"{folder}/out"]
+        with open(os.devnull, "w") as nowhere:
+            process = subprocess.Popen(command, stdout=nowhere)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            sys.exit("compute_fisher.py failed")
+        return usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--num-prompts", type=int, default=40)
+    parser.add_argument("--skip-memory", action="store_true")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    settings = Settings(batch_size=8, top_k_tokens=10, num_singular_values=10)
+    results = {
+        "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+        "processor": platform.processor() or platform.machine(), "settings": "batch 8, k = 10, r = 10, float32",
+    }  # fmt: skip
+
+    lm, tokenizer = models.load_model()
+    bundled = list(Prompts(str(ROOT / "data" / "prompts.jsonl")))[: args.num_prompts]
+    encoded = [encode(tokenizer, prompt, 2048) for prompt in bundled]
+    results["smollm2-135m"] = bench("SmolLM2-135M, layer 15 of 30", lm, tokenizer, 15, encoded, settings)
+
+    config = transformers.LlamaConfig(**WIDE)
+    wide = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    few = [Encoded(e.prompt, [t % WIDE["vocab_size"] for t in e.ids[:128]], True) for e in encoded[:16]]
+    results["random, d = 2048"] = bench("random weights, d = 2048, layer 1 of 4", wide, tokenizer, 1, few, settings)
+
+    if not args.skip_memory:
+        del lm, wide
+        results["peak_memory_mb"] = {str(n): peak_memory(n) for n in (200, 2000)}
+        print("peak memory, MB:", results["peak_memory_mb"])
+    storage.write_json(ROOT / "benchmarks" / "results" / "bench_pipeline.json", results)
+
+
+if __name__ == "__main__":
+    main()
