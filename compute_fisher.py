@@ -35,7 +35,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds: --he
     settle_network(given[0].model_path, settings_.resolve_dataset(given[0]))
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,7 +49,7 @@ from tqdm import tqdm
 import fisher
 import last_token
 import models
-from prompts import Encoded, Prompts, encode, plan_batches
+from prompts import Encoded, Prompt, Prompts, encode, plan_batches
 import pushes
 import ranks
 from ranks import Ranks
@@ -108,7 +108,7 @@ def naming(subject: Subject, batch: list[Encoded]) -> Iterator[None]:
         where = f"at prompt {prompt.index}, {runs.excerpt(prompt.text)!r}"
         raise UserError(f"{error} {where} (row {prompt.row} of the dataset): try --dtype float32") from error
     except last_token.UnsupportedModelError as error:
-        raise UserError(f"--hook-layer-name {subject.path}: {error}") from error
+        raise UserError(f"no Fisher matrix at {subject.path}: {error}") from error
 
 
 def linearize(settings: Settings, subject: Subject, batch: list[Encoded]) -> tuple[fisher.Point, int]:
@@ -169,13 +169,13 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
     return results
 
 
-def check_padding(settings: Settings, subject: Subject, batch: list[Encoded]) -> None:
-    """Holds a prompt's predictions beside a longer prompt against those of itself alone, in a plain forward pass.
+def check_padding(settings: Settings, subject: Subject, prompts: list[Encoded]) -> None:
+    """Holds the shortest prompt beside the longest against itself alone, in a plain forward pass.
 
     Raises:
         UserError: they differ by more than rounding, so that this model's results would depend on the padding.
     """
-    shortest, *_, longest = sorted([*batch, batch[0]], key=lambda encoded: len(encoded.ids))
+    shortest, *_, longest = sorted([*prompts, prompts[0]], key=lambda encoded: len(encoded.ids))
     with naming(subject, [shortest, longest]):
         point, _ = linearize(settings, subject, [shortest, longest])
     with torch.no_grad():
@@ -200,7 +200,9 @@ class Shard:
     closed: bool = False  # its file is there
 
 
-def plan(settings: Settings, prompts: Prompts, tokenizer, longest: int, store: Store, who: Ranks) -> Iterator[Shard]:
+def plan(
+    settings: Settings, prompts: Iterator[Prompt], tokenizer, longest: int, store: Store, who: Ranks
+) -> Iterator[Shard]:
     """This process's shards in order, with what an earlier run left of them.
 
     Shards and batches are a function of the dataset and the settings alone, so that neither the number of
@@ -241,10 +243,10 @@ def compute(settings: Settings, subject: Subject, shards: Iterator[Shard], store
         while (shard := ahead.result()) is not None:
             ahead = reader.submit(next, shards, None)
             bar.update(shard.finished)
+            if shard.todo and not checked:
+                check_padding(settings, subject, list(chain.from_iterable(shard.todo.values())))
+                checked = True
             for number, batch in shard.todo.items():
-                if not checked:
-                    check_padding(settings, subject, batch)
-                    checked = True
                 results = measure(settings, subject, batch)
                 pending.append(writer.submit(store.write_batch, shard.number, number, results))
                 while len(pending) > WAITING:  # a write that failed is heard of here
@@ -261,25 +263,33 @@ def compute(settings: Settings, subject: Subject, shards: Iterator[Shard], store
 # --- the protocol --------------------------------------------------------------------------------
 
 
-def load_subject(settings: Settings, who: Ranks) -> tuple[Subject, Settings]:
-    """The model, and the settings with a number of tokens and of singular values that there are."""
+def load_subject(settings: Settings, who: Ranks) -> Subject:
     device = settings.device
     if who.size > 1 and device == "auto" and torch.cuda.is_available():
         device = f"cuda:{who.local}"
     lm, tokenizer = models.load_model(settings.model_path, settings.dtype, device, settings.trust_remote_code)
-    path, module = models.find_module(lm, settings.hook_layer_name)
-    vocabulary = lm.get_output_embeddings().weight.shape[0]
-    k = settings.top_k_tokens
+    return Subject(lm, tokenizer, *models.find_module(lm, settings.hook_layer_name))
+
+
+def fit(settings: Settings, subject: Subject, say: Callable[[str], None]) -> Settings:
+    """The settings with no more tokens than the vocabulary has, and no more singular values than tokens."""
+    k, r = settings.top_k_tokens, settings.num_singular_values
+    vocabulary = subject.lm.get_output_embeddings().weight.shape[0]
     if k != "all" and k > vocabulary:
+        say(f"note: --top-k-tokens {k} is more than the vocabulary: counting all {vocabulary} tokens")
         k = vocabulary
-    return Subject(lm, tokenizer, path, module), replace(settings, top_k_tokens=k)
+    if k != "all" and r > k:
+        say(f"note: --num-singular-values {r} is more than a matrix of {k} tokens has: keeping {k}")
+        r = k
+    return replace(settings, top_k_tokens=k, num_singular_values=r)
 
 
 def run(settings: Settings, overwrite: bool, who: Ranks) -> int:
+    say = print if who.first else lambda text: None
     if who.ask_first(lambda: runs.is_finished(settings, overwrite)):
         if who.first:
             runs.clean_up(settings)
-            print(f"{settings.output_dir} is finished: nothing to do (--overwrite starts anew)")
+        say(f"{settings.output_dir} is finished: nothing to do (--overwrite starts anew)")
         return 0
     prompts = Prompts(
         settings_.resolve_dataset(settings),
@@ -288,22 +298,24 @@ def run(settings: Settings, overwrite: bool, who: Ranks) -> int:
         settings.dataset_config,
         settings.seed,
     )
-    subject, fitted = load_subject(settings, who)
+    source = iter(prompts)
+    first = next(source, None)  # what is wrong with the dataset is said before the model is loaded
+    if first is None:
+        raise UserError(f"{prompts.source} has no usable prompt: {prompts.skipped} rows, all empty or no text")
+
+    subject = load_subject(settings, who)
     config = subject.lm.config.get_text_config(decoder=True)
     longest = min(settings.max_length, getattr(config, "max_position_embeddings", None) or settings.max_length)
     environment = models.describe(subject.lm)
     identity = {"hook_layer": subject.path, "model_fingerprint": models.fingerprint(subject.lm)}
-    who.ask_first(lambda: runs.begin(settings, identity, environment, overwrite) and None)
+    who.ask_first(lambda: runs.begin(settings, identity, environment, overwrite))
     store = Store(Path(settings.output_dir), settings.store)
-    if who.first:
-        print(report.model_line(settings.model_path, environment) + f"; hooked at {subject.path}")
-        r = settings.num_singular_values
-        if fitted.top_k_tokens != "all" and r > fitted.top_k_tokens:
-            print(f"note: F of {fitted.top_k_tokens} tokens has no more singular values than that: {r} were asked for")
+    say(report.model_line(settings.model_path, environment) + f"; hooked at {subject.path}")
+    fitted = fit(settings, subject, say)
 
     code = 0
     with progress_bar(settings, who) as bar:
-        shards = plan(settings, prompts, subject.tokenizer, longest, store, who)
+        shards = plan(settings, chain([first], source), subject.tokenizer, longest, store, who)
         try:
             compute(fitted, subject, shards, store, bar)
         except KeyboardInterrupt:
@@ -313,8 +325,10 @@ def run(settings: Settings, overwrite: bool, who: Ranks) -> int:
         return code
     who.wait_for_all()
     if who.first:
-        print(runs.finish(settings, store, SHARD_BATCHES * settings.batch_size, prompts.skipped))
-        print(f"Wrote {settings.output_dir}")
+        say(runs.finish(settings, store, SHARD_BATCHES * settings.batch_size, prompts.skipped))
+    if prompts.usable < settings.num_prompts:
+        say(f"note: {settings.num_prompts} prompts were asked for, {prompts.usable} are to be had")
+    say(f"Written to {settings.output_dir}: {', '.join(runs.FILES)}")
     return 0
 
 

@@ -50,11 +50,10 @@ class Prompts:
         """
         self.source, self.column = source, column
         self.rows = read_rows(source, split, config, shuffle)
-        self.skipped = 0
+        self.usable, self.skipped = 0, 0
 
     def __iter__(self) -> Iterator[Prompt]:
         """Raises UserError: the dataset cannot be read, or has no such column."""
-        usable = 0
         for number, row in enumerate(self.rows):
             if number == 0:
                 self.column = _choose_column(self.source, row, self.column)
@@ -62,8 +61,8 @@ class Prompts:
             if text is None:
                 self.skipped += 1
                 continue
-            yield Prompt(usable, number, text)
-            usable += 1
+            self.usable += 1
+            yield Prompt(self.usable - 1, number, text)
 
 
 def _choose_column(source: str, row: dict, asked: str | None) -> str:

@@ -1,9 +1,11 @@
 """A pipeline run's output directory: begun, gone on with, finished."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import chain
 import json
 from pathlib import Path
+import zipfile
 
 import numpy as np
 import yaml
@@ -20,6 +22,7 @@ import storage
 FORMAT = "residual-fisher/1"
 METADATA = "metadata.yaml"
 PROMPTS = plots.PROMPTS
+FILES = (ARRAYS, PROMPTS, METADATA, plots.SPECTRA)
 STANDING_OUT = 5  # prompts named at the end
 
 
@@ -59,20 +62,21 @@ def is_finished(settings: Settings, overwrite: bool) -> bool:
         UserError: it cannot be written to, is not this script's, or holds a run with other settings.
     """
     directory = Path(settings.output_dir)
+    store = Store(directory, settings.store)
     found = _metadata(directory)
     storage.check_writable(directory)
     if found is None or overwrite:
         return False
     then, now = found["config"], asdict(settings)
     differing = [key for key in now if key not in INCIDENTAL and then.get(key) != now[key]]
-    if differing:
+    if differing and (found["complete"] or store.has_results()):
         said = ", ".join(f"{key} was {then.get(key)!r} and is {now[key]!r}" for key in differing)
         raise UserError(f"{directory} holds a run with other settings ({said}): --overwrite removes it")
-    return found["complete"]
+    return found["complete"] and not differing
 
 
-def begin(settings: Settings, identity: dict, environment: dict, overwrite: bool) -> Store:
-    """The output directory made ready: emptied of an earlier run, or checked to be of the same model.
+def begin(settings: Settings, identity: dict, environment: dict, overwrite: bool) -> None:
+    """Makes the output directory ready: emptied of an earlier run, or checked to be of the same model.
 
     Raises:
         UserError: it holds results of another model.
@@ -82,17 +86,16 @@ def begin(settings: Settings, identity: dict, environment: dict, overwrite: bool
     found = _metadata(directory)
     if overwrite:
         store.remove()
-        for name in (ARRAYS, PROMPTS, plots.SPECTRA, METADATA):
+        for name in FILES:
             (directory / name).unlink(missing_ok=True)
-    elif found is not None:
+    elif found is not None and store.has_results():
         for key, now in identity.items():
             if found[key] != now:
                 said = f"{key} was {found[key]!r} and is {now!r}"
                 raise UserError(f"{directory} holds a run of another model ({said}): --overwrite removes it")
-        store.remove_leftovers()
+    store.remove_leftovers()
     about = {"format": FORMAT, "complete": False, **identity, "config": asdict(settings), "environment": environment}
     _write_metadata(directory, about)
-    return store
 
 
 def finish(settings: Settings, store: Store, per_shard: int, skipped: int) -> str:
@@ -101,28 +104,30 @@ def finish(settings: Settings, store: Store, per_shard: int, skipped: int) -> st
     Interrupted at any point, it can be called again.
 
     Raises:
-        UserError: there is no prompt, or a file cannot be written.
+        UserError: a shard is damaged, or a file cannot be written.
     """
     directory = store.directory
-    records = [_numbers(record) for record in store.records()]
-    if not records:
-        raise UserError(f"{settings.dataset_name} has no usable prompt: {skipped} rows, all empty or no text")
-    store.close(len(records), per_shard)
+    try:
+        columns = _columns(store.records())
+        count = len(columns["tokens"])
+        store.close(count, per_shard)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"a file in {store.folder} is damaged ({error}): the same command computes it again") from error
     with load_fisher_matrices(directory) as matrices:
-        columns = standing_out(matrices)
-        bias_dim = matrices[0].U.shape[0]
+        scored = standing_out(matrices)
+        bias_dim, num_singular_values = matrices[0].U.shape
     with storage.atomic_open(directory / PROMPTS) as file:
         for index, record in enumerate(store.records()):
-            record.update({name: column[index].tolist() for name, column in columns.items()})
+            record.update({name: column[index].tolist() for name, column in scored.items()})
             file.write((json.dumps(storage.plain(record), ensure_ascii=False) + "\n").encode())
     plots.draw_spectra(directory)
     metadata = _metadata(directory)
-    statistics = summarize(records, skipped)
+    statistics = summarize(columns, skipped)
     metadata.update(
         complete=True,
-        num_prompts=len(records),
+        num_prompts=count,
         bias_dim=bias_dim,
-        num_singular_values=len(records[0]["singular_values"]),
+        num_singular_values=num_singular_values,
         arrays=ARRAYS if (directory / ARRAYS).exists() else f"{FOLDER}/",
         statistics=statistics,
     )
@@ -139,9 +144,12 @@ def clean_up(settings: Settings) -> None:
         Store(directory, settings.store).remove()
 
 
-def _numbers(record: dict) -> dict:
-    """A record without its texts: millions of them should fit into memory."""
-    return {key: value for key, value in record.items() if key not in ("prompt", "top_token")}
+def _columns(records: Iterable[dict]) -> dict[str, np.ndarray]:
+    """What the summary needs of all records, as arrays: there may be millions."""
+    keys = ("tokens", "truncated", "captured_mass", "trace", "effective_rank", "seconds")
+    rows = ([*(record[key] for key in keys), record["singular_values"][0]] for record in records)
+    table = np.fromiter(chain.from_iterable(rows), dtype=np.float64).reshape(-1, len(keys) + 1)
+    return dict(zip([*keys, "lambda_1"], table.T, strict=True))
 
 
 def standing_out(matrices: Sequence) -> dict[str, np.ndarray]:
@@ -165,22 +173,21 @@ def standing_out(matrices: Sequence) -> dict[str, np.ndarray]:
     }
 
 
-def summarize(records: list[dict], skipped: int) -> dict:
+def summarize(columns: dict[str, np.ndarray], skipped: int) -> dict:
     """The run in numbers."""
-    column = {
-        key: np.array([r[key] for r in records]) for key in ("trace", "effective_rank", "captured_mass", "tokens")
-    }
-    first = np.array([r["singular_values"][0] for r in records])
-    seconds = np.array([r["seconds"] for r in records])
+
+    def largest(key: str) -> list[int]:
+        return np.argsort(-columns[key], kind="stable")[:STANDING_OUT].tolist()
+
+    keys = ("lambda_1", "trace", "effective_rank", "captured_mass", "tokens")
     return {
-        "lambda_1": _spread(first),
-        **{name: _spread(values) for name, values in column.items()},
-        "total_tokens": int(column["tokens"].sum()),
+        **{key: _spread(columns[key]) for key in keys},
+        "total_tokens": int(columns["tokens"].sum()),
         "skipped_rows": skipped,
-        "truncated_prompts": sum(r["truncated"] for r in records),
-        "longest_prompts": np.argsort(-column["tokens"], kind="stable")[:STANDING_OUT].tolist(),
-        "slowest_prompts": np.argsort(-seconds, kind="stable")[:STANDING_OUT].tolist(),
-        "compute_seconds": float(seconds.sum()),  # of all processes together
+        "truncated_prompts": int(columns["truncated"].sum()),
+        "longest_prompts": largest("tokens"),
+        "slowest_prompts": largest("seconds"),
+        "compute_seconds": float(columns["seconds"].sum()),  # of all processes together
     }
 
 
@@ -189,6 +196,7 @@ def _spread(values: np.ndarray) -> dict:
 
 
 def final_table(directory: Path, statistics: dict) -> str:
+    """What a run found, for a terminal."""
     rows = [
         [label, *(f"{statistics[key][part]:.4g}" for part in ("median", "min", "max"))]
         for key, label in {

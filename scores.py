@@ -7,7 +7,7 @@ import numpy as np
 from shards import Triplets
 
 SAMPLE = 4096  # prompts, evenly spaced, that the mean subspace is of: more would hardly move it
-LANDMARKS = 512  # prompts, evenly spaced, whose matrices span the principal coordinates
+LANDMARKS = 256  # prompts, evenly spaced, whose matrices span the principal coordinates
 COORDINATES = 5
 
 

@@ -95,8 +95,9 @@ def parse_args(argv: list[str] | None) -> tuple[Settings, bool]:
         about = dict(key.metadata)
         read, default = about.pop("read"), key.default
         shown = "" if default is None else f" ({str(default).lower() if isinstance(default, bool) else default})"
+        alone = {"nargs": "?", "const": True} if read is _switch else {}
         parser.add_argument(
-            _flag(name), type=read, default=MISSING, metavar=about["metavar"], help=about["help"] + shown
+            _flag(name), type=read, **alone, default=MISSING, metavar=about["metavar"], help=about["help"] + shown
         )
     given, unknown = parser.parse_known_args(argv)
     for word in unknown:

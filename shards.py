@@ -127,6 +127,9 @@ class Store:
     def shards(self) -> list[Path]:
         return sorted(self.folder.glob("shard_*.npz"))
 
+    def has_results(self) -> bool:
+        return any(self.folder.glob("*.npz"))
+
     def has_shard(self, number: int, prompts: Sequence["Prompt"]) -> bool:
         """Whether a shard's file is there, and whole. Raises UserError if it is of other prompts."""
         whole = self._is_whole(self.shard(number), prompts)
@@ -221,11 +224,16 @@ class FisherMatrices(Sequence):
         number = index // self._per_file
         if number != self._number:
             self.close()
-            self._archive = np.load(self._files[number], allow_pickle=False)
+            self._archive = zipfile.ZipFile(self._files[number])
             self._number = number
-        u = self._archive[f"U_{index}"].astype(np.float32, copy=False)
-        stored = f"V_{index}" in self._archive
-        return Triplets(u, self._archive[f"S_{index}"], self._archive[f"V_{index}"] if stored else u.T)
+        u, s = self._read(f"U_{index}"), self._read(f"S_{index}")
+        v = self._read(f"V_{index}") if f"V_{index}.npy" in self._archive.NameToInfo else u.T
+        return Triplets(u, s, v)
+
+    def _read(self, name: str) -> np.ndarray:
+        # `np.load` would do, but searches the list of all names for each member
+        with self._archive.open(f"{name}.npy") as member:
+            return np.lib.format.read_array(member, allow_pickle=False).astype(np.float32, copy=False)
 
     def close(self) -> None:
         if self._archive is not None:
@@ -250,8 +258,8 @@ def load_fisher_matrices(path: str | Path) -> FisherMatrices:
     path = Path(path)
     one = path if path.suffix == ".npz" else path / ARRAYS
     if one.is_file():
-        with np.load(one, allow_pickle=False) as archive:
-            prompts = sum(name.startswith("S_") for name in archive.files)
+        with zipfile.ZipFile(one) as archive:
+            prompts = sum(name.startswith("S_") for name in archive.namelist())
         return FisherMatrices([one], prompts, max(prompts, 1))
     index = path / FOLDER / INDEX
     if not index.is_file():

@@ -5,6 +5,8 @@
 plain   a prompt at a time: a forward pass with a hook, one backward call a token, the d x d Fisher matrix and
         its full SVD. Once on the model as `from_pretrained` returns it, whose weights take gradients too, and
         once with the weights frozen
+shared  the plain loop over padded batches: one bias for all prompts of a batch, so that every prompt's every token
+        takes a backward pass through the whole batch (weights frozen; on the two last, shortest batches)
 this    compute_fisher.measure on the batches of compute_fisher's plan, and its files written
 floor   1 + k * (share of layers above the hook) plain forward passes over the same batches, without gradients and
         with the logits of one token
@@ -14,6 +16,7 @@ compute_fisher.py at 200 and at 2,000 short prompts. Writes benchmarks/results/b
 """
 
 import argparse
+import datetime
 import json
 import os
 from pathlib import Path
@@ -42,6 +45,14 @@ WIDE = {  # a random model of the width of a 1B one
 }  # fmt: skip
 
 
+def processor() -> str:
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return names[0].partition(": ")[2]
+    except (OSError, IndexError):
+        return platform.processor()
+
+
 def clock(function) -> tuple[float, object]:
     start = time.perf_counter()
     result = function()
@@ -68,6 +79,19 @@ def plain(lm, module, ids: list[int], k: int, r: int) -> tuple[torch.Tensor, tor
     g = torch.stack(gradients)
     u, s, _ = torch.linalg.svd(g.T @ (top.values.detach().exp()[:, None] * g))
     return s[:r], u[:, :r]
+
+
+def shared(lm, module, batch: list[Encoded], k: int) -> None:
+    """The same over a padded batch, with one bias for all of its prompts."""
+    ids, lengths = compute_fisher.pad(batch)
+    bias = torch.zeros(lm.config.hidden_size, requires_grad=True)
+    handle = module.register_forward_hook(lambda module, args, h: h + bias)
+    hidden = lm.model(ids, use_cache=False).last_hidden_state[torch.arange(len(ids)), lengths - 1]
+    handle.remove()
+    for log_probs in lm.lm_head(hidden).log_softmax(-1):
+        top = log_probs.topk(k).values
+        g = torch.stack([torch.autograd.grad(log_prob, bias, retain_graph=True)[0] for log_prob in top])
+        torch.linalg.svd(g.T @ (top.detach().exp()[:, None] * g))
 
 
 def compare(slow, fast: shards.Result) -> float:
@@ -119,6 +143,9 @@ def bench(name: str, lm, tokenizer, layer: int, encoded: list[Encoded], settings
     unfrozen, _ = clock(loop)
     lm.requires_grad_(False)
     lm.zero_grad()
+    last = batches[-2:]
+    theirs = clock(lambda: [shared(lm, module, batch, settings.top_k_tokens) for batch in last])[0]
+    ours_on_last = clock(lambda: [compute_fisher.measure(settings, subject, batch) for batch in last])[0]
     error = max(compare(a, b) for a, b in zip(slow, results, strict=True))
     if error > 1e-3:
         sys.exit(f"{name}: the two differ by {error:.1e} of the largest singular value")
@@ -127,14 +154,12 @@ def bench(name: str, lm, tokenizer, layer: int, encoded: list[Encoded], settings
         "layer": layer, "depth": depth, "hidden_size": lm.config.hidden_size,
         "seconds": {"this": ours, "floor": floor, "plain, weights frozen": frozen, "plain, as loaded": unfrozen},
         "times_floor": ours / floor, "times_faster_than_plain_as_loaded": unfrozen / ours,
-        "times_faster_than_plain_frozen": frozen / ours, "largest_difference": error,
+        "times_faster_than_plain_frozen": frozen / ours, "times_faster_than_shared": theirs / ours_on_last,
+        "largest_difference": error,
     }  # fmt: skip
-    print(
-        f"{name}: this {ours:.1f} s; {unfrozen / ours:.1f} x plain as loaded ({unfrozen:.1f} s), "
-        f"{frozen / ours:.1f} x plain with frozen weights ({frozen:.1f} s); {ours / floor:.2f} x floor ({floor:.1f} s); "
-        f"largest difference {error:.1e}",
-        flush=True,
-    )
+    times = {label: f"{seconds:.1f} s" for label, seconds in row["seconds"].items()}
+    ratios = {label: f"{value:.2f}" for label, value in row.items() if label.startswith("times_")}
+    print(f"{name}: {times} {ratios}, largest difference {error:.1e}", flush=True)
     return row
 
 
@@ -156,30 +181,41 @@ def peak_memory(prompts: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--num-prompts", type=int, default=40)
-    parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument("--wide-prompts", type=int, default=8)
+    parser.add_argument(
+        "--only", choices=["embedded", "wide", "memory"], nargs="+", default=["embedded", "wide", "memory"]
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     settings = Settings(batch_size=8, top_k_tokens=10, num_singular_values=10)
-    results = {
-        "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(), "settings": "batch 8, k = 10, r = 10, float32",
+    path = ROOT / "benchmarks" / "results" / "bench_pipeline.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    about = {
+        "date": datetime.date.today().isoformat(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(), "processor": processor(), "settings": "batch 8, k = 10, r = 10, float32",
     }  # fmt: skip
+
+    def keep(name: str, measured: dict) -> None:
+        results[name] = {**measured, **about}
+        storage.write_json(path, results)
 
     lm, tokenizer = models.load_model()
     bundled = list(Prompts(str(ROOT / "data" / "prompts.jsonl")))[: args.num_prompts]
     encoded = [encode(tokenizer, prompt, 2048) for prompt in bundled]
-    results["smollm2-135m"] = bench("SmolLM2-135M, layer 15 of 30", lm, tokenizer, 15, encoded, settings)
-
-    config = transformers.LlamaConfig(**WIDE)
-    wide = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    few = [Encoded(e.prompt, [t % WIDE["vocab_size"] for t in e.ids[:128]], True) for e in encoded[:16]]
-    results["random, d = 2048"] = bench("random weights, d = 2048, layer 1 of 4", wide, tokenizer, 1, few, settings)
-
-    if not args.skip_memory:
-        del lm, wide
-        results["peak_memory_mb"] = {str(n): peak_memory(n) for n in (200, 2000)}
-        print("peak memory, MB:", results["peak_memory_mb"])
-    storage.write_json(ROOT / "benchmarks" / "results" / "bench_pipeline.json", results)
+    if "embedded" in args.only:
+        keep("embedded", bench("SmolLM2-135M, layer 15 of 30", lm, tokenizer, 15, encoded, settings))
+    del lm
+    if "wide" in args.only:
+        config = transformers.LlamaConfig(**WIDE)
+        wide = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+        few = [Encoded(e.prompt, [t % WIDE["vocab_size"] for t in e.ids[:128]], True) for e in encoded]
+        few = few[: args.wide_prompts]
+        keep("wide", bench("random weights, d = 2048, layer 1 of 4", wide, tokenizer, 1, few, settings))
+        del wide
+    if "memory" in args.only:
+        peak = {str(n): peak_memory(n) for n in (200, 2000)}
+        print("peak memory, MB:", peak)
+        keep("memory", {"peak_mb": peak})
 
 
 if __name__ == "__main__":

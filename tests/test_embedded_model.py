@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+import compute_fisher
 from conftest import ROOT
 import fisher
 import last_token
 import models
+from prompts import Encoded, Prompt
 import pushes
+from settings import Settings
 
 PROMPT = "The zoo keeps many wild"
 
@@ -79,6 +82,30 @@ def test_the_exact_fisher_matrix_predicts_kl(embedded):
     assert (swept.kl / kl - 1).abs().max() < 0.03
 
 
+def test_the_pipelines_triplets_match_the_plain_loop(embedded):
+    """A prompt at a time, the bias at every token, one backward call a token, the SVD of the d x d F."""
+    model, tokenizer, _ = embedded
+    texts = ["Name three rivers of Europe, please, and the seas they reach.", "Hi!"]
+    turns = [[{"role": "user", "content": text}] for text in texts]
+    prompts = [tokenizer.apply_chat_template(t, add_generation_prompt=True)["input_ids"] for t in turns]
+    path, module = models.find_module(model, "15")
+    subject = compute_fisher.Subject(model, tokenizer, path, module)
+    batch = [Encoded(Prompt(i, i, text), prompts[i], False) for i, text in enumerate(texts)]
+    for result, ids in zip(compute_fisher.measure(Settings(), subject, batch), prompts, strict=True):
+        bias = torch.zeros(576, requires_grad=True)
+        handle = module.register_forward_hook(lambda module, args, h, bias=bias: h + bias)
+        log_probs = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        handle.remove()
+        top = log_probs.topk(10).values
+        gradients = torch.stack([torch.autograd.grad(log_p, bias, retain_graph=True)[0] for log_p in top])
+        u, s, v = torch.linalg.svd((gradients.T * top.exp().detach()) @ gradients)
+        assert (torch.from_numpy(result.values) / s[:10] - 1).abs()[:8].max() < 1e-3
+        best = u[:, :10] @ s[:10].diag() @ v[:10]
+        found = torch.from_numpy(result.vectors.T * result.values @ result.vectors)
+        assert (found - best).abs().max() < 1e-4 * best.abs().max()
+        assert result.record["captured_mass"] == pytest.approx(float(top.detach().exp().sum()), rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder in which the README's command was run, on less."""
@@ -87,6 +114,10 @@ def finished(tmp_path_factory):
     result = subprocess.run([*command, "--max-vocab-subset", "20"], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "smollm2-135m: 134,515,008 parameters, float32" in result.stdout
+    command = [sys.executable, ROOT / "compute_fisher.py", "--num-prompts", "12", "--hook-layer-name", "28"]
+    result = subprocess.run([*command, "--top-k-tokens", "3"], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (folder / "data").symlink_to(ROOT / "data")
     return folder
 
 
@@ -103,9 +134,11 @@ def test_the_command_end_to_end(finished):
 def test_the_readmes_python_runs_as_it_stands(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 6
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names := {})
-    assert "nats; predicted" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nats; predicted" in said and "12 prompts; (576, 3) (3,) (3, 576)" in said
+    assert len((finished / "planted.jsonl").read_text().splitlines()) == 110
     assert names["eigen"].values.shape == (30, 1)
     assert names["eigen"].vectors.shape == (30, 1, 576)

@@ -139,7 +139,7 @@ def test_prompts_too_long_for_the_model_are_cut_and_counted(chat_directory, tmp_
 
 def test_more_singular_values_than_tokens_are_lowered_said_and_recorded(chat_directory, dataset, tmp_path, capsys):
     assert run(chat_directory, dataset, tmp_path / "out", top_k_tokens=3, num_prompts=5) == 0
-    assert capsys.readouterr().out.count("4 were asked for") == 1
+    assert capsys.readouterr().out.count("--num-singular-values 4 is more") == 1
     assert yaml.safe_load((tmp_path / "out" / "metadata.yaml").read_text())["num_singular_values"] == 3
     assert arrays(tmp_path / "out")["U_0"].shape == (tiny.D, 3)
 
@@ -389,7 +389,7 @@ def test_a_process_that_fails_stops_the_others_and_another_number_of_them_finish
 BAD = {
     "hook-layer-name model.layer.1": "model.layers.0 ... model.layers.2",
     "hook-layer-name 7": "model.layers.0 ... model.layers.2",
-    "hook-layer-name lm_head": "--hook-layer-name lm_head: its output is not of shape",
+    "hook-layer-name lm_head": "no Fisher matrix at lm_head: its output is not of shape",
     "config none.yaml": "cannot read the config none.yaml",
     "dataset-name none.jsonl": "no such file",
     "dataset-name no/such": "as a dataset of the hub",
@@ -413,6 +413,11 @@ def test_bad_input_is_one_line_and_exit_code_2(flag, chat_directory, dataset, tm
     message = capsys.readouterr().err.strip().splitlines()
     assert len(message) == 1 and BAD[flag] in message[0]
     assert message[0].startswith("compute_fisher.py: error: ")
+
+
+def test_what_went_wrong_before_the_first_result_needs_no_overwrite(chat_directory, dataset, tmp_path):
+    assert run(chat_directory, dataset, tmp_path / "out", max_length=3) == 2
+    assert run(chat_directory, dataset, tmp_path / "out", max_length=30, num_prompts=3) == 0
 
 
 def test_a_dataset_of_empty_prompts_is_said(chat_directory, tmp_path, capsys):
