@@ -23,6 +23,7 @@ FORMAT = "residual-fisher/1"
 METADATA = "metadata.yaml"
 PROMPTS = plots.PROMPTS
 FILES = (ARRAYS, PROMPTS, METADATA, plots.SPECTRA)
+TOGETHER = 64  # prompts scored at once
 STANDING_OUT = 5  # prompts named at the end
 
 
@@ -156,18 +157,20 @@ def standing_out(matrices: Sequence) -> dict[str, np.ndarray]:
     """By prompt: how unusual its log lambda_1, its subspace's distance from the mean one, and its coordinates are."""
     mean, principal = scores.mean_subspace(matrices), scores.PrincipalCoordinates(matrices)
     first, distance, coordinates = [], [], []
-    for triplets in matrices:
-        first.append(triplets.S[0])
-        distance.append(scores.subspace_distance(triplets, mean))
-        coordinates.append(principal.of(triplets))
+    for start in range(0, len(matrices), TOGETHER):
+        several = [matrices[index] for index in range(start, min(start + TOGETHER, len(matrices)))]
+        first += [triplets.S[0] for triplets in several]
+        distance += [scores.subspace_distance(triplets, mean) for triplets in several]
+        coordinates.append(principal.of(several))
     log_first = np.log(np.maximum(first, np.finfo(np.float32).tiny))
     z_lambda, z_subspace = scores.robust_z(log_first), scores.robust_z(np.array(distance))
-    z_principal = np.abs([scores.robust_z(column) for column in np.array(coordinates).T]).max(axis=0)
+    coordinates = np.concatenate(coordinates)
+    z_principal = np.abs([scores.robust_z(column) for column in coordinates.T]).max(axis=0)
     return {
         "z_log_lambda": z_lambda,
         "subspace_distance": np.array(distance),
         "z_subspace": z_subspace,
-        "principal_coordinates": np.array(coordinates),
+        "principal_coordinates": coordinates,
         "z_principal": z_principal,
         "outlier_score": np.max([np.abs(z_lambda), z_subspace, z_principal], axis=0),
     }

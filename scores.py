@@ -55,25 +55,29 @@ class PrincipalCoordinates:
     """
 
     def __init__(self, matrices: Sequence[Triplets]):
-        chosen = _evenly_spaced(len(matrices), LANDMARKS)
-        self._factors = np.concatenate([_factor(matrices[i]) for i in chosen], axis=1)  # (d, landmarks * r)
+        chosen = [matrices[i] for i in _evenly_spaced(len(matrices), LANDMARKS)]
+        self._factors = np.concatenate([_factor(t) for t in chosen], axis=1)  # (d, landmarks * r)
         self._landmarks = len(chosen)
-        kernel = np.stack([self._similarities(matrices[i]) for i in chosen])
+        kernel = self._similarities(chosen)
         self._mean = kernel.mean(axis=0)
         self._axes = np.linalg.eigh(self._centred(kernel)).eigenvectors[:, : -1 - COORDINATES : -1]
         self._axes *= np.sign(self._axes[np.abs(self._axes).argmax(axis=0), range(self._axes.shape[1])])
 
-    def _similarities(self, triplets: Triplets) -> np.ndarray:
-        overlap = (_factor(triplets).T @ self._factors) ** 2
-        return overlap.sum(axis=0).reshape(self._landmarks, -1).sum(axis=1, dtype=np.float64)
+    def _similarities(self, several: Sequence[Triplets]) -> np.ndarray:
+        """tr(F F') / |F||F'| of every given matrix with every landmark, (n, landmarks)."""
+        factors = np.concatenate([_factor(t) for t in several], axis=1)  # (d, n * r)
+        overlaps = (factors.T @ self._factors) ** 2
+        return overlaps.reshape(len(several), -1, self._landmarks, factors.shape[1] // len(several)).sum(
+            axis=(1, 3), dtype=np.float64
+        )
 
     def _centred(self, kernel: np.ndarray) -> np.ndarray:
         centred = kernel - self._mean
         return centred - centred.mean(axis=-1, keepdims=True)
 
-    def of(self, triplets: Triplets) -> np.ndarray:
-        """(at most COORDINATES,) of one prompt, the leading coordinate first."""
-        return self._centred(self._similarities(triplets)) @ self._axes
+    def of(self, several: Sequence[Triplets]) -> np.ndarray:
+        """(n, at most COORDINATES), the leading coordinate first. A few dozen at a time are fastest."""
+        return self._centred(self._similarities(several)) @ self._axes
 
 
 def _factor(triplets: Triplets) -> np.ndarray:

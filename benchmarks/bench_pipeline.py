@@ -18,7 +18,6 @@ compute_fisher.py at 200 and at 2,000 short prompts. Writes benchmarks/results/b
 import argparse
 import datetime
 import json
-import os
 from pathlib import Path
 import platform
 import subprocess
@@ -30,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from tqdm import tqdm
 import transformers
 
 import compute_fisher
@@ -117,42 +117,47 @@ def bench(name: str, lm, tokenizer, layer: int, encoded: list[Encoded], settings
     depth = lm.config.num_hidden_layers
     passes = 1 + settings.top_k_tokens * (depth - 1 - layer) / depth
 
-    def this() -> list[shards.Result]:
-        found = []
-        with tempfile.TemporaryDirectory() as folder:
-            for number, batch in enumerate(batches):
-                results = compute_fisher.measure(settings, subject, batch)
-                shards.write_results(Path(folder) / f"{number}.npz", results, "full")
-                found += results
-        return sorted(found, key=lambda result: result.record["index"])
+    seconds = dict.fromkeys(("this", "forward", "plain, weights frozen", "plain, as loaded"), 0.0)
+
+    def timed(label: str, function):
+        taken, result = clock(function)
+        seconds[label] += taken
+        return result
+
+    def this(batch: list[Encoded], folder: str) -> list[shards.Result]:
+        found = compute_fisher.measure(settings, subject, batch)
+        shards.write_results(Path(folder) / "batch.npz", found, "full")
+        return found
+
+    def loop(batch: list[Encoded]) -> list:
+        compute_fisher.use_attention(lm, "sdpa")  # transformers' default
+        return [plain(lm, module, e.ids, settings.top_k_tokens, settings.num_singular_values) for e in batch]
 
     forward_passes(lm, batches[-1:])  # the first pass pays for what later ones do not
     compute_fisher.measure(settings, subject, batches[-1])
-    forwards = [clock(lambda: forward_passes(lm, batches))[0]]
-    ours, results = clock(this)
-    forwards.append(clock(lambda: forward_passes(lm, batches))[0])  # before and after: speed drifts
-    floor = passes * sum(forwards) / 2
-
-    compute_fisher.use_attention(lm, "sdpa")  # transformers' default
-
-    def loop() -> list:
-        return [plain(lm, module, e.ids, settings.top_k_tokens, settings.num_singular_values) for e in encoded]
-
-    frozen, slow = clock(loop)
-    lm.requires_grad_(True)
-    unfrozen, _ = clock(loop)
-    lm.requires_grad_(False)
-    lm.zero_grad()
-    last = batches[-2:]
-    theirs = clock(lambda: [shared(lm, module, batch, settings.top_k_tokens) for batch in last])[0]
-    ours_on_last = clock(lambda: [compute_fisher.measure(settings, subject, batch) for batch in last])[0]
-    error = max(compare(a, b) for a, b in zip(slow, results, strict=True))
+    fast, slow = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for batch in tqdm(batches, desc=name):  # batch by batch, in turns: the machine's speed drifts
+            timed("forward", lambda batch=batch: forward_passes(lm, [batch]))
+            fast += timed("this", lambda batch=batch: this(batch, folder))
+            timed("forward", lambda batch=batch: forward_passes(lm, [batch]))
+            slow += timed("plain, weights frozen", lambda batch=batch: loop(batch))
+            lm.requires_grad_(True)
+            timed("plain, as loaded", lambda batch=batch: loop(batch))
+            lm.requires_grad_(False)
+            lm.zero_grad()
+        last = batches[-2:]
+        theirs = clock(lambda: [shared(lm, module, batch, settings.top_k_tokens) for batch in last])[0]
+        ours_on_last = clock(lambda: [this(batch, folder) for batch in last])[0]
+    ours, frozen, unfrozen = (seconds[label] for label in ("this", "plain, weights frozen", "plain, as loaded"))
+    floor = passes * seconds.pop("forward") / 2
+    error = max(compare(a, b) for a, b in zip(slow, fast, strict=True))
     if error > 1e-3:
         sys.exit(f"{name}: the two differ by {error:.1e} of the largest singular value")
     row = {
         "prompts": len(encoded), "tokens": sum(len(e.ids) for e in encoded), "batches": len(batches),
         "layer": layer, "depth": depth, "hidden_size": lm.config.hidden_size,
-        "seconds": {"this": ours, "floor": floor, "plain, weights frozen": frozen, "plain, as loaded": unfrozen},
+        "seconds": {**seconds, "floor": floor},
         "times_floor": ours / floor, "times_faster_than_plain_as_loaded": unfrozen / ours,
         "times_faster_than_plain_frozen": frozen / ours, "times_faster_than_shared": theirs / ours_on_last,
         "largest_difference": error,
@@ -170,12 +175,15 @@ def peak_memory(prompts: int) -> float:
         data.write_text("".join(json.dumps({"prompt": f"What is {i} plus {i % 7}?"}) + "\n" for i in range(prompts)))
         command = [sys.executable, str(ROOT / "compute_fisher.py"), "--dataset-name", str(data), "--num-prompts"]
         command += [str(prompts), "--hook-layer-name", "29", "--output-dir", f"{folder}/out"]
-        with open(os.devnull, "w") as nowhere:
-            process = subprocess.Popen(command, stdout=nowhere)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        peak = 0
+        while process.poll() is None:  # what `wait4` returns counts this process's own memory in
+            status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            peak = max([peak, *(int(line.split()[1]) for line in status if line.startswith("VmHWM"))])
+            time.sleep(0.1)
+        if process.returncode:
             sys.exit("compute_fisher.py failed")
-        return usage.ru_maxrss / 1024
+        return peak / 1024
 
 
 def main() -> None:
