@@ -29,7 +29,7 @@ COUNTS = (10, 50, 200, 1000)
 def measure(model: reading.Model, context: sentences.Context, tokens) -> tuple[fisher.Eigen, float]:
     point = reading.read(model, context).point
     z = fisher.cotangents(point, tokens)
-    return fisher.eigenpairs(fisher.pull_back(point, z), z.weights), z.mass
+    return fisher.eigenpairs(fisher.pull_back(point, z), z.weights), float(z.mass)
 
 
 def ratios(found: fisher.Eigen, truth: fisher.Eigen) -> dict[str, torch.Tensor]:
