@@ -17,7 +17,7 @@ from pathlib import Path
 import sys
 
 from arguments import printable, settle_network
-from errors import UserError
+from errors import INTERRUPTED, UserError, exit_code
 import settings as settings_
 
 
@@ -41,7 +41,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 import time
-import warnings
 
 import torch
 from tqdm import tqdm
@@ -66,7 +65,6 @@ BACKWARD_ROWS = 4096
 # pass. Below it plain attention is as fast, and many cotangents can share one backward pass.
 PLAIN_ATTENTION = 256
 WAITING = 2  # batches that may wait to be written
-INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
 
 
 # --- one batch -----------------------------------------------------------------------------------
@@ -334,20 +332,13 @@ def run(settings: Settings, overwrite: bool, who: Ranks) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     settings, overwrite = read_arguments(argv)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: tqdm.write(f"note: {message}", file=sys.stderr)
-        try:
-            with ranks.join() as who:
-                return run(settings, overwrite, who)
-        except UserError as error:
-            print(f"compute_fisher.py: error: {printable(str(error))}", file=sys.stderr)
-            return 2
-        except torch.OutOfMemoryError:
-            advice = "a smaller --max-length or --top-k-tokens, --dtype bfloat16, or a smaller model"
-            print(f"compute_fisher.py: error: not enough memory for one prompt: try {advice}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            return INTERRUPTED
+
+    def begin() -> int:
+        with ranks.join() as who:
+            return run(settings, overwrite, who)
+
+    advice = "a smaller --max-length or --top-k-tokens, --dtype bfloat16, or a smaller model"
+    return exit_code("compute_fisher.py", begin, advice)
 
 
 if __name__ == "__main__":

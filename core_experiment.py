@@ -25,10 +25,9 @@ from arguments import (
     layer_number,
     positive,
     positive_or_all,
-    printable,
     settle_network,
 )
-from errors import UserError
+from errors import INTERRUPTED, UserError, exit_code
 
 HERE = Path(__file__).parent
 BUNDLED = "data/animals.json"
@@ -107,7 +106,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import math
 import time
-import warnings
 
 import numpy as np
 import torch
@@ -127,7 +125,6 @@ FILES = (plots.RESULTS, EIGENVECTORS, plots.SIMILARITY, plots.PERTURBATION)
 # Sentences whose key-value cache and graph wait in memory for their turn, about 12 MB each for an 8B
 # model; later ones are read a second time.
 HELD = 64
-INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
 SPECTRUM = 10  # leading eigenvalues recorded per sentence and layer
 SAVE_EVERY = 30.0  # seconds of work that a crash may cost,
 SAVE_SHARE = 0.05  # or more in a long run, so that saving takes at most this share of the time
@@ -352,19 +349,8 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: tqdm.write(f"note: {message}", file=sys.stderr)
-        try:
-            return run(args)
-        except UserError as error:
-            print(f"core_experiment.py: error: {printable(str(error))}", file=sys.stderr)
-            return 2
-        except torch.OutOfMemoryError:
-            advice = "fewer --layers, a smaller --max-vocab-subset, --dtype bfloat16, or a smaller model"
-            print(f"core_experiment.py: error: not enough memory: try {advice}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            return INTERRUPTED
+    advice = "fewer --layers, a smaller --max-vocab-subset, --dtype bfloat16, or a smaller model"
+    return exit_code("core_experiment.py", lambda: run(args), advice)
 
 
 if __name__ == "__main__":

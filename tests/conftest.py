@@ -11,6 +11,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_t
 import torch
 import transformers as hf
 
+import pipeline
 import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -74,3 +75,24 @@ def model_directory(tmp_path_factory, byte_level) -> Path:
 @pytest.fixture(scope="session")
 def chat_directory(tmp_path_factory, chat_tokenizer) -> Path:
     return make_model_directory(tmp_path_factory.mktemp("models") / "tiny-chat", chat_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """40 prompts of many lengths, with three rows that hold none; shards of 32 prompts, so two of them."""
+    words = ["zebra", "animals", "the", "many", "wild", "keep", "in", "what", "river", "blue"]
+    texts = [" ".join(words[(7 * i + j) % 10] for j in range(1 + (5 * i) % 11)) + f" {i}" for i in range(40)]
+    rows = [{"prompt": text} for text in texts]
+    for place in (0, 5, 43):
+        rows.insert(place, {"prompt": ""})
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(chat_directory, dataset, tmp_path_factory):
+    """An uninterrupted run."""
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    assert pipeline.run(chat_directory, dataset, output) == 0
+    return output
