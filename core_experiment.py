@@ -76,6 +76,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="K",
         help="most probable tokens that the Fisher matrix counts, or all (200)",
     )
+    add(
+        "--num-eigenvectors",
+        type=positive,
+        default=1,
+        metavar="M",
+        help="leading eigenpairs kept in the NPZ; pushes go along the first (1)",
+    )
     add("--num-controls", type=count, default=1, metavar="N", help="random directions per layer (1)")
     add("--batch-size", type=positive, default=256, metavar="N", help="gradients or pushes in one pass (256)")
     add(
@@ -125,7 +132,6 @@ FILES = (plots.RESULTS, EIGENVECTORS, plots.SIMILARITY, plots.PERTURBATION)
 # Sentences whose key-value cache and graph wait in memory for their turn, about 12 MB each for an 8B
 # model; later ones are read a second time.
 HELD = 64
-SPECTRUM = 10  # leading eigenvalues recorded per sentence and layer
 SAVE_EVERY = 30.0  # seconds of work that a crash may cost,
 SAVE_SHARE = 0.05  # or more in a long run, so that saving takes at most this share of the time
 
@@ -254,7 +260,7 @@ def perturb(
         cotangents = fisher.cotangents(point, args.max_vocab_subset)
         gradients = fisher.pull_back(point, cotangents, chunks)  # (layers, k, d)
     with clock("eigen"):
-        eigen = fisher.eigenpairs(gradients, cotangents.weights, SPECTRUM)
+        eigen = fisher.eigenpairs(gradients, cotangents.weights, max(report.SPECTRUM, args.num_eigenvectors))
 
     directions = torch.stack([eigen.vectors[:, 0], *controls.values()], dim=1)  # (layers, n, d)
     scales = torch.tensor([scale for scale in args.scales if scale], device=directions.device)

@@ -14,6 +14,7 @@ from arguments import printable
 import fisher
 import pushes
 
+SPECTRUM = 10  # leading eigenvalues recorded per sentence and layer
 TOP = 5  # most probable tokens recorded for every push
 MAX_SIMILARITY = 2000  # rows of the similarity matrix, whose square is written as JSON
 FELT_KL = 0.05  # nats: below it a push has hardly moved a prediction
@@ -41,8 +42,10 @@ class Record:
     fisher: dict  # by layer
     pushes: dict  # by layer and scale
     top_ids: list[int]  # the unperturbed model's
-    eigenvectors: np.ndarray  # (layers, d)
+    eigenvectors: np.ndarray  # (layers, d), the first ones
     eigenvalues: np.ndarray  # (layers,)
+    leading_eigenvectors: np.ndarray  # (layers, m, d)
+    leading_eigenvalues: np.ndarray  # (layers, m)
     activations: np.ndarray  # (layers, d)
 
 
@@ -77,7 +80,7 @@ class Results:
         eigen = fisher.Eigen(*(part.cpu() for part in measured.eigen))
         entries = {
             layer: {
-                "eigenvalues": eigen.values[row].tolist(),
+                "eigenvalues": eigen.values[row, :SPECTRUM].tolist(),
                 "trace": eigen.trace[row].item(),
                 "captured_mass": measured.mass,
                 "effective_rank": eigen.effective_rank[row].item(),
@@ -91,6 +94,8 @@ class Results:
             top_ids=measured.top[1].tolist(),
             eigenvectors=eigen.vectors[:, 0].numpy(),
             eigenvalues=eigen.values[:, 0].numpy(),
+            leading_eigenvectors=eigen.vectors[:, : self.config["num_eigenvectors"]].numpy(),
+            leading_eigenvalues=eigen.values[:, : self.config["num_eigenvectors"]].numpy(),
             activations=measured.activations.cpu().numpy(),
         )
         self.done.append(record)
@@ -141,12 +146,11 @@ class Results:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of fisher_eigenvectors.npz."""
-        return {
-            "eigenvectors": np.stack([r.eigenvectors for r in self.done]),  # (sentences, layers, d)
-            "eigenvalues": np.stack([r.eigenvalues for r in self.done]),  # (sentences, layers)
-            "activations": np.stack([r.activations for r in self.done]),  # (sentences, layers, d)
-            "layers": np.array(self.layers),
-        }
+        names = ["eigenvectors", "eigenvalues", "activations"]  # (sentences, layers, ...)
+        if self.config["num_eigenvectors"] > 1:
+            names += ["leading_eigenvectors", "leading_eigenvalues"]  # (sentences, layers, m, d) and (..., m)
+        arrays = {name: np.stack([getattr(record, name) for record in self.done]) for name in names}
+        return {**arrays, "layers": np.array(self.layers)}
 
     def document(self) -> dict:
         """The contents of experiment_results.json."""

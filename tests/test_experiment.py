@@ -198,6 +198,19 @@ def test_all_layers_and_the_whole_vocabulary(model_directory, tmp_path):
     assert all(entry["captured_mass"] == 1 for by_layer in results["fisher"] for entry in by_layer.values())
 
 
+def test_more_eigenvectors_are_an_extra_array_and_change_no_other(finished, model_directory, tmp_path):
+    assert run(model_directory, tmp_path, "--layers", "0", "2", "--num-eigenvectors", "12") == 0
+    results, arrays = read(tmp_path)
+    _, before = read(finished)
+    assert all((arrays[name] == before[name]).all() for name in before)
+    vectors, values = arrays["leading_eigenvectors"], arrays["leading_eigenvalues"]
+    assert vectors.shape == (4, 2, 12, 32) and values.shape == (4, 2, 12)
+    assert (vectors[:, :, 0] == arrays["eigenvectors"]).all() and (values[:, :, 0] == arrays["eigenvalues"]).all()
+    assert (np.diff(values) <= 0).all() and (values >= 0).all()
+    assert np.abs(vectors @ vectors.swapaxes(-1, -2) - np.eye(12)).max() < 1e-5
+    assert len(results["fisher"][0]["0"]["eigenvalues"]) == 10
+
+
 def test_default_layers():
     assert reading.choose_layers(None, 32) == [0, 5, 10, 15, 20, 25, 30, 31]
     assert reading.choose_layers(None, 30) == [0, 5, 10, 15, 20, 25, 29]
