@@ -30,6 +30,7 @@ class Measured:
     target_log_prob: torch.Tensor  # (), unperturbed
     mass: float  # probability that the counted tokens hold
     eigen: fisher.Eigen
+    exact: fisher.Eigen | None  # of the whole vocabulary, if it was asked for
     steps: torch.Tensor  # (layers, scales without 0): signed lengths
     predicted_kl: torch.Tensor  # (layers, directions, scales without 0), nats
     sweep: pushes.Sweep  # of the same shape
@@ -47,6 +48,18 @@ class Record:
     leading_eigenvectors: np.ndarray  # (layers, m, d)
     leading_eigenvalues: np.ndarray  # (layers, m)
     activations: np.ndarray  # (layers, d)
+
+
+def compared(found: fisher.Eigen, exact: fisher.Eigen, row: int) -> dict[str, float]:
+    """The exact matrix of a layer, and how much of it one over fewer tokens finds: at most 1, but for rounding."""
+    return {
+        "eigenvalue": exact.values[row, 0].item(),
+        "trace": exact.trace[row].item(),
+        "effective_rank": exact.effective_rank[row].item(),
+        "eigenvalue_share": (found.values[row, 0] / exact.values[row, 0].cpu()).item(),
+        "trace_share": (found.trace[row] / exact.trace[row].cpu()).item(),
+        "cosine": (found.vectors[row, 0] @ exact.vectors[row, 0].cpu()).abs().clamp(max=1).item(),
+    }
 
 
 class Results:
@@ -88,6 +101,9 @@ class Results:
             }
             for row, layer in enumerate(self.layers)
         }
+        if measured.exact is not None:
+            for row, layer in enumerate(self.layers):
+                entries[layer]["exact"] = compared(eigen, measured.exact, row)
         record = Record(
             fisher=entries,
             pushes=self._pushes(measured, ["fisher", *controls]),
@@ -199,7 +215,8 @@ class Results:
         layers = {}
         for row, layer in enumerate(self.layers):
             entries = [r.fisher[layer] for r in self.done]
-            of = {key: [e[key] for e in entries] for key in entries[0] if key != "eigenvalues"}
+            of = {key: [e[key] for e in entries] for key in entries[0] if key not in ("eigenvalues", "exact")}
+            of |= {f"exact_{key}": [e["exact"][key] for e in entries] for key in entries[0].get("exact", ())}
             pushes = self._far_pushes(layer, far)
             layers[layer] = {
                 "eigenvalue_median": float(np.median([r.eigenvalues[row] for r in self.done])),
@@ -297,7 +314,20 @@ def layer_table(results: Results) -> str:
     if weak and results.config["scale_unit"] == "eigenvalue":
         note += " At half of the layers or more, steps of lambda are too short to move a prediction: --scale-unit nats"
         note += " makes them long enough."
-    return table(header, rows) + "\n" + textwrap.fill(note, 100)
+    parts = [table(header, rows), textwrap.fill(note, 100)]
+    if results.config["compare_exact"]:
+        parts.append(exact_table(summary))
+    return "\n".join(parts)
+
+
+def exact_table(summary: dict) -> str:
+    """What the counted tokens find of the exact matrix, by layer."""
+    names = {"eigenvalue_share": "lambda_K/lambda", "trace_share": "trace_K/trace", "cosine": "|cos|"}
+    rows = [
+        [str(layer), *(f"{entry[f'exact_{name}_median']:.4f}" for name in names)]
+        for layer, entry in summary["layers"].items()
+    ]
+    return "Of the exact matrix the counted tokens find (medians):\n" + table(["layer", *names.values()], rows)
 
 
 def timing_line(seconds: dict[str, float]) -> str:

@@ -211,6 +211,32 @@ def test_more_eigenvectors_are_an_extra_array_and_change_no_other(finished, mode
     assert len(results["fisher"][0]["0"]["eigenvalues"]) == 10
 
 
+def test_what_truncation_misses_is_held_against_the_exact_matrix(model_directory, tmp_path, capsys):
+    runs = {}
+    for name, options in {"k": ["--compare-exact"], "all": ["--max-vocab-subset", "all"]}.items():
+        assert run(model_directory, tmp_path / name, "--layers", "0", "2", *options) == 0
+        runs[name] = read(tmp_path / name)
+    assert "lambda_K/lambda" in capsys.readouterr().out
+    (results, arrays), (exact, exact_arrays) = runs["k"], runs["all"]
+    for sentence in range(4):
+        for column, layer in enumerate(("0", "2")):
+            ours, truth = results["fisher"][sentence][layer], exact["fisher"][sentence][layer]
+            found = ours["exact"]
+            assert found["eigenvalue"] == pytest.approx(truth["eigenvalues"][0], rel=1e-5)
+            for key in ("trace", "effective_rank"):
+                assert found[key] == pytest.approx(truth[key], rel=1e-5)
+            assert found["eigenvalue_share"] == pytest.approx(
+                ours["eigenvalues"][0] / truth["eigenvalues"][0], rel=1e-5
+            )
+            assert 0 < found["trace_share"] < 1
+            cosine = abs(arrays["eigenvectors"][sentence, column] @ exact_arrays["eigenvectors"][sentence, column])
+            assert found["cosine"] == pytest.approx(min(cosine, 1), abs=1e-4)
+    shares = [sentence["0"]["exact"]["eigenvalue_share"] for sentence in results["fisher"]]
+    assert results["summary"]["layers"]["0"]["exact_eigenvalue_share_median"] == pytest.approx(
+        np.median(shares), rel=1e-6
+    )
+
+
 def test_default_layers():
     assert reading.choose_layers(None, 32) == [0, 5, 10, 15, 20, 25, 30, 31]
     assert reading.choose_layers(None, 30) == [0, 5, 10, 15, 20, 25, 29]
