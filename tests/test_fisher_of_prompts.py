@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 
 import compute_fisher
 import fisher
@@ -91,6 +92,19 @@ def test_a_bias_at_the_last_token_alone_is_the_experiments(name):
         expected = fisher.eigenpairs(fisher.pull_back(theirs, cotangents), cotangents.weights, R)
         assert_same_triplets(one(eigen, i), one(expected, 0))
         assert torch.allclose(point.activations[0, i], theirs.activations[0], atol=1e-4)
+
+
+def test_a_recurrent_model_needs_no_cache_here():
+    config = hf.MambaConfig(
+        hidden_size=tiny.D, num_hidden_layers=2, vocab_size=tiny.VOCABULARY, state_size=8, initializer_range=0.3
+    )
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval().requires_grad_(False)
+    (ids, lengths), layer = prompts(), model.backbone.layers[0]
+    _, z, gradients, _ = decompose(model, layer, ids, lengths)
+    for i, length in enumerate(LENGTHS):
+        matrix = tiny.brute_force_fisher(model, ids[i, :length], layer, K, everywhere=True)
+        assert (fisher.fisher_matrix(gradients, z.weights)[i] - matrix).abs().max() <= RELATIVE * matrix.abs().max()
 
 
 def test_a_one_token_prompt_makes_no_difference_between_all_and_the_last_token():
