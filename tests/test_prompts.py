@@ -102,6 +102,18 @@ def test_a_missing_file_and_an_unknown_hub_dataset_are_said():
         list(Prompts("no/such-dataset"))
 
 
+def test_a_gated_dataset_says_how_to_log_in(monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("Dataset 'some/chats' is a gated dataset on the Hub.\nVisit its page.")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError) as caught:
+        list(Prompts("some/chats"))
+    assert "gated dataset on the Hub (accept its terms on the hub, then log in with `hf auth login`" in str(
+        caught.value
+    )
+
+
 # --- templates and length ---
 
 
