@@ -85,16 +85,19 @@ def begin(settings: Settings, identity: dict, environment: dict, overwrite: bool
     directory = Path(settings.output_dir)
     store = Store(directory, settings.store)
     found = _metadata(directory)
-    if overwrite:
+    if overwrite and found is not None:
+        # Killed in between, the directory is still this script's, and unfinished.
+        _write_metadata(directory, {**found, "complete": False})
         store.remove()
         for name in FILES:
-            (directory / name).unlink(missing_ok=True)
+            if name != METADATA:
+                (directory / name).unlink(missing_ok=True)
     elif found is not None and store.has_results():
         for key, now in identity.items():
             if found[key] != now:
                 said = f"{key} was {found[key]!r} and is {now!r}"
                 raise UserError(f"{directory} holds a run of another model ({said}): --overwrite removes it")
-    store.remove_leftovers()
+    store.remove_leftovers(FILES)
     about = {"format": FORMAT, "complete": False, **identity, "config": asdict(settings), "environment": environment}
     _write_metadata(directory, about)
 

@@ -186,11 +186,11 @@ class Store:
         files = [path.name for path in self.shards()]
         storage.write_json(self.folder / INDEX, {"prompts": prompts, "prompts_per_shard": per_shard, "files": files})
 
-    def remove_leftovers(self) -> None:
-        """Removes what a killed process was writing."""
-        for folder in (self.directory, self.folder):
-            for path in folder.glob(".*.npz-*"):
-                path.unlink(missing_ok=True)
+    def remove_leftovers(self, names: Sequence[str]) -> None:
+        """Removes what a killed process was writing: shards, batches, and the files of these names."""
+        unfinished = [*self.folder.glob(".*.npz-*"), *(p for n in names for p in self.directory.glob(f".{n}-*"))]
+        for path in unfinished:
+            path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Removes the shards and their folder; what is not of this project's making stays."""

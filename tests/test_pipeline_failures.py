@@ -14,7 +14,7 @@ import yaml
 import compute_fisher
 from conftest import ROOT
 import fisher
-from pipeline import arguments, assert_same_results, records, run
+from pipeline import FILES, arguments, assert_same_results, records, run
 import shards
 from shards import load_fisher_matrices
 
@@ -141,6 +141,23 @@ def test_a_finished_run_is_left_alone_and_overwritten_when_asked(chat_directory,
     assert run(chat_directory, dataset, output, num_prompts=5, overwrite=True) == 0
     assert len(records(output)) == 5
     assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_stopped_while_it_overwrites_it_leaves_a_folder_it_can_go_on_with(chat_directory, dataset, tmp_path):
+    output, runs = tmp_path / "out", compute_fisher.runs
+    assert run(chat_directory, dataset, output, num_prompts=3) == 0
+    (output / "notes.txt").write_text("mine")
+    (output / ".prompts.jsonl-abandoned").write_text("half of it")
+    write = runs._write_metadata
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            runs, "_write_metadata", lambda d, m: sys.exit(9) if m["config"]["num_prompts"] == 5 else write(d, m)
+        )
+        with pytest.raises(SystemExit):
+            run(chat_directory, dataset, output, num_prompts=5, overwrite=True)
+    assert run(chat_directory, dataset, output, num_prompts=5) == 0
+    assert len(records(output)) == 5
+    assert {path.name for path in output.iterdir()} == {*FILES, "notes.txt"}
 
 
 def test_a_run_with_other_settings_model_or_data_is_refused(chat_directory, dataset, tmp_path, capsys):
