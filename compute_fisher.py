@@ -45,7 +45,9 @@ import time
 import torch
 from tqdm import tqdm
 
+import exact
 import fisher
+import head
 import last_token
 import models
 from prompts import Encoded, Prompt, Prompts, encode, plan_batches
@@ -64,6 +66,9 @@ BACKWARD_ROWS = 4096
 # Above this length attention runs in a fused kernel, which keeps no tokens x tokens matrix for the backward
 # pass. Below it plain attention is as fast, and many cotangents can share one backward pass.
 PLAIN_ATTENTION = 256
+# With the whole vocabulary attention stays plain, and keeps about this many such matrices a head and layer.
+MATRICES_KEPT = 6
+ATTENTION_BYTES = 4 << 30
 WAITING = 2  # batches that may wait to be written
 
 
@@ -112,10 +117,36 @@ def naming(subject: Subject, batch: list[Encoded]) -> Iterator[None]:
 def linearize(settings: Settings, subject: Subject, batch: list[Encoded]) -> tuple[fisher.Point, int]:
     """The batch's prompts at their last tokens, and how many cotangents to pull back at once."""
     ids, lengths = pad(batch)
-    together = max(1, BACKWARD_ROWS // ids.numel()) if ids.shape[1] <= PLAIN_ATTENTION else 1
-    use_attention(subject.lm, "eager" if together > 1 else "sdpa")
+    # the block iteration differentiates the backward pass, which fused attention does not allow
+    whole = settings.top_k_tokens == "all"
+    together = max(1, BACKWARD_ROWS // ids.numel()) if whole or ids.shape[1] <= PLAIN_ATTENTION else 1
+    use_attention(subject.lm, "eager" if whole or together > 1 else "sdpa")
     last_only = settings.bias_positions == "last"
     return fisher.linearize_prompts(subject.lm, subject.module, ids, lengths, last_only), together
+
+
+def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) -> int:
+    """The whole batch, or as many prompts as leave plain attention room for its tokens x tokens matrices."""
+    if settings.top_k_tokens != "all":
+        return len(batch)
+    config = subject.lm.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    longest = max(len(encoded.ids) for encoded in batch)
+    each = MATRICES_KEPT * config.num_hidden_layers * heads * longest**2 * subject.lm.dtype.itemsize
+    return max(1, min(len(batch), ATTENTION_BYTES // each))
+
+
+def triplets(settings: Settings, point: fisher.Point, chunks: fisher.Chunks) -> tuple[fisher.Eigen, dict]:
+    """The leading eigenpairs of each prompt's F, and columns (prompts,) that say what they leave out."""
+    r = settings.num_singular_values
+    if settings.top_k_tokens == "all":
+        found = exact.leading_eigenpairs(point, r, chunks=chunks)
+        eigen = fisher.Eigen(*(part[0] for part in found.eigen))
+        known = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
+        return eigen, {"captured_mass": torch.ones_like(eigen.trace), **known}
+    z = head.top_k_cotangents(point, settings.top_k_tokens)
+    gradients = fisher.pull_back(point, z.rows, chunks)[0]
+    return fisher.eigenpairs(gradients, z.weights, r, allow_zero=True), {"captured_mass": z.mass}
 
 
 def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Result]:
@@ -130,14 +161,11 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
         here = [batch[i] for i in which.tolist()]
         with naming(subject, here):
             point, together = linearize(settings, subject, here)
-            z = fisher.cotangents(point, settings.top_k_tokens)
-            passes = -(-z.rows.shape[-2] // together)
-            chunks = fisher.Chunks(-(-z.rows.shape[-2] // passes))  # of equal size: no remainder at the end
-            gradients = fisher.pull_back(point, z, chunks)[0]
-            eigen = fisher.eigenpairs(gradients, z.weights, settings.num_singular_values, allow_zero=True)
+            eigen, known = triplets(settings, point, fisher.Chunks(together))
         top_probability, top_id = (column.tolist() for column in point.log_probs.exp().max(-1))
         values, vectors = (part.cpu().numpy() for part in eigen[:2])
-        trace, rank, mass = (part.tolist() for part in (eigen.trace, eigen.effective_rank, z.mass))
+        known |= {"trace": eigen.trace, "effective_rank": eigen.effective_rank}
+        known = {name: column.tolist() for name, column in known.items()}
         return [
             Result(
                 record={
@@ -148,9 +176,7 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
                     "truncated": encoded.truncated,
                     "top_token": subject.tokenizer.decode([top_id[i]]),
                     "top_probability": top_probability[i],
-                    "captured_mass": mass[i],
-                    "trace": trace[i],
-                    "effective_rank": rank[i],
+                    **{name: column[i] for name, column in known.items()},
                     "singular_values": values[i].tolist(),
                 },
                 values=values[i],
@@ -159,7 +185,7 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
             for i, encoded in enumerate(here)
         ]
 
-    parts = fisher.Chunks(len(batch)).map(part, torch.arange(len(batch)))
+    parts = fisher.Chunks(prompts_at_once(settings, subject, batch)).map(part, torch.arange(len(batch)))
     results = list(chain.from_iterable(parts))
     seconds = (time.perf_counter() - start) / len(batch)
     for result in results:

@@ -88,8 +88,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="M",
         help="leading eigenpairs kept in the NPZ; pushes go along the first (1)",
     )
+    add(
+        "--trust-radius",
+        action="store_true",
+        help="also how far along v the prediction 1/2 lambda s² holds to 10%%\n(about twice as slow)",
+    )
     add("--num-controls", type=count, default=1, metavar="N", help="random directions per layer (1)")
-    add("--batch-size", type=positive, default=256, metavar="N", help="gradients or pushes in one pass (256)")
+    add(
+        "--batch-size",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="pushes in one pass, and 4 times as many gradients (256)",
+    )
     add(
         "--dtype",
         choices=["auto", "float64", "float32", "bfloat16", "float16"],
@@ -113,9 +124,10 @@ if __name__ == "__main__":  # before the imports below, which take seconds: --he
     given = parse_args(sys.argv[1:])
     settle_network(given.model_name, given.data_file or str(HERE))
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 import math
 import time
 
@@ -123,7 +135,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import exact
 import fisher
+import head
 import models
 import plots
 import pushes
@@ -137,6 +151,8 @@ FILES = (plots.RESULTS, EIGENVECTORS, plots.SIMILARITY, plots.PERTURBATION)
 # Sentences whose key-value cache and graph wait in memory for their turn, about 12 MB each for an 8B
 # model; later ones are read a second time.
 HELD = 64
+# Gradients carry no vocabulary along, and a pass over more of them is faster.
+GRADIENTS_PER_PUSH = 4
 SAVE_EVERY = 30.0  # seconds of work that a crash may cost,
 SAVE_SHARE = 0.05  # or more in a long run, so that saving takes at most this share of the time
 
@@ -250,6 +266,35 @@ def step_lengths(unit: str, scales: torch.Tensor, eigenvalues: torch.Tensor, nor
     return one[:, None] * scales
 
 
+@dataclass(frozen=True)
+class Found:
+    """The Fisher matrix of the tokens counted, at every layer."""
+
+    eigen: fisher.Eigen
+    curvature: Callable[[torch.Tensor], torch.Tensor]  # u (layers, n, d) -> u^T F u (layers, n)
+    mass: float  # probability that the counted tokens hold
+    exact: fisher.Eigen | None  # of the whole vocabulary, if it was to be compared
+
+
+def find_eigenpairs(args: argparse.Namespace, point: fisher.Point, chunks: fisher.Chunks, clock: Clock) -> Found:
+    """Counts every token, or the most probable ones; with both, one sweep of gradients serves the two."""
+    num = max(report.SPECTRUM, args.num_eigenvectors)
+    whole = None
+    if args.max_vocab_subset == "all" or args.compare_exact:
+        with clock("gradients"):
+            matrices = exact.matrices(point, chunks)
+        with clock("eigen"):
+            whole = matrices.eigenpairs(num)
+    if args.max_vocab_subset == "all":
+        return Found(whole, matrices.curvature, 1.0, whole if args.compare_exact else None)
+    with clock("gradients"):
+        z = head.top_k_cotangents(point, args.max_vocab_subset)
+        gradients = z.rows @ matrices.jacobian if whole else fisher.pull_back(point, z.rows, chunks)  # (layers, k, d)
+    with clock("eigen"):
+        eigen = fisher.eigenpairs(gradients, z.weights, num)
+    return Found(eigen, partial(fisher.curvature, gradients, z.weights), float(z.mass), whole)
+
+
 def perturb(
     args: argparse.Namespace,
     model: Model,
@@ -261,22 +306,12 @@ def perturb(
 ) -> report.Measured:
     """One sentence at all layers: the Fisher matrix, its top eigenvector, and every push."""
     point = reading.point
-    with clock("gradients"):
-        cotangents = fisher.cotangents(point, args.max_vocab_subset)
-        gradients = fisher.pull_back(point, cotangents, chunks)  # (layers, k, d)
-    with clock("eigen"):
-        eigen = fisher.eigenpairs(gradients, cotangents.weights, max(report.SPECTRUM, args.num_eigenvectors))
-
-    exact = None
-    if args.compare_exact:
-        with clock("exact"):
-            z = fisher.exact_cotangents(point)
-            exact = fisher.eigenpairs(fisher.pull_back(point, z, chunks), z.weights)
-
+    found = find_eigenpairs(args, point, fisher.Chunks(GRADIENTS_PER_PUSH * chunks.size), clock)
+    eigen = found.eigen
     directions = torch.stack([eigen.vectors[:, 0], *controls.values()], dim=1)  # (layers, n, d)
     scales = torch.tensor([scale for scale in args.scales if scale], device=directions.device)
     steps = step_lengths(args.scale_unit, scales, eigen.values[:, 0], point.activations.norm(dim=-1))
-    curvature = fisher.curvature(gradients, cotangents.weights, directions)  # (layers, n)
+    curvature = found.curvature(directions)  # (layers, n)
     predicted_kl = 0.5 * steps[:, None] ** 2 * curvature[:, :, None]  # (layers, n, scales)
 
     deltas = directions[:, :, None] * steps[:, None, :, None]  # (layers, n, scales, d)
@@ -287,17 +322,47 @@ def perturb(
             model.lm, model.modules, token, reading.prefix, point.log_probs,
             deltas.flatten(0, 2), at_layer, context.target_id, report.TOP, chunks,
         )  # fmt: skip
+    radii = None
+    if args.trust_radius:
+        with clock("trust radius"):
+            radii = find_trust_radii(model, token, reading, eigen, args.max_vocab_subset == "all", chunks)
     return report.Measured(
         activations=point.activations,
         top=point.log_probs.topk(report.TOP),
         target_log_prob=point.log_probs[context.target_id],
-        mass=float(cotangents.mass),
+        mass=found.mass,
         eigen=eigen,
-        exact=exact,
+        exact=found.exact,
+        trust_radii=radii,
         steps=steps,
         predicted_kl=predicted_kl,
         sweep=pushes.Sweep(*(column.unflatten(0, predicted_kl.shape) for column in sweep)),
     )
+
+
+def find_trust_radii(
+    model: Model, token: torch.Tensor, reading: Reading, eigen: fisher.Eigen, whole: bool, chunks: fisher.Chunks
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Along -v and v, at every layer: steps (layers, 2), and the nats (layers, 2) that F of all tokens predicts there.
+
+    A matrix of fewer tokens underestimates the curvature along v, so that KL would depart from it at once; the
+    true one takes a single pass (`exact.curvature`).
+    """
+    v = eigen.vectors[:, :1]
+    curvature = (eigen.values[:, :1] if whole else exact.curvature(reading.point, v, chunks)).expand(-1, 2)
+    ends = torch.cat([-v, v], dim=1)  # (layers, 2, d)
+
+    def kl_of(steps: torch.Tensor) -> torch.Tensor:  # (layers * 2, n)
+        deltas = ends.flatten(0, 1)[:, None] * steps[..., None]
+        at_layer = torch.arange(len(model.modules)).repeat_interleave(2 * steps.shape[1])
+        swept = pushes.sweep(
+            model.lm, model.modules, token, reading.prefix, reading.point.log_probs, deltas.flatten(0, 1), at_layer,
+            chunks=chunks,
+        )  # fmt: skip
+        return swept.kl.unflatten(0, steps.shape)
+
+    steps = pushes.trust_radii(kl_of, curvature.flatten()).unflatten(0, curvature.shape)
+    return steps, 0.5 * steps**2 * curvature
 
 
 # --- the protocol --------------------------------------------------------------------------------

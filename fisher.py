@@ -13,10 +13,12 @@ How it is computed, whatever the tokens counted:
 
     linearize          one prompt's last token, a zero bias at every chosen layer, over a prefix (last_token.py)
     linearize_prompts  or a batch of whole prompts, a zero bias of its own for each, at one module
-    cotangents         rows z_i at x, the input of the output head, and weights w_i, such that
-                       F = sum_i w_i (J^T z_i)(J^T z_i)^T  with J = dx/dh
+    top_k_cotangents   rows z_i at x, the input of the output head, and weights w_i, such that
+                       F = sum_i w_i (J^T z_i)(J^T z_i)^T  with J = dx/dh (head.py)
     pull_back          G: all rows J^T z_i at all layers, in one batched backward pass per chunk
     eigenpairs         of F = G^T diag(w) G, without forming F while it has fewer rows than columns
+
+The whole vocabulary takes other means from the third step on: exact.py.
 
 Tensors in, tensors out: this module reads no files, prints nothing and keeps no state. The model
 is any transformers causal LM in evaluation mode; it is handed back as it came. In the shapes below,
@@ -34,8 +36,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from last_token import UnsupportedModelError, last_token_logits
-
-HEAD_ROWS = 16384  # vocabulary rows turned to float32 at a time: 256 MB at d = 4096
 
 
 class NumericalError(ArithmeticError):
@@ -209,99 +209,6 @@ def _require_finite(values: Tensor, what: str, places: int) -> None:
         raise NumericalError(f"the {what} hold NaN or infinity", layer, *prompt)
 
 
-# --- cotangents at the head's input --------------------------------------------------------------
-
-
-class Cotangents(NamedTuple):
-    """F = sum_i weights[i] (J^T rows[i]) (J^T rows[i])^T. Row 0 belongs to the most probable token."""
-
-    rows: Tensor  # (..., k, d_head) float32
-    weights: Tensor  # (..., k) float32
-    mass: Tensor  # (...) float32: probability that the counted tokens hold
-
-
-def _linear_head(point: Point) -> tuple[Tensor, Tensor] | None:
-    """Head weights (V, d_head) and slope (..., V), if logits = phi(W x + b) with phi elementwise.
-
-    phi is whatever the model does after its head: nothing, a scale (Cohere, Granite) or a soft cap
-    (Gemma 2). Its slope phi' is the gradient of the sum of the logits. None for any other head.
-    """
-    weight = getattr(point.head, "weight", None)
-    if not isinstance(point.head, nn.Linear) or weight.is_meta:
-        return None
-    (slope,) = torch.autograd.grad(point.logits.sum(), point.raw_logits, retain_graph=True)
-    return weight.detach(), slope.reshape(point.logits.shape).float()
-
-
-def cotangents(point: Point, tokens: int | str = "all") -> Cotangents:
-    """Cotangents that make up F: of the most probable `tokens` tokens, or of "all" the vocabulary."""
-    return exact_cotangents(point) if tokens == "all" else top_k_cotangents(point, tokens)
-
-
-def top_k_cotangents(point: Point, k: int) -> Cotangents:
-    """Cotangents of the k most probable tokens: z_t = grad_x log p_t, with weight p_t (not renormalised).
-
-    With a linear head, z_t = phi'_t W_t - W^T (phi' p): a gather and one matrix-vector product in
-    place of k backward passes through the vocabulary.
-    """
-    p, tokens = point.log_probs.exp().topk(k)
-    linear = _linear_head(point)
-    if linear is None:
-        log_probs = point.logits.log_softmax(-1)
-
-        def grad_x(token: Tensor) -> Tensor:  # (...)
-            one_hot = torch.zeros_like(log_probs).scatter(-1, token[..., None], 1.0)
-            (grad,) = torch.autograd.grad(log_probs, point.x, one_hot, retain_graph=True)
-            return grad.reshape(*token.shape, -1)
-
-        rows = torch.func.vmap(grad_x, in_dims=-1, out_dims=-2)(tokens).float()
-    else:
-        weight, slope = linear
-        mean = slope.new_zeros(*p.shape[:-1], weight.shape[1])
-        q = slope * point.log_probs.exp()
-        for w, part in zip(weight.split(HEAD_ROWS), q.split(HEAD_ROWS, dim=-1), strict=True):
-            mean += part @ w.float()
-        rows = slope.gather(-1, tokens)[..., None] * weight[tokens].float() - mean[..., None, :]
-    return Cotangents(rows, p, p.sum(-1))
-
-
-def exact_cotangents(point: Point) -> Cotangents:
-    """Cotangents of the whole vocabulary, d_head of them in place of V.
-
-    The Fisher matrix with respect to x is C = W'^T (diag(p) - p p^T) W' with W' = diag(phi') W, so
-    F = J^T C J: its eigenvectors are the rows, its eigenvalues the weights. Row 0, of weight zero,
-    is the most probable token's own (it fixes the sign of eigenvectors).
-
-    Raises:
-        UnsupportedModelError: the head is not linear.
-    """
-    linear = _linear_head(point)
-    if linear is None:
-        raise UnsupportedModelError("the whole vocabulary needs a linear output head: count fewer tokens")
-    weight, slope = linear
-    p = point.log_probs.exp()
-    prompts = zip(slope.reshape(-1, len(weight)), p.reshape(-1, len(weight)), strict=True)
-    each = [_exact_cotangents(weight, *of_prompt) for of_prompt in prompts]
-    rows, weights = (torch.stack(part).reshape(*p.shape[:-1], *part[0].shape) for part in zip(*each, strict=True))
-    return Cotangents(rows, weights, torch.ones_like(p[..., 0]))
-
-
-def _exact_cotangents(weight: Tensor, slope: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (1 + d_head, d_head) and weights (1 + d_head,) of one prompt, from slope and p (V,)."""
-    d = weight.shape[1]
-    second = torch.zeros(d, d, device=weight.device)
-    mean = torch.zeros(d, device=weight.device)
-    for w, s, q in zip(weight.split(HEAD_ROWS), slope.split(HEAD_ROWS), p.split(HEAD_ROWS), strict=True):
-        w = s[:, None] * w.float()
-        second += w.mT @ (q[:, None] * w)
-        mean += w.mT @ q
-    values, vectors = torch.linalg.eigh(_off_mps(second - torch.outer(mean, mean)))
-    values, vectors = values.to(mean), vectors.to(mean)
-    top = p.argmax()
-    top_row = slope[top] * weight[top].float() - mean
-    return torch.cat([top_row[None], vectors.mT]), torch.cat([values.new_zeros(1), values.clamp(min=0)])
-
-
 # --- gradients, the matrix, its eigenpairs -------------------------------------------------------
 
 
@@ -318,8 +225,10 @@ class Chunks:
             torch.OutOfMemoryError: not even one row fits.
         """
         results, start = [], 0
-        while start < len(rows[0]):
-            chunk = [r[start : start + self.size] for r in rows]
+        while left := len(rows[0]) - start:
+            # of equal sizes: a small remainder takes as long as a chunk of several times its rows
+            here = -(-left // -(-left // self.size))
+            chunk = [r[start : start + here] for r in rows]
             try:
                 results.append(function(*chunk))
                 start += len(chunk[0])
@@ -335,16 +244,18 @@ class Chunks:
         return results
 
 
-def pull_back(point: Point, z: Cotangents, chunks: Chunks | None = None) -> Tensor:
+def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tensor:
     """G (layers, ..., k, d) float32: row i at a layer is J^T z_i, one batched backward pass per chunk of rows.
 
     For top-k cotangents, row t is the gradient of log p_t with respect to the bias.
 
+    Args:
+        rows: z (..., k, d_head) float32.
     Raises:
         NumericalError: gradients hold NaN or infinity.
     """
     # Rows go through the network at unit norm, so that float16 gradients do not underflow.
-    norms = z.rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    norms = rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
     def one(row: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(point.x, point.biases, row.reshape(point.x.shape), retain_graph=True)
@@ -355,10 +266,45 @@ def pull_back(point: Point, z: Cotangents, chunks: Chunks | None = None) -> Tens
         grads = torch.func.vmap(one)(unit) if len(unit) > 1 else [g[None] for g in one(unit[0])]
         return torch.stack([norms * g.to(norms) for g in grads])
 
-    by_row = (z.rows.movedim(-2, 0), norms.movedim(-2, 0))
+    by_row = (rows.movedim(-2, 0), norms.movedim(-2, 0))
     gradients = torch.cat((chunks or Chunks()).map(chunk, *by_row), dim=1).movedim(1, -2)
     _require_finite(gradients, "gradients", places=gradients.ndim - 2)
     return gradients
+
+
+class PushForward:
+    """u -> J u, by differentiating the backward pass: J^T z is linear in z, and its gradient in z along u is J u.
+
+    (J. Townsend, "A new trick for calculating Jacobian vector products", 2017.) It works wherever a backward
+    pass can itself be differentiated, which that of fused attention cannot.
+    """
+
+    def __init__(self, point: Point):
+        self.at_x = torch.zeros_like(point.x, requires_grad=True)
+        with torch.enable_grad():
+            self.at_biases = torch.autograd.grad(point.x, point.biases, self.at_x, create_graph=True)
+
+    def __call__(self, tangents: Tensor, chunks: Chunks | None = None) -> Tensor:
+        """J u (layers, ..., m, d_head) float32 for u (layers, ..., m, d), each through its own layer alone.
+
+        Raises:
+            NumericalError: J u holds NaN or infinity.
+        """
+        layers, m = len(tangents), tangents.shape[-2]
+        by_row = tangents.movedim(-2, 1).flatten(0, 1)  # (layers * m, ..., d)
+        own = torch.arange(layers, device=tangents.device).repeat_interleave(m)
+
+        def one(u: Tensor, own: Tensor) -> Tensor:
+            seeds = [torch.where(own == layer, u, 0).reshape(g.shape).to(g) for layer, g in enumerate(self.at_biases)]
+            return torch.autograd.grad(self.at_biases, self.at_x, seeds, retain_graph=True)[0]
+
+        def chunk(u: Tensor, own: Tensor) -> Tensor:
+            return torch.func.vmap(one)(u, own) if len(u) > 1 else one(u[0], own[0])[None]
+
+        pushed = torch.cat((chunks or Chunks()).map(chunk, by_row, own)).to(tangents)
+        pushed = pushed.reshape(layers, m, *tangents.shape[1:-2], -1).movedim(1, -2)
+        _require_finite(pushed, "derivatives", places=pushed.ndim - 2)
+        return pushed
 
 
 def fisher_matrix(gradients: Tensor, weights: Tensor) -> Tensor:
@@ -366,9 +312,9 @@ def fisher_matrix(gradients: Tensor, weights: Tensor) -> Tensor:
     return gradients.mT @ (weights[..., None] * gradients)
 
 
-def _off_mps(tensor: Tensor) -> Tensor:
-    """On the CPU if it was on MPS, which has neither float64 nor eigh."""
-    return tensor.cpu() if tensor.device.type == "mps" else tensor
+def float64(tensor: Tensor) -> Tensor:
+    """In float64; on the CPU if it was on MPS, which has neither float64 nor eigh."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 class Eigen(NamedTuple):
@@ -378,6 +324,17 @@ class Eigen(NamedTuple):
     vectors: Tensor  # (..., m, d) float32, orthonormal rows; zero where the eigenvalue is
     trace: Tensor  # (...) float32: sum of all eigenvalues
     effective_rank: Tensor  # (...) float32: (sum lambda)^2 / sum lambda^2, participation ratio; 0 if F is 0
+
+
+def oriented(vectors: Tensor, slopes: Tensor, scale: Tensor) -> Tensor:
+    """Eigenvectors (..., m, d) with the signs that all results give them.
+
+    v points where the most probable token's log-probability grows: `slopes` (..., m) is its derivative
+    along v. Where that vanishes beside `scale` (..., 1), v's largest component is positive.
+    """
+    largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))[..., 0]
+    sign = torch.where(slopes.abs() <= 1e-6 * scale, largest, slopes)
+    return vectors * torch.where(sign < 0, -1.0, 1.0)[..., None]
 
 
 def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: bool = False) -> Eigen:
@@ -390,8 +347,7 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     Since F is symmetric and positive semi-definite, this is also its singular value decomposition:
     F ~ U diag(S) V with S = values, V = vectors and U = V^T.
 
-    Signs: v points where row 0 of G, the most probable token's log-probability, grows; where that
-    derivative vanishes, v's largest component is positive.
+    Row 0 of G has to be the most probable token's: it fixes the signs (`oriented`).
 
     Args:
         gradients: G (..., k, d).
@@ -402,7 +358,7 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
         torch.linalg.LinAlgError: the decomposition failed.
     """
     k, d = gradients.shape[-2:]
-    work = _off_mps(gradients).double()
+    work = float64(gradients)
     r = work * weights.to(work).sqrt()[..., None]
     gram = r @ r.mT if k <= d else r.mT @ r
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -416,10 +372,8 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     v = nn.functional.normalize(u @ r, dim=-1) if k <= d else u
     v = torch.linalg.qr(v.mT).Q.mT  # small eigenvalues' vectors carry the rounding of large ones'
 
-    slope = (v @ work[..., 0, :, None])[..., 0]
-    flat = slope.abs() <= 1e-6 * work[..., 0, :].norm(dim=-1, keepdim=True)
-    largest = v.gather(-1, v.abs().argmax(-1, keepdim=True))[..., 0]
-    v = v * torch.where(torch.where(flat, largest, slope) < 0, -1.0, 1.0)[..., None]
+    toward = work[..., 0, :, None]
+    v = oriented(v, (v @ toward)[..., 0], toward.norm(dim=-2))
 
     # What is below the rounding of the Gram matrix is no eigenvalue, and its vector no direction.
     real = values > values[..., :1] * 10 * k * torch.finfo(torch.float64).eps

@@ -1,4 +1,4 @@
-"""The pictures: two of the experiment, one of the pipeline, each drawn from a result file.
+"""The experiment's two pictures, drawn from its result file, and what all pictures share.
 
     python plots.py experiment_results
     python plots.py fisher_results
@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 import numpy as np
 
 from arguments import printable
@@ -28,7 +29,6 @@ import storage
 
 RESULTS = "experiment_results.json"
 SIMILARITY, PERTURBATION = "fisher_similarity_matrix.png", "perturbation_analysis.png"
-PROMPTS, SPECTRA = "prompts.jsonl", "fisher_spectra.png"
 
 DPI = 150
 STYLE = {
@@ -58,21 +58,12 @@ def draw(directory: Path) -> None:
         results = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"no readable {RESULTS} in {directory}: {error}") from error
-    _save(
+    save(
         directory, {SIMILARITY: lambda: similarity_figure(results), PERTURBATION: lambda: perturbation_figure(results)}
     )
 
 
-def draw_spectra(directory: Path) -> None:
-    """Draws the pipeline's picture of the prompts in `directory`.
-
-    Raises:
-        UserError: no readable results there, or it cannot be written to.
-    """
-    _save(directory, {SPECTRA: lambda: spectra_figure(_read_prompts(directory / PROMPTS))})
-
-
-def _save(directory: Path, figures: dict[str, Callable[[], Figure]]) -> None:
+def save(directory: Path, figures: dict[str, Callable[[], Figure]]) -> None:
     with plt.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a token in a script that the font lacks is drawn as a box
         for name, make in figures.items():
@@ -151,7 +142,8 @@ def perturbation_figure(results: dict) -> Figure:
     shown = [layers[i] for i in sorted(set(np.linspace(0, len(layers) - 1, MAX_PANELS).round().astype(int)))]
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
-    figure = plt.figure(figsize=(16, 3.4 * rows + 5.2))
+    radius = any("trust_radius" in entry for entry in results["fisher"][0].values())
+    figure = plt.figure(figsize=(16 + 4 * radius, 3.4 * rows + 5.2))
     top, bottom = figure.subfigures(2, 1, height_ratios=[3.4 * rows, 5.2])
 
     panels = top.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -168,9 +160,11 @@ def perturbation_figure(results: dict) -> Figure:
     top.supxlabel(f"scale α ({step})", fontsize=13)
     top.supylabel("KL(original ‖ perturbed), nats", fontsize=13)
 
-    overlap, flips, example = bottom.subplots(1, 3, width_ratios=[1, 1, 1.25])
+    overlap, flips, *trust, example = bottom.subplots(1, 3 + radius, width_ratios=[1] * (2 + radius) + [1.25])
     _heatmap(overlap, results, _overlap, "Top-5 tokens kept (Fisher)", "viridis")
     _heatmap(flips, results, lambda push, base: push["top_changed"], "Top token changed (Fisher)", "magma")
+    if trust:
+        _trust_panel(trust[0], results)
     _example_panel(example, results)
     return figure
 
@@ -246,6 +240,33 @@ def _heatmap(panel: Axes, results: dict, statistic, title: str, cmap: str) -> No
     panel.figure.colorbar(image, ax=panel, format=lambda x, _: f"{x:.0%}", pad=0.02)
 
 
+def _trust_panel(panel: Axes, results: dict) -> None:
+    """How far along v the quadratic prediction holds: medians and quartiles by layer, in nats and in norms of h."""
+    layers = list(results["fisher"][0])
+    x = np.arange(len(layers))
+    norms = panel.twinx()
+    sides = (
+        (panel, "nats", KINDS["fisher"], "predicted KL there, nats"),
+        (norms, "norms", KINDS["difference"], "step there, norms of h"),
+    )
+    for axis, unit, (colour, line, marker), label in sides:
+        at_layer = [[e[layer]["trust_radius"][unit] for e in results["fisher"]] for layer in layers]
+        values = [[value for value in at if value is not None] or [np.nan] for at in at_layer]
+        low, median, high = np.array([np.percentile(at, [25, 50, 75]) for at in values]).T
+        axis.plot(x, median, line, color=colour, marker=marker, markersize=5)
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.set_ylabel(label, color=colour)
+        axis.tick_params(axis="y", which="both", colors=colour)
+    norms.spines["right"].set_visible(True)
+    shown = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), 12)).round().astype(int))
+    panel.set_xticks(shown, [layers[i] for i in shown])
+    panel.set(title="½ λ s² holds to 10% up to", xlabel="layer")
+
+
 def _example_panel(panel: Axes, results: dict) -> None:
     """Next-token probabilities across scales: the sentence that best predicts its target, the middle layer."""
     scales, contexts = _scales(results), results["contexts"]
@@ -269,167 +290,29 @@ def _example_panel(panel: Axes, results: dict) -> None:
     panel.set_ylim(-0.02, 1.02)
     prompt = contexts[sentence]["prompt"]
     prompt = prompt if len(prompt) <= 30 else "…" + prompt[-29:]
-    panel.set(title=f"S{sentence}, layer {layer}: “{_plain(prompt)}”", xlabel="scale α", ylabel="probability")
+    panel.set(title=f"S{sentence}, layer {layer}: “{plain(prompt)}”", xlabel="scale α", ylabel="probability")
     panel.title.set_fontsize(12)
     panel.legend(frameon=False, fontsize=11, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _token_name(token: str) -> str:
     """A token as a label: quoted, since its spaces matter."""
-    return f"“{_plain(token)}”"
+    return f"“{plain(token)}”"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """`text` without what matplotlib, or a terminal, would take for an instruction."""
     return printable(text).replace("$", r"\$")
 
 
-# --- the spectra of a dataset's prompts ----------------------------------------------------------
-
-NAMED = 6  # prompts that stand out: drawn in colour and named
-MAX_POINTS = 20_000  # of more prompts, evenly spaced ones are drawn beside those that stand out
-OUTLIER = 3.5  # robust standard deviations, the usual threshold (Iglewicz and Hoaglin, 1993)
-
-
-def _read_prompts(path: Path) -> dict:
-    """The numbers of all prompts as columns, and the texts of the NAMED that stand out most, by index."""
-    keys = ("tokens", "captured_mass", "z_log_lambda", "z_subspace", "principal_coordinates", "outlier_score")
-    columns, spectra, texts = {key: [] for key in keys}, [], {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                record = json.loads(line)
-                for key in keys:
-                    columns[key].append(record[key])
-                spectra.append(np.array(record["singular_values"], dtype=np.float32))
-                texts[len(spectra) - 1] = record["prompt"][:200]
-                if len(texts) > 1000:
-                    texts = _leading(texts, columns["outlier_score"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no readable {path.name} in {path.parent}: {error}") from error
-    if not spectra:
-        raise UserError(f"{path} holds no prompts")
-    arrays = {key: np.array(values) for key, values in columns.items()}
-    return {**arrays, "spectra": np.stack(spectra), "texts": _leading(texts, columns["outlier_score"])}
-
-
-def _leading(texts: dict[int, str], scores: list[float]) -> dict[int, str]:
-    order = sorted(texts, key=lambda index: -scores[index])[:NAMED]
-    return {index: texts[index] for index in order}
-
-
-def spectra_figure(prompts: dict) -> Figure:
-    """Spectra, outlier scores, a map of the prompts, three distributions, and the prompts that stand out by name."""
-    figure = plt.figure(figsize=(20, 12.5))
-    grid = figure.add_gridspec(3, 3, height_ratios=[1.2, 1, 0.5])
-    colours = dict(zip(prompts["texts"], [*TOKEN_COLOURS[1:], TOKEN_COLOURS[0]], strict=False))
-    _spectra_panel(figure.add_subplot(grid[0, 0]), prompts, colours)
-    _outlier_panel(figure.add_subplot(grid[0, 1]), prompts, colours)
-    _map_panel(figure.add_subplot(grid[0, 2]), prompts, colours)
-
-    first = prompts["spectra"][:, 0]
-    positive = first[first > 0]
-    panel = figure.add_subplot(grid[1, 0])
-    if len(positive):
-        low, high = np.log10(positive.min()), np.log10(positive.max())
-        panel.hist(positive, bins=np.logspace(low - 0.05, high + 0.05, 40), color="#56B4E9", edgecolor="white")
-    panel.set_xscale("log")
-    panel.set(title="Sensitivity", xlabel="λ₁ (nats per unit²)", ylabel="prompts")
-    for index, colour in colours.items():
-        if first[index] > 0:
-            panel.plot(first[index], 0, "^", color=colour, markersize=11, clip_on=False, zorder=3)
-
-    panel = figure.add_subplot(grid[1, 1])
-    panel.hist(prompts["captured_mass"], bins=np.linspace(0, 1, 41), color="#56B4E9", edgecolor="white")
-    median = np.median(prompts["captured_mass"])
-    panel.axvline(median, color="black", linestyle="--", linewidth=1.2)
-    panel.set(
-        title=f"Counted tokens hold {median:.0%} of the probability (median)",
-        xlabel="captured mass",
-        ylabel="prompts",
-        xlim=(0, 1.02),
-    )
-
-    panel = figure.add_subplot(grid[1, 2])
-    _dots(panel, prompts["tokens"], np.where(first > 0, first, np.nan), colours)
-    panel.set(title="Sensitivity by length", xlabel="tokens", ylabel="λ₁ (nats per unit²)", xscale="log", yscale="log")
-
-    panel = figure.add_subplot(grid[2, :])
-    panel.axis("off")
-    panel.set_title("Prompts that stand out, and their scores", loc="left")
-    for row, (index, text) in enumerate(prompts["texts"].items()):
-        line = " ".join(text.split())
-        line = line if len(line) <= 140 else line[:139] + "…"
-        height = 0.92 - row / NAMED
-        panel.plot(0.005, height, "o", color=colours[index], markersize=10, transform=panel.transAxes)
-        for x, label in ((0.035, str(index)), (0.06, f"{prompts['outlier_score'][index]:.1f}")):
-            panel.text(x, height, label, transform=panel.transAxes, va="center", ha="right")
-        panel.text(0.07, height, _plain(line), transform=panel.transAxes, va="center")
-    panel.set(xlim=(0, 1), ylim=(0, 1))
-    return figure
-
-
-def _dots(panel: Axes, x: np.ndarray, y: np.ndarray, colours: dict[int, str]) -> None:
-    """A dot for every prompt, or for MAX_POINTS evenly spaced ones; those that stand out in colour, with numbers."""
-    drawn = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).round().astype(int))
-    panel.plot(x[drawn], y[drawn], "o", color="#0072B2", alpha=0.35, markersize=6, markeredgewidth=0)
-    for index, colour in colours.items():
-        panel.plot(x[index], y[index], "o", color=colour, markersize=10, markeredgecolor="white")
-        panel.annotate(str(index), (x[index], y[index]), (7, 5), textcoords="offset points", fontsize=11)
-
-
-def _spectra_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
-    spectra = prompts["spectra"]
-    x = np.arange(1, spectra.shape[1] + 1)
-    shown = np.where(spectra > 0, spectra, np.nan)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All-NaN")
-        quantiles = np.nanquantile(shown, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1], axis=0)
-    for low, high, shade, label in (
-        (0, 6, "#E5E5E5", "all"),
-        (1, 5, "#BFD9EC", "5 to 95 %"),
-        (2, 4, "#7FB5DB", "25 to 75 %"),
-    ):
-        panel.fill_between(x, quantiles[low], quantiles[high], color=shade, label=label, linewidth=0)
-    panel.plot(x, quantiles[3], color="#0B3C5D", linewidth=2, label="median")
-    for index, colour in colours.items():
-        panel.plot(x, shown[index], "o-", color=colour, markersize=4, linewidth=1.2)
-    panel.set_yscale("log")
-    panel.set(title=f"Spectra of {len(spectra)} prompts", xlabel="singular value", ylabel="nats per unit²")
-    panel.set_xticks(x if len(x) <= 20 else x[:: len(x) // 10])
-    panel.legend(frameon=False, fontsize=11, loc="lower left")
-
-
-def _outlier_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
-    panel.axhline(OUTLIER, color="#7A7A7A", linestyle=":", linewidth=1)
-    for side in (-OUTLIER, OUTLIER):
-        panel.axvline(side, color="#7A7A7A", linestyle=":", linewidth=1)
-    _dots(panel, prompts["z_log_lambda"], prompts["z_subspace"], colours)
-    panel.set(
-        title=f"How unusual, in robust standard deviations (dotted: {OUTLIER})",
-        xlabel="log λ₁",
-        ylabel="distance from the mean subspace",
-    )
-    panel.title.set_fontsize(13)
-
-
-def _map_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
-    coordinates = prompts["principal_coordinates"]
-    columns = [coordinates[:, min(axis, coordinates.shape[1] - 1)] for axis in (0, 1)]
-    _dots(panel, *columns, colours)
-    panel.set(
-        title="Which directions: prompts with like F lie close",
-        xlabel="first principal coordinate",
-        ylabel="second principal coordinate",
-    )
-
-
 if __name__ == "__main__":
+    import spectra  # which imports this file
+
     if len(sys.argv) != 2:
         sys.exit("usage: python plots.py DIRECTORY_OF_RESULTS")
     try:
         given = Path(sys.argv[1])
-        (draw_spectra if (given / PROMPTS).exists() else draw)(given)
+        (spectra.draw if (given / spectra.PROMPTS).exists() else draw)(given)
     except UserError as error:
         print(f"plots.py: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,7 @@
 """Pushing the residual stream at a prompt's last token, and what the model then predicts."""
 
 from collections.abc import Callable, Sequence
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,9 @@ from transformers import DynamicCache
 from fisher import Chunks, NumericalError, edit_stream, hooked
 from last_token import last_token_logits
 
+DEPARTURE = 0.1  # relative, of KL from its quadratic prediction
+# predicted nats between which a trust radius is looked for, in so many steps; then, twice, in so many parts
+NATS, GRID, CUTS = (1e-5, 1e2), 12, 6
 LARGE_KL = 0.1  # nats: above it, the rounding of a plain log-sum-exp (1e-6) no longer matters
 
 
@@ -112,3 +116,39 @@ def sweep(
         layer = int(at_layer[int(bad[0, 0])])
         raise NumericalError("the logits after a push hold NaN or infinity", layer=layer)
     return result
+
+
+def trust_radii(kl_of: Callable[[Tensor], Tensor], curvature: Tensor) -> Tensor:
+    """The step lengths (rows,) at which KL first departs by DEPARTURE from 1/2 s^2 u^T F u, one a direction u.
+
+    Found by sections: KL at a grid of steps for all directions at once, then twice at CUTS steps between the two
+    where it departed; the result is right to 1%. NaN where the departure begins below what the model's rounding
+    allows to be seen (KL at step 0 is not 0 in half precision); infinity where there is none up to 100 predicted
+    nats.
+
+    Args:
+        kl_of: KL in nats (rows, n) after steps (rows, n).
+        curvature: u^T F u (rows,), of the whole vocabulary.
+    """
+    curvature = curvature[:, None]
+    nats = torch.logspace(*(math.log10(end) for end in NATS), GRID, device=curvature.device)
+    steps = torch.cat([torch.zeros_like(curvature), (2 * nats / curvature).sqrt()], dim=1)
+    kl = kl_of(steps)
+    # at each of these the noise is at most a tenth of the departure looked for
+    seen = nats * DEPARTURE >= 10 * kl[:, :1]
+    departs = ((kl[:, 1:] / nats - 1).abs() > DEPARTURE) & seen
+    first = departs.int().argmax(dim=1, keepdim=True)  # 0 if none does
+    below = (first == seen.int().argmax(dim=1, keepdim=True)) | ~seen.any(dim=1, keepdim=True)
+    none = ~departs.any(dim=1, keepdim=True)
+
+    low, high = steps.gather(1, first), steps.gather(1, first + 1)
+    low = torch.where(low > 0, low, high / 2)
+    for _ in range(2):
+        cuts = low * (high / low) ** (torch.arange(CUTS + 2, device=low.device) / (CUTS + 1))
+        kl = kl_of(cuts[:, 1:-1])
+        departs = (kl / (0.5 * cuts[:, 1:-1] ** 2 * curvature) - 1).abs() > DEPARTURE
+        departs = torch.cat([departs, torch.ones_like(none)], dim=1)
+        first = departs.int().argmax(dim=1, keepdim=True)
+        low, high = cuts.gather(1, first), cuts.gather(1, first + 1)
+    radius = (low * high).sqrt()
+    return torch.where(none & seen.any(dim=1, keepdim=True), math.inf, torch.where(below, math.nan, radius))[:, 0]

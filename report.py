@@ -17,6 +17,7 @@ import pushes
 SPECTRUM = 10  # leading eigenvalues recorded per sentence and layer
 TOP = 5  # most probable tokens recorded for every push
 MAX_SIMILARITY = 2000  # rows of the similarity matrix, whose square is written as JSON
+NESTED = ("eigenvalues", "exact", "trust_radius")  # entries of a layer that are more than a number
 FELT_KL = 0.05  # nats: below it a push has hardly moved a prediction
 EXCERPT = 48  # characters of a prompt's end shown in a line
 
@@ -31,6 +32,7 @@ class Measured:
     mass: float  # probability that the counted tokens hold
     eigen: fisher.Eigen
     exact: fisher.Eigen | None  # of the whole vocabulary, if it was asked for
+    trust_radii: tuple[torch.Tensor, torch.Tensor] | None  # steps and nats (layers, 2) along -v and v, if asked for
     steps: torch.Tensor  # (layers, scales without 0): signed lengths
     predicted_kl: torch.Tensor  # (layers, directions, scales without 0), nats
     sweep: pushes.Sweep  # of the same shape
@@ -60,6 +62,15 @@ def compared(found: fisher.Eigen, exact: fisher.Eigen, row: int) -> dict[str, fl
         "trace_share": (found.trace[row] / exact.trace[row].cpu()).item(),
         "cosine": (found.vectors[row, 0] @ exact.vectors[row, 0].cpu()).abs().clamp(max=1).item(),
     }
+
+
+def trust_radius(steps: list[float], nats: list[float], norm: float) -> dict:
+    """The shorter of two steps along -v and v, in three units; None where a step was not to be found."""
+    both = [step if math.isfinite(step) else None for step in steps]
+    at = min(range(2), key=steps.__getitem__)
+    if any(map(math.isnan, steps)) or both[at] is None:  # an unknown one may be the shorter
+        return {"step": None, "nats": None, "norms": None, "steps": both}
+    return {"step": steps[at], "nats": nats[at], "norms": steps[at] / norm, "steps": both}
 
 
 class Results:
@@ -104,6 +115,10 @@ class Results:
         if measured.exact is not None:
             for row, layer in enumerate(self.layers):
                 entries[layer]["exact"] = compared(eigen, measured.exact, row)
+        if measured.trust_radii is not None:
+            for row, layer in enumerate(self.layers):
+                steps, nats = (part[row].tolist() for part in measured.trust_radii)
+                entries[layer]["trust_radius"] = trust_radius(steps, nats, entries[layer]["activation_norm"])
         record = Record(
             fisher=entries,
             pushes=self._pushes(measured, ["fisher", *controls]),
@@ -215,8 +230,10 @@ class Results:
         layers = {}
         for row, layer in enumerate(self.layers):
             entries = [r.fisher[layer] for r in self.done]
-            of = {key: [e[key] for e in entries] for key in entries[0] if key not in ("eigenvalues", "exact")}
+            of = {key: [e[key] for e in entries] for key in entries[0] if key not in NESTED}
             of |= {f"exact_{key}": [e["exact"][key] for e in entries] for key in entries[0].get("exact", ())}
+            radii = [e["trust_radius"] for e in entries if e.get("trust_radius", {}).get("step") is not None]
+            of |= {f"trust_radius_{key}": [r[key] for r in radii] for key in ("nats", "norms") if radii}
             pushes = self._far_pushes(layer, far)
             layers[layer] = {
                 "eigenvalue_median": float(np.median([r.eigenvalues[row] for r in self.done])),
@@ -317,6 +334,8 @@ def layer_table(results: Results) -> str:
     parts = [table(header, rows), textwrap.fill(note, 100)]
     if results.config["compare_exact"]:
         parts.append(exact_table(summary))
+    if results.config["trust_radius"]:
+        parts.append(trust_table(summary))
     return "\n".join(parts)
 
 
@@ -328,6 +347,18 @@ def exact_table(summary: dict) -> str:
         for layer, entry in summary["layers"].items()
     ]
     return "Of the exact matrix the counted tokens find (medians):\n" + table(["layer", *names.values()], rows)
+
+
+def trust_table(summary: dict) -> str:
+    """How far the quadratic prediction holds, by layer."""
+    rows = [
+        [str(layer), f"{entry['trust_radius_nats_median']:.3g}", f"{entry['trust_radius_norms_median']:.3g}"]
+        if "trust_radius_nats_median" in entry
+        else [str(layer), "-", "-"]
+        for layer, entry in summary["layers"].items()
+    ]
+    note = "Along v, KL is within 10% of its quadratic prediction up to (medians, the shorter of -v and v):\n"
+    return note + table(["layer", "nats", "norms of h"], rows)
 
 
 def timing_line(seconds: dict[str, float]) -> str:

@@ -12,17 +12,17 @@ import yaml
 
 from arguments import printable
 from errors import UserError
-import plots
 import report
 import scores
 from settings import INCIDENTAL, Settings
 from shards import ARRAYS, FOLDER, Store, load_fisher_matrices
+import spectra
 import storage
 
 FORMAT = "residual-fisher/1"
 METADATA = "metadata.yaml"
-PROMPTS = plots.PROMPTS
-FILES = (ARRAYS, PROMPTS, METADATA, plots.SPECTRA)
+PROMPTS = spectra.PROMPTS
+FILES = (ARRAYS, PROMPTS, METADATA, spectra.SPECTRA)
 TOGETHER = 64  # prompts scored at once
 STANDING_OUT = 5  # prompts named at the end
 
@@ -124,7 +124,7 @@ def finish(settings: Settings, store: Store, per_shard: int, skipped: int) -> st
         for index, record in enumerate(store.records()):
             record.update({name: column[index].tolist() for name, column in scored.items()})
             file.write((json.dumps(storage.plain(record), ensure_ascii=False) + "\n").encode())
-    plots.draw_spectra(directory)
+    spectra.draw(directory)
     metadata = _metadata(directory)
     statistics = summarize(columns, skipped)
     metadata.update(

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 
 import core_experiment
 import fisher
+import head
 import models
 import reading
 import sentences
@@ -138,10 +139,10 @@ def main() -> None:
         print({k: v if isinstance(v, dict) else float(f"{v:.3g}") for k, v in rows[-1].items()}, flush=True)
 
     point = reading.read(model, contexts[0]).point
-    cotangents = fisher.top_k_cotangents(point, args.max_vocab_subset)
+    cotangents = head.top_k_cotangents(point, args.max_vocab_subset)
     chunk_seconds = {
         size: statistics.median(
-            seconds(lambda: fisher.pull_back(point, cotangents, fisher.Chunks(size)))[0]  # noqa: B023
+            seconds(lambda: fisher.pull_back(point, cotangents.rows, fisher.Chunks(size)))[0]  # noqa: B023
             for _ in range(options.repeats)
         )
         for size in CHUNKS

@@ -18,7 +18,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import core_experiment
+import exact
 import fisher
+import head
 import models
 import reading
 import sentences
@@ -28,8 +30,10 @@ COUNTS = (10, 50, 200, 1000)
 
 def measure(model: reading.Model, context: sentences.Context, tokens) -> tuple[fisher.Eigen, float]:
     point = reading.read(model, context).point
-    z = fisher.cotangents(point, tokens)
-    return fisher.eigenpairs(fisher.pull_back(point, z), z.weights), float(z.mass)
+    if tokens == "all":
+        return exact.matrices(point, fisher.Chunks(1024)).eigenpairs(), 1.0
+    z = head.top_k_cotangents(point, tokens)
+    return fisher.eigenpairs(fisher.pull_back(point, z.rows), z.weights), float(z.mass)
 
 
 def ratios(found: fisher.Eigen, truth: fisher.Eigen) -> dict[str, torch.Tensor]:

@@ -15,7 +15,9 @@ import torch
 
 import compute_fisher
 from conftest import ROOT
+import exact
 import fisher
+import head
 import last_token
 import models
 from prompts import Encoded, Prompt
@@ -51,8 +53,8 @@ def test_eigenpairs_match_the_naive_protocol(embedded):
     modules = [model.model.layers[number] for number in layers]
     prefix = last_token.prefill(model, ids[:-1])
     point = fisher.linearize(model, modules, ids[-1], prefix)
-    cotangents = fisher.top_k_cotangents(point, k)
-    eigen = fisher.eigenpairs(fisher.pull_back(point, cotangents), cotangents.weights)
+    cotangents = head.top_k_cotangents(point, k)
+    eigen = fisher.eigenpairs(fisher.pull_back(point, cotangents.rows), cotangents.weights)
     for index, layer in enumerate(modules):
         bias = torch.zeros(576, requires_grad=True)
         handle = layer.register_forward_hook(
@@ -74,8 +76,7 @@ def test_the_exact_fisher_matrix_predicts_kl(embedded):
     modules = [model.model.layers[number] for number in (10, 29)]
     prefix = last_token.prefill(model, ids[:-1])
     point = fisher.linearize(model, modules, ids[-1], prefix)
-    cotangents = fisher.exact_cotangents(point)
-    eigen = fisher.eigenpairs(fisher.pull_back(point, cotangents), cotangents.weights)
+    eigen = exact.matrices(point).eigenpairs()
     kl = 1e-4
     deltas = (2 * kl / eigen.values[:, 0]).sqrt()[:, None] * eigen.vectors[:, 0]
     swept = pushes.sweep(model, modules, ids[-1], prefix, point.log_probs, deltas, torch.arange(2))

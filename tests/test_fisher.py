@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import exact
 import fisher
+import head
 import last_token
 import pushes
 import tiny
@@ -14,12 +16,12 @@ K = 20
 RELATIVE = 1e-4
 
 
-def measured(name: str, tokens: int = 9, exact: bool = False, k: int = K, dtype=torch.float32):
+def measured(name: str, tokens: int = 9, k: int = K, dtype=torch.float32):
     model, ids = tiny.build(name, dtype), tiny.prompt(tokens)
     layers = tiny.layers_of(model)
     prefix = last_token.prefill(model, ids[:-1])
     point = fisher.linearize(model, layers, ids[-1], prefix)
-    cotangents = fisher.cotangents(point, "all" if exact else k)
+    cotangents = head.top_k_cotangents(point, k)
     return model, ids, layers, prefix, point, cotangents
 
 
@@ -31,7 +33,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, relative: float = 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_gradients_match_float64_jacobian(name):
     model, ids, layers, _, point, cotangents = measured(name)
-    gradients = fisher.pull_back(point, cotangents)
+    gradients = fisher.pull_back(point, cotangents.rows)
     reference = tiny.build(name, torch.float64)
     for index, layer in enumerate(tiny.layers_of(reference)):
         rows, p = tiny.jacobian(reference, ids, layer)
@@ -42,13 +44,12 @@ def test_gradients_match_float64_jacobian(name):
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-@pytest.mark.parametrize("exact", [False, True], ids=["top-k", "exact"])
-def test_eigenpairs_match_float64_fisher_matrix(name, exact):
-    model, ids, layers, _, point, cotangents = measured(name, exact=exact)
-    eigen = fisher.eigenpairs(fisher.pull_back(point, cotangents), cotangents.weights, 3)
+def test_eigenpairs_match_float64_fisher_matrix(name):
+    model, ids, layers, _, point, cotangents = measured(name)
+    eigen = fisher.eigenpairs(fisher.pull_back(point, cotangents.rows), cotangents.weights, 3)
     reference = tiny.build(name, torch.float64)
     for index, layer in enumerate(tiny.layers_of(reference)):
-        matrix = tiny.brute_force_fisher(reference, ids, layer, None if exact else K)
+        matrix = tiny.brute_force_fisher(reference, ids, layer, K)
         values, vectors = torch.linalg.eigh(matrix)
         assert_close(eigen.values[index], values.flip(0)[:3])
         assert abs(eigen.vectors[index, 0].double() @ vectors[:, -1]) >= 0.9999
@@ -79,8 +80,8 @@ def test_sweep_rows_equal_one_perturbed_full_forward_each(name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "bloom"])
 def test_fisher_predicts_kl_of_small_pushes(name):
-    model, ids, layers, prefix, point, cotangents = measured(name, exact=True, dtype=torch.float64)
-    eigen = fisher.eigenpairs(fisher.pull_back(point, cotangents), cotangents.weights)
+    model, ids, layers, prefix, point, _ = measured(name, dtype=torch.float64)
+    eigen = exact.matrices(point).eigenpairs()
     errors = []
     for kl in (1e-3, 1e-5):  # nats predicted; float32 logits carry noise of about 1e-12
         steps = (2 * kl / eigen.values[:, 0]).sqrt()
@@ -94,7 +95,7 @@ def test_fisher_predicts_kl_of_small_pushes(name):
 def test_gradients_match_finite_differences():
     """Of the plain forward pass in float64 (GPT-2 rounds nothing to float32): no automatic derivative."""
     model, ids, layers, _, point, cotangents = measured("gpt2", dtype=torch.float64)
-    gradients = fisher.pull_back(point, cotangents)
+    gradients = fisher.pull_back(point, cotangents.rows)
     top, step = tiny.plain_log_probs(model, ids).argmax(), 1e-5
     for index, layer in enumerate(layers):
         for axis in range(0, tiny.D, 7):
@@ -119,7 +120,7 @@ def test_models_without_a_plain_cache_are_refused(kind):
 @pytest.mark.parametrize("k", [K, tiny.VOCABULARY], ids=["k < d", "k > d"])
 def test_thin_path_equals_eigh_of_the_explicit_matrix(k):
     _, _, _, _, point, cotangents = measured("llama", k=k)
-    gradients = fisher.pull_back(point, cotangents)
+    gradients = fisher.pull_back(point, cotangents.rows)
     eigen = fisher.eigenpairs(gradients, cotangents.weights, K)
     matrix = fisher.fisher_matrix(gradients, cotangents.weights)
     values = torch.linalg.eigvalsh(matrix.double()).flip(-1)[:, :K]
@@ -141,7 +142,7 @@ def test_small_eigenpairs_survive_the_gram_matrix():
 
 def test_fisher_matrix_is_symmetric_positive_semidefinite():
     _, _, _, _, point, cotangents = measured("llama")
-    gradients = fisher.pull_back(point, cotangents)
+    gradients = fisher.pull_back(point, cotangents.rows)
     matrix = fisher.fisher_matrix(gradients, cotangents.weights).double()
     expected = torch.einsum("lki,k,lkj->lij", gradients.double(), cotangents.weights.double(), gradients.double())
     assert_close(matrix, expected, 1e-6)
@@ -152,7 +153,7 @@ def test_fisher_matrix_is_symmetric_positive_semidefinite():
 
 def test_curvature_is_the_quadratic_form():
     _, _, _, _, point, cotangents = measured("llama")
-    gradients = fisher.pull_back(point, cotangents)
+    gradients = fisher.pull_back(point, cotangents.rows)
     directions = torch.randn(tiny.DEPTH, 4, tiny.D, generator=torch.Generator().manual_seed(4))
     matrix = fisher.fisher_matrix(gradients, cotangents.weights)
     expected = torch.einsum("lnd,lde,lne->ln", directions, matrix, directions)
@@ -161,10 +162,10 @@ def test_curvature_is_the_quadratic_form():
 
 def test_one_forward_for_all_layers_equals_one_layer_at_a_time():
     model, ids, layers, prefix, point, cotangents = measured("llama")
-    together = fisher.pull_back(point, cotangents)
+    together = fisher.pull_back(point, cotangents.rows)
     for index, layer in enumerate(layers):
         alone = fisher.linearize(model, [layer], ids[-1], prefix)
-        gradients = fisher.pull_back(alone, fisher.top_k_cotangents(alone, K))
+        gradients = fisher.pull_back(alone, head.top_k_cotangents(alone, K).rows)
         assert_close(gradients[0], together[index].double(), 1e-6)
         assert torch.equal(alone.activations[0], point.activations[index])
 
@@ -198,7 +199,9 @@ def test_passes_leave_the_prefix_as_it_was():
 def test_results_do_not_depend_on_chunk_size(size):
     model, ids, layers, prefix, point, cotangents = measured("llama")
     chunks = fisher.Chunks(size)
-    assert_close(fisher.pull_back(point, cotangents, chunks), fisher.pull_back(point, cotangents).double(), 1e-6)
+    assert_close(
+        fisher.pull_back(point, cotangents.rows, chunks), fisher.pull_back(point, cotangents.rows).double(), 1e-6
+    )
     deltas = torch.randn(9, tiny.D, generator=torch.Generator().manual_seed(5))
     at_layer = torch.arange(9) // 3
     rest = (model, layers, ids[-1], prefix, point.log_probs, deltas, at_layer)
@@ -258,20 +261,19 @@ def test_hooks_and_attention_are_restored_after_an_exception():
 
 def test_a_head_that_is_not_linear_is_gone_through():
     model, ids, layers, prefix, point, cotangents = measured("llama")
-    head = model.lm_head
-    wrapped = torch.nn.Sequential(head)
-    wrapped.weight = head.weight
+    wrapped = torch.nn.Sequential(model.lm_head)
+    wrapped.weight = model.lm_head.weight
     model.lm_head = wrapped
     through = fisher.linearize(model, layers, ids[-1], prefix)
-    found = fisher.top_k_cotangents(through, K)
+    found = head.top_k_cotangents(through, K)
     assert_close(found.rows, cotangents.rows.double(), 1e-5)
     with pytest.raises(last_token.UnsupportedModelError, match="linear output head"):
-        fisher.exact_cotangents(through)
+        exact.matrices(through)
 
 
 def test_signs_point_to_the_top_token():
     _, _, _, _, point, cotangents = measured("llama")
-    gradients = fisher.pull_back(point, cotangents)
+    gradients = fisher.pull_back(point, cotangents.rows)
     eigen = fisher.eigenpairs(gradients, cotangents.weights, 5)
     assert (torch.einsum("lmd,ld->lm", eigen.vectors, gradients[:, 0]) > 0).all()
     flipped = fisher.eigenpairs(torch.cat([gradients[:, :1], -gradients[:, 1:]], 1), cotangents.weights, 1)
@@ -303,11 +305,11 @@ def test_kl_divergence_against_float64():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_give_float32_results_near_the_truth(dtype):
     _, _, _, _, point, cotangents = measured("llama", dtype=dtype)
-    gradients = fisher.pull_back(point, cotangents)
+    gradients = fisher.pull_back(point, cotangents.rows)
     eigen = fisher.eigenpairs(gradients, cotangents.weights)
     assert gradients.dtype == eigen.values.dtype == torch.float32
     _, _, _, _, wide_point, wide = measured("llama")
-    expected = fisher.eigenpairs(fisher.pull_back(wide_point, wide), wide.weights)
+    expected = fisher.eigenpairs(fisher.pull_back(wide_point, wide.rows), wide.weights)
     # bfloat16 keeps 8 bits: a few per cent after three layers; float16 keeps 11
     room = 0.1 if dtype == torch.bfloat16 else 0.02
     assert torch.allclose(eigen.values, expected.values, rtol=room)
@@ -317,7 +319,7 @@ def test_half_precision_models_give_float32_results_near_the_truth(dtype):
 def test_float16_gradients_do_not_underflow():
     _, _, _, _, point, cotangents = measured("llama", dtype=torch.float16)
     small = cotangents._replace(rows=cotangents.rows * 1e-7)
-    gradients, expected = fisher.pull_back(point, small), 1e-7 * fisher.pull_back(point, cotangents)
+    gradients, expected = fisher.pull_back(point, small.rows), 1e-7 * fisher.pull_back(point, cotangents.rows)
     assert_close(gradients, expected.double(), 1e-4)
 
 
