@@ -302,6 +302,10 @@ def fit(settings: Settings, subject: Subject, say: Callable[[str], None]) -> Set
     if k != "all" and k > vocabulary:
         say(f"note: --top-k-tokens {k} is more than the vocabulary: counting all {vocabulary} tokens")
         k = vocabulary
+    d = subject.lm.get_output_embeddings().weight.shape[1]
+    if k == "all" and r > d:
+        say(f"note: --num-singular-values {r} is more than a matrix of width {d} has: keeping {d}")
+        r = d
     if k != "all" and r > k:
         say(f"note: --num-singular-values {r} is more than a matrix of {k} tokens has: keeping {k}")
         r = k

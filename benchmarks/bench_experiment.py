@@ -12,33 +12,20 @@ Writes what it measured to benchmarks/results/bench_experiment.json.
 """
 
 import argparse
-import json
-from pathlib import Path
-import platform
 import statistics
 import sys
-import time
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from common import diverse_contexts, machine, seconds, write
 import core_experiment
 import fisher
 import head
 import models
 import reading
-import sentences
 
 CHUNKS = (25, 50, 100, 200)
-
-
-def seconds(function) -> tuple[float, object]:
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
 
 
 def naive(lm, layers, ids: torch.Tensor, k: int, scales: list[float]) -> list[dict]:
@@ -86,7 +73,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-sentences", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5, help="of this and floor, for each sentence")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "bench_experiment.json")
     options = parser.parse_args()
 
     args = core_experiment.parse_args(["--scale-unit", "nats", "--num-controls", "0", "--device", "cpu"])
@@ -94,10 +80,7 @@ def main() -> None:
     # The naive protocol takes the model as transformers hands it out, fused attention and all.
     plain = AutoModelForCausalLM.from_pretrained(models.embedded_model()).eval().requires_grad_(False)
     plain_layers = [plain.model.layers[number] for number in model.layers]
-    texts = sentences.read_sentences(str(ROOT / core_experiment.BUNDLED), args.target_word)
-    contexts = [sentences.locate(model.tokenizer, text, args.target_word) for text in texts]
-    order = sentences.diverse_order([c.prompt for c in contexts])
-    contexts = [contexts[index] for index, _ in zip(order, range(options.num_sentences), strict=False)]
+    contexts = diverse_contexts(model, options.num_sentences)
     pushes = len(model.layers) * sum(map(bool, args.scales))
     chunks = fisher.Chunks(args.batch_size)
 
@@ -150,22 +133,14 @@ def main() -> None:
     medians = {key: statistics.median(r[key] for r in rows) for key in ("naive_over_this", "this_over_floor")}
     print(f"naive / this {medians['naive_over_this']:.1f}   this / floor {medians['this_over_floor']:.2f}")
     print("seconds of the gradients by --batch-size:", {k: round(v, 3) for k, v in chunk_seconds.items()})
-    result = {
-        "command": "python benchmarks/" + Path(__file__).name,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": _cpu(), "threads": torch.get_num_threads(), **models.describe(model.lm)},
+    figures = {
+        "machine": machine(model.lm),
         "protocol": {"layers": model.layers, "k": args.max_vocab_subset, "scales": args.scales, "pushes": pushes},
         "medians": medians,
         "sentences": rows,
         "gradient_seconds_by_batch_size": chunk_seconds,
     }
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    write("bench_experiment", __file__, figures)
 
 
 if __name__ == "__main__":

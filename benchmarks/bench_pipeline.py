@@ -19,19 +19,16 @@ import argparse
 import datetime
 import json
 from pathlib import Path
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 import torch
 from tqdm import tqdm
 import transformers
 
+from common import ROOT, cpu
 import compute_fisher
 import models
 from prompts import Encoded, Prompts, encode, plan_batches
@@ -43,14 +40,6 @@ WIDE = {  # a random model of the width of a 1B one
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 32000,
 }  # fmt: skip
-
-
-def processor() -> str:
-    try:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        return names[0].partition(": ")[2]
-    except (OSError, IndexError):
-        return platform.processor()
 
 
 def clock(function) -> tuple[float, object]:
@@ -200,7 +189,7 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {}
     about = {
         "date": datetime.date.today().isoformat(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(), "processor": processor(), "settings": "batch 8, k = 10, r = 10, float32",
+        "threads": torch.get_num_threads(), "processor": cpu(), "settings": "batch 8, k = 10, r = 10, float32",
     }  # fmt: skip
 
     def keep(name: str, measured: dict) -> None:

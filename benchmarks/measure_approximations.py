@@ -7,21 +7,14 @@ float32. Prints the tables of docs/method.md and writes benchmarks/results/appro
 """
 
 import argparse
-import json
-from pathlib import Path
-import sys
-import time
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 import torch
 
+from common import diverse_contexts, machine, write
 import core_experiment
 import exact
 import fisher
 import head
-import models
 import reading
 import sentences
 
@@ -57,16 +50,13 @@ def main() -> None:
     options = parser.parse_args()
     args = core_experiment.parse_args([])
     model = reading.load(args.model_name, None, "float32", "cpu")
-    texts = sentences.read_sentences(str(ROOT / core_experiment.BUNDLED), args.target_word)
-    contexts = core_experiment.locate_all(args, model, texts)
-    order = sentences.diverse_order([context.prompt for context in contexts])
-    contexts = [contexts[index] for index, _ in zip(order, range(options.num_sentences), strict=False)]
+    contexts = diverse_contexts(model, options.num_sentences)
 
-    exact = [measure(model, context, "all")[0] for context in contexts]
+    whole = [measure(model, context, "all")[0] for context in contexts]
     truncation = {}
     for count in COUNTS:
         found = [measure(model, context, count) for context in contexts]
-        rows = [ratios(eigen, truth) for (eigen, _), truth in zip(found, exact, strict=True)]
+        rows = [ratios(eigen, truth) for (eigen, _), truth in zip(found, whole, strict=True)]
         mass = torch.tensor([mass for _, mass in found])
         truncation[count] = {"mass": {"median": float(mass.median()), "lowest": float(mass.min())}, **summary(rows)}
         print(count, truncation[count], flush=True)
@@ -83,17 +73,14 @@ def main() -> None:
     }
     print("bfloat16", bfloat16, flush=True)
 
-    result = {
-        "command": "python benchmarks/" + Path(__file__).name,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": models.describe(model.lm),
+    figures = {
+        "machine": machine(model.lm),
         "sentences": len(contexts),
         "layers": model.layers,
         "truncation": truncation,
         "bfloat16": bfloat16,
     }
-    path = ROOT / "benchmarks" / "results" / "approximations.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write("approximations", __file__, figures)
 
 
 if __name__ == "__main__":

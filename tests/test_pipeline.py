@@ -84,7 +84,35 @@ def test_more_singular_values_than_tokens_are_lowered_said_and_recorded(chat_dir
 
 def test_the_whole_vocabulary_can_be_counted(chat_directory, dataset, tmp_path):
     assert run(chat_directory, dataset, tmp_path / "out", top_k_tokens="all", num_prompts=3) == 0
-    assert all(record["captured_mass"] == 1 for record in records(tmp_path / "out"))
+    for record in records(tmp_path / "out"):
+        assert record["captured_mass"] == 1
+        assert 0 <= record["residual"] <= 1e-3
+        assert 0 <= record["trace_error"] < 0.1 * record["trace"]
+        assert sum(record["singular_values"]) <= record["trace"] + 3 * record["trace_error"]
+
+
+def test_the_whole_vocabulary_has_no_more_singular_values_than_the_width(chat_directory, dataset, tmp_path, capsys):
+    options = {"top_k_tokens": "all", "num_singular_values": 200, "num_prompts": 2}
+    assert run(chat_directory, dataset, tmp_path / "out", **options) == 0
+    assert f"keeping {tiny.D}" in capsys.readouterr().out
+    for record in records(tmp_path / "out"):
+        assert record["trace"] == pytest.approx(sum(record["singular_values"]), rel=1e-3)
+
+
+def test_long_prompts_go_one_by_one_where_attention_keeps_its_matrices(chat_directory, dataset, tmp_path, monkeypatch):
+    """The results are those of whole batches."""
+    assert run(chat_directory, dataset, tmp_path / "together", top_k_tokens="all", num_prompts=4) == 0
+    monkeypatch.setattr(compute_fisher, "ATTENTION_BYTES", 1)
+    parts = []
+    linearize = compute_fisher.linearize
+    monkeypatch.setattr(
+        compute_fisher, "linearize", lambda s, m, batch: parts.append(len(batch)) or linearize(s, m, batch)
+    )
+    assert run(chat_directory, dataset, tmp_path / "apart", top_k_tokens="all", num_prompts=4) == 0
+    assert parts == [2, 1, 1, 1, 1]  # the first pass checks the padding
+    together, apart = (load_fisher_matrices(tmp_path / name) for name in ("together", "apart"))
+    for a, b in zip(together, apart, strict=True):
+        assert np.abs(a.S / b.S - 1).max() < 1e-4
 
 
 def test_compact_and_sharded_results_read_the_same(chat_directory, dataset, finished, tmp_path, monkeypatch):
