@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--compare-exact",
         action="store_true",
-        help="also the exact matrix of the whole vocabulary, and what the K\ntokens miss of it (about 4 times slower)",
+        help="also the exact matrix of the whole vocabulary, and what the K\ntokens miss of it (about twice as slow)",
     )
     add(
         "--num-eigenvectors",

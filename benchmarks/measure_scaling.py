@@ -106,12 +106,13 @@ def measure() -> tuple[dict, dict]:
     for d in WIDTHS:
         wide = random_model(d)
         layers = list(wide.model.layers)
+        known = ids % wide.config.vocab_size
         functions = {
-            "this": lambda: top_k(wide, layers, ids, 200),  # noqa: B023
+            "this": lambda: top_k(wide, layers, known, 200),  # noqa: B023
             "floor": lambda: plain(wide, 200 + len(ids)),  # noqa: B023
-            "whole vocabulary, d rows": lambda: whole(wide, layers, ids),  # noqa: B023
-            "whole vocabulary, block iteration for 1 pair": lambda: block(wide, layers, ids, 1),  # noqa: B023
-            "whole vocabulary, block iteration for 10 pairs": lambda: block(wide, layers, ids, 10),  # noqa: B023
+            "whole vocabulary, d rows": lambda: whole(wide, layers, known),  # noqa: B023
+            "whole vocabulary, block iteration for 1 pair": lambda: block(wide, layers, known, 1),  # noqa: B023
+            "whole vocabulary, block iteration for 10 pairs": lambda: block(wide, layers, known, 10),  # noqa: B023
         }
         curves["width"][d] = in_turns(functions)
         print("width", d, curves["width"][d], flush=True)
@@ -132,7 +133,7 @@ def picture(curves: dict) -> None:
             x = list(points)
             for name in next(iter(points.values())):
                 colour, line = styles[name]
-                label = "this, 200 tokens counted" if name == "this" else name
+                label = "this, the 200 most probable tokens" if name == "this" else name
                 panel.plot(x, [points[at][name] for at in x], line, color=colour, markersize=5, label=label)
             panel.set(xlabel=what, xscale="log", yscale="log")
             panel.set_xticks(x, [str(at) for at in x])

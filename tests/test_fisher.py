@@ -195,6 +195,11 @@ def test_passes_leave_the_prefix_as_it_was():
     assert torch.equal(again.log_probs, point.log_probs)
 
 
+def test_chunks_are_of_equal_size():
+    sizes = fisher.Chunks(256).map(len, torch.zeros(577, 2))
+    assert sum(sizes) == 577 and max(sizes) <= 256 and max(sizes) - min(sizes) <= 1
+
+
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_results_do_not_depend_on_chunk_size(size):
     model, ids, layers, prefix, point, cotangents = measured("llama")
