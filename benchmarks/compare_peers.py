@@ -149,8 +149,9 @@ def work(tool: str) -> dict:
     plain = AutoModelForCausalLM.from_pretrained(models.embedded_model(), attn_implementation=attention)
     plain = plain.eval().requires_grad_(False)
     vocabulary, d = plain.lm_head.weight.shape
-    this(model, contexts[0])  # warm-up
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if tool == "this":
+        this(model, contexts[0])  # warm-up
     rows = []
     for context in contexts:
         if tool == "this":
@@ -166,7 +167,12 @@ def work(tool: str) -> dict:
         rows.append({"prompt_tokens": len(context.ids), "seconds": duration, "pairs": pairs})
         print(f"{tool}: {len(context.ids)} tokens, {duration:.1f} s", file=sys.stderr, flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"sentences": rows, "peak_mb_above_load": max(0, peak - before) / 1024, "machine": machine(plain)}
+    return {
+        "sentences": rows,
+        "peak_mb_above_load": max(0, peak - before) / 1024,
+        "layers": model.layers,
+        "machine": machine(plain),
+    }
 
 
 def agreement(found: dict, truth: dict) -> dict:
@@ -207,12 +213,8 @@ def main() -> None:
             **agreement(run, runs["this"]),
         }
         print(label, {k: v if isinstance(v, bool | int) else float(f"{v:.3g}") for k, v in table[label].items()})
-    figures = {"machine": runs["this"]["machine"], "layers": core_experiment_layers(), "tools": table}
+    figures = {"machine": runs["this"]["machine"], "layers": runs["this"]["layers"], "tools": table}
     write("compare_peers", __file__, figures)
-
-
-def core_experiment_layers() -> list[int]:
-    return reading.choose_layers(None, 30)
 
 
 if __name__ == "__main__":
