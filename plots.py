@@ -165,6 +165,7 @@ def perturbation_figure(results: dict) -> Figure:
     _heatmap(flips, results, lambda push, base: push["top_changed"], "Top token changed (Fisher)", "magma")
     if trust:
         _trust_panel(trust[0], results)
+        figure.get_layout_engine().set(wspace=0.06)  # its right axis has a label too
     _example_panel(example, results)
     return figure
 
