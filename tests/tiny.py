@@ -32,6 +32,7 @@ CONFIGS = {
     ),
     "gpt-neox": lambda: hf.GPTNeoXConfig(**COMMON),
     "phi3": lambda: hf.Phi3Config(**GROUPED),
+    "phi": lambda: hf.PhiConfig(**GROUPED),  # its head has a bias
     "opt": lambda: hf.OPTConfig(
         hidden_size=D, num_hidden_layers=DEPTH, num_attention_heads=4, vocab_size=VOCABULARY, ffn_dim=48,
         max_position_embeddings=64, word_embed_proj_dim=16, init_std=0.3,
@@ -58,7 +59,11 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     if name == "gpt-oss":
         plain["experts_implementation"] = "eager"  # grouped kernels know no float64
     model = hf.AutoModelForCausalLM.from_config(CONFIGS[name](), **plain)
-    return model.eval().requires_grad_(False).to(dtype)
+    model = model.eval().requires_grad_(False)
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        head.bias.normal_()
+    return model.to(dtype)
 
 
 def prompt(tokens: int = 9) -> Tensor:
