@@ -151,8 +151,6 @@ FILES = (plots.RESULTS, EIGENVECTORS, plots.SIMILARITY, plots.PERTURBATION)
 # Sentences whose key-value cache and graph wait in memory for their turn, about 12 MB each for an 8B
 # model; later ones are read a second time.
 HELD = 64
-# Gradients carry no vocabulary along, and a pass over more of them is faster.
-GRADIENTS_PER_PUSH = 4
 SAVE_EVERY = 30.0  # seconds of work that a crash may cost,
 SAVE_SHARE = 0.05  # or more in a long run, so that saving takes at most this share of the time
 
@@ -267,6 +265,18 @@ def step_lengths(unit: str, scales: torch.Tensor, eigenvalues: torch.Tensor, nor
 
 
 @dataclass(frozen=True)
+class Batches:
+    """How many rows go through the model in one pass; halved, they stay so for all sentences."""
+
+    gradients: fisher.Chunks  # more of them: they carry no vocabulary along
+    pushes: fisher.Chunks
+
+    @classmethod
+    def of(cls, size: int) -> "Batches":
+        return cls(gradients=fisher.Chunks(4 * size), pushes=fisher.Chunks(size))
+
+
+@dataclass(frozen=True)
 class Found:
     """The Fisher matrix of the tokens counted, at every layer."""
 
@@ -301,12 +311,12 @@ def perturb(
     context: sentences.Context,
     reading: Reading,
     controls: dict[str, torch.Tensor],
-    chunks: fisher.Chunks,
+    batches: Batches,
     clock: Clock,
 ) -> report.Measured:
     """One sentence at all layers: the Fisher matrix, its top eigenvector, and every push."""
     point = reading.point
-    found = find_eigenpairs(args, point, fisher.Chunks(GRADIENTS_PER_PUSH * chunks.size), clock)
+    found = find_eigenpairs(args, point, batches.gradients, clock)
     eigen = found.eigen
     directions = torch.stack([eigen.vectors[:, 0], *controls.values()], dim=1)  # (layers, n, d)
     scales = torch.tensor([scale for scale in args.scales if scale], device=directions.device)
@@ -320,12 +330,12 @@ def perturb(
     with clock("sweep"):
         sweep = pushes.sweep(
             model.lm, model.modules, token, reading.prefix, point.log_probs,
-            deltas.flatten(0, 2), at_layer, context.target_id, report.TOP, chunks,
+            deltas.flatten(0, 2), at_layer, context.target_id, report.TOP, batches.pushes,
         )  # fmt: skip
     radii = None
     if args.trust_radius:
         with clock("trust radius"):
-            radii = find_trust_radii(model, token, reading, eigen, args.max_vocab_subset == "all", chunks)
+            radii = find_trust_radii(model, token, reading, eigen, args.max_vocab_subset == "all", batches.pushes)
     return report.Measured(
         activations=point.activations,
         top=point.log_probs.topk(report.TOP),
@@ -377,7 +387,7 @@ def perturb_all(
     args: argparse.Namespace, model: Model, results: report.Results, held: dict[int, Reading], clock: Clock
 ) -> None:
     """Takes every sentence through `perturb` into `results`, saving what there is now and then."""
-    chunks = fisher.Chunks(args.batch_size)
+    batches = Batches.of(args.batch_size)
     due = time.perf_counter() + SAVE_EVERY
     for index, chosen in enumerate(tqdm(results.chosen, desc="perturbing", unit="sentence", disable=None)):
         if index not in held:
@@ -385,7 +395,7 @@ def perturb_all(
                 held[index] = read(model, chosen.context)
         controls = control_directions(args, model.layers, index, results.chosen)
         with naming(chosen.context.sentence, model.layers):
-            measured = perturb(args, model, chosen.context, held.pop(index), controls, chunks, clock)
+            measured = perturb(args, model, chosen.context, held.pop(index), controls, batches, clock)
         results.add(measured, list(controls))
         tqdm.write(report.sentence_block(results, index))
         if (start := time.perf_counter()) > due:

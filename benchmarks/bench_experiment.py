@@ -82,13 +82,13 @@ def main() -> None:
     plain_layers = [plain.model.layers[number] for number in model.layers]
     contexts = diverse_contexts(model, options.num_sentences)
     pushes = len(model.layers) * sum(map(bool, args.scales))
-    chunks = fisher.Chunks(args.batch_size)
+    batches = core_experiment.Batches.of(args.batch_size)
 
     def ours(context):
         clock = core_experiment.Clock()
         with clock("prefix"):
             prompt = reading.read(model, context)
-        return core_experiment.perturb(args, model, context, prompt, {}, chunks, clock), clock.seconds
+        return core_experiment.perturb(args, model, context, prompt, {}, batches, clock), clock.seconds
 
     def floor(ids):
         with torch.no_grad():

@@ -76,7 +76,7 @@ def protocol(args: argparse.Namespace, model: reading.Model, count: int) -> dict
     """Every sentence through core_experiment.perturb, as the script takes them; after one to warm up."""
     ids = [random_ids(model.lm, PROMPT_TOKENS, seed) for seed in range(count)]
     contexts = [sentences.Context("", "", prompt, 0) for prompt in ids]
-    chunks = fisher.Chunks(args.batch_size)
+    batches = core_experiment.Batches.of(args.batch_size)
 
     def run(contexts: list[sentences.Context], clock: core_experiment.Clock) -> None:
         chosen, readings = [], []
@@ -86,7 +86,7 @@ def protocol(args: argparse.Namespace, model: reading.Model, count: int) -> dict
             chosen.append(core_experiment.Chosen(context, readings[-1].point.activations, 0.0, 0))
         for index, context in enumerate(contexts):
             controls = core_experiment.control_directions(args, model.layers, index, chosen)
-            core_experiment.perturb(args, model, context, readings[index], controls, chunks, clock)
+            core_experiment.perturb(args, model, context, readings[index], controls, batches, clock)
             readings[index] = None
 
     clock = core_experiment.Clock()

@@ -90,11 +90,12 @@ def test_out_of_memory_is_a_line_of_advice(model_directory, tmp_path, capsys, mo
 
 
 def test_a_smaller_batch_after_running_out_of_memory_is_noted(model_directory, tmp_path, capsys, monkeypatch):
-    vmap = torch.func.vmap
+    vmap, failed = torch.func.vmap, []
 
     def room_for_ten(function):
         def mapped(rows):
             if len(rows) > 10:
+                failed.append(len(rows))
                 raise torch.OutOfMemoryError
             return vmap(function)(rows)
 
@@ -104,6 +105,7 @@ def test_a_smaller_batch_after_running_out_of_memory_is_noted(model_directory, t
     assert run(model_directory, tmp_path, "--num-sentences", "2") == 0
     assert "note: out of memory: going on with batches of 7" in capsys.readouterr().err
     assert len(read(tmp_path)[0]["sentences"]) == 2
+    assert failed == [30, 15]  # the second sentence knows
 
 
 # --- interruptions ---
