@@ -1,7 +1,7 @@
 """Fisher information matrices of a dataset's prompts, each compressed to its top singular triplets.
 
 For every prompt, a zero bias is added to the residual stream at one layer, at every token. F is the Fisher
-information matrix of the next-token distribution at the prompt's end with respect to that bias: a push of
+information matrix of the next-token distribution at the prompt's end with respect to that bias: perturbing
 the whole residual stream by delta changes the prediction by KL ~ 1/2 delta^T F delta nats. Prompts whose
 F is unlike the others' are prompts on which the model behaves unlike itself.
 
@@ -13,26 +13,19 @@ Writes fisher_matrices_compressed.npz, prompts.jsonl, metadata.yaml and fisher_s
 directory. Stopped, the same command goes on where it was.
 """
 
-from pathlib import Path
 import sys
 
-from arguments import printable, settle_network
-from errors import INTERRUPTED, UserError, exit_code
-import settings as settings_
+from common.command_line import INTERRUPTED, UserError, end_with_error, exit_code, model_line, settle_network
+from pipeline.settings import Command, Settings, parse
 
-
-def read_arguments(argv: list[str] | None) -> tuple[settings_.Settings, bool]:
-    """The settings, or the end of the program: one line and exit code 2."""
-    try:
-        return settings_.parse_args(argv)
-    except UserError as error:
-        print(f"compute_fisher.py: error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
-
+PROGRAM = "compute_fisher.py"
 
 if __name__ == "__main__":  # before the imports below, which take seconds: --help need not wait for torch
-    given = read_arguments(sys.argv[1:])
-    settle_network(given[0].model_path, settings_.resolve_dataset(given[0]))
+    try:
+        from_command_line = parse(sys.argv[1:])
+    except UserError as error:
+        sys.exit(end_with_error(PROGRAM, error))
+    settle_network(from_command_line.settings.model_path, from_command_line.settings.dataset)
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -45,20 +38,16 @@ import time
 import torch
 from tqdm import tqdm
 
-import exact
+from common.command_line import excerpt
 import fisher
-import head
-import last_token
-import models
-from prompts import Encoded, Prompt, Prompts, encode, plan_batches
-import pushes
-import ranks
-from ranks import Ranks
-from reading import CACHE_TOLERANCE
-import report
-import runs
-from settings import Settings
-from shards import Result, Store
+from model.loading import describe, find_module, fingerprint, load, longest_prompt, vocabulary_size
+from model.passes import ROUNDING_NATS, use_attention
+from pipeline import figures, processes, report
+from pipeline.block_lanczos import leading_eigenpairs
+from pipeline.processes import Processes
+from pipeline.prompts import Encoded, Prompt, Prompts, encode, plan_batches
+from pipeline.run_directory import FILES, RunDirectory
+from pipeline.store import Result, Store
 
 SHARD_BATCHES = 16  # a shard is so many batches' prompts: sorted by length, they need little padding
 # Rows (tokens times cotangents) of one backward pass: more of them no longer make better use of the machine.
@@ -69,7 +58,7 @@ PLAIN_ATTENTION = 256
 # With the whole vocabulary attention stays plain, and keeps about this many such matrices a head and layer.
 MATRICES_KEPT = 6
 ATTENTION_BYTES = 4 << 30
-WAITING = 2  # batches that may wait to be written
+MAX_WAITING = 2  # batches that may wait to be written
 
 
 # --- one batch -----------------------------------------------------------------------------------
@@ -79,9 +68,9 @@ WAITING = 2  # batches that may wait to be written
 class Subject:
     """The model under study, and the module that its residual stream is hooked at."""
 
-    lm: torch.nn.Module
+    model: torch.nn.Module
     tokenizer: object
-    path: str
+    path: str  # of the module
     module: torch.nn.Module
 
 
@@ -92,25 +81,16 @@ def pad(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(rows), torch.tensor([len(encoded.ids) for encoded in batch])
 
 
-def use_attention(lm: torch.nn.Module, kind: str) -> None:
-    """Sets the model's attention to "eager" (plain) or "sdpa" (fused), where it has that choice."""
-    if lm.is_backend_compatible() and lm.config._attn_implementation != kind:
-        try:
-            lm.set_attn_implementation(kind)
-        except ValueError:  # an architecture without fused attention stays with the plain one
-            lm.set_attn_implementation("eager")
-
-
 @contextmanager
-def naming(subject: Subject, batch: list[Encoded]) -> Iterator[None]:
+def explain_failures(subject: Subject, batch: list[Encoded]) -> Iterator[None]:
     """Says which prompt a numerical failure belongs to."""
     try:
         yield
     except fisher.NumericalError as error:
         prompt = batch[error.prompt].prompt
-        where = f"at prompt {prompt.index}, {runs.excerpt(prompt.text)!r}"
+        where = f"at prompt {prompt.index}, {excerpt(prompt.text, report.EXCERPT)!r}"
         raise UserError(f"{error} {where} (row {prompt.row} of the dataset): try --dtype float32") from error
-    except last_token.UnsupportedModelError as error:
+    except fisher.UnsupportedModelError as error:
         raise UserError(f"no Fisher matrix at {subject.path}: {error}") from error
 
 
@@ -118,35 +98,36 @@ def linearize(settings: Settings, subject: Subject, batch: list[Encoded]) -> tup
     """The batch's prompts at their last tokens, and how many cotangents to pull back at once."""
     ids, lengths = pad(batch)
     # the block iteration differentiates the backward pass, which fused attention does not allow
-    whole = settings.top_k_tokens == "all"
-    together = max(1, BACKWARD_ROWS // ids.numel()) if whole or ids.shape[1] <= PLAIN_ATTENTION else 1
-    use_attention(subject.lm, "eager" if whole or together > 1 else "sdpa")
+    full = settings.top_k_tokens == "all"
+    rows = max(1, BACKWARD_ROWS // ids.numel()) if full or ids.shape[1] <= PLAIN_ATTENTION else 1
+    use_attention(subject.model, "eager" if full or rows > 1 else "sdpa")
     last_only = settings.bias_positions == "last"
-    return fisher.linearize_prompts(subject.lm, subject.module, ids, lengths, last_only), together
+    return fisher.linearize_prompts(subject.model, subject.module, ids, lengths, last_only), rows
 
 
 def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) -> int:
     """The whole batch, or as many prompts as leave plain attention room for its tokens x tokens matrices."""
     if settings.top_k_tokens != "all":
         return len(batch)
-    config = subject.lm.config.get_text_config(decoder=True)
+    config = subject.model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None) or 1
     longest = max(len(encoded.ids) for encoded in batch)
-    each = MATRICES_KEPT * config.num_hidden_layers * heads * longest**2 * subject.lm.dtype.itemsize
+    each = MATRICES_KEPT * config.num_hidden_layers * heads * longest**2 * subject.model.dtype.itemsize
     return max(1, min(len(batch), ATTENTION_BYTES // each))
 
 
-def triplets(settings: Settings, point: fisher.Point, chunks: fisher.Chunks) -> tuple[fisher.Eigen, dict]:
+def triplets(settings: Settings, point: fisher.Point, chunks: fisher.Chunks) -> tuple[fisher.Eigenpairs, dict]:
     """The leading eigenpairs of each prompt's F, and columns (prompts,) that say what they leave out."""
     r = settings.num_singular_values
     if settings.top_k_tokens == "all":
-        found = exact.leading_eigenpairs(point, r, chunks=chunks)
-        eigen = fisher.Eigen(*(part[0] for part in found.eigen))
-        known = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
-        return eigen, {"captured_mass": torch.ones_like(eigen.trace), **known}
-    z = head.top_k_cotangents(point, settings.top_k_tokens)
-    gradients = fisher.pull_back(point, z.rows, chunks)[0]
-    return fisher.eigenpairs(gradients, z.weights, r, allow_zero=True), {"captured_mass": z.mass}
+        found = leading_eigenpairs(point, r, chunks=chunks)
+        eigen, mass = found.eigen, torch.ones_like(found.trace_error[0])
+        errors = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
+    else:
+        top = fisher.top_k(point, settings.top_k_tokens, chunks)
+        eigen, mass, errors = top.eigenpairs(r, allow_zero=True), top.mass, {}
+    eigen = fisher.Eigenpairs(*(part[0] for part in eigen))  # of the one module
+    return eigen, {"captured_mass": mass, **errors, "trace": eigen.trace, "effective_rank": eigen.effective_rank}
 
 
 def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Result]:
@@ -157,15 +138,14 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
     """
     start = time.perf_counter()
 
-    def part(which: torch.Tensor) -> list[Result]:
-        here = [batch[i] for i in which.tolist()]
-        with naming(subject, here):
-            point, together = linearize(settings, subject, here)
-            eigen, known = triplets(settings, point, fisher.Chunks(together))
+    def measure_some(which: torch.Tensor) -> list[Result]:
+        prompts = [batch[i] for i in which.tolist()]
+        with explain_failures(subject, prompts):
+            point, rows = linearize(settings, subject, prompts)
+            eigen, columns = triplets(settings, point, fisher.Chunks(rows))
         top_probability, top_id = (column.tolist() for column in point.log_probs.exp().max(-1))
         values, vectors = (part.cpu().numpy() for part in eigen[:2])
-        known |= {"trace": eigen.trace, "effective_rank": eigen.effective_rank}
-        known = {name: column.tolist() for name, column in known.items()}
+        columns = {name: column.tolist() for name, column in columns.items()}
         return [
             Result(
                 record={
@@ -176,16 +156,16 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
                     "truncated": encoded.truncated,
                     "top_token": subject.tokenizer.decode([top_id[i]]),
                     "top_probability": top_probability[i],
-                    **{name: column[i] for name, column in known.items()},
+                    **{name: column[i] for name, column in columns.items()},
                     "singular_values": values[i].tolist(),
                 },
                 values=values[i],
                 vectors=vectors[i],
             )
-            for i, encoded in enumerate(here)
+            for i, encoded in enumerate(prompts)
         ]
 
-    parts = fisher.Chunks(prompts_at_once(settings, subject, batch)).map(part, torch.arange(len(batch)))
+    parts = fisher.Chunks(prompts_at_once(settings, subject, batch)).map(measure_some, torch.arange(len(batch)))
     results = list(chain.from_iterable(parts))
     seconds = (time.perf_counter() - start) / len(batch)
     for result in results:
@@ -194,20 +174,20 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
 
 
 def check_padding(settings: Settings, subject: Subject, prompts: list[Encoded]) -> None:
-    """Holds the shortest prompt beside the longest against itself alone, in a plain forward pass.
+    """Compares the shortest prompt beside the longest with itself alone, in a plain forward pass.
 
     Raises:
         UserError: they differ by more than rounding, so that this model's results would depend on the padding.
     """
     shortest, *_, longest = sorted([*prompts, prompts[0]], key=lambda encoded: len(encoded.ids))
-    with naming(subject, [shortest, longest]):
+    with explain_failures(subject, [shortest, longest]):
         point, _ = linearize(settings, subject, [shortest, longest])
     with torch.no_grad():
-        alone = subject.lm(torch.tensor([shortest.ids], device=subject.lm.device), use_cache=False)
+        alone = subject.model(torch.tensor([shortest.ids], device=subject.model.device), use_cache=False)
     log_probs = alone.logits[0, -1].float().log_softmax(-1).to(point.log_probs.device)
-    kl = float(pushes.kl_divergence(log_probs, point.log_probs[0]))
-    if not kl <= CACHE_TOLERANCE[str(subject.lm.dtype).removeprefix("torch.")]:
-        name = type(subject.lm).__name__
+    kl = float(fisher.kl_divergence(log_probs, point.log_probs[0]))
+    if not kl <= ROUNDING_NATS[subject.model.dtype]:
+        name = type(subject.model).__name__
         raise UserError(f"{name} is not supported: its predictions change by {kl:.2g} nats with what is in the batch")
 
 
@@ -225,7 +205,7 @@ class Shard:
 
 
 def plan(
-    settings: Settings, prompts: Iterator[Prompt], tokenizer, longest: int, store: Store, who: Ranks
+    settings: Settings, prompts: Iterator[Prompt], tokenizer, longest: int, store: Store, process: Processes
 ) -> Iterator[Shard]:
     """This process's shards in order, with what an earlier run left of them.
 
@@ -237,7 +217,7 @@ def plan(
     number = -1
     while window := list(islice(source, size)):
         number += 1
-        if number % who.size != who.rank:
+        if number % process.size != process.rank:
             continue
         if store.has_shard(number, window):
             yield Shard(number, len(window), {}, closed=True)
@@ -250,12 +230,12 @@ def plan(
         yield Shard(number, len(window) - sum(map(len, todo.values())), todo)
 
 
-def progress_bar(settings: Settings, who: Ranks) -> tqdm:
+def progress_bar(settings: Settings, process: Processes) -> tqdm:
     size = SHARD_BATCHES * settings.batch_size
-    starts = range(who.rank * size, settings.num_prompts, who.size * size)
+    starts = range(process.rank * size, settings.num_prompts, process.size * size)
     mine = sum(min(size, settings.num_prompts - start) for start in starts)
-    label = "Fisher matrices" if who.size == 1 else f"Fisher matrices, process 1 of {who.size}"
-    return tqdm(total=mine, desc=label, unit="prompt", disable=None if who.first else True)
+    label = "Fisher matrices" if process.size == 1 else f"Fisher matrices, process 1 of {process.size}"
+    return tqdm(total=mine, desc=label, unit="prompt", disable=None if process.first else True)
 
 
 def compute(settings: Settings, subject: Subject, shards: Iterator[Shard], store: Store, bar: tqdm) -> None:
@@ -273,7 +253,7 @@ def compute(settings: Settings, subject: Subject, shards: Iterator[Shard], store
             for number, batch in shard.todo.items():
                 results = measure(settings, subject, batch)
                 pending.append(writer.submit(store.write_batch, shard.number, number, results))
-                while len(pending) > WAITING:  # a write that failed is heard of here
+                while len(pending) > MAX_WAITING:  # raises what a write that failed has raised
                     pending.popleft().result()
                 tokens += sum(len(encoded.ids) for encoded in batch)
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
@@ -287,89 +267,84 @@ def compute(settings: Settings, subject: Subject, shards: Iterator[Shard], store
 # --- the protocol --------------------------------------------------------------------------------
 
 
-def load_subject(settings: Settings, who: Ranks) -> Subject:
+def load_subject(settings: Settings, process: Processes) -> Subject:
     device = settings.device
-    if who.size > 1 and device == "auto" and torch.cuda.is_available():
-        device = f"cuda:{who.local}"
-    lm, tokenizer = models.load_model(settings.model_path, settings.dtype, device, settings.trust_remote_code)
-    return Subject(lm, tokenizer, *models.find_module(lm, settings.hook_layer_name))
+    if process.size > 1 and device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{process.local}"
+    lm, tokenizer = load(settings.model_path, settings.dtype, device, settings.trust_remote_code)
+    return Subject(lm, tokenizer, *find_module(lm, settings.hook_layer_name))
 
 
-def fit(settings: Settings, subject: Subject, say: Callable[[str], None]) -> Settings:
-    """The settings with no more tokens than the vocabulary has, and no more singular values than tokens."""
-    k, r = settings.top_k_tokens, settings.num_singular_values
-    vocabulary = subject.lm.get_output_embeddings().weight.shape[0]
+def clamp_to_model(settings: Settings, subject: Subject, tell: Callable[[str], None]) -> Settings:
+    """The settings with no more tokens than the vocabulary has, and no more singular values than F has."""
+    k, r, vocabulary = settings.top_k_tokens, settings.num_singular_values, vocabulary_size(subject.model)
     if k != "all" and k > vocabulary:
-        say(f"note: --top-k-tokens {k} is more than the vocabulary: counting all {vocabulary} tokens")
+        tell(f"note: --top-k-tokens {k} is more than the vocabulary: counting all {vocabulary} tokens")
         k = vocabulary
-    d = subject.lm.get_output_embeddings().weight.shape[1]
-    if k == "all" and r > d:
-        say(f"note: --num-singular-values {r} is more than a matrix of width {d} has: keeping {d}")
-        r = d
-    if k != "all" and r > k:
-        say(f"note: --num-singular-values {r} is more than a matrix of {k} tokens has: keeping {k}")
-        r = k
+    width = subject.model.get_output_embeddings().weight.shape[1]
+    most, of = (width, f"of width {width}") if k == "all" else (k, f"of {k} tokens")
+    if r > most:
+        tell(f"note: --num-singular-values {r} is more than a matrix {of} has: keeping {most}")
+        r = most
     return replace(settings, top_k_tokens=k, num_singular_values=r)
 
 
-def run(settings: Settings, overwrite: bool, who: Ranks) -> int:
-    say = print if who.first else lambda text: None
-    if who.ask_first(lambda: runs.is_finished(settings, overwrite)):
-        if who.first:
-            runs.clean_up(settings)
-        say(f"{settings.output_dir} is finished: nothing to do (--overwrite starts anew)")
+def run(command: Command, process: Processes) -> int:
+    settings = command.settings
+    tell = print if process.first else lambda text: None
+    directory = RunDirectory(settings)
+    if process.ask_first(lambda: directory.is_finished(command.overwrite)):
+        if process.first:
+            directory.clean_up()
+        tell(f"{settings.output_dir} is finished: nothing to do (--overwrite starts anew)")
         return 0
     prompts = Prompts(
-        settings_.resolve_dataset(settings),
-        settings.dataset_split,
-        settings.prompt_column,
-        settings.dataset_config,
-        settings.seed,
+        settings.dataset, settings.dataset_split, settings.prompt_column, settings.dataset_config, settings.seed
     )
     source = iter(prompts)
     first = next(source, None)  # what is wrong with the dataset is said before the model is loaded
     if first is None:
         raise UserError(f"{prompts.source} has no usable prompt: {prompts.skipped} rows, all empty or no text")
 
-    subject = load_subject(settings, who)
-    config = subject.lm.config.get_text_config(decoder=True)
-    longest = min(settings.max_length, getattr(config, "max_position_embeddings", None) or settings.max_length)
-    environment = models.describe(subject.lm)
-    identity = {"hook_layer": subject.path, "model_fingerprint": models.fingerprint(subject.lm)}
-    who.ask_first(lambda: runs.begin(settings, identity, environment, overwrite))
-    store = Store(Path(settings.output_dir), settings.store)
-    say(report.model_line(settings.model_path, environment) + f"; hooked at {subject.path}")
-    fitted = fit(settings, subject, say)
+    subject = load_subject(settings, process)
+    longest = min(settings.max_length, longest_prompt(subject.model) or settings.max_length)
+    environment = describe(subject.model)
+    identity = {"hook_layer": subject.path, "model_fingerprint": fingerprint(subject.model)}
+    process.ask_first(lambda: directory.begin(identity, environment, command.overwrite))
+    tell(model_line(settings.model_path, environment) + f"; hooked at {subject.path}")
+    clamped = clamp_to_model(settings, subject, tell)
 
-    code = 0
-    with progress_bar(settings, who) as bar:
-        shards = plan(settings, chain([first], source), subject.tokenizer, longest, store, who)
+    with progress_bar(settings, process) as bar:
+        shards = plan(settings, chain([first], source), subject.tokenizer, longest, directory.store, process)
         try:
-            compute(fitted, subject, shards, store, bar)
+            compute(clamped, subject, shards, directory.store, bar)
         except KeyboardInterrupt:
-            code = INTERRUPTED
-    if code:
-        print("Interrupted: finished batches are saved, and the same command goes on with the rest.", file=sys.stderr)
-        return code
-    who.wait_for_all()
-    if who.first:
-        say(runs.finish(settings, store, SHARD_BATCHES * settings.batch_size, prompts.skipped))
+            bar.close()
+            print(
+                "Interrupted: finished batches are saved, and the same command goes on with the rest.", file=sys.stderr
+            )
+            return INTERRUPTED
+    process.wait_for_all()
+    if process.first:
+        tell(directory.finish(SHARD_BATCHES * settings.batch_size, prompts.skipped))
     if prompts.usable < settings.num_prompts:
-        say(f"note: {settings.num_prompts} prompts were asked for, {prompts.usable} are to be had")
-    say(f"Written to {settings.output_dir}: {', '.join(runs.FILES)}")
+        tell(f"note: {settings.num_prompts} prompts were asked for, only {prompts.usable} are available")
+    tell(f"Written to {settings.output_dir}: {', '.join(FILES)}")
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    settings, overwrite = read_arguments(argv)
-
-    def begin() -> int:
-        with ranks.join() as who:
-            return run(settings, overwrite, who)
+def main(command: Command) -> int:
+    def run_or_redraw() -> int:
+        if command.redraw:
+            figures.draw(command.redraw)
+            print(f"Drawn in {command.redraw}: {figures.SPECTRA}")
+            return 0
+        with processes.join() as process:
+            return run(command, process)
 
     advice = "a smaller --max-length or --top-k-tokens, --dtype bfloat16, or a smaller model"
-    return exit_code("compute_fisher.py", begin, advice)
+    return exit_code(PROGRAM, run_or_redraw, advice)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(from_command_line))

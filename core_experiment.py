@@ -1,10 +1,9 @@
 """Fisher-guided perturbation of a language model's residual stream.
 
-For sentences that contain a target word, at the token just before it and at every chosen layer: read
-the residual stream h, find the direction v in which the next-token prediction is most sensitive (the
-top eigenvector of the Fisher information matrix), push h along v, and record what the model predicts
-instead. Pushes of the same length along random directions, and towards another sentence's
-activation, stand beside it as controls.
+For sentences that contain a target word, at the token just before it and at every chosen layer: read the
+residual stream h, find the direction v in which the next-token prediction is most sensitive (the top eigenvector
+of the Fisher information matrix), perturb h along v, and record what the model predicts instead. Perturbations
+of the same length along random directions, and towards another sentence's activation, are the controls.
 
     python core_experiment.py --num-sentences 10
     python core_experiment.py --model-name meta-llama/Llama-3.1-8B --scale-unit nats
@@ -13,159 +12,119 @@ Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matri
 perturbation_analysis.png to --output-dir.
 """
 
-import argparse
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import sys
 
-from arguments import (
+from common.command_line import (
     EMBEDDED,
     Parser,
+    UserError,
     count,
+    dtype_name,
+    exit_code,
     finite,
-    layer_number,
+    nonempty,
+    one_of,
+    option,
+    or_all,
     positive,
-    positive_or_all,
     settle_network,
+    switch,
 )
-from errors import INTERRUPTED, UserError, exit_code
 
 HERE = Path(__file__).parent
 BUNDLED = "data/animals.json"
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="core_experiment.py",
-        usage="%(prog)s [options]",
-        description="Push a model's residual stream along its most sensitive direction.",
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--model-name", default=EMBEDDED, metavar="NAME", help="hub id or local directory (smollm2-135m)")
-    add(
-        "--data-file",
-        metavar="FILE",
-        help=f".json {{word: [sentences]}}, .txt, .jsonl, .csv, .parquet, or a\nhub dataset ({BUNDLED})",
-    )
-    add("--text-column", metavar="NAME", help="column of a table or dataset that holds the text")
-    add("--data-config", metavar="NAME", help="configuration of a hub dataset")
-    add("--data-split", default="train", metavar="NAME", help="split of a hub dataset (train)")
-    add("--target-word", default="animals", metavar="WORD", help="push at the token just before this word (animals)")
-    add("--num-sentences", type=positive, default=20, metavar="N", help="sentences, chosen to be diverse (20)")
-    add("--require-predicted", action="store_true", help="only where the model's top prediction starts the word")
-    add("--layers", type=layer_number, nargs="+", metavar="L", help="decoder layers, or all (every fifth and the last)")
-    add(
-        "--scales",
-        type=finite,
-        nargs="+",
-        metavar="A",
-        default=[0, -0.5, 0.5, -1, 1, -2, 2, -5, 5, -10, 10],
-        help="how far to push, in units (0 ±0.5 ±1 ±2 ±5 ±10)",
-    )
-    add(
-        "--scale-unit",
-        choices=["eigenvalue", "nats", "norm"],
-        default="eigenvalue",
-        metavar="UNIT",
-        help="eigenvalue: lambda; nats: 1/sqrt(lambda), for which A²/2 nats are\npredicted; norm: |h|/100 (eigenvalue)",
-    )
-    add(
-        "--max-vocab-subset",
-        type=positive_or_all,
-        default=200,
-        metavar="K",
-        help="most probable tokens that the Fisher matrix counts, or all (200)",
-    )
-    add(
-        "--compare-exact",
-        action="store_true",
-        help="also the exact matrix of the whole vocabulary, and what the K\ntokens miss of it (about twice as slow)",
-    )
-    add(
-        "--num-eigenvectors",
-        type=positive,
-        default=1,
-        metavar="M",
-        help="leading eigenpairs kept in the NPZ; pushes go along the first (1)",
-    )
-    add(
-        "--trust-radius",
-        action="store_true",
-        help="also how far along v the prediction 1/2 lambda s² holds to 10%%\n(about twice as slow)",
-    )
-    add("--num-controls", type=count, default=1, metavar="N", help="random directions per layer (1)")
-    add(
-        "--batch-size",
-        type=positive,
-        default=256,
-        metavar="N",
-        help="pushes in one pass, and 4 times as many gradients (256)",
-    )
-    add(
-        "--dtype",
-        choices=["auto", "float64", "float32", "bfloat16", "float16"],
-        default="auto",
-        metavar="TYPE",
-        help="float64, float32, bfloat16, float16 (bfloat16 on CUDA, else float32)",
-    )
-    add("--device", default="auto", metavar="NAME", help="as torch names it (cuda, then mps, then cpu)")
-    add("--seed", type=count, default=0, metavar="N", help="of the random directions (0)")
-    add("--trust-remote-code", action="store_true", help="run code that a hub model brings along")
-    add("--output-dir", default="experiment_results", metavar="DIR", help="for the four files (experiment_results)")
-    args = parser.parse_args(argv)
-    # six digits, as the results name a scale
-    args.scales = sorted({float(f"{scale:g}") for scale in args.scales})
-    if not any(args.scales):
-        parser.error("argument --scales: at least one must not be 0")
-    return args
-
-
-if __name__ == "__main__":  # before the imports below, which take seconds: --help need not wait for torch
-    given = parse_args(sys.argv[1:])
-    settle_network(given.model_name, given.data_file or str(HERE))
-
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-import math
-import time
-
-import numpy as np
-import torch
-from tqdm import tqdm
-
-import exact
-import fisher
-import head
-import models
-import plots
-import pushes
-from reading import Model, Reading, check_cached_path, load, naming, read
-import report
-import sentences
-import storage
-
-EIGENVECTORS = "fisher_eigenvectors.npz"
-FILES = (plots.RESULTS, EIGENVECTORS, plots.SIMILARITY, plots.PERTURBATION)
-# Sentences whose key-value cache and graph wait in memory for their turn, about 12 MB each for an 8B
-# model; later ones are read a second time.
-HELD = 64
-SAVE_EVERY = 30.0  # seconds of work that a crash may cost,
-SAVE_SHARE = 0.05  # or more in a long run, so that saving takes at most this share of the time
-
-
-# --- the sentences -----------------------------------------------------------------
+SCALES = (0.0, -0.5, 0.5, -1.0, 1.0, -2.0, 2.0, -5.0, 5.0, -10.0, 10.0)
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A sentence of the experiment, and what the unperturbed model makes of it."""
+class Settings:
+    """What the experiment does: a flag each."""
 
-    context: sentences.Context
-    activations: torch.Tensor  # (layers, d) float32
-    target_probability: float
-    target_rank: int  # 1 is the most probable token
+    model_name: str = option(EMBEDDED, nonempty, "NAME", f"hub id or local directory ({EMBEDDED})")
+    data_file: str | None = option(
+        None, str, "FILE", f".json {{word: [sentences]}}, .txt, .jsonl, .csv, .parquet, or a hub dataset ({BUNDLED})"
+    )
+    text_column: str | None = option(None, str, "NAME", "column of a table or dataset that holds the text")
+    data_config: str | None = option(None, str, "NAME", "configuration of a hub dataset")
+    data_split: str = option("train", str, "NAME", "split of a hub dataset (train)")
+    target_word: str = option("animals", str, "WORD", "perturb at the token just before this word (animals)")
+    num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse (20)")
+    require_predicted: bool = option(False, switch, "true", "only where the model's top prediction starts the word")
+    layers: tuple | None = option(
+        None, or_all(count), "L", "decoder layers, or all (every fifth and the last)", several=True
+    )
+    scales: tuple = option(SCALES, finite, "A", "how far to perturb, in units (0 ±0.5 ±1 ±2 ±5 ±10)", several=True)
+    scale_unit: str = option(
+        "eigenvalue",
+        one_of("eigenvalue", "nats", "norm"),
+        "UNIT",
+        "eigenvalue: lambda; nats: 1/sqrt(lambda), for which A²/2 nats are predicted; norm: |h|/100 (eigenvalue)",
+    )
+    max_vocab_subset: int | str = option(
+        200, or_all(positive), "K", "most probable tokens that the Fisher matrix counts, or all (200)"
+    )
+    compare_exact: bool = option(
+        False, switch, "true", "also the exact matrix, and what the K tokens miss of it (about twice as slow)"
+    )
+    num_eigenvectors: int = option(
+        1, positive, "M", "leading eigenpairs kept in the NPZ; perturbations go along the first (1)"
+    )
+    trust_radius: bool = option(
+        False, switch, "true", "also how far along v 1/2 lambda s² holds to 10%% (about twice as slow)"
+    )
+    num_controls: int = option(1, count, "N", "random directions per layer (1)")
+    batch_size: int = option(256, positive, "N", "perturbations in one pass, and 4 times as many gradients (256)")
+    dtype: str = option(
+        "auto", dtype_name, "TYPE", "float64, float32, bfloat16, float16 (bfloat16 on CUDA, else float32)"
+    )
+    device: str = option("auto", str, "NAME", "as torch names it (cuda, then mps, then cpu)")
+    seed: int = option(0, count, "N", "of the random directions (0)")
+    trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along")
+    output_dir: str = option("experiment_results", str, "DIR", "for the four files (experiment_results)")
+    redraw: str | None = option(None, str, "DIR", "only draw the pictures of the results in DIR again")
+
+    @property
+    def data(self) -> str:
+        return self.data_file or str(HERE / BUNDLED)
+
+
+def parse(argv: list[str]) -> Settings:
+    """The settings, or the end of the program: one line and exit code 2."""
+    parser = Parser(Settings, "core_experiment.py", "Perturb a model's residual stream along its sensitive direction.")
+    given, _ = parser.read(argv)
+    settings = Settings(**given)
+    # six digits, as the results name a scale
+    scales = tuple(sorted({float(f"{scale:g}") for scale in settings.scales}))
+    if not any(scales):
+        parser.error("argument --scales: at least one must not be 0")
+    return replace(settings, scales=scales)
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds: --help need not wait for torch
+    from_command_line = parse(sys.argv[1:])
+    settle_network(from_command_line.model_name, from_command_line.data)
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+from common.files import check_writable
+from experiment import figures, report
+from experiment.perturbation import check_cached_path, control_directions, step_lengths, sweep, trust_radii_along
+from experiment.results import EIGENVECTORS, RESULTS, SPECTRUM, TOP, Measured, Results, rank
+from experiment.sentences import Context, diverse_order, locate, read_sentences
+import fisher
+from model.loading import decoder_layers, describe, load, longest_prompt, vocabulary_size
+
+FILES = (RESULTS, EIGENVECTORS, figures.SIMILARITY, figures.PERTURBATION)
+SAVE_EVERY = 30.0  # seconds of work that a crash may cost; or more, so that saving takes a twentieth of the time
 
 
 class Clock:
@@ -183,268 +142,231 @@ class Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def choose_vocab_subset(asked: int | str, vocabulary: int) -> int | str:
-    """The number of tokens to count, at most the vocabulary."""
-    if asked == "all" or asked <= vocabulary:
-        return asked
-    print(f"note: --max-vocab-subset {asked} is more than the vocabulary: counting all {vocabulary} tokens")
-    return vocabulary
+class Batches:
+    """How many rows go through the model in one pass; halved, they stay so for all sentences."""
+
+    def __init__(self, size: int):
+        self.gradients = fisher.Chunks(4 * size)  # more of them: they carry no vocabulary along
+        self.perturbations = fisher.Chunks(size)
 
 
-def locate_all(args: argparse.Namespace, model: Model, texts: list[str]) -> list[sentences.Context]:
-    """The sentences in which the tokenizer lets the word be found, within the model's longest prompt."""
-    longest = getattr(model.lm.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
-    located = (sentences.locate(model.tokenizer, text, args.target_word) for text in texts)
-    contexts = [context for context in located if context and len(context.ids) <= longest]
-    if not contexts:
-        raise UserError(f"in none of {len(texts)} sentences does a token stand before {args.target_word!r}")
-    return contexts
+# --- what is asked for, and what the model has ---------------------------------------------------
 
 
-def choose_sentences(
-    args: argparse.Namespace, model: Model, texts: list[str], clock: Clock
-) -> tuple[list[Chosen], dict[int, Reading]]:
-    """The most diverse sentences that qualify, and the readings of the first of them."""
-    contexts = locate_all(args, model, texts)
-    chosen, held = [], {}
-    order = sentences.diverse_order([context.prompt for context in contexts])
-    with tqdm(
-        total=min(args.num_sentences, len(contexts)), desc="reading", unit="sentence", leave=False, disable=None
-    ) as bar:
-        for index in order:
-            context = contexts[index]
-            with clock("prefix"):
-                reading = read(model, context)
-            log_probs = reading.point.log_probs
-            target = log_probs[context.target_id]
-            rank = int((log_probs > target).sum()) + 1
-            if args.require_predicted and rank > 1:
-                continue
-            if len(chosen) < HELD:
-                held[len(chosen)] = reading
-            chosen.append(Chosen(context, reading.point.activations, float(target.exp()), rank))
-            bar.update()
-            if len(chosen) == args.num_sentences:
-                break
-    if not chosen:
-        raise UserError(
-            f"in none of {len(contexts)} sentences is {args.target_word!r} the top prediction (--require-predicted)"
-        )
-    if len(chosen) < args.num_sentences:
-        print(f"note: {args.num_sentences} sentences were asked for, {len(chosen)} are to be had")
-    return chosen, held
+def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
+    """The settings with no more tokens than the vocabulary has, and layers that the model has.
+
+    Raises:
+        UserError: it has no such layer.
+    """
+    k, vocabulary = settings.max_vocab_subset, vocabulary_size(model)
+    if k != "all" and k > vocabulary:
+        print(f"note: --max-vocab-subset {k} is more than the vocabulary: counting all {vocabulary} tokens")
+        k = vocabulary
+    return replace(settings, max_vocab_subset=k, layers=choose_layers(settings.layers, len(decoder_layers(model))))
+
+
+def choose_layers(asked: tuple | None, depth: int) -> tuple[int, ...]:
+    """Ascending layer numbers: those asked for, or every fifth and the last.
+
+    Raises:
+        UserError: the model has no such layer.
+    """
+    if asked is None:
+        return tuple(sorted({*range(0, depth, 5), depth - 1}))
+    if "all" in asked:
+        return tuple(range(depth))
+    if max(asked) >= depth:
+        raise UserError(f"--layers {max(asked)}: the model has layers 0 to {depth - 1}")
+    return tuple(sorted(set(asked)))
+
+
+@contextmanager
+def explain_failures(context: Context, layers: tuple[int, ...]) -> Iterator[None]:
+    """Says which sentence and layer a numerical failure belongs to."""
+    try:
+        yield
+    except fisher.UnsupportedModelError as error:
+        raise UserError(f"this model is not supported: {error}") from error
+    except fisher.NumericalError as error:
+        where = "" if error.layer is None else f" at layer {layers[error.layer]}"
+        raise UserError(f"{error}{where} of sentence {context.sentence!r} (try --dtype float32)") from error
 
 
 # --- the experiment ------------------------------------------------------------------------------
 
 
-def control_directions(
-    args: argparse.Namespace, layers: list[int], index: int, chosen: list[Chosen]
-) -> dict[str, torch.Tensor]:
-    """Unit directions (layers, d) to hold beside v: random ones, and towards another sentence.
+def find_contexts(settings: Settings, model: torch.nn.Module, tokenizer, texts: list[str]) -> list[Context]:
+    """The sentences in which the tokenizer lets the word be found, within the model's longest prompt; diverse first.
 
-    A random direction is a function of seed, sentence number, layer and its own number alone. The
-    other sentence is the one before (the second, for the first; none, for a single sentence).
+    Raises:
+        UserError: there are none.
     """
-    here = chosen[index].activations
-    controls = {}
-    for number in range(args.num_controls):
-        draws = [
-            np.random.default_rng([args.seed, index, layer, number]).standard_normal(here.shape[1]) for layer in layers
-        ]
-        controls[f"random_{number}"] = torch.from_numpy(np.stack(draws)).to(here)
-    if len(chosen) > 1:
-        controls["difference"] = chosen[index - 1 if index else 1].activations - here
-    return {name: torch.nn.functional.normalize(d, dim=-1) for name, d in controls.items()}
+    longest = longest_prompt(model) or math.inf
+    located = (locate(tokenizer, text, settings.target_word) for text in texts)
+    contexts = [context for context in located if context and len(context.ids) <= longest]
+    if not contexts:
+        raise UserError(f"in none of {len(texts)} sentences does a token stand before {settings.target_word!r}")
+    return [contexts[index] for index in diverse_order([context.prompt for context in contexts])]
 
 
-def step_lengths(unit: str, scales: torch.Tensor, eigenvalues: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """Signed step lengths (layers, scales) from scales (scales,), lambda (layers,) and |h| (layers,)."""
-    one = {"eigenvalue": eigenvalues, "nats": eigenvalues.rsqrt(), "norm": norms / 100}[unit]
-    return one[:, None] * scales
+def linearize_each(
+    settings: Settings, model: torch.nn.Module, contexts: list[Context], clock: Clock
+) -> Iterator[tuple[Context, fisher.Point]]:
+    """The first contexts that qualify, each with the model linearised at its prompt's last token.
+
+    Raises:
+        UserError: NaN or infinity, a model that is not supported, or no context qualifies.
+    """
+    found = 0
+    for context in contexts:
+        with clock("prefix"), explain_failures(context, settings.layers):
+            point = fisher.linearize(model, context.ids, settings.layers)
+        if settings.require_predicted and rank(point.log_probs, context.target_id) > 1:
+            continue
+        if found == 0:
+            with explain_failures(context, settings.layers):
+                check_cached_path(point, context.ids)
+        found += 1
+        yield context, point
+        if found == settings.num_sentences:
+            return
+    if found == 0:
+        word = settings.target_word
+        raise UserError(f"in none of {len(contexts)} sentences is {word!r} the top prediction (--require-predicted)")
+    print(f"note: {settings.num_sentences} sentences were asked for, only {found} are available")
 
 
-@dataclass(frozen=True)
-class Batches:
-    """How many rows go through the model in one pass; halved, they stay so for all sentences."""
-
-    gradients: fisher.Chunks  # more of them: they carry no vocabulary along
-    pushes: fisher.Chunks
-
-    @classmethod
-    def of(cls, size: int) -> "Batches":
-        return cls(gradients=fisher.Chunks(4 * size), pushes=fisher.Chunks(size))
-
-
-@dataclass(frozen=True)
-class Found:
-    """The Fisher matrix of the tokens counted, at every layer."""
-
-    eigen: fisher.Eigen
-    curvature: Callable[[torch.Tensor], torch.Tensor]  # u (layers, n, d) -> u^T F u (layers, n)
-    mass: float  # probability that the counted tokens hold
-    exact: fisher.Eigen | None  # of the whole vocabulary, if it was to be compared
+def with_other_activations(
+    points: Iterator[tuple[Context, fisher.Point]],
+) -> Iterator[tuple[Context, fisher.Point, torch.Tensor | None]]:
+    """Each sentence's, with the activations (layers, d) of another: the one before it, or for the first, the second."""
+    first_two = [next(points), next(points, None)]
+    other = first_two[1] and first_two[1][1].activations
+    for context, point in chain(filter(None, first_two), points):
+        yield context, point, other
+        other = point.activations
 
 
-def find_eigenpairs(args: argparse.Namespace, point: fisher.Point, chunks: fisher.Chunks, clock: Clock) -> Found:
-    """Counts every token, or the most probable ones; with both, one sweep of gradients serves the two."""
-    num = max(report.SPECTRUM, args.num_eigenvectors)
-    whole = None
-    if args.max_vocab_subset == "all" or args.compare_exact:
+def fisher_matrices(
+    settings: Settings, point: fisher.Point, chunks: fisher.Chunks, clock: Clock
+) -> tuple[fisher.TopK | fisher.FullVocabulary, fisher.Eigenpairs, fisher.Eigenpairs | None]:
+    """F of the tokens asked for at every layer, its eigenpairs; and those of the exact F, if it is to be compared.
+
+    With both, one backward sweep serves the two.
+    """
+    num = max(SPECTRUM, settings.num_eigenvectors)
+    exact, full = None, settings.max_vocab_subset == "all"
+    if full or settings.compare_exact:
         with clock("gradients"):
-            matrices = exact.matrices(point, chunks)
+            matrix = fisher.full_vocabulary(point, chunks)
         with clock("eigen"):
-            whole = matrices.eigenpairs(num)
-    if args.max_vocab_subset == "all":
-        return Found(whole, matrices.curvature, 1.0, whole if args.compare_exact else None)
+            exact = matrix.eigenpairs(num)
+    if full:
+        return matrix, exact, exact if settings.compare_exact else None
     with clock("gradients"):
-        z = head.top_k_cotangents(point, args.max_vocab_subset)
-        gradients = z.rows @ matrices.jacobian if whole else fisher.pull_back(point, z.rows, chunks)  # (layers, k, d)
+        jacobian = matrix.jacobian if settings.compare_exact else None
+        top = fisher.top_k(point, settings.max_vocab_subset, chunks, jacobian)
     with clock("eigen"):
-        eigen = fisher.eigenpairs(gradients, z.weights, num)
-    return Found(eigen, partial(fisher.curvature, gradients, z.weights), float(z.mass), whole)
+        return top, top.eigenpairs(num), exact
 
 
 def perturb(
-    args: argparse.Namespace,
-    model: Model,
-    context: sentences.Context,
-    reading: Reading,
+    settings: Settings,
+    context: Context,
+    point: fisher.Point,
     controls: dict[str, torch.Tensor],
     batches: Batches,
     clock: Clock,
-) -> report.Measured:
-    """One sentence at all layers: the Fisher matrix, its top eigenvector, and every push."""
-    point = reading.point
-    found = find_eigenpairs(args, point, batches.gradients, clock)
-    eigen = found.eigen
+) -> Measured:
+    """One sentence at all layers: the Fisher matrix, its top eigenvector, and every perturbation."""
+    matrix, eigen, exact = fisher_matrices(settings, point, batches.gradients, clock)
     directions = torch.stack([eigen.vectors[:, 0], *controls.values()], dim=1)  # (layers, n, d)
-    scales = torch.tensor([scale for scale in args.scales if scale], device=directions.device)
-    steps = step_lengths(args.scale_unit, scales, eigen.values[:, 0], point.activations.norm(dim=-1))
-    curvature = found.curvature(directions)  # (layers, n)
-    predicted_kl = 0.5 * steps[:, None] ** 2 * curvature[:, :, None]  # (layers, n, scales)
+    scales = torch.tensor([scale for scale in settings.scales if scale], device=directions.device)
+    steps = step_lengths(settings.scale_unit, scales, eigen.values[:, 0], point.activations.norm(dim=-1))
+    predicted_kl = 0.5 * steps[:, None] ** 2 * matrix.curvature(directions)[:, :, None]  # (layers, n, scales)
 
     deltas = directions[:, :, None] * steps[:, None, :, None]  # (layers, n, scales, d)
-    at_layer = torch.arange(len(model.modules)).repeat_interleave(predicted_kl[0].numel())
-    token = torch.tensor(context.ids[-1])
     with clock("sweep"):
-        sweep = pushes.sweep(
-            model.lm, model.modules, token, reading.prefix, point.log_probs,
-            deltas.flatten(0, 2), at_layer, context.target_id, report.TOP, batches.pushes,
-        )  # fmt: skip
+        swept = sweep(point, deltas, context.target_id, TOP, batches.perturbations)
     radii = None
-    if args.trust_radius:
+    if settings.trust_radius:
         with clock("trust radius"):
-            radii = find_trust_radii(model, token, reading, eigen, args.max_vocab_subset == "all", batches.pushes)
-    return report.Measured(
-        activations=point.activations,
-        top=point.log_probs.topk(report.TOP),
-        target_log_prob=point.log_probs[context.target_id],
-        mass=found.mass,
-        eigen=eigen,
-        exact=found.exact,
-        trust_radii=radii,
-        steps=steps,
-        predicted_kl=predicted_kl,
-        sweep=pushes.Sweep(*(column.unflatten(0, predicted_kl.shape) for column in sweep)),
-    )
+            radii = trust_radii_along(point, eigen, settings.max_vocab_subset == "all", batches.perturbations)
+    mass = 1.0 if settings.max_vocab_subset == "all" else float(matrix.mass)
+    return Measured(context, point, list(controls), mass, eigen, exact, radii, steps, predicted_kl, swept)
 
 
-def find_trust_radii(
-    model: Model, token: torch.Tensor, reading: Reading, eigen: fisher.Eigen, whole: bool, chunks: fisher.Chunks
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Along -v and v, at every layer: steps (layers, 2), and the nats (layers, 2) that F of all tokens predicts there.
-
-    A matrix of fewer tokens underestimates the curvature along v, so that KL would depart from it at once; the
-    true one takes a single pass (`exact.curvature`).
-    """
-    v = eigen.vectors[:, :1]
-    curvature = (eigen.values[:, :1] if whole else exact.curvature(reading.point, v, chunks)).expand(-1, 2)
-    ends = torch.cat([-v, v], dim=1)  # (layers, 2, d)
-
-    def kl_of(steps: torch.Tensor) -> torch.Tensor:  # (layers * 2, n)
-        deltas = ends.flatten(0, 1)[:, None] * steps[..., None]
-        at_layer = torch.arange(len(model.modules)).repeat_interleave(2 * steps.shape[1])
-        swept = pushes.sweep(
-            model.lm, model.modules, token, reading.prefix, reading.point.log_probs, deltas.flatten(0, 1), at_layer,
-            chunks=chunks,
-        )  # fmt: skip
-        return swept.kl.unflatten(0, steps.shape)
-
-    steps = pushes.trust_radii(kl_of, curvature.flatten()).unflatten(0, curvature.shape)
-    return steps, 0.5 * steps**2 * curvature
+def perturb_all(
+    settings: Settings, model: torch.nn.Module, contexts: list[Context], results: Results, clock: Clock
+) -> None:
+    """Takes every sentence through `perturb` into `results`, saving what there is now and then."""
+    batches = Batches(settings.batch_size)
+    due = time.perf_counter() + SAVE_EVERY
+    points = with_other_activations(linearize_each(settings, model, contexts, clock))
+    total = min(settings.num_sentences, len(contexts))
+    for context, point, other in tqdm(points, total=total, desc="perturbing", unit="sentence", disable=None):
+        key = (settings.seed, len(results))
+        controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
+        with explain_failures(context, settings.layers):
+            results.add(perturb(settings, context, point, controls, batches, clock))
+        tqdm.write(report.sentence_block(results, len(results) - 1))
+        if (start := time.perf_counter()) > due:
+            results.save(Path(settings.output_dir))
+            end = time.perf_counter()
+            due = end + max(SAVE_EVERY, 20 * (end - start))
+    results.complete = True
 
 
 # --- the protocol --------------------------------------------------------------------------------
 
 
-def save(directory: Path, results: report.Results) -> None:
-    storage.write_npz(directory / EIGENVECTORS, results.arrays())
-    storage.write_json(directory / plots.RESULTS, results.document())
-
-
-def perturb_all(
-    args: argparse.Namespace, model: Model, results: report.Results, held: dict[int, Reading], clock: Clock
-) -> None:
-    """Takes every sentence through `perturb` into `results`, saving what there is now and then."""
-    batches = Batches.of(args.batch_size)
-    due = time.perf_counter() + SAVE_EVERY
-    for index, chosen in enumerate(tqdm(results.chosen, desc="perturbing", unit="sentence", disable=None)):
-        if index not in held:
-            with clock("prefix"):
-                held[index] = read(model, chosen.context)
-        controls = control_directions(args, model.layers, index, results.chosen)
-        with naming(chosen.context.sentence, model.layers):
-            measured = perturb(args, model, chosen.context, held.pop(index), controls, batches, clock)
-        results.add(measured, list(controls))
-        tqdm.write(report.sentence_block(results, index))
-        if (start := time.perf_counter()) > due:
-            save(Path(args.output_dir), results)
-            end = time.perf_counter()
-            due = end + max(SAVE_EVERY, (end - start) / SAVE_SHARE)
-
-
-def run(args: argparse.Namespace) -> int:
-    directory = Path(args.output_dir)
-    storage.check_writable(directory)
-    source = args.data_file or str(HERE / BUNDLED)
-    texts = sentences.read_sentences(source, args.target_word, args.text_column, args.data_config, args.data_split)
+def run(settings: Settings) -> int:
+    directory = Path(settings.redraw or settings.output_dir)
+    if settings.redraw:
+        figures.draw(directory)
+        print(f"Drawn in {directory}: {figures.SIMILARITY}, {figures.PERTURBATION}")
+        return 0
+    check_writable(directory)
+    texts = read_sentences(
+        settings.data, settings.target_word, settings.text_column, settings.data_config, settings.data_split
+    )
     clock = Clock()
     with clock("load"):
-        model = load(args.model_name, args.layers, args.dtype, args.device, args.trust_remote_code)
-    vocabulary = model.lm.get_output_embeddings().weight.shape[0]
-    args.max_vocab_subset = choose_vocab_subset(args.max_vocab_subset, vocabulary)
-    environment = models.describe(model.lm)
-    print(report.heading(args.model_name, environment, model.layers))
+        model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
+    if not tokenizer.is_fast:
+        raise UserError(f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word")
+    settings = clamp_to_model(settings, model)
+    environment = describe(model)
+    print(report.heading(settings.model_name, environment, settings.layers))
+    contexts = find_contexts(settings, model, tokenizer, texts)
 
-    chosen, held = choose_sentences(args, model, texts, clock)
-    check_cached_path(model, chosen[0].context, held[0])
-    print(report.sentence_table(chosen, model.decode))
-
-    config = {**vars(args), "data_file": args.data_file or BUNDLED, "layers": model.layers}
-    results = report.Results(config, environment, model.layers, chosen, model.decode, clock.seconds)
+    config = {**asdict(settings), "data_file": settings.data_file or BUNDLED}
+    del config["redraw"]
+    results = Results(config, environment, settings.layers, lambda token: tokenizer.decode([token]), clock.seconds)
     print(report.block_legend(results))
-    code = 0
+    stopped = None
     try:
-        perturb_all(args, model, results, held, clock)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-        print(f"Interrupted: keeping the {len(results)} of {len(chosen)} sentences that are done.", file=sys.stderr)
-    if len(results) == 0:
-        return code
-    save(directory, results)
-    plots.draw(directory)
-    print(report.layer_table(results))
-    print(report.timing_line(clock.seconds))
-    print(f"Written to {directory}: {', '.join(FILES)}")
-    return code
+        perturb_all(settings, model, contexts, results, clock)
+    except BaseException as error:  # whatever stops it, finished sentences are saved before it is reported
+        stopped = error
+    if len(results):
+        if stopped:
+            print(f"Stopped: keeping the {len(results)} sentences that are finished.", file=sys.stderr)
+        results.save(directory)
+        figures.draw(directory)
+        print(report.layer_table(results))
+        print(report.timing_line(clock.seconds))
+        print(f"Written to {directory}: {', '.join(FILES)}")
+    if stopped:
+        raise stopped
+    return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def main(settings: Settings) -> int:
     advice = "fewer --layers, a smaller --max-vocab-subset, --dtype bfloat16, or a smaller model"
-    return exit_code("core_experiment.py", lambda: run(args), advice)
+    return exit_code("core_experiment.py", lambda: run(settings), advice)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(from_command_line))

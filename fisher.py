@@ -1,48 +1,64 @@
 """The Fisher information matrix of a causal language model's next-token distribution.
 
-For the residual stream h leaving a decoder layer at the last token of a prompt,
+    F(h) = sum_c p(c|h) grad_h log p(c|h) grad_h log p(c|h)^T          (d, d), nats / unit^2
 
-    F(h) = sum_c p(c|h) grad_h log p(c|h) grad_h log p(c|h)^T          (d, d), nats / unit^2,
+for the residual stream h leaving a decoder layer at the last token of a prompt. The expectation is under the
+model's own p (Amari, "Natural gradient works efficiently in learning", 1998; Martens, "New insights and
+perspectives on the natural gradient method", 2020). F predicts what a small perturbation does:
+KL(p(.|h) || p(.|h + delta)) = 1/2 delta^T F delta + O(|delta|^3). h may as well be a bias added at every token
+of a prompt: a change of the whole residual stream.
 
-the expectation being under the model's own p (Amari, "Natural gradient works efficiently in
-learning", 1998; Martens, "New insights and perspectives on the natural gradient method", 2020).
-It predicts what a small push does: KL(p(.|h) || p(.|h + delta)) = 1/2 delta^T F delta + O(|delta|^3).
-h may as well be a bias added at every token of a prompt: a change of the whole residual stream.
+    model, tokenizer = load("smollm2-135m")
+    point = linearize(model, tokenizer("The zoo keeps many wild").input_ids)
+    top_k(point, 200).eigenpairs().values          # (layers, 1): F of the 200 most probable tokens
+    full_vocabulary(point).eigenpairs().values     # (layers, 1): F of all tokens
 
-How it is computed, whatever the tokens counted:
+How it is computed, whichever tokens F counts:
 
-    linearize          one prompt's last token, a zero bias at every chosen layer, over a prefix (last_token.py)
-    linearize_prompts  or a batch of whole prompts, a zero bias of its own for each, at one module
-    top_k_cotangents   rows z_i at x, the input of the output head, and weights w_i, such that
-                       F = sum_i w_i (J^T z_i)(J^T z_i)^T  with J = dx/dh (head.py)
+    linearize          a prompt's last token, with a zero bias at every chosen layer, over a cached prefix
+    linearize_prompts  or a batch of whole prompts, with a zero bias for each, at one module
+    OutputHead         rows z_i at x, the input of the output head, and weights w_i, such that
+                       F = sum_i w_i (J^T z_i)(J^T z_i)^T  with J = dx/dh
     pull_back          G: all rows J^T z_i at all layers, in one batched backward pass per chunk
-    eigenpairs         of F = G^T diag(w) G, without forming F while it has fewer rows than columns
+    fisher_matrix      F = G^T diag(w) G;  eigenpairs: its leading ones, without F while G has few rows
+    perturb            logits after h + delta;  kl_divergence: what the perturbation cost
 
-The whole vocabulary takes other means from the third step on: exact.py.
-
-Tensors in, tensors out: this module reads no files, prints nothing and keeps no state. The model
-is any transformers causal LM in evaluation mode; it is handed back as it came. In the shapes below,
-"..." is nothing for one prompt, and (prompts,) for a batch.
+Tensors in, tensors out: this module reads no files, prints nothing and keeps no state. The model is any
+transformers causal LM in evaluation mode; it is handed back as it came. In the shapes below, "..." is nothing
+for one prompt, and (prompts,) for a batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
-import warnings
 
+import numpy as np
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from last_token import UnsupportedModelError, last_token_logits
+from model.head import OutputHead, cotangents_through, is_linear
+from model.last_token import last_token_logits, perturbed_logits, prefill
+from model.loading import decoder_layers, load
+from model.passes import Chunks, UnsupportedModelError, edit_stream, hooked
+
+__all__ = [
+    "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PushForward", "TopK",
+    "UnsupportedModelError", "eigenpairs", "fisher_matrix", "fix_signs", "full_vocabulary", "kl_divergence",
+    "linearize", "linearize_prompts", "load", "perturb", "pull_back", "top_k",
+]  # fmt: skip
+
+EIGH_MAX_WIDTH = 256  # up to here `eigh` is no slower than iterating for ten pairs (at 576 it takes 4 times as long)
+MAX_RESIDUAL = 1e-5  # |F v - lambda v| / lambda_1 that float32 allows an eigenpair of a matrix
+LARGE_KL = 0.1  # nats: above it, the rounding of a plain log-sum-exp (1e-6) no longer matters
 
 
 class NumericalError(ArithmeticError):
     """Numbers that no result can be made of: NaN, infinity, or a Fisher matrix that is zero.
 
-    `layer` and `prompt` are the indices of the first chosen layer and prompt of a batch where they appeared,
-    or None where there is no telling (the logits belong to no layer).
+    `layer` and `prompt` are the indices of the first layer of the point and the first prompt of the batch where
+    they appeared, or None where no layer or prompt is at fault (the logits belong to no layer).
     """
 
     def __init__(self, message: str, layer: int | None = None, prompt: int | None = None):
@@ -50,44 +66,19 @@ class NumericalError(ArithmeticError):
         self.layer, self.prompt = layer, prompt
 
 
-# --- hooks -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def hooked(*hooks: tuple[Callable, Callable]) -> Iterator[None]:
-    """Installs hooks, pairs of (module.register_..., hook), and removes every one of them, whatever happens."""
-    handles = []
-    try:
-        for register, hook in hooks:
-            handles.append(register(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def edit_stream(edit: Callable[[Tensor], Tensor]) -> Callable:
-    """A forward hook that replaces the residual stream h leaving a decoder layer by edit(h).
-
-    Decoder layers return h alone or a tuple that begins with it, by architecture and version.
-    """
-
-    def hook(module: nn.Module, args: tuple, output):
-        if isinstance(output, tuple):
-            return (edit(output[0]), *output[1:])
-        return edit(output)
-
-    return hook
-
-
 # --- the model, linearised at a prompt's last token ----------------------------------------------
 
 
 @dataclass(frozen=True)
 class Point:
-    """What was read at the last token of a prompt, or of each of a batch, and the graph from the biases to x."""
+    """The last token of a prompt, or of each of a batch: what was read there, and the graph from biases to x."""
 
-    activations: Tensor  # (layers, ..., d) float32, the residual stream leaving each chosen layer
+    model: nn.Module
+    layers: list[int] | None  # numbers of the decoder layers; None for a batch of prompts
+    modules: list[nn.Module]  # what was hooked, in order: "layers" in the shapes below
+    token: Tensor | None  # () int64, the prompt's last token; None for a batch
+    prefix: DynamicCache | None  # the tokens before it
+    activations: Tensor  # (layers, ..., d) float32, the residual stream leaving each module
     log_probs: Tensor  # (..., V) float32, nats
     biases: list[Tensor]  # one (..., d) leaf a layer, all zero: the point where gradients are taken
     x: Tensor  # (prompts, 1, d_head): the head's input, the final normalised hidden state
@@ -95,20 +86,45 @@ class Point:
     raw_logits: Tensor  # (prompts, 1, V): the head's output
     logits: Tensor  # (..., V) float32: after the scaling or soft-capping that follows the head
 
+    def output_head(self) -> OutputHead:
+        """Raises UnsupportedModelError: the head is not linear."""
+        return OutputHead(self.head, self.raw_logits, self.logits, self.log_probs)
 
-def linearize(model: nn.Module, layers: Iterable[nn.Module], token: Tensor, prefix: DynamicCache | None) -> Point:
-    """Runs the last token with a zero bias added to the residual stream of every layer in `layers`.
+    def cotangents(self, tokens: Tensor) -> Tensor:
+        """z (..., k, d_head) float32: the gradients at x of the log-probabilities of `tokens` (..., k).
 
-    The biases change nothing; one backward pass from x returns the gradients at all layers for the
-    price of the deepest.
+        With a linear head a gather and one matrix-vector product, in place of k backward passes through the
+        vocabulary.
+        """
+        if is_linear(self.head):
+            return self.output_head().cotangents(tokens)
+        return cotangents_through(self.x, self.logits, tokens)
+
+
+def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None) -> Point:
+    """Runs a prompt's last token with a zero bias added to the residual stream of every layer in `layers`.
+
+    The biases change nothing; one backward pass from x returns the gradients at all layers for the price of the
+    deepest. The tokens before the last one are run once, without gradients, into a cache.
 
     Args:
-        layers: decoder layers of the model, in order.
-        token: () or (1,) int64, the prompt's last token.
-        prefix: `last_token.prefill` of all tokens before it.
+        ids: (tokens,) or (1, tokens) int64.
+        layers: numbers of decoder layers, ascending; all by default.
     Raises:
+        ValueError: `ids` is empty or a batch, or `layers` are not ascending numbers of layers that the model has.
+        UnsupportedModelError: the model has no cache of plain keys and values.
         NumericalError: activations or logits hold NaN or infinity.
     """
+    ids = torch.as_tensor(ids)
+    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
+    if ids.ndim != 1 or len(ids) == 0:
+        raise ValueError(f"linearize takes the token ids of one prompt, not a tensor of shape {tuple(ids.shape)}")
+    found = list(decoder_layers(model).values())
+    layers = list(range(len(found)) if layers is None else layers)
+    if not layers or layers != sorted(set(layers) & set(range(len(found)))):
+        raise ValueError(f"layers {layers} are not ascending numbers from 0 to {len(found) - 1}")
+    modules = [found[number] for number in layers]
+    token, prefix = ids[-1], prefill(model, ids[:-1])
     streams, biases, head = [], [], {}
 
     def add_zero_bias(h: Tensor) -> Tensor:
@@ -120,11 +136,12 @@ def linearize(model: nn.Module, layers: Iterable[nn.Module], token: Tensor, pref
     def keep_head(module: nn.Module, args: tuple, output: Tensor) -> None:
         head.update(x=args[0], raw_logits=output)
 
-    hooks = [(layer.register_forward_hook, edit_stream(add_zero_bias)) for layer in layers]
+    hooks = [(module.register_forward_hook, edit_stream(add_zero_bias)) for module in modules]
     hooks.append((model.get_output_embeddings().register_forward_hook, keep_head))
     with torch.enable_grad(), hooked(*hooks):
         logits = last_token_logits(model, token, prefix, rows=1)[0]
-    return _point(model, streams, biases, logits, **head)
+    where = {"model": model, "layers": layers, "modules": modules, "token": token, "prefix": prefix}
+    return _point(where, streams, biases, logits, **head)
 
 
 def linearize_prompts(
@@ -143,7 +160,7 @@ def linearize_prompts(
         last_only: add the bias at each prompt's last token alone.
     Raises:
         NumericalError: activations or logits hold NaN or infinity.
-        last_token.UnsupportedModelError: the module's output is of another shape, or does not lead to the
+        UnsupportedModelError: the module's output is of another shape, or does not lead to the
             predictions.
     """
     prompts, last = torch.arange(len(ids)), lengths.cpu() - 1
@@ -179,22 +196,24 @@ def linearize_prompts(
         logits = model(ids.to(model.device), use_cache=False).logits[:, 0].float()
     if len(biases) != 1 or not head["x"].requires_grad:
         raise UnsupportedModelError("it does not stand, once, between the prompt and the output head")
-    return _point(model, streams, biases, logits, **head)
+    where = {"model": model, "layers": None, "modules": [module], "token": None, "prefix": None}
+    return _point(where, streams, biases, logits, **head)
 
 
 def _point(
-    model: nn.Module, streams: list[Tensor], biases: list[Tensor], logits: Tensor, x: Tensor, raw_logits: Tensor
+    where: dict, streams: list[Tensor], biases: list[Tensor], logits: Tensor, x: Tensor, raw_logits: Tensor
 ) -> Point:
     logits = logits.to(raw_logits.device)  # a model spread over devices returns it to the first
     activations = torch.stack([h.float().to(logits.device) for h in streams])
     _require_finite(activations, "activations", places=activations.ndim - 1)
     _require_finite(logits.detach()[None], "logits", places=logits.ndim)
     return Point(
+        **where,
         activations=activations,
         log_probs=logits.detach().log_softmax(-1),
         biases=biases,
         x=x,
-        head=model.get_output_embeddings(),
+        head=where["model"].get_output_embeddings(),
         raw_logits=raw_logits,
         logits=logits,
     )
@@ -209,39 +228,7 @@ def _require_finite(values: Tensor, what: str, places: int) -> None:
         raise NumericalError(f"the {what} hold NaN or infinity", layer, *prompt)
 
 
-# --- gradients, the matrix, its eigenpairs -------------------------------------------------------
-
-
-class Chunks:
-    """Splits rows into chunks of at most `size`, and halves `size` for good when memory runs out."""
-
-    def __init__(self, size: int = 256):
-        self.size = size
-
-    def map(self, function: Callable, *rows: Tensor) -> list:
-        """function(chunk of each tensor in `rows`) for every chunk, in order.
-
-        Raises:
-            torch.OutOfMemoryError: not even one row fits.
-        """
-        results, start = [], 0
-        while left := len(rows[0]) - start:
-            # of equal sizes: a small remainder takes as long as a chunk of several times its rows
-            here = -(-left // -(-left // self.size))
-            chunk = [r[start : start + here] for r in rows]
-            try:
-                results.append(function(*chunk))
-                start += len(chunk[0])
-                continue
-            except torch.OutOfMemoryError:
-                if self.size == 1:
-                    raise
-            # out here the failed attempt's tensors, which the exception held, can be freed
-            self.size = max(1, min(self.size, len(chunk[0])) // 2)
-            warnings.warn(f"out of memory: going on with batches of {self.size}", stacklevel=2)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        return results
+# --- J: from the residual stream to x, and back --------------------------------------------------
 
 
 def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tensor:
@@ -307,9 +294,18 @@ class PushForward:
         return pushed
 
 
+# --- F and its eigenpairs ------------------------------------------------------------------------
+
+
 def fisher_matrix(gradients: Tensor, weights: Tensor) -> Tensor:
     """F = G^T diag(w) G, (..., d, d) float32, from G (..., k, d) and w (k,) or (..., k)."""
     return gradients.mT @ (weights[..., None] * gradients)
+
+
+def _require_nonzero(trace: Tensor) -> None:
+    zero = (trace <= 0).nonzero()
+    if len(zero):
+        raise NumericalError("the Fisher matrix is zero", *zero[0].tolist())
 
 
 def float64(tensor: Tensor) -> Tensor:
@@ -317,7 +313,7 @@ def float64(tensor: Tensor) -> Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
-class Eigen(NamedTuple):
+class Eigenpairs(NamedTuple):
     """The leading part of the spectrum of F, at each layer or of each prompt."""
 
     values: Tensor  # (..., m) float32, descending, nats / unit^2
@@ -326,8 +322,8 @@ class Eigen(NamedTuple):
     effective_rank: Tensor  # (...) float32: (sum lambda)^2 / sum lambda^2, participation ratio; 0 if F is 0
 
 
-def oriented(vectors: Tensor, slopes: Tensor, scale: Tensor) -> Tensor:
-    """Eigenvectors (..., m, d) with the signs that all results give them.
+def fix_signs(vectors: Tensor, slopes: Tensor, scale: Tensor) -> Tensor:
+    """Eigenvectors (..., m, d) with the signs that all results have: an eigenvector's own sign is arbitrary.
 
     v points where the most probable token's log-probability grows: `slopes` (..., m) is its derivative
     along v. Where that vanishes beside `scale` (..., 1), v's largest component is positive.
@@ -337,7 +333,7 @@ def oriented(vectors: Tensor, slopes: Tensor, scale: Tensor) -> Tensor:
     return vectors * torch.where(sign < 0, -1.0, 1.0)[..., None]
 
 
-def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: bool = False) -> Eigen:
+def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: bool = False) -> Eigenpairs:
     """The `num` largest eigenpairs (or as many as there are) of each F = G^T diag(w) G.
 
     With R = diag(sqrt(w)) G, F = R^T R and the k x k Gram matrix R R^T share their nonzero
@@ -347,7 +343,7 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     Since F is symmetric and positive semi-definite, this is also its singular value decomposition:
     F ~ U diag(S) V with S = values, V = vectors and U = V^T.
 
-    Row 0 of G has to be the most probable token's: it fixes the signs (`oriented`).
+    Row 0 of G has to be the most probable token's: it fixes the signs (`fix_signs`).
 
     Args:
         gradients: G (..., k, d).
@@ -362,9 +358,8 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     r = work * weights.to(work).sqrt()[..., None]
     gram = r @ r.mT if k <= d else r.mT @ r
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    zero = (trace <= 0).nonzero()
-    if len(zero) and not allow_zero:
-        raise NumericalError("the Fisher matrix is zero", layer=int(zero[0, 0]))
+    if not allow_zero:
+        _require_nonzero(trace)
 
     values, u = torch.linalg.eigh(gram)
     values = values[..., -num:].flip(-1).clamp(min=0)
@@ -373,15 +368,173 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     v = torch.linalg.qr(v.mT).Q.mT  # small eigenvalues' vectors carry the rounding of large ones'
 
     toward = work[..., 0, :, None]
-    v = oriented(v, (v @ toward)[..., 0], toward.norm(dim=-2))
+    v = fix_signs(v, (v @ toward)[..., 0], toward.norm(dim=-2))
 
     # What is below the rounding of the Gram matrix is no eigenvalue, and its vector no direction.
     real = values > values[..., :1] * 10 * k * torch.finfo(torch.float64).eps
     values, v = values * real, v * real[..., None]
     rank = trace**2 / gram.pow(2).sum(dim=(-2, -1)).clamp(min=torch.finfo(torch.float64).tiny)
-    return Eigen(*(t.to(gradients.device, torch.float32) for t in (values, v, trace, rank)))
+    return Eigenpairs(*(t.to(gradients.device, torch.float32) for t in (values, v, trace, rank)))
 
 
-def curvature(gradients: Tensor, weights: Tensor, directions: Tensor) -> Tensor:
-    """u^T F u (layers, n) for directions u (layers, n, d): a push s u is predicted to cost 1/2 s^2 of it."""
-    return torch.einsum("lkn,k->ln", (gradients @ directions.mT) ** 2, weights)
+@dataclass(frozen=True)
+class TopK:
+    """F over the k most probable tokens, F = G^T diag(p) G, at each layer; p is not renormalised."""
+
+    gradients: Tensor  # G (layers, ..., k, d) float32: row t is grad_h log p_t, the most probable token first
+    weights: Tensor  # p (..., k) float32
+    mass: Tensor  # (...) float32: probability that the k tokens hold
+
+    @property
+    def matrix(self) -> Tensor:
+        """F (layers, ..., d, d) float32, nats / unit^2."""
+        return fisher_matrix(self.gradients, self.weights)
+
+    def eigenpairs(self, num: int = 1, allow_zero: bool = False) -> Eigenpairs:
+        """The `num` largest eigenpairs of each F, without forming it: see `eigenpairs`."""
+        return eigenpairs(self.gradients, self.weights, num, allow_zero)
+
+    def curvature(self, directions: Tensor) -> Tensor:
+        """u^T F u (layers, ..., n) for directions u (layers, ..., n, d): s u is predicted to cost 1/2 s^2 of it."""
+        return torch.einsum("...kn,...k->...n", (self.gradients @ directions.mT) ** 2, self.weights)
+
+
+def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor | None = None) -> TopK:
+    """F over the k most probable next tokens, at every layer of the point.
+
+    Args:
+        chunks: how many gradients one backward pass may take.
+        jacobian: `FullVocabulary.jacobian` of this point, if it is known: it saves the backward pass.
+    Raises:
+        NumericalError: gradients hold NaN or infinity.
+    """
+    p, tokens = point.log_probs.exp().topk(k)
+    cotangents = point.cotangents(tokens)
+    gradients = pull_back(point, cotangents, chunks) if jacobian is None else cotangents @ jacobian
+    return TopK(gradients, p, p.sum(-1))
+
+
+@dataclass(frozen=True)
+class FullVocabulary:
+    """F over all tokens, F = J^T C J, at each layer: nothing is left out."""
+
+    jacobian: Tensor  # J (layers, ..., d_head, d) float32: z @ J is J^T z for any z at x
+    matrix: Tensor  # F (layers, ..., d, d) float32, nats / unit^2
+    top_gradient: Tensor  # (layers, ..., d) float32: of the most probable token's log-probability
+
+    def eigenpairs(self, num: int = 1, allow_zero: bool = False) -> Eigenpairs:
+        """The `num` largest eigenpairs of each F, with signs as in `eigenpairs`.
+
+        Raises:
+            NumericalError: F is zero and may not be, or the solver failed; `layer` is its index.
+        """
+        trace = self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        if not allow_zero:
+            _require_nonzero(trace)
+        places = np.ndindex(*trace.shape)
+        pairs = [_largest_eigenpairs(self.matrix[place], min(num, self.matrix.shape[-1]), place) for place in places]
+        values, vectors = (torch.stack(part).unflatten(0, trace.shape) for part in zip(*pairs, strict=True))
+        toward = self.top_gradient[..., None]
+        vectors = fix_signs(vectors, (vectors @ toward)[..., 0], toward.norm(dim=-2))
+        norm = torch.linalg.matrix_norm(self.matrix).clamp(min=torch.finfo(torch.float32).tiny)
+        return Eigenpairs(values, vectors, trace, (trace / norm) ** 2)
+
+    def curvature(self, directions: Tensor) -> Tensor:
+        """u^T F u (layers, ..., n) for directions u (layers, ..., n, d)."""
+        return ((directions @ self.matrix) * directions).sum(-1)
+
+
+def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabulary:
+    """F over the whole vocabulary, at every layer of the point.
+
+    d_head backward rows whatever is asked of F: J whole, in one batched sweep for all layers. At a prompt's last
+    token, where a row costs little, that is faster than iterating for a few eigenpairs.
+
+    Raises:
+        UnsupportedModelError: the head is not linear.
+        NumericalError: gradients hold NaN or infinity.
+    """
+    head = point.output_head()
+    fisher_at_x = head.fisher_matrix()
+    identity = torch.eye(fisher_at_x.shape[-1], device=fisher_at_x.device).expand_as(fisher_at_x)
+    jacobian = pull_back(point, identity, chunks)
+    top = head.cotangents(point.log_probs.argmax(-1, keepdim=True))
+    matrix = torch.stack([j.mT @ (fisher_at_x @ j) for j in jacobian])  # a layer at a time: less memory
+    return FullVocabulary(jacobian, matrix, (top @ jacobian)[..., 0, :])
+
+
+def full_curvature(point: Point, directions: Tensor, chunks: Chunks | None = None) -> Tensor:
+    """u^T F u = (J u)^T C (J u), (layers, ..., n), with F over all tokens, without forming F.
+
+    Args:
+        directions: u (layers, ..., n, d).
+    Raises:
+        UnsupportedModelError: the head is not linear.
+    """
+    y = PushForward(point)(directions, chunks)
+    return (y * point.output_head().fisher_times(y)).sum(-1)
+
+
+def _largest_eigenpairs(matrix: Tensor, num: int, place: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The `num` largest eigenvalues (num,) and eigenvectors (num, d) of one matrix."""
+    d = len(matrix)
+    if d <= EIGH_MAX_WIDTH or num > d // 8:
+        values, vectors = torch.linalg.eigh(float64(matrix))
+        return values.flip(0)[:num].clamp(min=0).to(matrix), vectors.flip(1)[:, :num].mT.to(matrix)
+
+    def times(v: np.ndarray) -> np.ndarray:
+        return (matrix @ torch.from_numpy(np.ascontiguousarray(v)).to(matrix)).cpu().numpy()
+
+    on_cpu = matrix.device.type == "cpu"  # where the two libraries' threads would wait for each other
+    operator = matrix.numpy() if on_cpu else LinearOperator((d, d), matvec=times, dtype=np.float32)
+    start = np.random.default_rng(0).standard_normal(d).astype(np.float32)  # the same in every run
+    try:
+        values, vectors = eigsh(operator, k=num, which="LA", v0=start, tol=MAX_RESIDUAL / 10)
+    except ArpackError as error:
+        raise NumericalError(f"the eigensolver failed: {error}", *place) from error
+    order = np.argsort(-values)
+    values, vectors = (torch.from_numpy(part.copy()).to(matrix) for part in (values[order], vectors.T[order]))
+    residual = (vectors @ matrix - values[:, None] * vectors).norm(dim=-1).max() / values[0]
+    if not residual <= MAX_RESIDUAL:
+        raise NumericalError(f"the eigensolver left a residual of {residual:.1e}", *place)
+    return values.clamp(min=0), vectors
+
+
+# --- perturbing the residual stream --------------------------------------------------------------
+
+
+@torch.no_grad()
+def perturb(point: Point, deltas: Tensor, at: int | Tensor) -> Tensor:
+    """Next-token logits (rows, V) float32 after h + delta; every delta is a row of one batched pass.
+
+    Args:
+        point: of one prompt.
+        deltas: (rows, d) float32, added to the residual stream at the prompt's last token.
+        at: the index in `point.layers` of the one layer where they are added; or (rows,) int64 on the CPU,
+            ascending, one for each row.
+    Raises:
+        ValueError: `at` is not ascending, or the point is of a batch.
+    """
+    if point.token is None:
+        raise ValueError("perturb takes the point of one prompt, from `linearize`")
+    at = torch.as_tensor(at).expand(len(deltas))
+    logits = perturbed_logits(point.model, point.modules, point.token, point.prefix, deltas, at)
+    return logits.to(point.log_probs.device)
+
+
+def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
+    """KL(p || q) in nats (rows,) of p = exp(log_p) (V,) and q = softmax(logits) (rows, V).
+
+    KL = log E_p[exp(u)] - E_p[u] with u = logits - log_p, which no shift of u changes. Shifted to
+    E_p[u] = 0, and with expm1 and log1p, what is left is of second order in u: 1e-10 nats is right in
+    float32, where the sum of p (log p - log q) is noise below 1e-7. Large divergences, whose
+    exp(u) would overflow, are taken as they stand.
+    """
+    p = log_p.exp()
+    u = logits - log_p
+    mean = u @ p
+    far = logits.logsumexp(-1) - mean
+    u -= mean[..., None]
+    left = u @ p  # rounding of the mean
+    near = torch.log1p(u.clamp_(max=80).expm1_() @ p) - left
+    return torch.where(far > LARGE_KL, far, near.clamp(min=0))

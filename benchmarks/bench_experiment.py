@@ -15,15 +15,15 @@ import argparse
 import statistics
 import sys
 
+import head
+import models
+import reading
 import torch
 from transformers import AutoModelForCausalLM
 
 from common import diverse_contexts, machine, seconds, write
 import core_experiment
 import fisher
-import head
-import models
-import reading
 
 CHUNKS = (25, 50, 100, 200)
 

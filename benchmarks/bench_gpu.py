@@ -23,6 +23,12 @@ from pathlib import Path
 import time
 import warnings
 
+import head
+from prompts import Encoded, Prompt
+import pushes
+import reading
+import sentences
+from settings import Settings
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -31,12 +37,6 @@ from common import diverse_contexts, machine, seconds, synchronize
 import compute_fisher
 import core_experiment
 import fisher
-import head
-from prompts import Encoded, Prompt
-import pushes
-import reading
-import sentences
-from settings import Settings
 
 GROUPED = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
 SHAPES = {

@@ -24,17 +24,17 @@ import sys
 import tempfile
 import time
 
+import models
+from prompts import Encoded, Prompts, encode, plan_batches
+from settings import Settings
+import shards
+import storage
 import torch
 from tqdm import tqdm
 import transformers
 
 from common import ROOT, cpu
 import compute_fisher
-import models
-from prompts import Encoded, Prompts, encode, plan_batches
-from settings import Settings
-import shards
-import storage
 
 WIDE = {  # a random model of the width of a 1B one
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32,

@@ -23,16 +23,16 @@ import statistics
 import subprocess
 import sys
 
+import exact
+import models
+import reading
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from common import ROOT, diverse_contexts, machine, seconds, write
 import core_experiment
-import exact
 import fisher
-import models
-import reading
 
 LANCZOS_STEPS = 10  # of hessian-eigenthings: enough to agree to |cos| 0.9999; its default is 2
 CHUNK = 64  # tangents or rows in one vmapped pass

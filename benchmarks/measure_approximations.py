@@ -8,15 +8,15 @@ float32. Prints the tables of docs/method.md and writes benchmarks/results/appro
 
 import argparse
 
+import exact
+import head
+import reading
+import sentences
 import torch
 
 from common import diverse_contexts, machine, write
 import core_experiment
-import exact
 import fisher
-import head
-import reading
-import sentences
 
 COUNTS = (10, 50, 200, 1000)
 

@@ -13,18 +13,18 @@ import argparse
 from itertools import islice
 import statistics
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from common import ROOT, diverse_contexts, machine, seconds, write
-import compute_fisher
 import exact
-import fisher
 import head
 import models
 from prompts import Prompts, encode, plan_batches
 import reading
 from settings import Settings
+import torch
+from transformers import AutoModelForCausalLM
+
+from common import ROOT, diverse_contexts, machine, seconds, write
+import compute_fisher
+import fisher
 
 K, NUM = 200, 10
 ROWS = fisher.Chunks(1024)

@@ -9,18 +9,18 @@ the top eigenvectors, and the trust radius. Writes benchmarks/results/findings.j
 
 import argparse
 
+import exact
 import matplotlib
 import numpy as np
+import plots
+import pushes
+import reading
 import torch
 from tqdm import tqdm
 
 from common import ROOT, diverse_contexts, machine, write
 import core_experiment
-import exact
 import fisher
-import plots
-import pushes
-import reading
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -12,19 +12,19 @@ import argparse
 from collections.abc import Callable
 import statistics
 
+import exact
+import head
+import last_token
 import matplotlib
+import models
+import plots
+import reading
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common import ROOT, diverse_contexts, machine, seconds, write
-import exact
 import fisher
-import head
-import last_token
-import models
-import plots
-import reading
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

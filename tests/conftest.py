@@ -1,8 +1,11 @@
 """A tiny model with a real byte-level tokenizer, saved as a user's local model directory would be."""
 
+from collections.abc import Callable, Iterator
 import json
 import os
 from pathlib import Path
+import subprocess
+from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries below are imported: no test asks the hub
 
@@ -11,15 +14,17 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_t
 import torch
 import transformers as hf
 
-import pipeline
+import experiment.figures
+import pipeline.figures
+import scripts
 import tiny
 
-ROOT = Path(__file__).parent.parent
+FINISHED_EXPERIMENT = ["--scale-unit", "nats", "--scales", "-1", "0", "0.1", "1"]
 
 
 @pytest.fixture(scope="session")
 def animals() -> list[str]:
-    return json.loads((ROOT / "data" / "animals.json").read_text(encoding="utf-8"))["animals"]
+    return json.loads((scripts.ROOT / "data" / "animals.json").read_text(encoding="utf-8"))["animals"]
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +83,14 @@ def chat_directory(tmp_path_factory, chat_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def finished_experiment(model_directory, tmp_path_factory) -> Path:
+    """The results of core_experiment.py, uninterrupted."""
+    output = tmp_path_factory.mktemp("runs") / "experiment"
+    assert scripts.core_experiment(model_directory, output, *FINISHED_EXPERIMENT) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """40 prompts of many lengths, with three rows that hold none; shards of 32 prompts, so two of them."""
     words = ["zebra", "animals", "the", "many", "wild", "keep", "in", "what", "river", "blue"]
@@ -91,8 +104,38 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(chat_directory, dataset, tmp_path_factory):
-    """An uninterrupted run."""
+def finished_pipeline(chat_directory, dataset, tmp_path_factory) -> Path:
+    """The results of compute_fisher.py, uninterrupted."""
     output = tmp_path_factory.mktemp("runs") / "finished"
-    assert pipeline.run(chat_directory, dataset, output) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, output) == 0
     return output
+
+
+@pytest.fixture
+def without_pictures(monkeypatch) -> None:
+    """For tests of something else: of a small run's time, drawing takes the most. The files are there, and empty."""
+
+    def touch(directory: Path, drawn: dict) -> None:
+        for name in drawn:
+            (directory / name).touch()
+
+    monkeypatch.setattr(experiment.figures, "save", touch)
+    monkeypatch.setattr(pipeline.figures, "save", touch)
+
+
+class Disk(NamedTuple):
+    path: Path
+    grow: Callable[[], None]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Disk]:
+    """A file system of its own with room for 96 kB, which can be given more."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", path], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        yield Disk(path, lambda: subprocess.run(["mount", "-o", "remount,size=20m", path], check=True))
+    finally:
+        subprocess.run(["umount", path], check=True)

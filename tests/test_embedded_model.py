@@ -9,20 +9,20 @@ import re
 import subprocess
 import sys
 
+import exact
+import head
+import last_token
+import models
 import numpy as np
+from prompts import Encoded, Prompt
+import pushes
 import pytest
+from settings import Settings
 import torch
 
 import compute_fisher
 from conftest import ROOT
-import exact
 import fisher
-import head
-import last_token
-import models
-from prompts import Encoded, Prompt
-import pushes
-from settings import Settings
 
 PROMPT = "The zoo keeps many wild"
 

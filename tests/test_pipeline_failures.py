@@ -8,15 +8,15 @@ import time
 
 import numpy as np
 import pytest
+import shards
+from shards import load_fisher_matrices
 import torch
 import yaml
 
 import compute_fisher
 from conftest import ROOT
 import fisher
-from pipeline import FILES, arguments, assert_same_results, records, run
-import shards
-from shards import load_fisher_matrices
+from pipeline import assert_same_results, records
 
 # --- nothing is lost ---
 
@@ -29,7 +29,7 @@ def start(model, dataset, output, **options) -> subprocess.Popen:
         "storage.write_archive = lambda *a: (time.sleep(0.05), write(*a)); "
         "sys.exit(compute_fisher.main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", slow, str(ROOT), *arguments(model, dataset, output, **options)]
+    command = [sys.executable, "-c", slow, str(ROOT), *pipeline_words(model, dataset, output, **options)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -40,7 +40,7 @@ def wait_for(process, output, files: int):
     assert process.poll() is None, process.communicate()
 
 
-def test_killed_again_and_again_it_ends_as_if_never_stopped(chat_directory, dataset, finished, tmp_path):
+def test_killed_again_and_again_it_ends_as_if_never_stopped(chat_directory, dataset, finished_pipeline, tmp_path):
     output = tmp_path / "out"
     for files in (1, 6, 12):
         process = start(chat_directory, dataset, output)
@@ -54,15 +54,15 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(chat_directory, data
     measure = compute_fisher.measure
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compute_fisher, "measure", lambda *a: calls.append(len(a[2])) or measure(*a))
-        assert run(chat_directory, dataset, output) == 0
+        assert scripts.compute_fisher(chat_directory, dataset, output) == 0
     done = sum(2 if path.name.startswith("batch") else 32 for path in kept)
     assert sum(calls) >= 40 - done and sum(calls) < 40  # what was there was not computed again
-    assert_same_results(output, finished)
+    assert_same_results(output, finished_pipeline)
 
 
 @pytest.mark.parametrize("moment", ["close", "write_metadata", "remove"])
 def test_stopped_while_it_finishes_it_can_finish_again(
-    moment, chat_directory, dataset, finished, tmp_path, monkeypatch
+    moment, chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch
 ):
     class Stopped(BaseException):
         pass
@@ -77,12 +77,12 @@ def test_stopped_while_it_finishes_it_can_finish_again(
         else:
             patch.setattr(shards.Store, moment, stop)
         with pytest.raises(Stopped):
-            run(chat_directory, dataset, tmp_path / "out")
-    assert run(chat_directory, dataset, tmp_path / "out") == 0
-    assert_same_results(tmp_path / "out", finished)
+            scripts.compute_fisher(chat_directory, dataset, tmp_path / "out")
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
+    assert_same_results(tmp_path / "out", finished_pipeline)
 
 
-def test_ctrl_c_keeps_finished_batches_and_says_how_to_go_on(chat_directory, dataset, finished, tmp_path):
+def test_ctrl_c_keeps_finished_batches_and_says_how_to_go_on(chat_directory, dataset, finished_pipeline, tmp_path):
     process = start(chat_directory, dataset, tmp_path / "out")
     wait_for(process, tmp_path / "out", 3)
     process.send_signal(signal.SIGINT)
@@ -90,11 +90,11 @@ def test_ctrl_c_keeps_finished_batches_and_says_how_to_go_on(chat_directory, dat
     assert process.returncode == 130
     assert "finished batches are saved" in errors and "Traceback" not in errors
     assert len(list((tmp_path / "out" / "shards").glob("*.npz"))) >= 3
-    assert run(chat_directory, dataset, tmp_path / "out") == 0
-    assert_same_results(tmp_path / "out", finished)
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
+    assert_same_results(tmp_path / "out", finished_pipeline)
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(chat_directory, dataset, finished, tmp_path):
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(chat_directory, dataset, finished_pipeline, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", disk], capture_output=True)
@@ -107,45 +107,47 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(chat_directory, datas
         assert errors.count("\n") == 1 and "No space left on device" in errors
         assert list((disk / "out" / "shards").glob("*.npz"))
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
-        assert run(chat_directory, dataset, disk / "out") == 0
-        assert_same_results(disk / "out", finished)
+        assert scripts.compute_fisher(chat_directory, dataset, disk / "out") == 0
+        assert_same_results(disk / "out", finished_pipeline)
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_shard_is_named_and_computed_again(damage, chat_directory, dataset, finished, tmp_path, capsys):
+def test_a_damaged_shard_is_named_and_computed_again(
+    damage, chat_directory, dataset, finished_pipeline, tmp_path, capsys
+):
     output = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards.Store, "close", lambda *_: sys.exit(9))
         with pytest.raises(SystemExit):
-            run(chat_directory, dataset, output)
+            scripts.compute_fisher(chat_directory, dataset, output)
     shard = output / "shards" / "shard_00000.npz"
     content = bytearray(shard.read_bytes())
     if damage == "flipped":
         content[len(content) // 2] ^= 1
     shard.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
-    assert run(chat_directory, dataset, output) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, output) == 0
     assert "shard_00000.npz is damaged: computing it again" in capsys.readouterr().err
-    assert_same_results(output, finished)
+    assert_same_results(output, finished_pipeline)
 
 
-def test_a_finished_run_is_left_alone_and_overwritten_when_asked(chat_directory, dataset, tmp_path, capsys):
+def test_a_finished_pipeline_run_is_left_alone_and_overwritten_when_asked(chat_directory, dataset, tmp_path, capsys):
     output = tmp_path / "out"
-    assert run(chat_directory, dataset, output, num_prompts=3) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
-    assert run(chat_directory, dataset, output, num_prompts=3) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
     assert "is finished: nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
     (output / "notes.txt").write_text("mine")
-    assert run(chat_directory, dataset, output, num_prompts=5, overwrite=True) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=5, overwrite=True) == 0
     assert len(records(output)) == 5
     assert (output / "notes.txt").read_text() == "mine"
 
 
 def test_stopped_while_it_overwrites_it_leaves_a_folder_it_can_go_on_with(chat_directory, dataset, tmp_path):
     output, runs = tmp_path / "out", compute_fisher.runs
-    assert run(chat_directory, dataset, output, num_prompts=3) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
     (output / "notes.txt").write_text("mine")
     (output / ".prompts.jsonl-abandoned").write_text("half of it")
     write = runs._write_metadata
@@ -154,10 +156,10 @@ def test_stopped_while_it_overwrites_it_leaves_a_folder_it_can_go_on_with(chat_d
             runs, "_write_metadata", lambda d, m: sys.exit(9) if m["config"]["num_prompts"] == 5 else write(d, m)
         )
         with pytest.raises(SystemExit):
-            run(chat_directory, dataset, output, num_prompts=5, overwrite=True)
-    assert run(chat_directory, dataset, output, num_prompts=5) == 0
+            scripts.compute_fisher(chat_directory, dataset, output, num_prompts=5, overwrite=True)
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=5) == 0
     assert len(records(output)) == 5
-    assert {path.name for path in output.iterdir()} == {*FILES, "notes.txt"}
+    assert {path.name for path in output.iterdir()} == {*PIPELINE_FILES, "notes.txt"}
 
 
 def test_a_run_with_other_settings_model_or_data_is_refused(chat_directory, dataset, tmp_path, capsys):
@@ -165,26 +167,28 @@ def test_a_run_with_other_settings_model_or_data_is_refused(chat_directory, data
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards.Store, "close", lambda *_: sys.exit(9))
         with pytest.raises(SystemExit):
-            run(chat_directory, dataset, output)
-    assert run(chat_directory, dataset, output, top_k_tokens=5) == 2
+            scripts.compute_fisher(chat_directory, dataset, output)
+    assert scripts.compute_fisher(chat_directory, dataset, output, top_k_tokens=5) == 2
     assert "top_k_tokens was 6 and is 5" in capsys.readouterr().err
 
     changed = dataset.read_text().replace('"zebra animals', '"zebra animal', 1)
     original = dataset.read_text()
     try:
         dataset.write_text(changed)
-        assert run(chat_directory, dataset, output) == 2
+        assert scripts.compute_fisher(chat_directory, dataset, output) == 2
     finally:
         dataset.write_text(original)
     assert "the dataset has changed" in capsys.readouterr().err
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compute_fisher.models, "fingerprint", lambda model: "another")
-        assert run(chat_directory, dataset, output) == 2
+        assert scripts.compute_fisher(chat_directory, dataset, output) == 2
     assert "a run of another model" in capsys.readouterr().err
 
 
-def test_out_of_memory_halves_the_batch_and_says_so(chat_directory, dataset, finished, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_halves_the_batch_and_says_so(
+    chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch, capsys
+):
     linearize, sizes = fisher.linearize_prompts, []
 
     def small(model, module, ids, *rest):
@@ -194,10 +198,10 @@ def test_out_of_memory_halves_the_batch_and_says_so(chat_directory, dataset, fin
         return linearize(model, module, ids, *rest)
 
     monkeypatch.setattr(fisher, "linearize_prompts", small)
-    assert run(chat_directory, dataset, tmp_path / "out", batch_size=7) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", batch_size=7) == 0
     assert max(sizes) > 2
     assert "out of memory: going on with batches of" in capsys.readouterr().err
-    for a, b in zip(load_fisher_matrices(tmp_path / "out"), load_fisher_matrices(finished), strict=True):
+    for a, b in zip(load_fisher_matrices(tmp_path / "out"), load_fisher_matrices(finished_pipeline), strict=True):
         assert np.abs(a.S / b.S - 1).max() < 1e-4
 
 
@@ -210,16 +214,16 @@ def same_threads() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("processes", [2])
-def test_two_processes_make_what_one_makes(processes, chat_directory, dataset, finished, tmp_path):
+def test_two_processes_make_what_one_makes(processes, chat_directory, dataset, finished_pipeline, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [str(ROOT / "compute_fisher.py"), *arguments(chat_directory, dataset, tmp_path / "out")]
+    command += [str(ROOT / "compute_fisher.py"), *pipeline_words(chat_directory, dataset, tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, env=same_threads(), timeout=240)
     assert result.returncode == 0, result.stderr
-    assert_same_results(tmp_path / "out", finished)
+    assert_same_results(tmp_path / "out", finished_pipeline)
 
 
 def test_a_process_that_fails_stops_the_others_and_another_number_of_them_finishes(
-    chat_directory, dataset, finished, tmp_path
+    chat_directory, dataset, finished_pipeline, tmp_path
 ):
     failing = tmp_path / "failing.py"
     failing.write_text(
@@ -232,12 +236,12 @@ def test_a_process_that_fails_stops_the_others_and_another_number_of_them_finish
         "sys.exit(compute_fisher.main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(failing)]
-    command += arguments(chat_directory, dataset, tmp_path / "out")
+    command += pipeline_words(chat_directory, dataset, tmp_path / "out")
     result = subprocess.run(command, capture_output=True, text=True, env=same_threads(), timeout=240)
     assert result.returncode != 0
     assert "compute_fisher.py: error: the second process has failed" in result.stderr
-    assert run(chat_directory, dataset, tmp_path / "out") == 0
-    assert_same_results(tmp_path / "out", finished)
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
+    assert_same_results(tmp_path / "out", finished_pipeline)
 
 
 # --- bad input ---
@@ -260,7 +264,7 @@ BAD = {
 @pytest.mark.parametrize("flag", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(flag, chat_directory, dataset, tmp_path, capsys):
     name, value = flag.split()
-    words = [*arguments(chat_directory, dataset, tmp_path / "out"), f"--{name}", value]
+    words = [*pipeline_words(chat_directory, dataset, tmp_path / "out"), f"--{name}", value]
     assert compute_fisher.main(words) == 2 if name != "config" else True
     if name == "config":
         with pytest.raises(SystemExit) as caught:
@@ -272,20 +276,20 @@ def test_bad_input_is_one_line_and_exit_code_2(flag, chat_directory, dataset, tm
 
 
 def test_what_went_wrong_before_the_first_result_needs_no_overwrite(chat_directory, dataset, tmp_path):
-    assert run(chat_directory, dataset, tmp_path / "out", max_length=3) == 2
-    assert run(chat_directory, dataset, tmp_path / "out", max_length=30, num_prompts=3) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", max_length=3) == 2
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", max_length=30, num_prompts=3) == 0
 
 
 def test_a_dataset_of_empty_prompts_is_said(chat_directory, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text('{"prompt": ""}\n{"prompt": "  "}\n')
-    assert run(chat_directory, tmp_path / "empty.jsonl", tmp_path / "out") == 2
+    assert scripts.compute_fisher(chat_directory, tmp_path / "empty.jsonl", tmp_path / "out") == 2
     assert "has no usable prompt: 2 rows, all empty" in capsys.readouterr().err
 
 
 def test_a_folder_of_other_files_is_never_touched(chat_directory, dataset, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     for overwrite in ("", "yes"):
-        assert run(chat_directory, dataset, tmp_path, overwrite=overwrite) == 2
+        assert scripts.compute_fisher(chat_directory, dataset, tmp_path, overwrite=overwrite) == 2
         assert "did not write" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -300,7 +304,7 @@ def test_nan_names_the_prompt_and_keeps_the_rest(chat_directory, dataset, tmp_pa
 
     monkeypatch.setattr(fisher, "linearize_prompts", poisoned)
     monkeypatch.setattr(compute_fisher, "check_padding", lambda *_: None)
-    assert run(chat_directory, dataset, tmp_path / "out") == 2
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert "the logits hold NaN or infinity at prompt" in message and "try --dtype float32" in message
     assert list((tmp_path / "out" / "shards").glob("batch_*.npz"))
@@ -313,4 +317,4 @@ def test_a_model_whose_predictions_depend_on_the_padding_is_refused(chat_directo
         return linearize(model, module, ids, torch.full_like(lengths, ids.shape[1]), *rest)
 
     monkeypatch.setattr(fisher, "linearize_prompts", wrong_token)
-    assert run(chat_directory, dataset, tmp_path / "out") == 2
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 2

@@ -6,9 +6,10 @@ import json
 import datasets
 import pytest
 
-from conftest import CHAT_TEMPLATE, ROOT
-from errors import UserError
-from prompts import OVERHEAD, Prompt, Prompts, encode, plan_batches, user_text
+from common.command_line import UserError
+from conftest import CHAT_TEMPLATE
+from pipeline.prompts import OVERHEAD, Prompt, Prompts, encode, plan_batches, user_text
+from scripts import ROOT
 
 TEXTS = ["How do bees sleep?", "Name three rivers, please."]
 

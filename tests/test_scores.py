@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import scores
-from shards import Triplets
+from pipeline import scores
+from pipeline.store import Triplets
 
 D, R = 60, 3
 

@@ -6,8 +6,8 @@ import datasets
 import numpy as np
 import pytest
 
-from errors import UserError
-import sentences
+from common.command_line import UserError
+from experiment import sentences
 
 
 def text_before(context, tokenizer) -> str:

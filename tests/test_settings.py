@@ -1,13 +1,112 @@
-"""The pipeline's settings: YAML, flags, and what is said of mistakes in them."""
+"""Both command lines: flags, the YAML file, help, and what is said of mistakes."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
+import importlib
+import subprocess
+import sys
 
 import pytest
 import yaml
 
-from conftest import ROOT
-from errors import UserError
-import settings
+from common.command_line import UserError, read_yaml
+import compute_fisher
+import core_experiment
+from pipeline import settings
+from scripts import ROOT
+
+# each script's dataclass of options, and its flags that are none
+OPTIONS = {"core_experiment": core_experiment.Settings, "compute_fisher": settings.Settings}
+OTHER_FLAGS = {"core_experiment": [], "compute_fisher": ["--config", "--overwrite", "--redraw"]}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(script: str, words: list[str]):
+    """The options that the script reads from its command line."""
+    found = importlib.import_module(script).parse(words)
+    return getattr(found, "settings", found)
+
+
+def other_value(key) -> str:
+    """A word that a flag takes and that is not its default."""
+    for word in ("3", "true", "last", "compact", "nats", "float64", "word"):
+        try:
+            if key.metadata["read"](word) != key.default:
+                return word
+        except Exception:  # not a word for this flag
+            continue
+    raise AssertionError(f"no value for {key.name}")
+
+
+@pytest.mark.parametrize(("script", "name"), [(s, key.name) for s in OPTIONS for key in fields(OPTIONS[s])])
+def test_every_option_is_a_flag(script, name):
+    (key,) = [key for key in fields(OPTIONS[script]) if key.name == name]
+    word = other_value(key)
+    value = key.metadata["read"](word)
+    expected = {name: (value,) if key.metadata["several"] else value}
+    defaults = parse(script, [])
+    for words in ([flag(name), word], [f"{flag(name)}={word}"]):
+        found = parse(script, words)
+        assert asdict(found) == {**asdict(defaults), **expected}
+
+
+@pytest.mark.parametrize(
+    ("script", "name"), [("core_experiment", "require_predicted"), ("compute_fisher", "trust_remote_code")]
+)
+def test_a_switch_needs_no_word_and_takes_true_and_false(script, name):
+    assert getattr(parse(script, [flag(name)]), name) is True
+    assert getattr(parse(script, [flag(name), "true"]), name) is True
+    assert getattr(parse(script, [flag(name), "false"]), name) is False
+
+
+@pytest.mark.parametrize("script", OPTIONS)
+def test_help_fits_a_screen_names_every_flag_and_does_not_wait_for_torch(script, tmp_path):
+    code = (
+        f"import runpy, sys; sys.argv = ['{script}.py', '--help']\n"
+        f"try:\n    runpy.run_path('{script}.py', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    lines = shown.splitlines()
+    assert len(lines) <= 50 and max(map(len, lines)) <= 120
+    for key in fields(OPTIONS[script]):
+        assert f"  {flag(key.name)} " in shown
+        assert " ".join(key.metadata["help"].replace("%%", "%").split()) in " ".join(shown.split())
+    assert all(f"  {name} " in shown for name in OTHER_FLAGS[script])
+
+
+@pytest.mark.parametrize("script", OPTIONS)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--batchsize=8", "unrecognized argument --batchsize: did you mean --batch-size?"),
+        ("--batch 8", "unrecognized argument --batch: did you mean --batch-size?"),
+        ("--xyzzy", "unrecognized argument --xyzzy\n"),
+        ("--batch-size=-1", "argument --batch-size: '-1' is not a positive whole number"),
+        ("--seed x", "argument --seed: 'x' is not a whole number, 0 or more"),
+        ("--dtype float8", "argument --dtype: 'float8' is none of auto, float64, float32, bfloat16, float16"),
+        ("--trust-remote-code maybe", "argument --trust-remote-code: 'maybe' is neither true nor false"),
+        ("--output-dir", "argument --output-dir: expected one argument"),
+        ("--\x1b[31mred", r"unrecognized argument --\x1b[31mred"),
+    ],
+)
+def test_a_bad_flag_ends_with_one_line_and_code_2(script, words, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(script, words.split(" "))
+    message = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message.startswith(f"{script}.py: error: ") and message.count("\n") == 1
+    assert said in message
+
+
+def test_scales_are_sorted_and_named_by_six_digits():
+    assert core_experiment.parse(["--scales", "2", "-1", "0.1234567", "2.0"]).scales == (-1, 0.123457, 2)
+
+
+# --- the pipeline's YAML file --------------------------------------------------------------------
 
 
 def written(path, text: str):
@@ -17,29 +116,20 @@ def written(path, text: str):
 
 def test_the_bundled_config_gives_every_key_its_default():
     assert yaml.safe_load(settings.CONFIG.read_text()) == asdict(settings.Settings())
-    assert settings.parse_args([]) == (settings.Settings(), False)
+    assert compute_fisher.parse([]) == settings.Command(settings.Settings())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_other_configs_are_valid(path):
-    assert set(settings.read_config(path)) <= set(settings.KEYS)
+    assert set(read_yaml(settings.Settings, path)) <= set(OPTIONS["compute_fisher"].__dataclass_fields__)
 
 
 def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path):
     path = written(tmp_path / "c.yaml", "batch_size: 3\ntop_k_tokens: all\nhook_layer_name: 7\nseed: null\n")
-    found, overwrite = settings.parse_args(["--config", str(path), "--batch-size", "5", "--overwrite"])
+    command = compute_fisher.parse(["--config", str(path), "--batch-size", "5", "--overwrite"])
+    found = command.settings
     assert (found.batch_size, found.top_k_tokens, found.hook_layer_name, found.seed) == (5, "all", "7", None)
-    assert found.num_prompts == 100 and overwrite
-
-
-def test_every_key_is_a_flag():
-    values = {int: "3", str: "last"}
-    special = {"dtype": "float32", "store": "compact", "trust_remote_code": "true"}
-    for name, key in settings.KEYS.items():
-        value = special.get(name, values.get(type(key.default), "3"))
-        value = "last" if name == "bias_positions" else value
-        found, _ = settings.parse_args(["--" + name.replace("_", "-"), value])
-        assert str(getattr(found, name)).lower() == value
+    assert found.num_prompts == 100 and command.overwrite
 
 
 BAD_FILES = {
@@ -61,29 +151,24 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("text", BAD_FILES)
 def test_a_bad_file_is_one_line_that_names_the_key(tmp_path, text):
+    path = written(tmp_path / "c.yaml", text)
     with pytest.raises(UserError) as caught:
-        settings.read_config(written(tmp_path / "c.yaml", text))
-    assert BAD_FILES[text] in str(caught.value)
+        compute_fisher.parse(["--config", str(path)])
+    assert str(path) in str(caught.value) and BAD_FILES[text] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_said(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="it is not UTF-8 text"):
+        compute_fisher.parse(["--config", str(tmp_path / "c.yaml")])
 
 
 def test_a_missing_file_is_said():
     with pytest.raises(UserError, match=r"cannot read the config none\.yaml: No such file"):
-        settings.parse_args(["--config", "none.yaml"])
+        compute_fisher.parse(["--config", "none.yaml"])
 
 
-@pytest.mark.parametrize(
-    ("flag", "said"),
-    [
-        ("--batchsize=8", "unrecognized argument --batchsize: did you mean --batch-size?"),
-        ("--batch", "unrecognized argument --batch: did you mean --batch-size?"),
-        ("--xyzzy", "unrecognized argument --xyzzy"),
-        ("--num-prompts=-1", "'-1' is not a positive whole number"),
-    ],
-)
-def test_a_bad_flag_ends_with_one_line_and_code_2(capsys, flag, said):
-    with pytest.raises(SystemExit) as caught:
-        settings.parse_args([flag])
-    message = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert said in message and message.count("\n") == 1
+def test_an_empty_file_leaves_the_defaults(tmp_path):
+    command = compute_fisher.parse(["--config", str(written(tmp_path / "c.yaml", "# nothing\n"))])
+    assert command == settings.Command(settings.Settings())

@@ -5,11 +5,8 @@ import math
 import pytest
 import torch
 
-from command import read, run
-import exact
-import fisher
-import last_token
-import pushes
+from experiment.perturbation import trust_radii
+import scripts
 import tiny
 
 
@@ -21,42 +18,34 @@ def test_known_curves(third):
     def kl_of(steps):
         return 0.5 * curvature[:, None] * steps**2 * (1 + third * steps / lengths[:, None]).clamp(min=0)
 
-    found = pushes.trust_radii(kl_of, curvature)
-    assert torch.allclose(found, lengths / 10, rtol=0.01)
+    assert torch.allclose(trust_radii(kl_of, curvature), lengths / 10, rtol=0.01)
 
 
-def test_what_cannot_be_seen_is_not_a_number():
-    """With rounding of 1e-2 nats at step 0, a departure at 1e-3 nats is out of sight, one at 10 nats is not."""
+def test_what_rounding_hides_is_not_a_number():
+    """With rounding of 1e-2 nats at step 0, a departure at 1e-3 nats is hidden, one at 10 nats is not."""
     curvature, lengths = torch.ones(2), torch.tensor([0.45, 45.0])
 
     def kl_of(steps):
         return 0.5 * steps**2 * (1 + steps / lengths[:, None]) + 1e-2
 
-    found = pushes.trust_radii(kl_of, curvature)
+    found = trust_radii(kl_of, curvature)
     assert math.isnan(found[0])
     assert found[1].item() == pytest.approx(4.5, rel=0.02)
 
 
 def test_a_prediction_that_always_holds_has_an_infinite_radius():
-    curvature = torch.ones(1)
-    assert pushes.trust_radii(lambda steps: 0.5 * steps**2, curvature).item() == math.inf
+    assert trust_radii(lambda steps: 0.5 * steps**2, torch.ones(1)).item() == math.inf
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_curvature_along_single_directions_is_that_of_the_matrix(name):
-    model, ids = tiny.build(name), tiny.prompt()
-    point = fisher.linearize(model, tiny.layers_of(model), ids[-1], last_token.prefill(model, ids[:-1]))
-    u = torch.randn(tiny.DEPTH, 3, tiny.D, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(exact.curvature(point, u), exact.matrices(point).curvature(u), rtol=1e-3)
-
-
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("subset", ["20", "all"])
 def test_kl_at_the_radius_departs_by_a_tenth(model_directory, tmp_path, capsys, subset):
     """Also from a truncated matrix, whose own eigenvalue KL would depart from at once."""
     output = tmp_path / "out"
-    assert run(model_directory, output, "--trust-radius", "--max-vocab-subset", subset, "--dtype", "float64") == 0
+    words = ["--trust-radius", "--max-vocab-subset", subset, "--dtype", "float64"]
+    assert scripts.core_experiment(model_directory, output, *words) == 0
     assert "within 10% of its quadratic prediction" in capsys.readouterr().out
-    results, arrays = read(output)
+    results, arrays = scripts.experiment_results(output)
     model = tiny.hf.AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float64).eval()
     tokenizer = tiny.hf.AutoTokenizer.from_pretrained(model_directory)
     layers = list(model.model.layers)

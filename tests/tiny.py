@@ -1,5 +1,8 @@
 """Tiny random models of many architectures, and what they compute, worked out the long way in float64."""
 
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 import transformers as hf
@@ -66,8 +69,27 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model.to(dtype)
 
 
+_build_once = cache(build)
+
+
+def shared(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """`build`, once a session: for tests that leave the model as it is."""
+    return _build_once(name, dtype)
+
+
 def prompt(tokens: int = 9) -> Tensor:
     return torch.randint(3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(1))
+
+
+LENGTHS = [9, 3, 6]
+
+
+def prompts(lengths: Sequence[int] = LENGTHS) -> tuple[Tensor, Tensor]:
+    """A batch of random prompts, each padded on the right with a token that must not matter; and their lengths."""
+    ids = torch.randint(3, VOCABULARY, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor(lengths)
+    ids[torch.arange(ids.shape[1]) >= lengths[:, None]] = 5
+    return ids, lengths
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -79,15 +101,15 @@ def plain_log_probs(
     model: nn.Module,
     ids: Tensor,
     layer: nn.Module | None = None,
-    push: Tensor | None = None,
+    delta: Tensor | None = None,
     everywhere: bool = False,
 ) -> Tensor:
-    """Next-token log-probabilities by one full forward pass; `push` (d,) is added at the last token, or at all."""
+    """Next-token log-probabilities by one full forward pass; `delta` (d,) is added at the last token, or at all."""
 
     def add(module, args, output):
         h = output[0] if isinstance(output, tuple) else output
-        pushed = h + push if everywhere else torch.cat([h[:, :-1], h[:, -1:] + push], dim=1)
-        return (pushed, *output[1:]) if isinstance(output, tuple) else pushed
+        perturbed = h + delta if everywhere else torch.cat([h[:, :-1], h[:, -1:] + delta], dim=1)
+        return (perturbed, *output[1:]) if isinstance(output, tuple) else perturbed
 
     handle = layer.register_forward_hook(add) if layer is not None else None
     try:
@@ -98,11 +120,11 @@ def plain_log_probs(
 
 
 def jacobian(model: nn.Module, ids: Tensor, layer: nn.Module, everywhere: bool = False) -> tuple[Tensor, Tensor]:
-    """(V, d) derivatives of all log-probabilities in a push at the last token, or at all; and p (V,)."""
+    """(V, d) derivatives of all log-probabilities in a perturbation at the last token, or at all; and p (V,)."""
     zero = torch.zeros(D, dtype=model.dtype)
 
-    def log_probs(push: Tensor) -> Tensor:
-        return plain_log_probs(model, ids, layer, push, everywhere)
+    def log_probs(delta: Tensor) -> Tensor:
+        return plain_log_probs(model, ids, layer, delta, everywhere)
 
     if model.config.model_type == "bloom":  # its GELU is an autograd function that jacrev cannot enter
         rows = torch.autograd.functional.jacobian(log_probs, zero)
@@ -115,6 +137,43 @@ def brute_force_fisher(
     model: nn.Module, ids: Tensor, layer: nn.Module, k: int | None = None, everywhere: bool = False
 ) -> Tensor:
     """F (d, d) of the k most probable tokens, or of all, as a plain sum of outer products."""
-    rows, p = jacobian(model, ids, layer, everywhere)
+    return sum_of_outer_products(*jacobian(model, ids, layer, everywhere), k)
+
+
+def sum_of_outer_products(rows: Tensor, p: Tensor, k: int | None = None) -> Tensor:
     tokens = p.argsort(descending=True)[:k]
     return sum(p[t] * torch.outer(rows[t], rows[t]) for t in tokens)
+
+
+# --- references in float64, each worked out once a session ----------------------------------------
+
+
+@cache
+def _reference(name: str, ids: tuple[int, ...], layer: int, everywhere: bool) -> tuple[Tensor, Tensor]:
+    reference = shared(name, torch.float64)
+    return jacobian(reference, torch.tensor(ids), layers_of(reference)[layer], everywhere)
+
+
+def reference_jacobian(name: str, ids: Tensor, layer: int, everywhere: bool = False) -> tuple[Tensor, Tensor]:
+    """`jacobian` of the model in float64."""
+    return _reference(name, tuple(ids.tolist()), layer, everywhere)
+
+
+def reference_fisher(name: str, ids: Tensor, layer: int, k: int | None = None, everywhere: bool = False) -> Tensor:
+    """`brute_force_fisher` of the model in float64."""
+    return sum_of_outer_products(*reference_jacobian(name, ids, layer, everywhere), k)
+
+
+def reference_layers(name: str, ids: Tensor, k: int | None = None) -> Tensor:
+    """F (layers, d, d) at the last token of one prompt."""
+    return torch.stack([reference_fisher(name, ids, layer, k) for layer in range(DEPTH)])
+
+
+def reference_prompts(name: str, layer: int, ids: Tensor, lengths: Tensor, k: int | None = None) -> Tensor:
+    """F (prompts, d, d) of a bias at every token of each prompt of a batch."""
+    several = zip(ids, lengths.tolist(), strict=True)
+    return torch.stack([reference_fisher(name, row[:length], layer, k, everywhere=True) for row, length in several])
+
+
+def reference_log_probs(name: str, ids: Tensor) -> Tensor:
+    return plain_log_probs(shared(name, torch.float64), ids)

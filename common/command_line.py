@@ -1,0 +1,268 @@
+"""Both command lines: one table of options for flags and YAML, one-line errors, text that is safe to print."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import MISSING, field, fields
+import difflib
+import json
+import math
+import os
+from pathlib import Path
+import socket
+import sys
+from urllib.parse import urlparse
+from urllib.request import getproxies
+import warnings
+
+EMBEDDED = "smollm2-135m"  # the default model, which needs no hub: see model/embedded.py
+HUB = "https://huggingface.co"  # the default of HF_ENDPOINT
+INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
+
+
+class UserError(Exception):
+    """What is wrong and what to do about it, in one line."""
+
+
+# --- types of values -----------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def or_all(number: Callable[[str], int]) -> Callable[[str], int | str]:
+    """The word "all", or what `number` reads."""
+    return lambda text: text if text == "all" else number(text)
+
+
+def nonempty(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def choose(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+        return text
+
+    return choose
+
+
+dtype_name = one_of("auto", "float64", "float32", "bfloat16", "float16")
+
+
+# --- one table of options ------------------------------------------------------------------------
+
+
+def option(default, read: Callable[[str], object], metavar: str, help: str, several: bool = False):
+    """A field of a settings dataclass that is also a flag and a YAML key.
+
+    Args:
+        read: turns a word into a value, or raises argparse.ArgumentTypeError.
+        several: the flag takes one or more words, and the value is the tuple of what is read.
+    """
+    return field(default=default, metadata={"read": read, "metavar": metavar, "help": help, "several": several})
+
+
+class Parser(argparse.ArgumentParser):
+    """A flag for every option of a settings dataclass; bad arguments are one line on stderr and exit code 2."""
+
+    def __init__(self, settings: type, prog: str, description: str):
+        super().__init__(
+            prog=prog,
+            usage="%(prog)s [options]",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120),
+        )
+        self.settings = settings
+        for key in fields(settings):
+            kind = {"nargs": "+"} if key.metadata["several"] else {}
+            if key.metadata["read"] is switch:
+                kind = {"nargs": "?", "const": True}
+            self.add_argument(
+                _flag(key.name),
+                type=key.metadata["read"],
+                default=MISSING,
+                metavar=key.metadata["metavar"],
+                help=key.metadata["help"],
+                **kind,
+            )
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+
+    def read(self, argv: list[str]) -> tuple[dict, argparse.Namespace]:
+        """The options that `argv` sets, by name, and all that was parsed (for flags that are no options)."""
+        parsed, unknown = self.parse_known_args(argv)
+        for word in unknown:
+            flag = word.partition("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            self.error(f"unrecognized argument {flag}" + (f": did you mean {near[0]}?" if near else ""))
+        values = {key.name: getattr(parsed, key.name) for key in fields(self.settings)}
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not MISSING}
+        return values, parsed
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def read_yaml(settings: type, path: Path) -> dict:
+    """The options that a YAML file sets, each read as its flag would be.
+
+    Raises:
+        UserError: the file is missing, malformed, or has an unknown key or a value of the wrong type.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read the config {path}: it is not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        reason = getattr(error, "problem", None) or "unreadable"
+        raise UserError(f"{path} is not valid YAML: {reason}{where}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} should hold keys and values, like `batch_size: 8`")
+    keys = {key.name: key for key in fields(settings)}
+    return {name: _yaml_value(keys, path, name, value) for name, value in values.items()}
+
+
+def _yaml_value(keys: dict, path: Path, name: str, value):
+    if name not in keys:
+        near = difflib.get_close_matches(str(name), keys, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+        raise UserError(f"{path}: unknown key {name!r}: {hint}")
+    if value is None and keys[name].default is None:
+        return None
+    if value is None or isinstance(value, list | dict):
+        raise UserError(f"{path}: {name}: a single value is wanted, not {json.dumps(value, default=str)}")
+    try:
+        return keys[name].metadata["read"](str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{path}: {name}: {error}") from error
+
+
+# --- how a program ends --------------------------------------------------------------------------
+
+
+def end_with_error(program: str, error: UserError) -> int:
+    """Prints the error's line; returns the exit code 2."""
+    print(f"{program}: error: {printable(str(error))}", file=sys.stderr)
+    return 2
+
+
+def exit_code(program: str, run: Callable[[], int], memory_advice: str) -> int:
+    """run(), with warnings as notes, and with a line on stderr in place of a traceback where a user can help."""
+    import torch
+    from tqdm import tqdm
+
+    def note(message, *_, **__) -> None:
+        tqdm.write(f"note: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = note
+        try:
+            return run()
+        except UserError as error:
+            return end_with_error(program, error)
+        except torch.OutOfMemoryError:
+            return end_with_error(program, UserError(f"not enough memory: try {memory_advice}"))
+        except KeyboardInterrupt:
+            return INTERRUPTED
+
+
+def settle_network(*names: str) -> None:
+    """Tells the hub's libraries to stay offline if one of `names` may be on the hub, and it has no address here.
+
+    Otherwise they retry for a minute before they fail, or look into their cache. Has to be called before they
+    are imported, which is when they read this setting.
+
+    Args:
+        names: models and datasets; local paths and the embedded model need no hub.
+    """
+    if all(name == EMBEDDED or Path(name).exists() for name in names) or getproxies():
+        return
+    try:
+        socket.getaddrinfo(urlparse(os.environ.get("HF_ENDPOINT", HUB)).hostname, 443)
+    except OSError:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """`text` with everything a terminal would obey, or not show, written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def excerpt(text: str, length: int) -> str:
+    """The beginning of a text, in one line of at most `length` printable characters."""
+    text = printable(" ".join(text[: 4 * length].split()))
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def excerpt_end(text: str, length: int) -> str:
+    """The end of a text, in at most `length` printable characters."""
+    text = printable(text)
+    return text if len(text) <= length else "…" + text[1 - length :]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for first, *others in [header, *rows]:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def model_line(name: str, environment: dict) -> str:
+    """One line about the model, from what `model.loading.describe` says of it."""
+    size, place = f"{environment['parameters']:,} parameters", f"{environment['dtype']} on {environment['device']}"
+    return f"{printable(name)}: {size}, {place}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def hub_hint(error: BaseException, otherwise: str) -> str:
+    """What to do about a model or dataset that did not load."""
+    return "accept its terms on the hub, then log in with `hf auth login`" if "gated" in str(error) else otherwise

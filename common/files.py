@@ -1,0 +1,98 @@
+"""Files that appear whole or not at all."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+import json
+import math
+import os
+from pathlib import Path
+import secrets
+import tempfile
+from typing import IO
+import zipfile
+
+import numpy as np
+
+from common.command_line import UserError
+
+DIGITS = 7  # significant digits of a float in JSON: all that float32 holds
+
+
+@contextmanager
+def atomic_open(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes the place of `path` when the block ends well, and else leaves no trace.
+
+    Raises:
+        UserError: the folder cannot be written to, or the disk is full; what stood there stays.
+    """
+    # Beside its place, since a rename is atomic only within one file system.
+    unfinished = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(unfinished, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_writable(directory: Path) -> None:
+    """Raises UserError unless `directory` can be written to, or made. Leaves nothing behind."""
+    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror} (choose another --output-dir)") from error
+
+
+def json_ready(value):
+    """`value` in JSON's types: arrays to lists, floats rounded to float32's digits.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON cannot express.
+    """
+    if isinstance(value, dict):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return json_ready(value.tolist())
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} cannot be written as JSON")
+        return float(f"{value:.{DIGITS}g}")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes `value` as JSON, indented by one space, in UTF-8."""
+    with atomic_open(path) as file:
+        file.write((json.dumps(json_ready(value), ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes named arrays as an uncompressed NPZ, the same bytes for the same arrays."""
+    with atomic_open(path) as file:
+        np.savez(file, **arrays)
+
+
+def write_archive(path: Path, members: Iterable[tuple[str, np.ndarray | bytes]]) -> None:
+    """Writes an uncompressed NPZ of named members, arrays (NAME.npy) or bytes as they are, one after the other.
+
+    Unlike `write_npz` it takes the members as they come, so that they need not fit into memory together.
+    """
+    with atomic_open(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, value in members:
+            # ZipInfo's default date, so that the same members make the same bytes
+            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
+                if isinstance(value, bytes):
+                    member.write(value)
+                else:
+                    np.lib.format.write_array(member, value, allow_pickle=False)

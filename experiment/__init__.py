@@ -1,0 +1,1 @@
+"""The rooms of core_experiment.py: sentences, perturbations, results, pictures."""

@@ -1,0 +1,167 @@
+"""Perturbations of the residual stream: their directions and lengths, what they do, how far the prediction holds."""
+
+from collections.abc import Callable
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fisher
+from fisher import Chunks, Eigenpairs, NumericalError, Point, UnsupportedModelError
+from model.passes import ROUNDING_NATS
+
+DEPARTURE = 0.1  # relative, of KL from its quadratic prediction
+# Predicted nats between which a trust radius is looked for, in so many steps; then, twice, in so many parts.
+NATS, GRID, CUTS = (1e-5, 1e2), 12, 6
+
+
+# --- directions and lengths ----------------------------------------------------------------------
+
+
+def control_directions(
+    activations: Tensor, other: Tensor | None, layers: list[int], num: int, key: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Unit directions (layers, d) to compare v with: `num` random ones, and towards another sentence.
+
+    Args:
+        activations: (layers, d), of this sentence.
+        other: the same of another sentence, if there is one.
+        key: seed and number of the sentence. With layer and its own number they determine a random direction.
+    """
+    controls = {}
+    for number in range(num):
+        draws = [np.random.default_rng([*key, layer, number]).standard_normal(activations.shape[1]) for layer in layers]
+        controls[f"random_{number}"] = torch.from_numpy(np.stack(draws)).to(activations)
+    if other is not None:
+        controls["difference"] = other - activations
+    return {name: torch.nn.functional.normalize(d, dim=-1) for name, d in controls.items()}
+
+
+def step_lengths(unit: str, scales: Tensor, eigenvalues: Tensor, norms: Tensor) -> Tensor:
+    """Signed step lengths (layers, scales) from scales (scales,), lambda (layers,) and |h| (layers,)."""
+    one = {"eigenvalue": eigenvalues, "nats": eigenvalues.rsqrt(), "norm": norms / 100}[unit]
+    return one[:, None] * scales
+
+
+# --- what they do --------------------------------------------------------------------------------
+
+
+class Sweep(NamedTuple):
+    """The next-token distribution after each perturbation."""
+
+    kl: Tensor  # (...) float32, KL(unperturbed || perturbed) in nats
+    top_ids: Tensor  # (..., top) int64, the most probable tokens, descending
+    top_log_probs: Tensor  # (..., top) float32, nats
+    target_log_prob: Tensor  # (...) float32, nats, of the one token asked about
+
+
+def sweep(point: Point, deltas: Tensor, target: int = 0, top: int = 5, chunks: Chunks | None = None) -> Sweep:
+    """Perturbs the prompt's last token and reads the predictions; every perturbation is a row of a batch.
+
+    Args:
+        deltas: (layers, ..., d) float32, each added to the residual stream at its own layer.
+        target: a token whose probability to return.
+        top: how many of the most probable tokens to return.
+    Raises:
+        NumericalError: a perturbation led to logits that hold NaN or infinity.
+    """
+    shape, rows = deltas.shape[:-1], deltas.flatten(0, -2)
+    at = torch.arange(shape[0]).repeat_interleave(deltas[0, ..., 0].numel())
+
+    def chunk(deltas: Tensor, at: Tensor) -> Sweep:
+        logits = fisher.perturb(point, deltas, at)
+        normalizer = logits.logsumexp(-1)
+        top_logits, top_ids = logits.topk(top)
+        kl = fisher.kl_divergence(point.log_probs, logits)
+        return Sweep(kl, top_ids, top_logits - normalizer[:, None], logits[:, target] - normalizer)
+
+    parts = (chunks or Chunks()).map(chunk, rows, at)
+    result = Sweep(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    bad = (~result.kl.isfinite()).nonzero()
+    if len(bad):
+        raise NumericalError("the logits after a perturbation hold NaN or infinity", layer=int(at[int(bad[0, 0])]))
+    return Sweep(*(column.unflatten(0, shape) for column in result))
+
+
+def check_cached_path(point: Point, ids: list[int]) -> None:
+    """Compares the cached last token, and perturbations of length zero, with one plain forward pass of the prompt.
+
+    Raises:
+        UnsupportedModelError: they differ by more than rounding, so this architecture cannot be trusted here.
+    """
+    with torch.no_grad():
+        plain = point.model(torch.tensor([ids], device=point.model.device)).logits[0, -1].float()
+    log_probs = plain.log_softmax(-1).to(point.log_probs.device)
+    unmoved = fisher.perturb(point, torch.zeros_like(point.activations), torch.arange(len(point.modules)))
+    kl = float(fisher.kl_divergence(log_probs, torch.cat([point.log_probs[None], unmoved])).max())
+    if not kl <= ROUNDING_NATS[point.model.dtype]:
+        raise UnsupportedModelError(f"its cached and plain predictions differ by {kl:.2g} nats")
+
+
+# --- how far the quadratic prediction holds ------------------------------------------------------
+
+
+class TrustRadii(NamedTuple):
+    """Where KL departs from its quadratic prediction, along -v and v at every layer."""
+
+    steps: Tensor  # (layers, 2): lengths; NaN where rounding hides the departure, infinity where there is none
+    nats: Tensor  # (layers, 2): what F of all tokens predicts at those lengths
+
+
+def trust_radii_along(point: Point, eigen: Eigenpairs, full: bool, chunks: Chunks) -> TrustRadii:
+    """The trust radii of the top eigenvectors.
+
+    A matrix of the top-k tokens underestimates the curvature along v, so that KL would depart from it at once;
+    the true one takes a single pass (`fisher.full_curvature`).
+
+    Args:
+        full: `eigen` is of the whole vocabulary.
+    """
+    v = eigen.vectors[:, :1]
+    curvature = (eigen.values[:, :1] if full else fisher.full_curvature(point, v, chunks)).expand(-1, 2)
+    ends = torch.cat([-v, v], dim=1)  # (layers, 2, d)
+
+    def kl_of(steps: Tensor) -> Tensor:  # (layers * 2, n)
+        deltas = ends[:, :, None] * steps.unflatten(0, ends.shape[:2])[..., None]
+        return sweep(point, deltas, chunks=chunks).kl.flatten(0, 1)
+
+    steps = trust_radii(kl_of, curvature.flatten()).unflatten(0, curvature.shape)
+    return TrustRadii(steps, 0.5 * steps**2 * curvature)
+
+
+def trust_radii(kl_of: Callable[[Tensor], Tensor], curvature: Tensor) -> Tensor:
+    """The step lengths (rows,) at which KL first departs by DEPARTURE from 1/2 s^2 u^T F u, one a direction u.
+
+    Found by sections: KL at a grid of steps for all directions at once, then twice at CUTS steps between the two
+    where it departed; the result is right to 1%. NaN where the departure begins below what the model's rounding
+    allows to be seen (KL at step 0 is not 0 in half precision); infinity where there is none up to 100 predicted
+    nats.
+
+    Args:
+        kl_of: KL in nats (rows, n) after steps (rows, n).
+        curvature: u^T F u (rows,), of the whole vocabulary.
+    """
+    curvature = curvature[:, None]
+    nats = torch.logspace(*(math.log10(end) for end in NATS), GRID, device=curvature.device)
+    steps = torch.cat([torch.zeros_like(curvature), (2 * nats / curvature).sqrt()], dim=1)
+    kl = kl_of(steps)
+    # at each of these the noise is at most a tenth of the departure looked for
+    seen = nats * DEPARTURE >= 10 * kl[:, :1]
+    departs = ((kl[:, 1:] / nats - 1).abs() > DEPARTURE) & seen
+    first = departs.int().argmax(dim=1, keepdim=True)  # 0 if none does
+    below = (first == seen.int().argmax(dim=1, keepdim=True)) | ~seen.any(dim=1, keepdim=True)
+    none = ~departs.any(dim=1, keepdim=True)
+
+    low, high = steps.gather(1, first), steps.gather(1, first + 1)
+    low = torch.where(low > 0, low, high / 2)
+    for _ in range(2):
+        cuts = low * (high / low) ** (torch.arange(CUTS + 2, device=low.device) / (CUTS + 1))
+        kl = kl_of(cuts[:, 1:-1])
+        departs = (kl / (0.5 * cuts[:, 1:-1] ** 2 * curvature) - 1).abs() > DEPARTURE
+        departs = torch.cat([departs, torch.ones_like(none)], dim=1)
+        first = departs.int().argmax(dim=1, keepdim=True)
+        low, high = cuts.gather(1, first), cuts.gather(1, first + 1)
+    radius = (low * high).sqrt()
+    return torch.where(none & seen.any(dim=1, keepdim=True), math.inf, torch.where(below, math.nan, radius))[:, 0]

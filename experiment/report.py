@@ -1,0 +1,87 @@
+"""The experiment's tables and lines for the terminal."""
+
+import statistics
+import textwrap
+
+from common.command_line import excerpt_end, model_line, printable, table
+from experiment.results import Results
+
+FELT_KL = 0.05  # nats: below it a perturbation has hardly moved a prediction
+EXCERPT = 48  # characters of a prompt's end shown in a line
+
+
+def heading(name: str, environment: dict, layers: list[int]) -> str:
+    return f"{model_line(name, environment)}; layers {' '.join(map(str, layers))} of {environment['depth']}"
+
+
+def block_legend(results: Results) -> str:
+    return f"By sentence, KL in nats after the perturbation at scale {results.farthest}; * the top token changed:"
+
+
+def sentence_block(results: Results, index: int) -> str:
+    """A finished sentence in a few lines: a column a layer."""
+    entries, perturbations, context = results.fisher[index], results.perturbations[index], results.contexts[index]
+    far = results.farthest
+    target = f"{printable(context['target_token'])}: {context['target_probability']:.3f}, rank {context['target_rank']}"
+    title = f"S{index}  {excerpt_end(context['prompt'], EXCERPT)}  ({target.strip()})"
+    names = ["fisher", *next(iter(perturbations.values()))[far]["controls"]]
+    rows = [["  lambda", *(f"{entries[layer]['eigenvalues'][0]:.2g}" for layer in results.layers)]]
+    for name in names:
+        cells = []
+        for layer in results.layers:
+            record = perturbations[layer][far]
+            record = record if name == "fisher" else record["controls"][name]
+            cells.append(f"{record['kl']:.2g}" + ("*" if record["top_changed"] else ""))
+        rows.append([f"  KL {name}", *cells])
+    return title + "\n" + table(["  layer", *map(str, results.layers)], rows)
+
+
+def layer_table(results: Results) -> str:
+    """The summary by layer, and how long each stage took."""
+    summary = results.summary()
+    kinds = list(next(iter(summary["layers"].values()))["kl_median"])
+    header = ["layer", "lambda", "mass", "eff. rank", *(f"KL {k}" for k in kinds), *(f"flips {k}" for k in kinds)]
+    rows = [
+        [str(layer), f"{s['eigenvalue_median']:.3g}", f"{s['captured_mass_median']:.3f}",
+         f"{s['effective_rank_median']:.2f}", *(f"{s['kl_median'][k]:.2g}" for k in kinds),
+         *(f"{s['flips'][k]:.0%}" for k in kinds)]
+        for layer, s in summary["layers"].items()
+    ]  # fmt: skip
+    far = f"±{summary['at_scale']:g}"
+    note = f"Medians over {len(results)} sentences; KL in nats and share of changed top tokens at {far}."
+    weak = statistics.median(s["kl_median"]["fisher"] for s in summary["layers"].values()) < FELT_KL
+    if weak and results.config["scale_unit"] == "eigenvalue":
+        note += " At half of the layers or more, steps of lambda are too short to move a prediction: --scale-unit nats"
+        note += " makes them long enough."
+    parts = [table(header, rows), textwrap.fill(note, 100)]
+    if results.config["compare_exact"]:
+        parts.append(exact_table(summary))
+    if results.config["trust_radius"]:
+        parts.append(trust_table(summary))
+    return "\n".join(parts)
+
+
+def exact_table(summary: dict) -> str:
+    """What the top-k tokens find of the exact matrix, by layer."""
+    names = {"eigenvalue_share": "lambda_K/lambda", "trace_share": "trace_K/trace", "cosine": "|cos|"}
+    rows = [
+        [str(layer), *(f"{entry[f'exact_{name}_median']:.4f}" for name in names)]
+        for layer, entry in summary["layers"].items()
+    ]
+    return "Share of the exact matrix that the top-k tokens find (medians):\n" + table(["layer", *names.values()], rows)
+
+
+def trust_table(summary: dict) -> str:
+    """How far the quadratic prediction holds, by layer."""
+    rows = [
+        [str(layer), f"{entry['trust_radius_nats_median']:.3g}", f"{entry['trust_radius_norms_median']:.3g}"]
+        if "trust_radius_nats_median" in entry
+        else [str(layer), "-", "-"]
+        for layer, entry in summary["layers"].items()
+    ]
+    note = "Along v, KL is within 10% of its quadratic prediction up to (medians, the shorter of -v and v):\n"
+    return note + table(["layer", "nats", "norms of h"], rows)
+
+
+def timing_line(seconds: dict[str, float]) -> str:
+    return "seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())

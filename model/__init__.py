@@ -1,0 +1,1 @@
+"""Language models: loading them, finding their layers, and passes through them."""

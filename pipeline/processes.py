@@ -1,0 +1,70 @@
+"""Several processes over one dataset, as `torchrun` starts them; a single one without it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+import os
+
+import torch.distributed as dist
+
+from common.command_line import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `size` of them: number `rank` of all, `local` on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def ask_first(self, question: Callable[[], object]):
+        """question() as the first process answers it, in every process.
+
+        Raises:
+            UserError: in the first, what the question raised; in the others, that the first has stopped.
+        """
+        if self.size == 1:
+            return question()
+        answer, error = [None, False], None
+        if self.first:
+            try:
+                answer[0] = question()
+            except UserError as raised:
+                answer[1], error = True, raised
+        dist.broadcast_object_list(answer)
+        if error:
+            raise error
+        if answer[1]:
+            raise SystemExit(2)  # the first one says why
+        return answer[0]
+
+    def wait_for_all(self) -> None:
+        """Returns when every process has come here.
+
+        Raises:
+            UserError: another process has ended before.
+        """
+        if self.size == 1:
+            return
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise UserError("another process has stopped: its own message says why; run again to go on") from error
+
+
+@contextmanager
+def join() -> Iterator[Processes]:
+    """This process's place among those that torchrun started. They exchange no tensors, only messages, over gloo."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Processes()
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # the first to be done waits for the last
+    yield Processes(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+    dist.destroy_process_group()

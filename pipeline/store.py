@@ -1,0 +1,270 @@
+"""The pipeline's results on disk, while it runs and after; and how to read them.
+
+    from pipeline import load_fisher_matrices
+
+A run keeps every finished batch in a file of its own. When all batches of a shard (a window of the dataset)
+are there, they become one numbered shard file; when all shards are there, a run of moderate size becomes
+the one file `fisher_matrices_compressed.npz`. All these files are NPZ archives of the same members: for
+prompt i, `U_{i}`, `S_{i}` and `V_{i}`, written and read one at a time. While it has to, an archive also
+holds `records.jsonl`, a line of JSON for each of its prompts.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import chain
+import json
+from pathlib import Path
+import re
+from typing import TYPE_CHECKING, NamedTuple
+import warnings
+import zipfile
+
+import numpy as np
+
+from common.command_line import UserError
+from common.files import json_ready, write_archive, write_json
+
+if TYPE_CHECKING:  # only for annotations: whoever reads results needs no dataset library
+    from pipeline.prompts import Prompt
+
+ARRAYS = "fisher_matrices_compressed.npz"
+PROMPTS = "prompts.jsonl"
+FOLDER = "shards"
+INDEX = "index.json"
+RECORDS = "records.jsonl"
+ONE_FILE = 10_000  # prompts that are put into one archive: opening one reads the names of all its members
+
+
+class Triplets(NamedTuple):
+    """One prompt's Fisher matrix, F ~ U @ diag(S) @ V: its best approximation of rank r."""
+
+    U: np.ndarray  # (d, r) float32, orthonormal columns
+    S: np.ndarray  # (r,) float32, descending, nats / unit^2
+    V: np.ndarray  # (r, d) float32, the transpose of U, since F is symmetric
+
+
+class Result(NamedTuple):
+    """One prompt's result: its record, and the leading eigenpairs of its Fisher matrix."""
+
+    record: dict  # "index" is the prompt's number
+    values: np.ndarray  # (r,) float32
+    vectors: np.ndarray  # (r, d) float32
+
+
+class DamagedFileError(Exception):
+    """An archive that cannot be read back, or not all of it."""
+
+
+# --- archives ------------------------------------------------------------------------------------
+
+
+def _members(result: Result, store: str) -> Iterator[tuple[str, np.ndarray]]:
+    index, u = result.record["index"], np.ascontiguousarray(result.vectors.T)
+    yield f"U_{index}.npy", u.astype(np.float16) if store == "compact" else u
+    yield f"S_{index}.npy", result.values
+    if store == "full":
+        yield f"V_{index}.npy", result.vectors
+
+
+def _lines(records: Iterable[dict]) -> bytes:
+    return "".join(json.dumps(json_ready(record), ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def write_results(path: Path, results: Sequence[Result], store: str) -> None:
+    """Writes results, in their order, as one archive."""
+    members = (member for result in results for member in _members(result, store))
+    write_archive(path, [*members, (RECORDS, _lines(result.record for result in results))])
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of an archive that is whole: the checksum of every member is checked.
+
+    Raises:
+        DamagedFileError: it is not.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise DamagedFileError(path)
+            return [json.loads(line) for line in archive.read(RECORDS).splitlines()]
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        raise DamagedFileError(path) from error
+
+
+def _members_of(sources: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """The arrays of archives as they are stored, prompts in ascending order."""
+    with ExitStack() as stack:
+        archives = [stack.enter_context(zipfile.ZipFile(source)) for source in sources]
+        where = {name: archive for archive in archives for name in archive.namelist() if name != RECORDS}
+        for name in sorted(where, key=lambda name: (int(re.search(r"\d+", name)[0]), "USV".index(name[0]))):
+            yield name, where[name].read(name)
+
+
+def _records_of(path: Path) -> list[dict]:
+    with zipfile.ZipFile(path) as archive:
+        return [json.loads(line) for line in archive.read(RECORDS).splitlines()]
+
+
+# --- a run's files -------------------------------------------------------------------------------
+
+
+class Store:
+    """The files of a run that goes on, in `directory`/shards."""
+
+    def __init__(self, directory: Path, store: str):
+        self.directory, self.folder, self.store = directory, directory / FOLDER, store
+
+    def shard(self, number: int) -> Path:
+        return self.folder / f"shard_{number:05d}.npz"
+
+    def batch(self, number: int, batch: int) -> Path:
+        return self.folder / f"batch_{number:05d}_{batch:03d}.npz"
+
+    def batches(self, number: int) -> dict[int, Path]:
+        """The finished batches of a shard, by their number in it."""
+        found = sorted(self.folder.glob(f"batch_{number:05d}_*.npz"))
+        return {int(path.stem.rpartition("_")[2]): path for path in found}
+
+    def shards(self) -> list[Path]:
+        return sorted(self.folder.glob("shard_*.npz"))
+
+    def has_results(self) -> bool:
+        return any(self.folder.glob("*.npz"))
+
+    def has_shard(self, number: int, prompts: Sequence["Prompt"]) -> bool:
+        """Whether a shard's file is there, and whole. Raises UserError if it is of other prompts."""
+        whole = self._is_whole(self.shard(number), prompts)
+        if whole:  # a process may have been killed while it removed what the shard was made of
+            for path in self.batches(number).values():
+                path.unlink()
+        return whole
+
+    def has_batch(self, number: int, batch: int, prompts: Sequence["Prompt"]) -> bool:
+        """The same for a batch's file."""
+        return self._is_whole(self.batch(number, batch), prompts)
+
+    def _is_whole(self, path: Path, prompts: Sequence["Prompt"]) -> bool:
+        if not path.exists():
+            return False
+        try:
+            found = {record["index"]: record["prompt"] for record in read_records(path)}
+        except DamagedFileError:
+            warnings.warn(f"{path} is damaged: computing it again", stacklevel=2)
+            path.unlink()
+            return False
+        expected = {prompt.index: prompt.text for prompt in prompts}
+        if found != expected:
+            differing = min(i for i in found.keys() | expected.keys() if found.get(i) != expected.get(i))
+            raise UserError(
+                f"the dataset has changed since the run in {self.directory} began, first at prompt {differing}: "
+                "--overwrite starts anew"
+            )
+        return True
+
+    def write_batch(self, number: int, batch: int, results: Sequence[Result]) -> None:
+        write_results(self.batch(number, batch), results, self.store)
+
+    def close_shard(self, number: int) -> None:
+        """Makes a shard of its batches."""
+        batches = list(self.batches(number).values())
+        records = sorted((record for path in batches for record in _records_of(path)), key=lambda r: r["index"])
+        members = chain(_members_of(batches), [(RECORDS, _lines(records))])
+        write_archive(self.shard(number), members)
+        for path in batches:
+            path.unlink()
+
+    def records(self) -> Iterator[dict]:
+        """All records in the order of the prompts, a shard in memory at a time."""
+        for path in self.shards():
+            yield from _records_of(path)
+
+    def close(self, prompts: int, per_shard: int) -> None:
+        """Makes one archive of all shards if it stays of moderate size, else an index of them."""
+        if prompts <= ONE_FILE:
+            members = chain.from_iterable(_members_of([path]) for path in self.shards())
+            write_archive(self.directory / ARRAYS, members)
+            return
+        files = [path.name for path in self.shards()]
+        write_json(self.folder / INDEX, {"prompts": prompts, "prompts_per_shard": per_shard, "files": files})
+
+    def remove_leftovers(self, names: Sequence[str]) -> None:
+        """Removes what a killed process was writing: shards, batches, and the files of these names."""
+        unfinished = [*self.folder.glob(".*.npz-*"), *(p for n in names for p in self.directory.glob(f".{n}-*"))]
+        for path in unfinished:
+            path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Removes the shards and their folder; what is not of this project's making stays."""
+        for pattern in ("shard_*.npz", "batch_*.npz", INDEX, ".*.npz-*"):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+class FisherMatrices(Sequence):
+    """All prompts' triplets, read from disk when asked for: only one prompt is in memory at a time.
+
+    `len(matrices)` prompts; `matrices[i]` is prompt i's `Triplets`.
+    """
+
+    def __init__(self, files: Sequence[Path], prompts: int, per_file: int):
+        self._files, self._prompts, self._per_file = files, prompts, per_file
+        self._number, self._archive = None, None
+
+    def __len__(self) -> int:
+        return self._prompts
+
+    def __getitem__(self, index: int) -> Triplets:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"prompt {index} of {len(self)}")
+        index %= len(self)
+        number = index // self._per_file
+        if number != self._number:
+            self.close()
+            self._archive = zipfile.ZipFile(self._files[number])
+            self._number = number
+        u, s = self._read(f"U_{index}"), self._read(f"S_{index}")
+        v = self._read(f"V_{index}") if f"V_{index}.npy" in self._archive.NameToInfo else u.T
+        return Triplets(u, s, v)
+
+    def _read(self, name: str) -> np.ndarray:
+        # `np.load` would do, but searches the list of all names for each member
+        with self._archive.open(f"{name}.npy") as member:
+            return np.lib.format.read_array(member, allow_pickle=False).astype(np.float32, copy=False)
+
+    def close(self) -> None:
+        if self._archive is not None:
+            self._archive.close()
+        self._number, self._archive = None, None
+
+    def __enter__(self) -> "FisherMatrices":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def load_fisher_matrices(path: str | Path) -> FisherMatrices:
+    """The Fisher matrices that `compute_fisher.py` wrote to `path`, in one file or in shards, full or compact.
+
+    Args:
+        path: the output directory, or an NPZ file in it.
+    Raises:
+        UserError: there are none, or the run is not finished.
+    """
+    path = Path(path)
+    one = path if path.suffix == ".npz" else path / ARRAYS
+    if one.is_file():
+        with zipfile.ZipFile(one) as archive:
+            prompts = sum(name.startswith("S_") for name in archive.namelist())
+        return FisherMatrices([one], prompts, max(prompts, 1))
+    index = path / FOLDER / INDEX
+    if not index.is_file():
+        raise UserError(f"no finished Fisher matrices in {path}: run compute_fisher.py, which goes on where it stopped")
+    about = json.loads(index.read_text())
+    files = [path / FOLDER / name for name in about["files"]]
+    return FisherMatrices(files, about["prompts"], about["prompts_per_shard"])

@@ -1,0 +1,144 @@
+"""Both command lines on tiny models, and what they wrote."""
+
+from collections.abc import Callable
+import importlib
+import json
+import multiprocessing
+import os
+from pathlib import Path
+import runpy
+import signal
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# --- core_experiment.py --------------------------------------------------------------------------
+
+EXPERIMENT_FILES = {
+    "experiment_results.json",
+    "fisher_eigenvectors.npz",
+    "fisher_similarity_matrix.png",
+    "perturbation_analysis.png",
+}
+EXPERIMENT_OPTIONS = ["--num-sentences", "4", "--max-vocab-subset", "30", "--num-controls", "2", "--device", "cpu"]
+
+
+def experiment_words(model: Path, output: Path, *words: str) -> list[str]:
+    return ["--model-name", str(model), "--output-dir", str(output), *EXPERIMENT_OPTIONS, *words]
+
+
+def core_experiment(model: Path, output: Path, *words: str) -> int:
+    import core_experiment as script
+
+    return script.main(script.parse(experiment_words(model, output, *words)))
+
+
+def experiment_results(output: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    with np.load(output / "fisher_eigenvectors.npz", allow_pickle=False) as arrays:
+        return json.loads((output / "experiment_results.json").read_text()), dict(arrays)
+
+
+# --- compute_fisher.py ---------------------------------------------------------------------------
+
+PIPELINE_FILES = {"fisher_matrices_compressed.npz", "fisher_spectra.png", "metadata.yaml", "prompts.jsonl"}
+PIPELINE_OPTIONS = {
+    "hook-layer-name": "1", "top-k-tokens": "6", "num-singular-values": "4", "batch-size": "2",
+    "num-prompts": "40", "device": "cpu",
+}  # fmt: skip
+
+
+def pipeline_words(model: Path, dataset: Path, output: Path, **options) -> list[str]:
+    given = {**PIPELINE_OPTIONS, **{key.replace("_", "-"): str(value) for key, value in options.items()}}
+    overwrite = ["--overwrite"] if given.pop("overwrite", None) else []
+    paths = {"model-path": model, "dataset-name": dataset, "output-dir": output}
+    return [*overwrite, *(word for key, value in {**paths, **given}.items() for word in (f"--{key}", str(value)))]
+
+
+def compute_fisher(model: Path, dataset: Path, output: Path, **options) -> int:
+    import compute_fisher as script
+
+    return script.main(script.parse(pipeline_words(model, dataset, output, **options)))
+
+
+def arrays(output: Path) -> dict[str, np.ndarray]:
+    with np.load(output / "fisher_matrices_compressed.npz", allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def records(output: Path, timings: bool = False) -> list[dict]:
+    found = [json.loads(line) for line in (output / "prompts.jsonl").read_text().splitlines()]
+    return found if timings else [{k: v for k, v in record.items() if k != "seconds"} for record in found]
+
+
+def assert_same_results(output: Path, expected: Path):
+    ours, theirs = arrays(output), arrays(expected)
+    assert list(ours) == list(theirs)
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
+    assert records(output) == records(expected)
+    assert {path.name for path in output.iterdir()} == PIPELINE_FILES
+
+
+# --- as a program --------------------------------------------------------------------------------
+
+
+def as_program(script: str, words: list[str]) -> int:
+    """What `python SCRIPT WORDS` does, without starting an interpreter; returns the exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *words])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    return end.value.code
+
+
+# --- as a process --------------------------------------------------------------------------------
+
+# A server that has imported the slow libraries, from which every process of a script is forked.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["torch", "transformers", "datasets", "matplotlib.pyplot", "scipy.sparse.linalg"])
+
+
+class Running(NamedTuple):
+    """A script that runs as a process of its own."""
+
+    process: multiprocessing.Process
+    stderr: Path
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Returns while the process goes on, as soon as the condition holds."""
+        deadline = time.monotonic() + 60
+        while not condition() and time.monotonic() < deadline:
+            assert self.process.is_alive(), self.stderr.read_text()
+            time.sleep(0.01)
+        assert condition() and self.process.is_alive()
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code (minus a signal's number), and what it wrote to stderr."""
+        self.process.join(60)
+        assert self.process.exitcode is not None
+        return self.process.exitcode, self.stderr.read_text()
+
+
+def start(script: str, words: list[str], output: Path, slow_down: Callable[[], None]) -> Running:
+    """Starts a script after `slow_down` (a function of a module), so that a signal can meet it anywhere."""
+    stderr = output.with_name(f"{output.name}.stderr")
+    process = _processes.Process(target=_child, args=(script, words, stderr, slow_down))
+    process.start()
+    return Running(process, stderr)
+
+
+def _child(script: str, words: list[str], stderr: Path, slow_down: Callable[[], None]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell in the background, it would be ignored
+    with open(stderr, "w") as file, open(os.devnull, "w") as nothing:
+        os.dup2(file.fileno(), 2)
+        os.dup2(nothing.fileno(), 1)
+    module = importlib.import_module(script)
+    slow_down()
+    sys.exit(module.main(module.parse(words)))

@@ -1,0 +1,174 @@
+"""The pictures: their size, and that every panel shows the numbers it is named for."""
+
+import copy
+import json
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+import pytest
+
+from common import drawing
+from experiment import figures
+import scripts
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with plt.rc_context(drawing.STYLE):
+        yield
+    plt.close("all")
+
+
+@pytest.fixture
+def results(finished_experiment) -> dict:
+    return copy.deepcopy(scripts.experiment_results(finished_experiment)[0])
+
+
+def panel(figure: Figure, title: str) -> Axes:
+    """The one whose title begins like this."""
+    (found,) = [axes for axes in figure.axes if (axes.get_title() + axes.get_title("left")).startswith(title)]
+    return found
+
+
+def line(axes: Axes, label: str) -> np.ndarray:
+    """The points (n, 2) of the line with this label in the legend."""
+    (found,) = [line for line in axes.lines if line.get_label() == label]
+    return found.get_xydata()
+
+
+def assert_is_a_picture(path: Path, width: int, height: int):
+    """In a page's resolution, and of many colours."""
+    with Image.open(path) as image:
+        assert image.format == "PNG" and image.size == (width, height)
+        assert image.info["dpi"][0] == pytest.approx(150, abs=1)
+        assert len(image.convert("RGB").getcolors(maxcolors=width * height)) > 100
+
+
+# --- the experiment ------------------------------------------------------------------------------
+
+
+def test_the_experiments_pictures_are_of_a_readable_size(finished_experiment):
+    assert_is_a_picture(finished_experiment / "fisher_similarity_matrix.png", 2250, 1110)
+    assert_is_a_picture(finished_experiment / "perturbation_analysis.png", 2400, 1290)
+
+
+def test_the_similarity_picture_shows_all_pairs_and_their_means_by_layer(results):
+    figure = figures.similarity_figure(results)
+    matrix = np.array(results["similarity_matrix"])
+    assert np.array_equal(panel(figure, "Top Fisher eigenvectors").images[0].get_array(), matrix)
+    means = panel(figure, "Mean: ")
+    blocks = matrix.reshape(2, 4, 2, 4).mean(axis=(1, 3))
+    others = ~np.eye(4, dtype=bool)
+    for layer in (0, 1):  # within a layer, of different sentences
+        blocks[layer, layer] = matrix.reshape(2, 4, 2, 4)[layer, :, layer][others].mean()
+    assert np.allclose(means.images[0].get_array(), blocks)
+    assert means.get_title() == f"Mean: within a layer {np.diag(blocks).mean():.2f}, between layers {blocks[0, 1]:.2f}"
+    assert sorted(text.get_text() for text in means.texts) == sorted(f"{value:.2f}" for value in blocks.flat)
+
+
+def test_the_similarity_picture_of_a_single_sentence_and_layer_is_drawn(results):
+    for key in ("fisher", "contexts", "sentences", "perturbation_results"):
+        results[key] = results[key][:1]
+    results["fisher"][0].pop("2")
+    results["similarity_matrix"] = [[1.0]]
+    figure = figures.similarity_figure(results)
+    assert figure.axes[0].images[0].get_array() == [[1.0]]
+    assert panel(figure, "Mean").get_title() == "Mean"
+
+
+def test_every_layer_has_a_panel_of_kl_by_scale_with_the_prediction_beside_it(results):
+    figure = figures.perturbation_figure(results)
+    for layer in ("0", "2"):
+        axes = panel(figure, f"layer {layer}")
+        positive = [[s[layer][scale] for s in results["perturbation_results"]] for scale in ("0.1", "1")]
+        expected = {
+            "Fisher eigenvector": [[r["kl"] for r in at] for at in positive],
+            "towards another sentence": [[r["controls"]["difference"]["kl"] for r in at] for at in positive],
+            "random": [[r["controls"][f"random_{i}"]["kl"] for r in at for i in (0, 1)] for at in positive],
+            "predicted for it, ½ δᵀFδ": [[r["predicted_kl"] for r in at] for at in positive],
+        }
+        for label, values in expected.items():
+            found = line(axes, label)
+            assert found[:, 0].tolist() == [0.1, 1]
+            assert found[:, 1] == pytest.approx([np.median(at) for at in values])
+        assert len(axes.lines) == 8  # the same for negative scales
+        assert len(axes.collections) == 6  # quartiles, of all but the prediction
+        assert axes.get_yscale() == "log"
+
+
+def test_the_heatmaps_show_what_is_kept_and_what_changes(results):
+    figure = figures.perturbation_figure(results)
+    bases = [set(context["top_ids"]) for context in results["contexts"]]
+    kept = panel(figure, "Top-5 tokens kept").images[0].get_array()
+    changed = panel(figure, "Top token changed").images[0].get_array()
+    for row, layer in enumerate(("0", "2")):
+        for column, scale in enumerate(("-1", "0", "0.1", "1")):
+            records = [s[layer][scale] for s in results["perturbation_results"]]
+            shares = [len(base & set(r["top_ids"])) / 5 for base, r in zip(bases, records, strict=True)]
+            assert kept[row, column] == pytest.approx(np.mean(shares))
+            assert changed[row, column] == pytest.approx(np.mean([r["top_changed"] for r in records]))
+    assert (kept[:, 1] == 1).all() and (changed[:, 1] == 0).all()
+
+
+def test_the_example_shows_the_target_of_the_sentence_that_predicts_it_best(results):
+    axes = panel(figures.perturbation_figure(results), "S")
+    best = int(np.argmax([context["target_probability"] for context in results["contexts"]]))
+    records = results["perturbation_results"][best]["2"]
+    assert axes.get_title().startswith(f"S{best}, layer 2: “")
+    found = line(axes, f"“{results['contexts'][best]['target_token']}”")
+    assert found[:, 0].tolist() == [-1, 0, 0.1, 1]
+    assert found[:, 1] == pytest.approx([records[scale]["target_prob"] for scale in ("-1", "0", "0.1", "1")])
+    assert len(axes.lines) >= 2
+
+
+def with_trust_radii(results: dict, radius: dict) -> dict:
+    for entries in results["fisher"]:
+        for entry in entries.values():
+            entry["trust_radius"] = dict(radius)
+    return results
+
+
+def test_the_trust_panel_shows_medians_in_nats_and_in_norms(results):
+    with_trust_radii(results, {"step": 2.0, "nats": 0.5, "norms": 0.01, "steps": [2.0, 3.0]})
+    results["fisher"][0]["2"]["trust_radius"] = {"step": None, "nats": None, "norms": None, "steps": [None, 2.0]}
+    axes = panel(figure := figures.perturbation_figure(results), "½ λ s² holds to 10% up to")
+    assert axes.lines[0].get_ydata().tolist() == [0.5, 0.5]
+    (norms,) = [other for other in figure.axes if other.get_ylabel() == "step there, norms of h"]
+    assert norms.lines[0].get_ydata().tolist() == [0.01, 0.01]
+
+
+@pytest.mark.parametrize("known", [(), ("2",)], ids=["at no layer", "at one of two layers"])
+def test_the_trust_panel_draws_when_rounding_hides_the_radii(known, results, tmp_path):
+    with_trust_radii(results, {"step": None, "nats": None, "norms": None, "steps": [None, None]})
+    for entries in results["fisher"]:
+        for layer in known:
+            entries[layer]["trust_radius"] = {"step": 2.0, "nats": 0.5, "norms": 0.01, "steps": [2.0, 3.0]}
+    (tmp_path / "experiment_results.json").write_text(json.dumps(results))
+    figures.draw(tmp_path)
+    assert_is_a_picture(tmp_path / "perturbation_analysis.png", 3000, 1290)
+    axes = panel(figures.perturbation_figure(results), "½ λ s² holds to 10% up to")
+    if known:
+        assert np.isfinite(axes.lines[0].get_ydata()).tolist() == [False, True]
+    else:
+        assert "rounding hides it" in axes.texts[0].get_text()
+
+
+def test_in_bfloat16_a_run_with_trust_radii_ends_with_its_pictures(model_directory, tmp_path):
+    """Steps of a bfloat16 model are mostly rounded away: no radius may be visible at all."""
+    words = ["--trust-radius", "--dtype", "bfloat16", "--num-sentences", "2"]
+    assert scripts.core_experiment(model_directory, tmp_path, *words) == 0
+    assert_is_a_picture(tmp_path / "perturbation_analysis.png", 3000, 1290)
+
+
+def test_labels_hold_nothing_that_matplotlib_or_a_terminal_takes_for_an_instruction(results, tmp_path):
+    for context in results["contexts"]:
+        context["prompt"] = context["target_token"] = "$\\alpha \x1b[31m$"
+    axes = panel(figures.perturbation_figure(results), "S")
+    assert axes.get_title().endswith(r"“\$\\alpha \x1b[31m\$”".replace("\\\\", "\\"))
+    (tmp_path / "experiment_results.json").write_text(json.dumps(results))
+    figures.draw(tmp_path)
+    assert drawing.label("a$b\x07") == r"a\$b\x07"

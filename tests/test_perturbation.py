@@ -1,0 +1,86 @@
+"""Perturbations: their directions and lengths, and what a sweep of them says, against plain forward passes."""
+
+import pytest
+import torch
+
+from experiment import perturbation
+from experiment.perturbation import check_cached_path, control_directions, step_lengths, sweep
+import fisher
+from test_fisher import assert_close, directions, point_of
+import tiny
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_sweep_rows_equal_one_perturbed_full_forward_each(name):
+    ids, point = point_of(name)
+    deltas = directions(tiny.DEPTH, 2, 2, seed=2)
+    swept = sweep(point, deltas, target=5)
+    reference = tiny.shared(name, torch.float64)
+    base = tiny.reference_log_probs(name, ids)
+    for place in [(layer, i, j) for layer in range(tiny.DEPTH) for i in range(2) for j in range(2)]:
+        layer = tiny.layers_of(reference)[place[0]]
+        log_q = tiny.plain_log_probs(reference, ids, layer, deltas[place].double())
+        top = log_q.topk(5)
+        assert swept.top_ids[place].tolist() == top.indices.tolist()
+        assert_close(swept.top_log_probs[place], top.values)
+        assert swept.target_log_prob[place].item() == pytest.approx(log_q[5].item(), rel=1e-4)
+        kl = (base.exp() * (base - log_q)).sum().item()
+        assert swept.kl[place].item() == pytest.approx(kl, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_sweeps_do_not_depend_on_the_chunk_size(size):
+    _, point = point_of("llama")
+    deltas = directions(tiny.DEPTH, 3, seed=5)
+    for found, expected in zip(sweep(point, deltas, chunks=fisher.Chunks(size)), sweep(point, deltas), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-4)
+
+
+def test_nan_logits_after_a_perturbation_name_the_layer():
+    _, point = point_of("llama")
+    deltas = torch.ones(tiny.DEPTH, 2, tiny.D)
+    deltas[2, 1] = float("inf")
+    with pytest.raises(fisher.NumericalError, match="the logits after a perturbation hold NaN or infinity") as caught:
+        sweep(point, deltas)
+    assert caught.value.layer == 2
+
+
+@pytest.mark.parametrize("unit", ["eigenvalue", "nats", "norm"])
+def test_step_lengths_are_scales_times_the_unit(unit):
+    steps = step_lengths(unit, torch.tensor([-2.0, 1.0]), torch.tensor([0.25, 4.0]), torch.tensor([100.0, 300.0]))
+    one = {"eigenvalue": [0.25, 4], "nats": [2, 0.5], "norm": [1, 3]}[unit]
+    assert torch.allclose(steps, torch.tensor([[-2 * x, x] for x in one], dtype=torch.float32))
+
+
+def test_controls_are_unit_directions_that_seed_sentence_layer_and_number_alone_determine():
+    activations, other = directions(3, seed=1), directions(3, seed=2)
+    found = control_directions(activations, other, [0, 5, 7], 2, (11, 4))
+    assert list(found) == ["random_0", "random_1", "difference"]
+    assert all(torch.allclose(d.norm(dim=-1), torch.ones(3)) for d in found.values())
+    assert torch.allclose(found["difference"], torch.nn.functional.normalize(other - activations, dim=-1))
+    one_layer = control_directions(activations[1:2], None, [5], 1, (11, 4))
+    assert list(one_layer) == ["random_0"]
+    assert torch.equal(one_layer["random_0"][0], found["random_0"][1])
+    others = [control_directions(activations, None, [0, 5, 7], 1, key)["random_0"] for key in ((11, 5), (12, 4))]
+    drawn = torch.stack([*found["random_0"], *found["random_1"], *others[0], *others[1]])
+    assert (drawn @ drawn.T - torch.eye(12)).abs().max() < 0.8  # all different
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_the_cached_path_agrees_with_a_plain_forward_pass(name):
+    ids, point = point_of(name)
+    check_cached_path(point, ids.tolist())
+
+
+def test_a_cache_that_misleads_is_found():
+    ids, point = point_of("llama")
+    with pytest.raises(fisher.UnsupportedModelError, match=r"its cached and plain predictions differ by .* nats"):
+        check_cached_path(point, ids.flip(0).tolist())
+
+
+def test_perturbations_of_length_zero_that_change_the_prediction_are_found(monkeypatch):
+    ids, point = point_of("llama")
+    perturb = perturbation.fisher.perturb
+    monkeypatch.setattr(perturbation.fisher, "perturb", lambda p, deltas, at: perturb(p, deltas + 0.1, at))
+    with pytest.raises(fisher.UnsupportedModelError, match=r"differ by .* nats"):
+        check_cached_path(point, ids.tolist())
