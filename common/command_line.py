@@ -259,7 +259,9 @@ def model_line(name: str, environment: dict) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's exception says, in one line."""
+    """What an exception says, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 import numpy as np
 
-from common.command_line import UserError
+from common.command_line import UserError, first_line
 from common.drawing import BLACK, BLUE, DISTINCT, GREY, ORANGE, label, median_band, save
 from common.rows import evenly_spaced
 from experiment.results import RESULTS
@@ -35,7 +35,7 @@ def draw(directory: Path) -> None:
     try:
         results = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"no readable {RESULTS} in {directory}: {error}") from error
+        raise UserError(f"no readable {RESULTS} in {directory}: {first_line(error)}") from error
     save(
         directory, {SIMILARITY: lambda: similarity_figure(results), PERTURBATION: lambda: perturbation_figure(results)}
     )

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common.command_line import UserError, excerpt
+from common.command_line import UserError, excerpt, first_line
 from common.drawing import DISTINCT, label, save
 from common.rows import evenly_spaced
 from pipeline.store import PROMPTS
@@ -44,7 +44,7 @@ def _read_prompts(path: Path) -> dict:
                 leading.append((record["outlier_score"], -index, record["prompt"]))
                 leading = heapq.nlargest(NAMED, leading)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no readable {path.name} in {path.parent}: {error}") from error
+        raise UserError(f"no readable {path.name} in {path.parent}: {first_line(error)}") from error
     if not spectra:
         raise UserError(f"{path} holds no prompts")
     arrays = {key: np.array(values) for key, values in columns.items()}

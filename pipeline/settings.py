@@ -1,6 +1,6 @@
 """The pipeline's settings: a YAML file, and a flag for each of its keys."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.command_line import (
@@ -62,7 +62,6 @@ class Settings:
         return str(bundled) if not Path(self.dataset_name).exists() and bundled.is_file() else self.dataset_name
 
 
-KEYS = tuple(key.name for key in fields(Settings))
 # Keys that may differ between a run and its resumption: they do not change a result.
 INCIDENTAL = ("output_dir", "device", "trust_remote_code")
 

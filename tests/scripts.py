@@ -110,7 +110,7 @@ class Running(NamedTuple):
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Returns while the process goes on, as soon as the condition holds."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not condition() and time.monotonic() < deadline:
             assert self.process.is_alive(), self.stderr.read_text()
             time.sleep(0.01)
@@ -121,7 +121,7 @@ class Running(NamedTuple):
 
     def end(self) -> tuple[int, str]:
         """Its exit code (minus a signal's number), and what it wrote to stderr."""
-        self.process.join(60)
+        self.process.join(120)
         assert self.process.exitcode is not None
         return self.process.exitcode, self.stderr.read_text()
 

@@ -78,6 +78,28 @@ def test_help_fits_a_screen_names_every_flag_and_does_not_wait_for_torch(script,
     assert all(f"  {name} " in shown for name in OTHER_FLAGS[script])
 
 
+def test_a_process_of_its_own_writes_nothing_but_the_line(model_directory, dataset, tmp_path):
+    """No library's warning at import, no traceback. Both start at once: most of their time is imports."""
+    models = {"core_experiment": ["--model-name"], "compute_fisher": ["--dataset-name", str(dataset), "--model-path"]}
+    words = {"core_experiment": ["--layers", "7"], "compute_fisher": ["--hook-layer-name", "7"]}
+    running = {
+        script: subprocess.Popen(
+            [sys.executable, ROOT / f"{script}.py", *models[script], str(model_directory), *words[script]],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for script in OPTIONS
+    }  # fmt: skip
+    said = {script: (*process.communicate(timeout=120), process.returncode) for script, process in running.items()}
+    assert said["core_experiment"] == ("", "core_experiment.py: error: --layers 7: the model has layers 0 to 2\n", 2)
+    assert said["compute_fisher"] == (
+        "",
+        "compute_fisher.py: error: LlamaForCausalLM has no module '7': its layers are model.layers.0 ... "
+        "model.layers.2\n",
+        2,
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("script", OPTIONS)
 @pytest.mark.parametrize(
     ("words", "said"),

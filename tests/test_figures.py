@@ -13,6 +13,7 @@ import pytest
 
 from common import drawing
 from experiment import figures
+from pipeline import figures as spectra
 import scripts
 
 
@@ -172,3 +173,73 @@ def test_labels_hold_nothing_that_matplotlib_or_a_terminal_takes_for_an_instruct
     (tmp_path / "experiment_results.json").write_text(json.dumps(results))
     figures.draw(tmp_path)
     assert drawing.label("a$b\x07") == r"a\$b\x07"
+
+
+# --- the pipeline --------------------------------------------------------------------------------
+
+
+def spectra_figure(folder: Path) -> tuple[Figure, list[dict]]:
+    return spectra.spectra_figure(spectra._read_prompts(folder / "prompts.jsonl")), scripts.records(folder)
+
+
+def dots(axes: Axes) -> np.ndarray:
+    """The points (n, 2) of all prompts; those that stand out are drawn again over them."""
+    return max((line.get_xydata() for line in axes.lines), key=len)
+
+
+def test_the_pipelines_picture_is_of_a_readable_size(finished_pipeline):
+    assert_is_a_picture(finished_pipeline / "fisher_spectra.png", 3000, 1875)
+
+
+def test_the_spectra_are_shown_as_quantiles_and_those_that_stand_out_as_lines(finished_pipeline):
+    figure, records = spectra_figure(finished_pipeline)
+    axes = panel(figure, "Spectra of 40 prompts")
+    values = np.array([record["singular_values"] for record in records])
+    assert line(axes, "median")[:, 1] == pytest.approx(np.median(values, axis=0), rel=1e-5)
+    assert [band.get_label() for band in axes.collections] == ["all", "5 to 95 %", "25 to 75 %"]
+    leading = sorted(records, key=lambda record: -record["outlier_score"])[:6]
+    for found, record in zip(axes.lines[1:], leading, strict=True):
+        assert found.get_ydata() == pytest.approx(record["singular_values"], rel=1e-5)
+
+
+def test_every_prompt_is_in_every_panel(finished_pipeline):
+    figure, records = spectra_figure(finished_pipeline)
+    columns = {key: np.array([record[key] for record in records]) for key in records[0]}
+    first = columns["singular_values"][:, 0]
+    expected = {
+        "How unusual": (columns["z_log_lambda"], columns["z_subspace"]),
+        "Which directions": tuple(columns["principal_coordinates"][:, :2].T),
+        "Sensitivity by length": (columns["tokens"], first),
+    }
+    for title, (x, y) in expected.items():
+        assert dots(panel(figure, title)) == pytest.approx(np.stack([x, y], axis=1), rel=1e-5)
+    for title in ("Sensitivity", "The top-k tokens hold"):
+        (axes,) = [a for a in figure.axes if a.patches and a.get_title().startswith(title)]
+        assert sum(bar.get_height() for bar in axes.patches) == 40
+    assert f"{np.median(columns['captured_mass']):.0%}" in panel(figure, "The top-k tokens hold").get_title()
+
+
+def test_the_prompts_that_stand_out_are_named(finished_pipeline):
+    figure, records = spectra_figure(finished_pipeline)
+    texts = [text.get_text() for text in panel(figure, "Prompts that stand out").texts]
+    for record in sorted(records, key=lambda record: -record["outlier_score"])[:6]:
+        assert {str(record["index"]), f"{record['outlier_score']:.1f}", record["prompt"]} <= set(texts)
+
+
+@pytest.mark.parametrize("zero", [slice(0, 3), slice(None)], ids=["some", "all"])
+def test_matrices_that_are_zero_are_survived_by_the_log_scales(zero, finished_pipeline, tmp_path):
+    found = scripts.records(finished_pipeline)
+    for record in found[zero]:
+        record["singular_values"] = [0.0] * 4
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+    spectra.draw(tmp_path)
+    assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1875)
+
+
+def test_more_prompts_than_can_be_told_apart_are_thinned_out(finished_pipeline, monkeypatch):
+    monkeypatch.setattr(spectra, "MAX_POINTS", 10)
+    figure, records = spectra_figure(finished_pipeline)
+    found = dots(panel(figure, "Which directions"))
+    assert len(found) == 10
+    for place in (0, -1):  # evenly, from the first to the last
+        assert found[place] == pytest.approx(records[place]["principal_coordinates"][:2])

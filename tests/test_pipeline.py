@@ -1,6 +1,9 @@
 """compute_fisher.py as a user calls it, on a tiny model: its files."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import compute_fisher
 from model import loading
 from pipeline import load_fisher_matrices, store
 import scripts
-from scripts import PIPELINE_FILES, arrays, records
+from scripts import PIPELINE_FILES, ROOT, arrays, records
 import tiny
 
 # --- the files -----------------------------------------------------------------------------------
@@ -69,6 +72,45 @@ def test_records_follow_the_dataset_and_metadata_counts_what_was_skipped(finishe
     assert metadata["config"]["top_k_tokens"] == 6 and "torch" in metadata["environment"]
 
 
+def test_the_final_table_names_the_prompts_that_stand_out(finished_pipeline, chat_directory, dataset, tmp_path, capsys):
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", num_prompts=8) == 0
+    shown = capsys.readouterr().out
+    found = records(tmp_path / "out")
+    for label, key in {"trace of F": "trace", "captured mass": "captured_mass", "tokens": "tokens"}.items():
+        values = [record[key] for record in found]
+        (line,) = [line for line in shown.splitlines() if line.startswith(label)]
+        numbers = [float(word) for word in line.removeprefix(label).split()]
+        assert numbers == pytest.approx([np.median(values), min(values), max(values)], rel=1e-3)
+    *_, leading = shown.partition("Prompts that stand out, in robust standard deviations:\n")
+    rows = [line.split() for line in leading.splitlines()[1:6]]
+    expected = sorted(found, key=lambda record: -record["outlier_score"])[:5]
+    assert [int(row[0]) for row in rows] == [record["index"] for record in expected]
+    assert [" ".join(row[5:]) for row in rows] == [record["prompt"] for record in expected]
+
+
+def test_results_are_read_without_torch_or_matplotlib(finished_pipeline):
+    code = (
+        "import sys; from pipeline import load_fisher_matrices\n"
+        f"U, S, V = load_fisher_matrices({str(finished_pipeline)!r})[39]\n"
+        f"assert U.shape == ({tiny.D}, 4) and S.shape == (4,) and V.shape == (4, {tiny.D})\n"
+        "assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# --- what changes a result and what does not -----------------------------------------------------
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_results_do_not_depend_on_the_batch_size(chat_directory, dataset, finished_pipeline, tmp_path):
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", batch_size=7) == 0
+    ours, theirs = load_fisher_matrices(tmp_path / "out"), load_fisher_matrices(finished_pipeline)
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(a.S / b.S - 1).max() < 1e-4
+        assert np.linalg.svd(a.V @ b.U, compute_uv=False).min() > 1 - 1e-6
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_prompts_too_long_for_the_model_are_cut_and_counted(chat_directory, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "many wild animals " * 60}) + "\n" + '{"prompt": "hi"}')
     assert scripts.compute_fisher(chat_directory, tmp_path / "long.jsonl", tmp_path / "out") == 0
@@ -77,11 +119,30 @@ def test_prompts_too_long_for_the_model_are_cut_and_counted(chat_directory, tmp_
     assert yaml.safe_load((tmp_path / "out" / "metadata.yaml").read_text())["statistics"]["truncated_prompts"] == 1
 
 
-def test_more_singular_values_than_tokens_are_lowered_said_and_recorded(chat_directory, dataset, tmp_path, capsys):
+@pytest.mark.usefixtures("without_pictures")
+def test_more_singular_values_than_tokens_are_lowered_noted_and_recorded(chat_directory, dataset, tmp_path, capsys):
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", top_k_tokens=3, num_prompts=5) == 0
-    assert capsys.readouterr().out.count("--num-singular-values 4 is more") == 1
+    note = "note: --num-singular-values 4 is more than a matrix of 3 tokens has: keeping 3"
+    assert capsys.readouterr().out.count(note) == 1
     assert yaml.safe_load((tmp_path / "out" / "metadata.yaml").read_text())["num_singular_values"] == 3
     assert arrays(tmp_path / "out")["U_0"].shape == (tiny.D, 3)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_more_tokens_than_the_vocabulary_are_clamped_with_a_note(chat_directory, dataset, tmp_path, capsys):
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", top_k_tokens=99999, num_prompts=2) == 0
+    assert "note: --top-k-tokens 99999 is more than the vocabulary: counting all" in capsys.readouterr().out
+    assert [record["captured_mass"] for record in records(tmp_path / "out")] == pytest.approx([1, 1], abs=1e-4)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_fewer_prompts_than_asked_for_are_used_and_noted(chat_directory, dataset, tmp_path, capsys):
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", num_prompts=41) == 0
+    assert "note: 41 prompts were asked for, only 40 are available" in capsys.readouterr().out
+    assert len(records(tmp_path / "out")) == 40
+
+
+# --- the whole vocabulary ------------------------------------------------------------------------
 
 
 def test_the_whole_vocabulary_can_be_counted(chat_directory, dataset, tmp_path):
@@ -93,6 +154,7 @@ def test_the_whole_vocabulary_can_be_counted(chat_directory, dataset, tmp_path):
         assert sum(record["singular_values"]) <= record["trace"] + 3 * record["trace_error"]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_whole_vocabulary_has_no_more_singular_values_than_the_width(chat_directory, dataset, tmp_path, capsys):
     options = {"top_k_tokens": "all", "num_singular_values": 200, "num_prompts": 2}
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", **options) == 0
@@ -101,24 +163,28 @@ def test_the_whole_vocabulary_has_no_more_singular_values_than_the_width(chat_di
         assert record["trace"] == pytest.approx(sum(record["singular_values"]), rel=1e-3)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_long_prompts_go_one_by_one_where_attention_keeps_its_matrices(chat_directory, dataset, tmp_path, monkeypatch):
     """The results are those of whole batches."""
-    assert (
-        scripts.compute_fisher(chat_directory, dataset, tmp_path / "together", top_k_tokens="all", num_prompts=4) == 0
-    )
+    options = {"top_k_tokens": "all", "num_prompts": 4}
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "together", **options) == 0
     monkeypatch.setattr(compute_fisher, "ATTENTION_BYTES", 1)
     parts = []
     linearize = compute_fisher.linearize
     monkeypatch.setattr(
         compute_fisher, "linearize", lambda s, m, batch: parts.append(len(batch)) or linearize(s, m, batch)
     )
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "apart", top_k_tokens="all", num_prompts=4) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "apart", **options) == 0
     assert parts == [2, 1, 1, 1, 1]  # the first pass checks the padding
     together, apart = (load_fisher_matrices(tmp_path / name) for name in ("together", "apart"))
     for a, b in zip(together, apart, strict=True):
         assert np.abs(a.S / b.S - 1).max() < 1e-4
 
 
+# --- reading and drawing again -------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_compact_and_sharded_results_read_the_same(chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "ONE_FILE", 10)
     expected = load_fisher_matrices(finished_pipeline)
@@ -134,16 +200,28 @@ def test_compact_and_sharded_results_read_the_same(chat_directory, dataset, fini
                 assert found[index].U.dtype == np.float32 and found[index].V.shape == (4, tiny.D)
                 for ours, theirs in zip(found[index], expected[index], strict=True):
                     assert np.abs(ours - theirs).max() <= tolerance
-            with pytest.raises(IndexError):
+            with pytest.raises(IndexError, match="prompt 40 of 40"):
                 found[40]
         assert records(output)[3]["prompt"] == records(finished_pipeline)[3]["prompt"]
     sizes = [sum(p.stat().st_size for p in (tmp_path / s / "shards").iterdir()) for s in ("full", "compact")]
     assert sizes[1] < 0.8 * sizes[0]  # of matrices this small, records and zip headers are the larger part
 
 
-def test_results_do_not_depend_on_the_batch_size(chat_directory, dataset, finished_pipeline, tmp_path):
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", batch_size=7) == 0
-    ours, theirs = load_fisher_matrices(tmp_path / "out"), load_fisher_matrices(finished_pipeline)
-    for a, b in zip(ours, theirs, strict=True):
-        assert np.abs(a.S / b.S - 1).max() < 1e-4
-        assert np.linalg.svd(a.V @ b.U, compute_uv=False).min() > 1 - 1e-6
+def test_the_picture_can_be_drawn_again_from_the_records_alone(finished_pipeline, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_bytes((finished_pipeline / "prompts.jsonl").read_bytes())
+    assert scripts.as_program("compute_fisher", ["--redraw", str(tmp_path)]) == 0
+    assert str(tmp_path) in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "fisher_spectra.png"}
+    assert (tmp_path / "fisher_spectra.png").read_bytes() == (finished_pipeline / "fisher_spectra.png").read_bytes()
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "{}\n"])
+def test_drawing_again_without_results_is_one_line_and_exit_code_2(content, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "prompts.jsonl").write_text(content)
+    before = os.listdir(tmp_path)
+    assert scripts.as_program("compute_fisher", ["--redraw", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("compute_fisher.py: error: ") and said.count("\n") == 1
+    assert "no readable prompts.jsonl" in said or "holds no prompts" in said
+    assert os.listdir(tmp_path) == before

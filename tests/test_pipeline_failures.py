@@ -1,6 +1,7 @@
 """The pipeline when something goes wrong: killed, interrupted, a full disk, several processes, bad input."""
 
 import os
+from pathlib import Path
 import signal
 import subprocess
 import sys
@@ -8,47 +9,43 @@ import time
 
 import numpy as np
 import pytest
-import shards
-from shards import load_fisher_matrices
 import torch
 import yaml
 
 import compute_fisher
-from conftest import ROOT
 import fisher
-from pipeline import assert_same_results, records
+from pipeline import load_fisher_matrices, run_directory, store
+import scripts
+from scripts import PIPELINE_FILES, ROOT, assert_same_results, pipeline_words, records
 
-# --- nothing is lost ---
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
-
-def start(model, dataset, output, **options) -> subprocess.Popen:
-    """The pipeline as a process; the file it writes in is slowed down, so that it can be killed anywhere."""
-    slow = (
-        "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import compute_fisher, storage; "
-        "write = storage.write_archive; "
-        "storage.write_archive = lambda *a: (time.sleep(0.05), write(*a)); "
-        "sys.exit(compute_fisher.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", slow, str(ROOT), *pipeline_words(model, dataset, output, **options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+# --- nothing is lost -----------------------------------------------------------------------------
 
 
-def wait_for(process, output, files: int):
-    deadline = time.time() + 60
-    while len(list((output / "shards").glob("*.npz"))) < files and process.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
-    assert process.poll() is None, process.communicate()
+def slow_writes() -> None:
+    """Of the shards' and batches' files, so that a signal can meet the run anywhere."""
+    write = store.write_archive
+    store.write_archive = lambda *arguments: (time.sleep(0.05), write(*arguments))
+
+
+def start(model, dataset, output) -> scripts.Running:
+    return scripts.start("compute_fisher", pipeline_words(model, dataset, output), output, slow_writes)
+
+
+def written(output: Path) -> list[Path]:
+    return list((output / "shards").glob("*.npz"))
 
 
 def test_killed_again_and_again_it_ends_as_if_never_stopped(chat_directory, dataset, finished_pipeline, tmp_path):
     output = tmp_path / "out"
     for files in (1, 6, 12):
         process = start(chat_directory, dataset, output)
-        wait_for(process, output, files)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.wait_until(lambda files=files: len(written(output)) >= files)
+        process.send(signal.SIGKILL)
+        assert process.end()[0] == -signal.SIGKILL
         assert yaml.safe_load((output / "metadata.yaml").read_text())["complete"] is False
-    kept = {path: path.stat().st_mtime_ns for path in (output / "shards").glob("*.npz")}
+    kept = written(output)
     assert kept
     calls = []
     measure = compute_fisher.measure
@@ -72,10 +69,12 @@ def test_stopped_while_it_finishes_it_can_finish_again(
 
     with monkeypatch.context() as patch:
         if moment == "write_metadata":
-            write = compute_fisher.runs._write_metadata
-            patch.setattr(compute_fisher.runs, "_write_metadata", lambda d, m: stop() if m["complete"] else write(d, m))
+            write = run_directory.RunDirectory._write_metadata
+            patch.setattr(
+                run_directory.RunDirectory, "_write_metadata", lambda d, m: stop() if m["complete"] else write(d, m)
+            )
         else:
-            patch.setattr(shards.Store, moment, stop)
+            patch.setattr(store.Store, moment, stop)
         with pytest.raises(Stopped):
             scripts.compute_fisher(chat_directory, dataset, tmp_path / "out")
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
@@ -84,33 +83,28 @@ def test_stopped_while_it_finishes_it_can_finish_again(
 
 def test_ctrl_c_keeps_finished_batches_and_says_how_to_go_on(chat_directory, dataset, finished_pipeline, tmp_path):
     process = start(chat_directory, dataset, tmp_path / "out")
-    wait_for(process, tmp_path / "out", 3)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    process.wait_until(lambda: len(written(tmp_path / "out")) >= 3)
+    process.send(signal.SIGINT)
+    code, errors = process.end()
+    assert code == 130
     assert "finished batches are saved" in errors and "Traceback" not in errors
-    assert len(list((tmp_path / "out" / "shards").glob("*.npz"))) >= 3
+    assert len(written(tmp_path / "out")) >= 3
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
     assert_same_results(tmp_path / "out", finished_pipeline)
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(chat_directory, dataset, finished_pipeline, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("no right to mount a small disk")
-    try:
-        process = start(chat_directory, dataset, disk / "out")
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 2
-        assert errors.count("\n") == 1 and "No space left on device" in errors
-        assert list((disk / "out" / "shards").glob("*.npz"))
-        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
-        assert scripts.compute_fisher(chat_directory, dataset, disk / "out") == 0
-        assert_same_results(disk / "out", finished_pipeline)
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+    chat_directory, dataset, finished_pipeline, small_disk, capsys
+):
+    output = small_disk.path / "out"
+    assert scripts.compute_fisher(chat_directory, dataset, output) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("compute_fisher.py: error: cannot write ") and said.count("\n") == 1
+    assert "No space left on device" in said
+    assert written(output)
+    small_disk.grow()
+    assert scripts.compute_fisher(chat_directory, dataset, output) == 0
+    assert_same_results(output, finished_pipeline)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
@@ -119,7 +113,7 @@ def test_a_damaged_shard_is_named_and_computed_again(
 ):
     output = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards.Store, "close", lambda *_: sys.exit(9))
+        patch.setattr(store.Store, "close", lambda *_: sys.exit(9))
         with pytest.raises(SystemExit):
             scripts.compute_fisher(chat_directory, dataset, output)
     shard = output / "shards" / "shard_00000.npz"
@@ -132,7 +126,7 @@ def test_a_damaged_shard_is_named_and_computed_again(
     assert_same_results(output, finished_pipeline)
 
 
-def test_a_finished_pipeline_run_is_left_alone_and_overwritten_when_asked(chat_directory, dataset, tmp_path, capsys):
+def test_a_finished_run_is_left_alone_and_overwritten_when_asked(chat_directory, dataset, tmp_path, capsys):
     output = tmp_path / "out"
     assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
@@ -146,15 +140,16 @@ def test_a_finished_pipeline_run_is_left_alone_and_overwritten_when_asked(chat_d
 
 
 def test_stopped_while_it_overwrites_it_leaves_a_folder_it_can_go_on_with(chat_directory, dataset, tmp_path):
-    output, runs = tmp_path / "out", compute_fisher.runs
+    output = tmp_path / "out"
     assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
     (output / "notes.txt").write_text("mine")
     (output / ".prompts.jsonl-abandoned").write_text("half of it")
-    write = runs._write_metadata
+    write = run_directory.RunDirectory._write_metadata
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            runs, "_write_metadata", lambda d, m: sys.exit(9) if m["config"]["num_prompts"] == 5 else write(d, m)
-        )
+            run_directory.RunDirectory, "_write_metadata",
+            lambda d, m: sys.exit(9) if m["config"]["num_prompts"] == 5 else write(d, m),
+        )  # fmt: skip
         with pytest.raises(SystemExit):
             scripts.compute_fisher(chat_directory, dataset, output, num_prompts=5, overwrite=True)
     assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=5) == 0
@@ -165,23 +160,22 @@ def test_stopped_while_it_overwrites_it_leaves_a_folder_it_can_go_on_with(chat_d
 def test_a_run_with_other_settings_model_or_data_is_refused(chat_directory, dataset, tmp_path, capsys):
     output = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards.Store, "close", lambda *_: sys.exit(9))
+        patch.setattr(store.Store, "close", lambda *_: sys.exit(9))
         with pytest.raises(SystemExit):
             scripts.compute_fisher(chat_directory, dataset, output)
     assert scripts.compute_fisher(chat_directory, dataset, output, top_k_tokens=5) == 2
     assert "top_k_tokens was 6 and is 5" in capsys.readouterr().err
 
-    changed = dataset.read_text().replace('"zebra animals', '"zebra animal', 1)
     original = dataset.read_text()
     try:
-        dataset.write_text(changed)
+        dataset.write_text(original.replace('"zebra animals', '"zebra animal', 1))
         assert scripts.compute_fisher(chat_directory, dataset, output) == 2
     finally:
         dataset.write_text(original)
     assert "the dataset has changed" in capsys.readouterr().err
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compute_fisher.models, "fingerprint", lambda model: "another")
+        patch.setattr(compute_fisher, "fingerprint", lambda model: "another")
         assert scripts.compute_fisher(chat_directory, dataset, output) == 2
     assert "a run of another model" in capsys.readouterr().err
 
@@ -200,24 +194,34 @@ def test_out_of_memory_halves_the_batch_and_says_so(
     monkeypatch.setattr(fisher, "linearize_prompts", small)
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", batch_size=7) == 0
     assert max(sizes) > 2
-    assert "out of memory: going on with batches of" in capsys.readouterr().err
+    assert "note: out of memory: going on with batches of" in capsys.readouterr().err
     for a, b in zip(load_fisher_matrices(tmp_path / "out"), load_fisher_matrices(finished_pipeline), strict=True):
         assert np.abs(a.S / b.S - 1).max() < 1e-4
 
 
-# --- several processes ---
+def test_out_of_memory_with_a_single_prompt_is_a_line_of_advice(chat_directory, dataset, tmp_path, monkeypatch, capsys):
+    def no_room(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(fisher, "pull_back", no_room)
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("compute_fisher.py: error: not enough memory: try a smaller --max-length")
 
 
-def same_threads() -> dict[str, str]:
-    """torchrun gives each process one thread, and another number of threads rounds otherwise."""
-    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+# --- several processes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_two_processes_make_what_one_makes(processes, chat_directory, dataset, finished_pipeline, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [str(ROOT / "compute_fisher.py"), *pipeline_words(chat_directory, dataset, tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, env=same_threads(), timeout=240)
+def torchrun(script: Path, words: list[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), *words]
+    # torchrun gives each process one thread, and another number of threads rounds otherwise
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def test_two_processes_make_what_one_makes(chat_directory, dataset, finished_pipeline, tmp_path):
+    words = pipeline_words(chat_directory, dataset, tmp_path / "out")
+    result = torchrun(ROOT / "compute_fisher.py", words)
     assert result.returncode == 0, result.stderr
     assert_same_results(tmp_path / "out", finished_pipeline)
 
@@ -233,30 +237,28 @@ def test_a_process_that_fails_stops_the_others_and_another_number_of_them_finish
         "    if os.environ['RANK'] == '1': raise compute_fisher.UserError('the second process has failed')\n"
         "    return measure(*a)\n"
         "compute_fisher.measure = fail\n"
-        "sys.exit(compute_fisher.main(sys.argv[1:]))\n"
+        "sys.exit(compute_fisher.main(compute_fisher.parse(sys.argv[1:])))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(failing)]
-    command += pipeline_words(chat_directory, dataset, tmp_path / "out")
-    result = subprocess.run(command, capture_output=True, text=True, env=same_threads(), timeout=240)
+    result = torchrun(failing, pipeline_words(chat_directory, dataset, tmp_path / "out"))
     assert result.returncode != 0
     assert "compute_fisher.py: error: the second process has failed" in result.stderr
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
     assert_same_results(tmp_path / "out", finished_pipeline)
 
 
-# --- bad input ---
+# --- bad input -----------------------------------------------------------------------------------
 
 BAD = {
-    "hook-layer-name model.layer.1": "model.layers.0 ... model.layers.2",
-    "hook-layer-name 7": "model.layers.0 ... model.layers.2",
+    "hook-layer-name model.layer.1": "has no module 'model.layer.1': its layers are model.layers.0 ... model.layers.2",
+    "hook-layer-name 7": "has no module '7': its layers are model.layers.0 ... model.layers.2",
     "hook-layer-name lm_head": "no Fisher matrix at lm_head: its output is not of shape",
     "config none.yaml": "cannot read the config none.yaml",
     "dataset-name none.jsonl": "no such file",
     "dataset-name no/such": "as a dataset of the hub",
     "prompt-column question": "no column 'question'",
     "output-dir /dev/null/out": "cannot write to",
-    "device warp": "not available",
-    "model-path /no/such": "cannot load model",
+    "device warp": "--device warp is not available",
+    "model-path /no/such": "cannot load model '/no/such'",
     "max-length 3": "leaves no room",
 }
 
@@ -265,18 +267,16 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(flag, chat_directory, dataset, tmp_path, capsys):
     name, value = flag.split()
     words = [*pipeline_words(chat_directory, dataset, tmp_path / "out"), f"--{name}", value]
-    assert compute_fisher.main(words) == 2 if name != "config" else True
-    if name == "config":
-        with pytest.raises(SystemExit) as caught:
-            compute_fisher.main(words)
-        assert caught.value.code == 2
-    message = capsys.readouterr().err.strip().splitlines()
-    assert len(message) == 1 and BAD[flag] in message[0]
-    assert message[0].startswith("compute_fisher.py: error: ")
+    assert scripts.as_program("compute_fisher", words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("compute_fisher.py: error: ") and said.count("\n") == 1
+    assert BAD[flag] in said
+    assert "--model-name" not in said  # the other script's
 
 
-def test_what_went_wrong_before_the_first_result_needs_no_overwrite(chat_directory, dataset, tmp_path):
+def test_what_went_wrong_before_the_first_result_needs_no_overwrite(chat_directory, dataset, tmp_path, capsys):
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", max_length=3) == 2
+    assert "--max-length 3 leaves no room" in capsys.readouterr().err
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", max_length=30, num_prompts=3) == 0
 
 
@@ -310,7 +310,9 @@ def test_nan_names_the_prompt_and_keeps_the_rest(chat_directory, dataset, tmp_pa
     assert list((tmp_path / "out" / "shards").glob("batch_*.npz"))
 
 
-def test_a_model_whose_predictions_depend_on_the_padding_is_refused(chat_directory, dataset, tmp_path, monkeypatch):
+def test_a_model_whose_predictions_depend_on_the_padding_is_refused(
+    chat_directory, dataset, tmp_path, monkeypatch, capsys
+):
     linearize = fisher.linearize_prompts
 
     def wrong_token(model, module, ids, lengths, *rest):  # the last token of the padded row
@@ -318,3 +320,5 @@ def test_a_model_whose_predictions_depend_on_the_padding_is_refused(chat_directo
 
     monkeypatch.setattr(fisher, "linearize_prompts", wrong_token)
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "LlamaForCausalLM is not supported: its predictions change by" in said and said.count("\n") == 1

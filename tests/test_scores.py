@@ -59,7 +59,7 @@ def test_a_single_odd_matrix_is_far_from_the_mean_subspace(ordinary):
 
 def z_principal(matrices: list[Triplets]) -> np.ndarray:
     principal = scores.PrincipalCoordinates(matrices)
-    coordinates = principal.of(matrices)
+    coordinates = principal.coordinates(matrices)
     assert coordinates.shape == (len(matrices), scores.COORDINATES)
     return np.abs([scores.robust_z(column) for column in coordinates.T]).max(axis=0)
 
@@ -83,13 +83,31 @@ def test_coordinates_are_those_of_kernel_pca_on_the_matrices_themselves(ordinary
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
     principal = scores.PrincipalCoordinates(ordinary)
     expected = (u * s**2)[:, : scores.COORDINATES]  # kernel PCA's axes are not rescaled
-    assert np.abs(principal.of(ordinary)) == pytest.approx(np.abs(expected), rel=1e-3, abs=1e-5)
-    assert principal.of(ordinary[7:8]) == pytest.approx(principal.of(ordinary)[7:8], rel=1e-4, abs=1e-6)
+    assert np.abs(principal.coordinates(ordinary)) == pytest.approx(np.abs(expected), rel=1e-3, abs=1e-5)
+    assert principal.coordinates(ordinary[7:8]) == pytest.approx(
+        principal.coordinates(ordinary)[7:8], rel=1e-4, abs=1e-6
+    )
 
 
 def test_few_prompts_and_matrices_that_are_zero_make_no_trouble():
     zero = Triplets(np.zeros((D, R), np.float32), np.zeros(R, np.float32), np.zeros((R, D), np.float32))
     for matrices in ([zero], [zero, zero], [zero, triplets(np.eye(D)[:, :R])]):
         principal = scores.PrincipalCoordinates(matrices)
-        assert np.isfinite(principal.of(matrices)).all()
+        assert np.isfinite(principal.coordinates(matrices)).all()
         assert all(scores.subspace_distance(t, scores.mean_subspace(matrices)) <= 1 for t in matrices)
+
+
+def test_scores_come_by_prompt_and_the_outlier_score_is_the_largest(ordinary):
+    ordinary[17] = triplets(np.eye(D)[:, 20:23], values=(30.0, 2.0, 1.0))
+    found = scores.outlier_scores(ordinary)
+    assert {name: column.shape for name, column in found.items()} == {
+        "z_log_lambda": (50,), "subspace_distance": (50,), "z_subspace": (50,),
+        "principal_coordinates": (50, scores.COORDINATES), "z_principal": (50,), "outlier_score": (50,),
+    }  # fmt: skip
+    assert found["z_log_lambda"] == pytest.approx(scores.robust_z(np.log([t.S[0] for t in ordinary])), rel=1e-5)
+    assert found["z_subspace"] == pytest.approx(scores.robust_z(found["subspace_distance"]))
+    principal = [scores.robust_z(column) for column in found["principal_coordinates"].T]
+    assert found["z_principal"] == pytest.approx(np.abs(principal).max(axis=0))
+    three = [np.abs(found["z_log_lambda"]), found["z_subspace"], found["z_principal"]]
+    assert found["outlier_score"] == pytest.approx(np.max(three, axis=0))
+    assert found["outlier_score"].argmax() == 17
