@@ -17,26 +17,24 @@ Results go to benchmarks/results/bench_gpu.json (--output).
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import json
 from pathlib import Path
 import time
 import warnings
 
-import head
-from prompts import Encoded, Prompt
-import pushes
-import reading
-import sentences
-from settings import Settings
+from measuring import Subject, diverse_contexts, machine, naive, seconds, show, synchronize
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common import diverse_contexts, machine, seconds, synchronize
 import compute_fisher
 import core_experiment
+from experiment.perturbation import Sweep, control_directions
+from experiment.sentences import Context
 import fisher
+from pipeline.prompts import Encoded, Prompt
+from pipeline.settings import Settings
 
 GROUPED = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
 SHAPES = {
@@ -72,22 +70,22 @@ def random_ids(lm: nn.Module, tokens: int, seed: int) -> list[int]:
 # --- the experiment --------------------------------------------------------------------------------
 
 
-def protocol(args: argparse.Namespace, model: reading.Model, count: int) -> dict:
+def protocol(settings: core_experiment.Settings, subject: Subject, count: int) -> dict:
     """Every sentence through core_experiment.perturb, as the script takes them; after one to warm up."""
-    ids = [random_ids(model.lm, PROMPT_TOKENS, seed) for seed in range(count)]
-    contexts = [sentences.Context("", "", prompt, 0) for prompt in ids]
-    batches = core_experiment.Batches.of(args.batch_size)
+    contexts = [Context("", "", random_ids(subject.lm, PROMPT_TOKENS, seed), 0) for seed in range(count)]
+    batches = core_experiment.Batches(settings.batch_size)
 
-    def run(contexts: list[sentences.Context], clock: core_experiment.Clock) -> None:
-        chosen, readings = [], []
-        for context in contexts:
-            with clock("prefix"):
-                readings.append(reading.read(model, context))
-            chosen.append(core_experiment.Chosen(context, readings[-1].point.activations, 0.0, 0))
-        for index, context in enumerate(contexts):
-            controls = core_experiment.control_directions(args, model.layers, index, chosen)
-            core_experiment.perturb(args, model, context, readings[index], controls, batches, clock)
-            readings[index] = None
+    def run(contexts: list[Context], clock: core_experiment.Clock) -> None:
+        def linearized() -> Iterator[tuple[Context, fisher.Point]]:
+            for context in contexts:
+                with clock("prefix"):
+                    point = subject.linearize(context)
+                yield context, point
+
+        for index, (context, point, other) in enumerate(core_experiment.with_other_activations(linearized())):
+            key = (settings.seed, index)
+            controls = control_directions(point.activations, other, subject.layers, settings.num_controls, key)
+            core_experiment.perturb(settings, context, point, controls, batches, clock)
 
     clock = core_experiment.Clock()
     with warnings.catch_warnings():
@@ -118,12 +116,12 @@ class Memory:
 
 
 def waits_in_a_sweep(run: Callable[[], None]) -> int | None:
-    """How often the host waits for the GPU while `run` is in pushes.sweep; None without a GPU."""
+    """How often the host waits for the GPU while `run` is in the sweep; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    sweep, waits = pushes.sweep, 0
+    sweep, waits = core_experiment.sweep, 0
 
-    def watched(*arguments, **options) -> pushes.Sweep:
+    def watched(*arguments, **options) -> Sweep:
         nonlocal waits
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -134,31 +132,12 @@ def waits_in_a_sweep(run: Callable[[], None]) -> int | None:
                 torch.cuda.set_sync_debug_mode("default")
                 waits += sum("synchroniz" in str(warning.message) for warning in caught)
 
-    pushes.sweep = watched
+    core_experiment.sweep = watched
     try:
         run()
     finally:
-        pushes.sweep = sweep
+        core_experiment.sweep = sweep
     return waits
-
-
-def naive(lm: nn.Module, layer: nn.Module, ids: Tensor, k: int, scales: int) -> None:
-    """The protocol as it reads, at one layer of one sentence."""
-    bias = torch.zeros(lm.config.hidden_size, dtype=lm.dtype, device=lm.device, requires_grad=True)
-    shift = {"by": bias}
-    handle = layer.register_forward_hook(lambda module, args, h: torch.cat([h[:, :-1], h[:, -1:] + shift["by"]], 1))
-    try:
-        log_probs = lm(ids[None]).logits[0, -1].float().log_softmax(-1)
-        top = log_probs.topk(k)
-        gradients = torch.stack([torch.autograd.grad(lp, bias, retain_graph=True)[0] for lp in top.values]).float()
-        values, vectors = torch.linalg.eigh(gradients.T @ (top.values.detach().exp()[:, None] * gradients))
-        with torch.no_grad():
-            for scale in range(1, scales + 1):
-                shift["by"] = (scale * values[-1].rsqrt() * vectors[:, -1]).to(lm.dtype)
-                log_q = lm(ids[None]).logits[0, -1].float().log_softmax(-1)
-                float((log_probs.exp() * (log_probs - log_q)).sum())
-    finally:
-        handle.remove()
 
 
 def speed_of_light(device: str, dtype: torch.dtype) -> dict[str, float]:
@@ -177,48 +156,49 @@ def speed_of_light(device: str, dtype: torch.dtype) -> dict[str, float]:
     return {"flops": flops["model"], "flops_float32": flops["float32"], "bytes": 4 * block.numel() / best(block.sum)}
 
 
-def floor(args: argparse.Namespace, model: reading.Model, peak: dict[str, float]) -> float:
+def floor(settings: core_experiment.Settings, subject: Subject, peak: dict[str, float]) -> float:
     """Seconds that one sentence's passes take at the measured speeds."""
-    lm, d, vocabulary = model.lm, model.lm.config.hidden_size, model.lm.config.vocab_size
+    lm, d, vocabulary = subject.lm, subject.lm.config.hidden_size, subject.lm.config.vocab_size
     depth, n = lm.config.num_hidden_layers, weights(lm)
     size = lm.dtype.itemsize
 
     def stage(flops: float, bytes_: float) -> float:
         return max(flops / peak["flops"], bytes_ / peak["bytes"])
 
-    deepest = (depth - 1 - model.layers[0]) / depth
-    rows = d if args.max_vocab_subset == "all" else args.max_vocab_subset
-    per_layer = 3 * sum(map(bool, args.scales))  # pushes along v and two controls
-    travelled = sum((depth - 1 - layer) / depth * per_layer for layer in model.layers)
+    deepest = (depth - 1 - subject.layers[0]) / depth
+    rows = d if settings.max_vocab_subset == "all" else settings.max_vocab_subset
+    per_layer = 3 * sum(map(bool, settings.scales))  # along v and two controls
+    travelled = sum((depth - 1 - layer) / depth * per_layer for layer in subject.layers)
     head_bytes = size * vocabulary * d
     total = stage(2 * n * (PROMPT_TOKENS - 1), n * size)  # prefix
     total += stage(2 * n + 2 * vocabulary * d, n * size + head_bytes)  # linearisation
     total += stage(2 * n * deepest * rows, n * deepest * size)  # gradients
-    total += stage(2 * n * travelled + 2 * vocabulary * d * per_layer * len(model.layers), n * size + head_bytes)
-    if args.max_vocab_subset == "all":  # C and J^T C J, in float32
-        total += (2 * vocabulary * d**2 + 4 * len(model.layers) * d**3) / peak["flops_float32"]
+    total += stage(2 * n * travelled + 2 * vocabulary * d * per_layer * len(subject.layers), n * size + head_bytes)
+    if settings.max_vocab_subset == "all":  # C and J^T C J, in float32
+        total += (2 * vocabulary * d**2 + 4 * len(subject.layers) * d**3) / peak["flops_float32"]
     return total
 
 
 def experiment(shape: str, device: str, dtype: torch.dtype, count: int) -> dict:
     lm = build(shape, device, dtype)
-    numbers = reading.choose_layers(None, lm.config.num_hidden_layers)
-    model = reading.Model(lm, None, numbers, [lm.model.layers[number] for number in numbers])
+    layers = list(core_experiment.choose_layers(None, lm.config.num_hidden_layers))
+    subject = Subject(lm, None, layers)
     peak = speed_of_light(device, dtype)
-    figures = {"machine": machine(lm), "layers": numbers, "sentences": count, "speed_of_light": peak}
+    figures = {"machine": machine(lm), "layers": layers, "sentences": count, "speed_of_light": peak}
     k = min(200, lm.config.vocab_size // 2)
     for label, subset in (("top-k", str(k)), ("exact", "all")):
-        args = core_experiment.parse_args(["--max-vocab-subset", subset, "--scale-unit", "nats"])
-        found = protocol(args, model, count)
-        bound = count * floor(args, model, peak)
+        words = ["--max-vocab-subset", subset, "--scale-unit", "nats", "--num-sentences", str(count)]
+        settings = core_experiment.parse([*words, "--layers", *map(str, layers)])
+        found = protocol(settings, subject, count)
+        bound = count * floor(settings, subject, peak)
         figures[label] = {**found, "floor_s": bound, "share_of_floor": bound / found["seconds"]}
-        print(label, {key: value for key, value in figures[label].items() if key != "stages_s"}, flush=True)
+        show(label, figures[label])
     ids = torch.tensor(random_ids(lm, PROMPT_TOKENS, 0), device=device)
-    pushes_ = sum(map(bool, args.scales))
-    naive(lm, model.modules[-1], ids, 2, 1)  # warm-up
-    one, _ = seconds(lambda: naive(lm, model.modules[len(numbers) // 2], ids, k, pushes_))
+    scales = [scale for scale in settings.scales if scale]
+    naive(lm, lm.model.layers[layers[-1]], ids, 2, scales[:1])  # warm-up
+    one, _ = seconds(lambda: naive(lm, lm.model.layers[layers[len(layers) // 2]], ids, k, scales))
     figures["naive_one_layer_s"] = one
-    figures["naive_over_top_k"] = one * len(numbers) * count / figures["top-k"]["seconds"]
+    figures["naive_over_top_k"] = one * len(layers) * count / figures["top-k"]["seconds"]
     return figures
 
 
@@ -251,19 +231,16 @@ def pipeline(shape: str, device: str, dtype: torch.dtype, prompts: int, tokens: 
     }  # fmt: skip
 
 
-def eigenpairs(lm: nn.Module, ids: list[int], k: int) -> fisher.Eigen:
-    numbers = reading.choose_layers(None, lm.config.num_hidden_layers)
-    model = reading.Model(lm, None, numbers, [lm.model.layers[number] for number in numbers])
-    point = reading.read(model, sentences.Context("", "", ids, 0)).point
-    z = head.top_k_cotangents(point, k)
-    return fisher.eigenpairs(fisher.pull_back(point, z.rows), z.weights)
+def eigenpairs(lm: nn.Module, ids: list[int], k: int) -> fisher.Eigenpairs:
+    layers = core_experiment.choose_layers(None, lm.config.num_hidden_layers)
+    return fisher.top_k(fisher.linearize(lm, ids, layers), k).eigenpairs()
 
 
-def agreement(models_: dict[torch.dtype, nn.Module], prompts: list[list[int]], k: int) -> dict:
+def agreement(models: dict[torch.dtype, nn.Module], prompts: list[list[int]], k: int) -> dict:
     """Of lambda and |cos| with float32: medians and worst over prompts and layers."""
-    truth = [eigenpairs(models_[torch.float32], ids, k) for ids in prompts]
+    truth = [eigenpairs(models[torch.float32], ids, k) for ids in prompts]
     figures = {}
-    for dtype, lm in models_.items():
+    for dtype, lm in models.items():
         if dtype != torch.float32:
             found = [eigenpairs(lm, ids, k) for ids in prompts]
             pairs = list(zip(found, truth, strict=True))
@@ -284,11 +261,11 @@ def precision(shape: str, device: str, dtypes: list[torch.dtype], embedded: bool
     figures = {f"random weights, {shape}": agreement(random, prompts, min(200, SHAPES[shape]["vocab_size"] // 2))}
     if embedded:
         loaded = {
-            dtype: reading.load("smollm2-135m", None, str(dtype).removeprefix("torch."), device)
+            dtype: embedded(dtype=str(dtype).removeprefix("torch."), device=device)
             for dtype in (torch.float32, *dtypes)
         }
-        prompts = [list(c.ids) for c in diverse_contexts(loaded[torch.float32], 8)]
-        figures["smollm2-135m"] = agreement({dtype: model.lm for dtype, model in loaded.items()}, prompts, 200)
+        prompts = [c.ids for c in diverse_contexts(loaded[torch.float32], 8)]
+        figures["smollm2-135m"] = agreement({dtype: subject.lm for dtype, subject in loaded.items()}, prompts, 200)
     return figures
 
 
@@ -310,10 +287,10 @@ def main(argv: list[str] | None = None) -> None:
     }
     sizes = ("1b", 256, 200, 32) if full else ("tiny", 8, 12, 4)
     figures["pipeline"] = pipeline(sizes[0], options.device, dtype, *sizes[1:])
-    print("pipeline", figures["pipeline"], flush=True)
+    show("pipeline", figures["pipeline"])
     halves = [torch.bfloat16, torch.float16]
     figures["half_precision"] = precision("small" if full else "tiny", options.device, halves, embedded=full)
-    print("half precision", json.dumps(figures["half_precision"]), flush=True)
+    show("half precision", figures["half_precision"])
     synchronize()
     figures["seconds_in_all"] = time.perf_counter() - start
     options.output.write_text(json.dumps(figures, indent=1) + "\n")

@@ -16,7 +16,6 @@ compute_fisher.py at 200 and at 2,000 short prompts. Writes benchmarks/results/b
 """
 
 import argparse
-import datetime
 import json
 from pathlib import Path
 import subprocess
@@ -24,17 +23,18 @@ import sys
 import tempfile
 import time
 
-import models
-from prompts import Encoded, Prompts, encode, plan_batches
-from settings import Settings
-import shards
-import storage
+from measuring import ROOT, cpu, embedded, naive_gradients, seconds, show
 import torch
 from tqdm import tqdm
 import transformers
 
-from common import ROOT, cpu
+from common.files import write_json
 import compute_fisher
+from model.loading import decoder_layers
+from model.passes import use_attention
+from pipeline.prompts import Encoded, Prompts, encode, plan_batches
+from pipeline.settings import Settings
+from pipeline.store import Result, write_results
 
 WIDE = {  # a random model of the width of a 1B one
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32,
@@ -42,31 +42,10 @@ WIDE = {  # a random model of the width of a 1B one
 }  # fmt: skip
 
 
-def clock(function) -> tuple[float, object]:
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
-
-
 def plain(lm, module, ids: list[int], k: int, r: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The pipeline as it reads: singular values (r,) and F's rank-r approximation's factors."""
-    bias = torch.zeros(lm.config.hidden_size, requires_grad=True)
-
-    def add(module, args, output):
-        return (output[0] + bias, *output[1:]) if isinstance(output, tuple) else output + bias
-
-    handle = module.register_forward_hook(add)
-    log_probs = lm(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-    handle.remove()
-    top = log_probs.topk(k)
-    gradients = []
-    for log_prob in top.values:
-        lm.zero_grad()
-        bias.grad = None
-        log_prob.backward(retain_graph=True)
-        gradients.append(bias.grad.clone())
-    g = torch.stack(gradients)
-    u, s, _ = torch.linalg.svd(g.T @ (top.values.detach().exp()[:, None] * g))
+    g, p, _ = naive_gradients(lm, module, torch.tensor(ids), k, everywhere=True)
+    u, s, _ = torch.linalg.svd(g.T @ (p[:, None] * g))
     return s[:r], u[:, :r]
 
 
@@ -83,7 +62,7 @@ def shared(lm, module, batch: list[Encoded], k: int) -> None:
         torch.linalg.svd(g.T @ (top.detach().exp()[:, None] * g))
 
 
-def compare(slow, fast: shards.Result) -> float:
+def compare(slow, fast: Result) -> float:
     """Largest difference of the two rank-r matrices, relative to the largest singular value."""
     s, u = slow
     v = torch.from_numpy(fast.vectors)
@@ -92,34 +71,34 @@ def compare(slow, fast: shards.Result) -> float:
 
 
 def forward_passes(lm, batches: list[list[Encoded]]) -> None:
-    compute_fisher.use_attention(lm, "sdpa")
+    use_attention(lm, "sdpa")
     with torch.no_grad():
         for batch in batches:
             lm(compute_fisher.pad(batch)[0], use_cache=False, logits_to_keep=1)
 
 
 def bench(name: str, lm, tokenizer, layer: int, encoded: list[Encoded], settings: Settings) -> dict:
-    path, module = list(models.decoder_layers(lm).items())[layer]
+    path, module = list(decoder_layers(lm).items())[layer]
     subject = compute_fisher.Subject(lm, tokenizer, path, module)
     plan = plan_batches([len(e.ids) for e in encoded], settings.batch_size)
     batches = [[encoded[i] for i in batch] for batch in plan]
     depth = lm.config.num_hidden_layers
     passes = 1 + settings.top_k_tokens * (depth - 1 - layer) / depth
 
-    seconds = dict.fromkeys(("this", "forward", "plain, weights frozen", "plain, as loaded"), 0.0)
+    total = dict.fromkeys(("this", "forward", "plain, weights frozen", "plain, as loaded"), 0.0)
 
     def timed(label: str, function):
-        taken, result = clock(function)
-        seconds[label] += taken
+        taken, result = seconds(function)
+        total[label] += taken
         return result
 
-    def this(batch: list[Encoded], folder: str) -> list[shards.Result]:
+    def this(batch: list[Encoded], folder: str) -> list[Result]:
         found = compute_fisher.measure(settings, subject, batch)
-        shards.write_results(Path(folder) / "batch.npz", found, "full")
+        write_results(Path(folder) / "batch.npz", found, "full")
         return found
 
     def loop(batch: list[Encoded]) -> list:
-        compute_fisher.use_attention(lm, "sdpa")  # transformers' default
+        use_attention(lm, "sdpa")  # transformers' default
         return [plain(lm, module, e.ids, settings.top_k_tokens, settings.num_singular_values) for e in batch]
 
     forward_passes(lm, batches[-1:])  # the first pass pays for what later ones do not
@@ -136,24 +115,22 @@ def bench(name: str, lm, tokenizer, layer: int, encoded: list[Encoded], settings
             lm.requires_grad_(False)
             lm.zero_grad()
         last = batches[-2:]
-        theirs = clock(lambda: [shared(lm, module, batch, settings.top_k_tokens) for batch in last])[0]
-        ours_on_last = clock(lambda: [this(batch, folder) for batch in last])[0]
-    ours, frozen, unfrozen = (seconds[label] for label in ("this", "plain, weights frozen", "plain, as loaded"))
-    floor = passes * seconds.pop("forward") / 2
+        theirs = seconds(lambda: [shared(lm, module, batch, settings.top_k_tokens) for batch in last])[0]
+        ours_on_last = seconds(lambda: [this(batch, folder) for batch in last])[0]
+    ours, frozen, unfrozen = (total[label] for label in ("this", "plain, weights frozen", "plain, as loaded"))
+    floor = passes * total.pop("forward") / 2
     error = max(compare(a, b) for a, b in zip(slow, fast, strict=True))
     if error > 1e-3:
         sys.exit(f"{name}: the two differ by {error:.1e} of the largest singular value")
     row = {
         "prompts": len(encoded), "tokens": sum(len(e.ids) for e in encoded), "batches": len(batches),
         "layer": layer, "depth": depth, "hidden_size": lm.config.hidden_size,
-        "seconds": {**seconds, "floor": floor},
+        "seconds": {**total, "floor": floor},
         "times_floor": ours / floor, "times_faster_than_plain_as_loaded": unfrozen / ours,
         "times_faster_than_plain_frozen": frozen / ours, "times_faster_than_shared": theirs / ours_on_last,
         "largest_difference": error,
     }  # fmt: skip
-    times = {label: f"{seconds:.1f} s" for label, seconds in row["seconds"].items()}
-    ratios = {label: f"{value:.2f}" for label, value in row.items() if label.startswith("times_")}
-    print(f"{name}: {times} {ratios}, largest difference {error:.1e}", flush=True)
+    show(name, row)
     return row
 
 
@@ -188,15 +165,15 @@ def main() -> None:
     path = ROOT / "benchmarks" / "results" / "bench_pipeline.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     about = {
-        "date": datetime.date.today().isoformat(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "transformers": transformers.__version__,
         "threads": torch.get_num_threads(), "processor": cpu(), "settings": "batch 8, k = 10, r = 10, float32",
     }  # fmt: skip
 
     def keep(name: str, measured: dict) -> None:
         results[name] = {**measured, **about}
-        storage.write_json(path, results)
+        write_json(path, results)
 
-    lm, tokenizer = models.load_model()
+    lm, tokenizer, _ = embedded()
     bundled = list(Prompts(str(ROOT / "data" / "prompts.jsonl")))[: args.num_prompts]
     encoded = [encode(tokenizer, prompt, 2048) for prompt in bundled]
     if "embedded" in args.only:
@@ -211,7 +188,7 @@ def main() -> None:
         del wide
     if "memory" in args.only:
         peak = {str(n): peak_memory(n) for n in (200, 2000)}
-        print("peak memory, MB:", peak)
+        show("peak memory, MB", peak)
         keep("memory", {"peak_mb": peak})
 
 

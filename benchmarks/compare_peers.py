@@ -3,7 +3,7 @@
     pip install -r requirements-bench.txt
     python benchmarks/compare_peers.py
 
-this        exact.matrices and its eigenpairs: all layers at once (prefix and forward pass included)
+this        fisher.full_vocabulary and its eigenpairs: all layers at once (prefix and forward pass included)
 curvlinops  GGNLinearOperator of the softmax cross-entropy in a bias at one layer, handed to scipy's eigsh
 eigenthings hessian-eigenthings: GGNOperator and lanczos
 jacfwd      derivatives of all log-probabilities as torch.func.jacfwd takes them, in chunks; F = J^T diag(p) J; eigh
@@ -23,15 +23,11 @@ import statistics
 import subprocess
 import sys
 
-import exact
-import models
-import reading
+from measuring import ROOT, Subject, diverse_contexts, embedded, machine, plain_embedded, seconds, show, write
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from common import ROOT, diverse_contexts, machine, seconds, write
-import core_experiment
+from experiment.sentences import Context
 import fisher
 
 LANCZOS_STEPS = 10  # of hessian-eigenthings: enough to agree to |cos| 0.9999; its default is 2
@@ -135,42 +131,41 @@ PEERS = {
 }
 
 
-def this(model: reading.Model, context) -> fisher.Eigen:
+def this(subject: Subject, context: Context) -> fisher.Eigenpairs:
     """The experiment's own way to the exact eigenpairs of one sentence, at all layers."""
-    return exact.matrices(reading.read(model, context).point, fisher.Chunks(1024)).eigenpairs()
+    return fisher.full_vocabulary(subject.linearize(context), fisher.Chunks(1024)).eigenpairs()
 
 
 def work(tool: str) -> dict:
     """Figures of one tool, in this process."""
-    args = core_experiment.parse_args([])
-    model = reading.load(args.model_name, None, "float32", "cpu")
-    contexts = diverse_contexts(model, SENTENCES[tool])
-    attention = "sdpa" if tool == "loop" else "eager"
-    plain = AutoModelForCausalLM.from_pretrained(models.embedded_model(), attn_implementation=attention)
-    plain = plain.eval().requires_grad_(False)
+    subject = embedded()
+    contexts = diverse_contexts(subject, SENTENCES[tool])
+    plain = plain_embedded(attn_implementation="sdpa" if tool == "loop" else "eager")
     vocabulary, d = plain.lm_head.weight.shape
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if tool == "this":
-        this(model, contexts[0])  # warm-up
+        this(subject, contexts[0])  # warm-up
     rows = []
     for context in contexts:
         if tool == "this":
-            duration, eigen = seconds(lambda: this(model, context))  # noqa: B023
-            pairs = [[float(eigen.values[row, 0]), eigen.vectors[row, 0].tolist()] for row in range(len(model.layers))]
+            duration, eigen = seconds(lambda: this(subject, context))  # noqa: B023
+            pairs = [
+                [float(eigen.values[row, 0]), eigen.vectors[row, 0].tolist()] for row in range(len(subject.layers))
+            ]
         else:
             duration, pairs, ids = 0.0, [], torch.tensor(context.ids)
-            for number in model.layers:
+            for number in subject.layers:
                 biased = Biased(plain, plain.model.layers[number], d)
                 one, pair = seconds(lambda: PEERS[tool](biased, ids))  # noqa: B023
                 duration += one * vocabulary / PART[tool] if tool in PART else one
                 pairs.append(pair and [pair[0], pair[1].tolist()])
         rows.append({"prompt_tokens": len(context.ids), "seconds": duration, "pairs": pairs})
-        print(f"{tool}: {len(context.ids)} tokens, {duration:.1f} s", file=sys.stderr, flush=True)
+        show(tool, {"tokens": len(context.ids), "seconds": duration})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "sentences": rows,
         "peak_mb_above_load": max(0, peak - before) / 1024,
-        "layers": model.layers,
+        "layers": subject.layers,
         "machine": machine(plain),
     }
 
@@ -212,7 +207,7 @@ def main() -> None:
             "peak_mb_above_load": run["peak_mb_above_load"],
             **agreement(run, runs["this"]),
         }
-        print(label, {k: v if isinstance(v, bool | int) else float(f"{v:.3g}") for k, v in table[label].items()})
+        show(label, table[label])
     figures = {"machine": runs["this"]["machine"], "layers": runs["this"]["layers"], "tools": table}
     write("compare_peers", __file__, figures)
 

@@ -8,28 +8,26 @@ float32. Prints the tables of docs/method.md and writes benchmarks/results/appro
 
 import argparse
 
-import exact
-import head
-import reading
-import sentences
+from measuring import Subject, diverse_contexts, embedded, machine, show, write
 import torch
 
-from common import diverse_contexts, machine, write
-import core_experiment
+from experiment.sentences import Context
 import fisher
 
 COUNTS = (10, 50, 200, 1000)
 
 
-def measure(model: reading.Model, context: sentences.Context, tokens) -> tuple[fisher.Eigen, float]:
-    point = reading.read(model, context).point
-    if tokens == "all":
-        return exact.matrices(point, fisher.Chunks(1024)).eigenpairs(), 1.0
-    z = head.top_k_cotangents(point, tokens)
-    return fisher.eigenpairs(fisher.pull_back(point, z.rows), z.weights), float(z.mass)
+def exact(subject: Subject, context: Context) -> fisher.Eigenpairs:
+    return fisher.full_vocabulary(subject.linearize(context), fisher.Chunks(1024)).eigenpairs()
 
 
-def ratios(found: fisher.Eigen, truth: fisher.Eigen) -> dict[str, torch.Tensor]:
+def truncated(subject: Subject, context: Context, k: int) -> tuple[fisher.Eigenpairs, float]:
+    """The eigenpairs over the top-k tokens, and the probability that these hold."""
+    top = fisher.top_k(subject.linearize(context), k)
+    return top.eigenpairs(), float(top.mass)
+
+
+def ratios(found: fisher.Eigenpairs, truth: fisher.Eigenpairs) -> dict[str, torch.Tensor]:
     """By layer: lambda and trace as shares of the true ones, and |cos| of the eigenvectors."""
     return {
         "lambda": found.values[:, 0] / truth.values[:, 0],
@@ -48,39 +46,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-sentences", type=int, default=20)
     options = parser.parse_args()
-    args = core_experiment.parse_args([])
-    model = reading.load(args.model_name, None, "float32", "cpu")
-    contexts = diverse_contexts(model, options.num_sentences)
+    subject = embedded()
+    contexts = diverse_contexts(subject, options.num_sentences)
 
-    whole = [measure(model, context, "all")[0] for context in contexts]
+    truths = [exact(subject, context) for context in contexts]
     truncation = {}
-    for count in COUNTS:
-        found = [measure(model, context, count) for context in contexts]
-        rows = [ratios(eigen, truth) for (eigen, _), truth in zip(found, whole, strict=True)]
+    for k in COUNTS:
+        found = [truncated(subject, context, k) for context in contexts]
+        rows = [ratios(eigen, truth) for (eigen, _), truth in zip(found, truths, strict=True)]
         mass = torch.tensor([mass for _, mass in found])
-        truncation[count] = {"mass": {"median": float(mass.median()), "lowest": float(mass.min())}, **summary(rows)}
-        print(count, truncation[count], flush=True)
+        truncation[k] = {"mass": {"median": float(mass.median()), "lowest": float(mass.min())}, **summary(rows)}
+        show(f"k = {k}", truncation[k])
 
-    # bfloat16 only: CPUs have no fast float16
-    half = reading.load(args.model_name, None, "bfloat16", "cpu")
-    full = [measure(model, context, 200)[0] for context in contexts]
-    rows = [ratios(measure(half, context, 200)[0], truth) for context, truth in zip(contexts, full, strict=True)]
+    half = embedded(dtype="bfloat16")  # only: CPUs have no fast float16
+    full = [truncated(subject, context, 200)[0] for context in contexts]
+    rows = [ratios(truncated(half, context, 200)[0], truth) for context, truth in zip(contexts, full, strict=True)]
     deviation = torch.stack([(row["lambda"] - 1).abs() for row in rows])
     bfloat16 = {
         "lambda_off_by": {"median": float(deviation.median()), "largest": float(deviation.max())},
         "cos": summary(rows)["cos"],
         "cos_below_0.99": float((torch.stack([row["cos"] for row in rows]) < 0.99).float().mean()),
     }
-    print("bfloat16", bfloat16, flush=True)
-
-    figures = {
-        "machine": machine(model.lm),
-        "sentences": len(contexts),
-        "layers": model.layers,
-        "truncation": truncation,
-        "bfloat16": bfloat16,
-    }
-    write("approximations", __file__, figures)
+    show("bfloat16", bfloat16)
+    about = {"machine": machine(subject.lm), "sentences": len(contexts), "layers": subject.layers}
+    write("approximations", __file__, {**about, "truncation": truncation, "bfloat16": bfloat16})
 
 
 if __name__ == "__main__":

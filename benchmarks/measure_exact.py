@@ -13,30 +13,17 @@ import argparse
 from itertools import islice
 import statistics
 
-import exact
-import head
-import models
-from prompts import Prompts, encode, plan_batches
-import reading
-from settings import Settings
+from measuring import diverse_contexts, embedded, machine, plain_embedded, seconds, show, write
 import torch
-from transformers import AutoModelForCausalLM
 
-from common import ROOT, diverse_contexts, machine, seconds, write
 import compute_fisher
 import fisher
+from model.loading import find_module
+from pipeline.prompts import Prompts, encode, plan_batches
+from pipeline.settings import Settings
 
 K, NUM = 200, 10
 ROWS = fisher.Chunks(1024)
-
-
-def from_top_k(point: fisher.Point) -> fisher.Eigen:
-    z = head.top_k_cotangents(point, K)
-    return fisher.eigenpairs(fisher.pull_back(point, z.rows, ROWS), z.weights, NUM)
-
-
-def from_all(point: fisher.Point) -> fisher.Eigen:
-    return exact.matrices(point, ROWS).eigenpairs(NUM)
 
 
 def float64_eigenpairs(lm, layers: list[int], ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,19 +53,16 @@ def float64_eigenpairs(lm, layers: list[int], ids: torch.Tensor) -> tuple[torch.
 
 
 def experiment(sentences: int, repeats: int, checked: int) -> dict:
-    model = reading.load("smollm2-135m", None, "float32", "cpu")
-    contexts = diverse_contexts(model, sentences)
-    wide = AutoModelForCausalLM.from_pretrained(
-        models.embedded_model(), dtype=torch.float64, attn_implementation="eager"
-    )
-    wide = wide.eval().requires_grad_(False)
+    subject = embedded()
+    contexts = diverse_contexts(subject, sentences)
+    wide = plain_embedded(dtype=torch.float64, attn_implementation="eager")
     rows = []
     for number, context in enumerate(contexts):
         times = {"reading": [], "top-k": [], "exact": []}
         for turn in range(repeats + 1):
-            reading_s, read = seconds(lambda: reading.read(model, context))  # noqa: B023
-            top_s, _ = seconds(lambda: from_top_k(read.point))  # noqa: B023
-            exact_s, eigen = seconds(lambda: from_all(read.point))  # noqa: B023
+            reading_s, point = seconds(lambda: subject.linearize(context))  # noqa: B023
+            top_s, _ = seconds(lambda: fisher.top_k(point, K, ROWS).eigenpairs(NUM))  # noqa: B023
+            exact_s, eigen = seconds(lambda: fisher.full_vocabulary(point, ROWS).eigenpairs(NUM))  # noqa: B023
             if turn or number:
                 for name, duration in zip(times, (reading_s, top_s, exact_s), strict=True):
                     times[name].append(duration)
@@ -86,33 +70,31 @@ def experiment(sentences: int, repeats: int, checked: int) -> dict:
         row["ratio"] = row["exact"] / row["top-k"]
         row["ratio_with_reading"] = (row["reading"] + row["exact"]) / (row["reading"] + row["top-k"])
         if number < checked:
-            values, vectors = float64_eigenpairs(wide, model.layers, torch.tensor(context.ids))
+            values, vectors = float64_eigenpairs(wide, subject.layers, torch.tensor(context.ids))
             row["difference_lambda"] = float((eigen.values[:, 0] / values - 1).abs().max())
             row["difference_cos"] = float((1 - (eigen.vectors[:, 0] * vectors).sum(-1).abs()).max())
         rows.append(row)
-        print(row, flush=True)
+        show(f"{len(context.ids)} tokens", row)
     medians = {name: statistics.median(row[name] for row in rows) for name in ("ratio", "ratio_with_reading")}
-    return {"machine": machine(model.lm), "layers": model.layers, "medians": medians, "sentences": rows}
+    return {"machine": machine(subject.lm), "layers": subject.layers, "medians": medians, "sentences": rows}
 
 
 def pipeline(count: int) -> dict:
-    settings = Settings()
-    whole = Settings(top_k_tokens="all")
-    lm, tokenizer = models.load_model(settings.model_path, "float32", "cpu")
-    subject = compute_fisher.Subject(lm, tokenizer, *models.find_module(lm, settings.hook_layer_name))
-    source = Prompts(str(ROOT / settings.dataset_name), settings.dataset_split, None, None, None)
-    encoded = [encode(tokenizer, prompt, 2048) for prompt in islice(iter(source), count)]
+    settings, full = Settings(), Settings(top_k_tokens="all")
+    lm, tokenizer, _ = embedded()
+    subject = compute_fisher.Subject(lm, tokenizer, *find_module(lm, settings.hook_layer_name))
+    encoded = [encode(tokenizer, prompt, 2048) for prompt in islice(iter(Prompts(settings.dataset)), count)]
     batches = plan_batches([len(e.ids) for e in encoded], settings.batch_size)
     rows = []
     for batch in ([encoded[i] for i in indices] for indices in batches):
         top_s, _ = seconds(lambda: compute_fisher.measure(settings, subject, batch))  # noqa: B023
-        exact_s, results = seconds(lambda: compute_fisher.measure(whole, subject, batch))  # noqa: B023
+        exact_s, results = seconds(lambda: compute_fisher.measure(full, subject, batch))  # noqa: B023
         residuals = [result.record["residual"] for result in results]
         errors = [result.record["trace_error"] / result.record["trace"] for result in results]
         row = {"prompts": len(batch), "longest": max(len(e.ids) for e in batch), "top-k": top_s, "exact": exact_s}
         row |= {"ratio": exact_s / top_s, "residual": max(residuals), "trace_error_share": statistics.median(errors)}
         rows.append(row)
-        print(row, flush=True)
+        show(f"{len(batch)} prompts", row)
     total = sum(row["exact"] for row in rows) / sum(row["top-k"] for row in rows)
     return {"ratio": total, "residual": max(row["residual"] for row in rows), "batches": rows}
 
@@ -125,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     figures = {"experiment": experiment(options.num_sentences, options.repeats, checked=3)}
     figures["pipeline"] = pipeline(options.num_prompts)
-    print(figures["experiment"]["medians"], figures["pipeline"]["ratio"])
+    show("times as long", {**figures["experiment"]["medians"], "pipeline": figures["pipeline"]["ratio"]})
     write("exact", __file__, figures)
 
 

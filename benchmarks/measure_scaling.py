@@ -1,33 +1,24 @@
-"""How the time of one sentence's Fisher eigenpairs grows with tokens counted, width, prompt length and layers.
+"""How the time of one sentence's Fisher eigenpairs grows with k, width, prompt length and layers.
 
     python benchmarks/measure_scaling.py
 
 The first three on the embedded model and its 30 layers, the width on random weights (8 layers, 8 chosen, 16,384
 tokens). Beside each point its floor: one plain forward pass over as many tokens as there are prompt tokens and
-rows of gradients. At each width also the two ways to the exact matrix (exact.py). Median of three, in turns.
+rows of gradients. At each width also the two ways to the exact matrix. Median of three, in turns.
 Writes benchmarks/results/scaling.json and docs/scaling_curves.png.
 """
 
 import argparse
-from collections.abc import Callable
-import statistics
 
-import exact
-import head
-import last_token
-import matplotlib
-import models
-import plots
-import reading
+import matplotlib.pyplot as plt
+from measuring import ROOT, diverse_contexts, embedded, in_turns, machine, plain_embedded, show, write
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common import ROOT, diverse_contexts, machine, seconds, write
+from common import drawing
 import fisher
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from pipeline.block_lanczos import leading_eigenpairs
 
 COUNTS = (10, 25, 50, 100, 200, 500)
 WIDTHS = (256, 512, 1024, 2048)
@@ -37,36 +28,21 @@ ROWS = fisher.Chunks(1024)
 REPEATS = 3
 
 
-def top_k(lm: nn.Module, layers: list[nn.Module], ids: torch.Tensor, k: int) -> None:
-    point = fisher.linearize(lm, layers, ids[-1], last_token.prefill(lm, ids[:-1]))
-    z = head.top_k_cotangents(point, k)
-    fisher.eigenpairs(fisher.pull_back(point, z.rows, ROWS), z.weights)
+def top_k(lm: nn.Module, layers: list[int], ids: torch.Tensor, k: int) -> None:
+    fisher.top_k(fisher.linearize(lm, ids, layers), k, ROWS).eigenpairs()
 
 
-def whole(lm: nn.Module, layers: list[nn.Module], ids: torch.Tensor) -> None:
-    point = fisher.linearize(lm, layers, ids[-1], last_token.prefill(lm, ids[:-1]))
-    exact.matrices(point, ROWS).eigenpairs()
+def full(lm: nn.Module, layers: list[int], ids: torch.Tensor) -> None:
+    fisher.full_vocabulary(fisher.linearize(lm, ids, layers), ROWS).eigenpairs()
 
 
-def block(lm: nn.Module, layers: list[nn.Module], ids: torch.Tensor, num: int) -> None:
-    point = fisher.linearize(lm, layers, ids[-1], last_token.prefill(lm, ids[:-1]))
-    exact.leading_eigenpairs(point, num, chunks=ROWS)
+def block(lm: nn.Module, layers: list[int], ids: torch.Tensor, num: int) -> None:
+    leading_eigenpairs(fisher.linearize(lm, ids, layers), num, chunks=ROWS)
 
 
 def plain(lm: nn.Module, tokens: int) -> None:
     with torch.no_grad():
         lm(torch.randint(100, (1, tokens)), use_cache=False, logits_to_keep=1)
-
-
-def in_turns(functions: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Median seconds of each, after one unmeasured turn."""
-    taken = {name: [] for name in functions}
-    for turn in range(REPEATS + 1):
-        for name, function in functions.items():
-            duration, _ = seconds(function)
-            if turn:
-                taken[name].append(duration)
-    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def random_model(d: int) -> nn.Module:
@@ -79,43 +55,44 @@ def random_model(d: int) -> nn.Module:
 
 
 def measure() -> tuple[dict, dict]:
-    model = reading.load("smollm2-135m", ["all"], "float32", "cpu")
-    lm, every = model.lm, model.modules
-    floor_model = AutoModelForCausalLM.from_pretrained(models.embedded_model()).eval()
-    ids = torch.tensor(diverse_contexts(model, 1)[0].ids)
-    chosen = [every[number] for number in reading.choose_layers(None, len(every))]
-    curves = {name: {} for name in ("tokens counted", "prompt tokens", "layers", "width")}
+    subject, floor_model = embedded(), plain_embedded()
+    lm, chosen, depth = subject.lm, subject.layers, subject.lm.config.num_hidden_layers
+    ids = torch.tensor(diverse_contexts(subject, 1)[0].ids)
+    curves = {name: {} for name in ("k (top-k tokens)", "prompt tokens", "layers", "width")}
 
     for k in COUNTS:
-        curves["tokens counted"][k] = in_turns(
-            {"this": lambda: top_k(lm, chosen, ids, k), "floor": lambda: plain(floor_model, k + len(ids))}  # noqa: B023
+        curves["k (top-k tokens)"][k] = in_turns(
+            {"this": lambda: top_k(lm, chosen, ids, k), "floor": lambda: plain(floor_model, k + len(ids))},  # noqa: B023
+            REPEATS,
         )
-        print("k", k, curves["tokens counted"][k], flush=True)
+        show(f"k {k}", curves["k (top-k tokens)"][k])
     for length in LENGTHS:
         long = torch.randint(1000, (length,), generator=torch.Generator().manual_seed(0))
         curves["prompt tokens"][length] = in_turns(
-            {"this": lambda: top_k(lm, chosen, long, 200), "floor": lambda: plain(floor_model, 200 + length)}  # noqa: B023
+            {"this": lambda: top_k(lm, chosen, long, 200), "floor": lambda: plain(floor_model, 200 + length)},  # noqa: B023
+            REPEATS,
         )
-        print("length", length, curves["prompt tokens"][length], flush=True)
+        show(f"length {length}", curves["prompt tokens"][length])
     for count in LAYERS:
-        some = [every[int(number)] for number in torch.linspace(0, len(every) - 1, count).round()]
+        some = torch.linspace(0, depth - 1, count).round().int().tolist()
         curves["layers"][count] = in_turns(
-            {"this": lambda: top_k(lm, some, ids, 200), "floor": lambda: plain(floor_model, 200 + len(ids))}  # noqa: B023
+            {"this": lambda: top_k(lm, some, ids, 200), "floor": lambda: plain(floor_model, 200 + len(ids))},  # noqa: B023
+            REPEATS,
         )
-        print("layers", count, curves["layers"][count], flush=True)
+        show(f"layers {count}", curves["layers"][count])
     for d in WIDTHS:
         wide = random_model(d)
-        layers = list(wide.model.layers)
+        layers = list(range(8))
         known = ids % wide.config.vocab_size
         functions = {
             "this": lambda: top_k(wide, layers, known, 200),  # noqa: B023
             "floor": lambda: plain(wide, 200 + len(ids)),  # noqa: B023
-            "whole vocabulary, d rows": lambda: whole(wide, layers, known),  # noqa: B023
+            "whole vocabulary, d rows": lambda: full(wide, layers, known),  # noqa: B023
             "whole vocabulary, block iteration for 1 pair": lambda: block(wide, layers, known, 1),  # noqa: B023
             "whole vocabulary, block iteration for 10 pairs": lambda: block(wide, layers, known, 10),  # noqa: B023
         }
-        curves["width"][d] = in_turns(functions)
-        print("width", d, curves["width"][d], flush=True)
+        curves["width"][d] = in_turns(functions, REPEATS)
+        show(f"width {d}", curves["width"][d])
     return machine(lm), curves
 
 
@@ -127,7 +104,7 @@ def picture(curves: dict) -> None:
         "whole vocabulary, block iteration for 1 pair": ("#009E73", "v-"),
         "whole vocabulary, block iteration for 10 pairs": ("#CC79A7", "D-"),
     }
-    with plt.rc_context(plots.STYLE):
+    with plt.rc_context(drawing.STYLE):
         figure, panels = plt.subplots(1, 4, figsize=(20, 5.6), sharey=True)
         for panel, (what, points) in zip(panels, curves.items(), strict=True):
             x = list(points)

@@ -1,23 +1,120 @@
-"""What the benchmarks share: the sentences, the machine, and where figures are written."""
+"""What the benchmarks share: the naive protocol, the timer, the sentences, the machine, and how figures are kept."""
 
+from collections.abc import Callable, Sequence
 import json
 from pathlib import Path
 import platform
+import statistics
 import sys
 import time
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import models
-import reading
-import sentences
 import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import core_experiment
+from experiment.sentences import Context, read_sentences
+import fisher
+from model.embedded import embedded_model
+from model.loading import describe, load
+from model.passes import edit_stream, hooked
+
+# --- models and sentences ------------------------------------------------------------------------
 
 
-def seconds(function) -> tuple[float, object]:
+class Subject(NamedTuple):
+    """A model, and the numbers of the layers that are measured."""
+
+    lm: nn.Module
+    tokenizer: object
+    layers: list[int]
+
+    def linearize(self, context: Context) -> fisher.Point:
+        return fisher.linearize(self.lm, context.ids, self.layers)
+
+
+def embedded(layers: Sequence[int] | None = None, dtype: str = "float32", device: str = "cpu") -> Subject:
+    """The embedded model, as this project loads it; with the experiment's layers by default."""
+    lm, tokenizer = load(dtype=dtype, device=device)
+    return Subject(lm, tokenizer, list(layers or core_experiment.choose_layers(None, lm.config.num_hidden_layers)))
+
+
+def plain_embedded(**options) -> nn.Module:
+    """The same weights as transformers hands them out, fused attention and all."""
+    return AutoModelForCausalLM.from_pretrained(embedded_model(), **options).eval().requires_grad_(False)
+
+
+def diverse_contexts(subject: Subject, count: int) -> list[Context]:
+    """The experiment's first `count` sentences."""
+    settings = core_experiment.parse([])
+    texts = read_sentences(settings.data, settings.target_word)
+    return core_experiment.find_contexts(settings, subject.lm, subject.tokenizer, texts)[:count]
+
+
+# --- the naive protocol --------------------------------------------------------------------------
+
+
+def naive_gradients(
+    lm: nn.Module, module: nn.Module, ids: Tensor, k: int, everywhere: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """G (k, d) float32 by one backward call a token, p (k,), and all log-probabilities (V,).
+
+    The bias is added at the last token of ids (tokens,), or at every one.
+    """
+    bias = torch.zeros(lm.config.hidden_size, dtype=lm.dtype, device=lm.device, requires_grad=True)
+
+    def add(h: Tensor) -> Tensor:
+        return h + bias if everywhere else torch.cat([h[:, :-1], h[:, -1:] + bias], dim=1)
+
+    with hooked((module.register_forward_hook, edit_stream(add))):
+        log_probs = lm(ids[None]).logits[0, -1].float().log_softmax(-1)
+    top = log_probs.topk(k).values
+    gradients = []
+    for log_prob in top:
+        lm.zero_grad()
+        bias.grad = None
+        log_prob.backward(retain_graph=True)
+        gradients.append(bias.grad.clone())
+    return torch.stack(gradients).float(), top.detach().exp(), log_probs.detach()
+
+
+class Naive(NamedTuple):
+    value: float  # the largest eigenvalue
+    vector: Tensor  # (d,)
+    kl: list[float]  # nats, by scale
+
+
+def naive(lm: nn.Module, layer: nn.Module, ids: Tensor, k: int, scales: Sequence[float]) -> Naive:
+    """The experiment as it reads, at one layer: d x d Fisher matrix, `eigh`, a forward pass a scale (unit: nats)."""
+    gradients, p, log_probs = naive_gradients(lm, layer, ids, k)
+    values, vectors = torch.linalg.eigh(gradients.T @ (p[:, None] * gradients))
+    value, vector = values[-1], vectors[:, -1] * torch.sign(vectors[:, -1] @ gradients[0])
+    kl = []
+    for scale in scales:
+        delta = (scale * value.rsqrt() * vector).to(lm.dtype)
+
+        def add(h: Tensor, delta=delta) -> Tensor:
+            return torch.cat([h[:, :-1], h[:, -1:] + delta], dim=1)
+
+        with torch.no_grad(), hooked((layer.register_forward_hook, edit_stream(add))):
+            log_q = lm(ids[None]).logits[0, -1].float().log_softmax(-1)
+        kl.append(float((log_probs.exp() * (log_probs - log_q)).sum()))
+    return Naive(float(value), vector, kl)
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable) -> tuple[float, object]:
     """How long function() takes, and what it returns."""
     synchronize()
     start = time.perf_counter()
@@ -26,24 +123,24 @@ def seconds(function) -> tuple[float, object]:
     return time.perf_counter() - start, result
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def in_turns(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median seconds of each, in turns, since the machine's speed drifts; after one turn that is not counted."""
+    taken = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            duration, _ = seconds(function)
+            if turn:
+                taken[name].append(duration)
+    return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def diverse_contexts(model: reading.Model, count: int) -> list[sentences.Context]:
-    """The experiment's first `count` sentences."""
-    args = core_experiment.parse_args([])
-    texts = sentences.read_sentences(str(ROOT / core_experiment.BUNDLED), args.target_word)
-    contexts = core_experiment.locate_all(args, model, texts)
-    order = sentences.diverse_order([context.prompt for context in contexts])
-    return [contexts[index] for index, _ in zip(order, range(count), strict=False)]
+# --- figures -------------------------------------------------------------------------------------
 
 
-def machine(lm: torch.nn.Module) -> dict:
+def machine(lm: nn.Module) -> dict:
     """Device and versions."""
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {"cpu": cpu(), "threads": torch.get_num_threads(), **gpu, **models.describe(lm)}
+    return {"cpu": cpu(), "threads": torch.get_num_threads(), **gpu, **describe(lm)}
 
 
 def cpu() -> str:
@@ -52,6 +149,18 @@ def cpu() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def show(label: object, figures: dict) -> None:
+    """Prints a row of figures, three digits each."""
+
+    def short(value):
+        if isinstance(value, dict):
+            return {key: short(item) for key, item in value.items()}
+        return float(f"{value:.3g}") if isinstance(value, float) else value
+
+    cells = [f"{key} {short(value)}" for key, value in figures.items()]
+    print(f"{label}: " + ", ".join(cells), file=sys.stderr, flush=True)
 
 
 def write(name: str, script: str, figures: dict) -> Path:

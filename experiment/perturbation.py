@@ -97,7 +97,8 @@ def check_cached_path(point: Point, ids: list[int]) -> None:
     unmoved = fisher.perturb(point, torch.zeros_like(point.activations), torch.arange(len(point.modules)))
     kl = float(fisher.kl_divergence(log_probs, torch.cat([point.log_probs[None], unmoved])).max())
     if not kl <= ROUNDING_NATS[point.model.dtype]:
-        raise UnsupportedModelError(f"its cached and plain predictions differ by {kl:.2g} nats")
+        name = type(point.model).__name__
+        raise UnsupportedModelError(f"the cached and plain predictions of {name} differ by {kl:.2g} nats")
 
 
 # --- how far the quadratic prediction holds ------------------------------------------------------

@@ -66,7 +66,7 @@ def spectra_figure(prompts: dict) -> Figure:
     if len(positive):
         low, high = np.log10(positive.min()), np.log10(positive.max())
         panel.hist(positive, bins=np.logspace(low - 0.05, high + 0.05, 40), color="#56B4E9", edgecolor="white")
-    panel.set_xscale("log")
+        panel.set_xscale("log")
     panel.set(title="Sensitivity", xlabel="λ₁ (nats per unit²)", ylabel="prompts")
     for index, colour in colours.items():
         if first[index] > 0:
@@ -85,7 +85,8 @@ def spectra_figure(prompts: dict) -> Figure:
 
     panel = figure.add_subplot(grid[1, 2])
     _dots(panel, prompts["tokens"], np.where(first > 0, first, np.nan), colours)
-    panel.set(title="Sensitivity by length", xlabel="tokens", ylabel="λ₁ (nats per unit²)", xscale="log", yscale="log")
+    panel.set(title="Sensitivity by length", xlabel="tokens", ylabel="λ₁ (nats per unit²)", xscale="log")
+    panel.set_yscale("log" if len(positive) else "linear")
 
     panel = figure.add_subplot(grid[2, :])
     panel.axis("off")
@@ -125,7 +126,7 @@ def _spectra_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
     panel.plot(x, quantiles[3], color="#0B3C5D", linewidth=2, label="median")
     for index, colour in colours.items():
         panel.plot(x, shown[index], "o-", color=colour, markersize=4, linewidth=1.2)
-    panel.set_yscale("log")
+    panel.set_yscale("log" if (spectra > 0).any() else "linear")
     panel.set(title=f"Spectra of {len(spectra)} prompts", xlabel="singular value", ylabel="nats per unit²")
     panel.set_xticks(x if len(x) <= 20 else x[:: len(x) // 10])
     panel.legend(frameon=False, fontsize=11, loc="lower left")

@@ -2,12 +2,14 @@
 
 from dataclasses import asdict, fields
 import importlib
+import os
 import subprocess
 import sys
 
 import pytest
 import yaml
 
+from common import command_line
 from common.command_line import UserError, read_yaml
 import compute_fisher
 import core_experiment
@@ -126,6 +128,46 @@ def test_a_bad_flag_ends_with_one_line_and_code_2(script, words, said, capsys):
 
 def test_scales_are_sorted_and_named_by_six_digits():
     assert core_experiment.parse(["--scales", "2", "-1", "0.1234567", "2.0"]).scales == (-1, 0.123457, 2)
+
+
+# --- text and network ----------------------------------------------------------------------------
+
+
+def test_excerpts_are_short_printable_and_in_one_line():
+    text = "The \x1b[31mzoo\n" + " keeps animals" * 9
+    assert command_line.excerpt("The\n  zoo", 10) == command_line.excerpt_end("The zoo", 10) == "The zoo"
+    assert command_line.excerpt(text, 20) == r"The \x1b[31mzoo kee…"
+    assert command_line.excerpt_end(text, 20) == "…imals keeps animals"
+
+
+def test_a_table_is_aligned_to_the_left_in_its_first_column_and_to_the_right_in_the_others():
+    assert command_line.table(["layer", "KL"], [["0", "0.25"], ["10", "3"]]).splitlines() == [
+        "layer    KL", "0      0.25", "10        3"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "address", "proxies", "offline"),
+    [
+        ("some/model", False, {}, True),
+        ("some/model", True, {}, False),
+        ("some/model", False, {"https": "http://proxy"}, False),
+        ("smollm2-135m", False, {}, False),
+        (str(ROOT), False, {}, False),
+    ],
+)
+def test_the_hubs_libraries_stay_offline_if_a_name_needs_a_hub_without_an_address(
+    name, address, proxies, offline, monkeypatch
+):
+    def look_up(*arguments):
+        if not address:
+            raise OSError
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(command_line, "getproxies", lambda: proxies)
+    monkeypatch.setattr(command_line.socket, "getaddrinfo", look_up)
+    command_line.settle_network("smollm2-135m", name)
+    assert ("HF_HUB_OFFLINE" in os.environ) is offline
 
 
 # --- the pipeline's YAML file --------------------------------------------------------------------
