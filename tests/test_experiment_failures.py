@@ -66,7 +66,10 @@ def test_an_architecture_whose_cache_misleads_is_refused(model_directory, tmp_pa
     monkeypatch.setattr(fisher, "prefill", lambda model, ids: prefill(model, ids.flip(0)))
     assert scripts.core_experiment(model_directory, tmp_path / "out") == 2
     said = capsys.readouterr().err
-    assert "not supported: the cached and plain predictions of LlamaForCausalLM differ by" in said and said.count("\n") == 1
+    assert (
+        "not supported: the cached and plain predictions of LlamaForCausalLM differ by" in said
+        and said.count("\n") == 1
+    )
     assert not (tmp_path / "out").exists()
 
 

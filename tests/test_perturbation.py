@@ -74,7 +74,9 @@ def test_the_cached_path_agrees_with_a_plain_forward_pass(name):
 
 def test_a_cache_that_misleads_is_found():
     ids, point = point_of("llama")
-    with pytest.raises(fisher.UnsupportedModelError, match=r"the cached and plain predictions of \w+ differ by .* nats"):
+    with pytest.raises(
+        fisher.UnsupportedModelError, match=r"the cached and plain predictions of \w+ differ by .* nats"
+    ):
         check_cached_path(point, ids.flip(0).tolist())
 
 
