@@ -15,12 +15,22 @@ directory. Stopped, the same command goes on where it was.
 
 import sys
 
-from common.command_line import INTERRUPTED, UserError, end_with_error, exit_code, model_line, settle_network
+from common.command_line import (
+    INTERRUPTED,
+    UserError,
+    before_imports,
+    end_with_error,
+    exit_code,
+    model_line,
+    settle_network,
+)
 from pipeline.settings import Command, Settings, parse
 
 PROGRAM = "compute_fisher.py"
+SOME_FAILED = 3  # the exit code of a run that is complete but for some prompts
 
 if __name__ == "__main__":  # before the imports below, which take seconds: --help need not wait for torch
+    before_imports()
     try:
         from_command_line = parse(sys.argv[1:])
     except UserError as error:
@@ -30,24 +40,35 @@ if __name__ == "__main__":  # before the imports below, which take seconds: --he
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 import time
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.command_line import excerpt
+from common.command_line import first_line
+from common.lock import lock_directory
 import fisher
-from model.loading import describe, find_module, fingerprint, load, longest_prompt, vocabulary_size
-from model.passes import ROUNDING_NATS, use_attention
+from model.loading import (
+    describe,
+    dtype_advice,
+    find_module,
+    fingerprint,
+    load,
+    longest_prompt,
+    rotation_change,
+    vocabulary_size,
+)
+from model.passes import last_logits, stream_width, use_attention
 from pipeline import figures, processes, report
 from pipeline.block_lanczos import leading_eigenpairs
 from pipeline.processes import Processes
 from pipeline.prompts import Encoded, Prompt, Prompts, encode, plan_batches
 from pipeline.run_directory import FILES, RunDirectory
-from pipeline.store import Result, Store
+from pipeline.store import PROMPTS, Result, Store
 
 SHARD_BATCHES = 16  # a shard is so many batches' prompts: sorted by length, they need little padding
 # Rows (tokens times cotangents) of one backward pass: more of them no longer make better use of the machine.
@@ -59,6 +80,8 @@ PLAIN_ATTENTION = 256
 MATRICES_KEPT = 6
 ATTENTION_BYTES = 4 << 30
 MAX_WAITING = 2  # batches that may wait to be written
+# A run goes on without prompts that fail (NaN, no convergence), unless of at least so many more than this share do.
+MAX_FAILED_SHARE, MIN_JUDGED = 0.5, 8
 
 
 # --- one batch -----------------------------------------------------------------------------------
@@ -83,26 +106,32 @@ def pad(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @contextmanager
 def explain_failures(subject: Subject, batch: list[Encoded]) -> Iterator[None]:
-    """Says which prompt a numerical failure belongs to."""
+    """Turns failures of a whole batch into a line."""
     try:
         yield
-    except fisher.NumericalError as error:
-        prompt = batch[error.prompt].prompt
-        where = f"at prompt {prompt.index}, {excerpt(prompt.text, report.EXCERPT)!r}"
-        raise UserError(f"{error} {where} (row {prompt.row} of the dataset): try --dtype float32") from error
+    except (fisher.NumericalError, torch.linalg.LinAlgError) as error:
+        first, last = batch[0].prompt.index, batch[-1].prompt.index
+        where = f"in the batch of prompts {first} to {last}"
+        raise UserError(f"{first_line(error)} {where}{dtype_advice(subject.model)}") from error
     except fisher.UnsupportedModelError as error:
         raise UserError(f"no Fisher matrix at {subject.path}: {error}") from error
 
 
+def attention_for(settings: Settings, batch: list[Encoded]) -> tuple[str, int]:
+    """The kind of attention a batch runs with, and how many cotangents to pull back at once."""
+    longest = max(len(encoded.ids) for encoded in batch)
+    rows = max(1, BACKWARD_ROWS // (len(batch) * longest))
+    if settings.top_k_tokens == "all":  # the block iteration differentiates the backward pass: no fused attention
+        return "eager", rows
+    return ("eager", rows) if longest <= PLAIN_ATTENTION and rows > 1 else ("sdpa", 1)
+
+
 def linearize(settings: Settings, subject: Subject, batch: list[Encoded]) -> tuple[fisher.Point, int]:
     """The batch's prompts at their last tokens, and how many cotangents to pull back at once."""
-    ids, lengths = pad(batch)
-    # the block iteration differentiates the backward pass, which fused attention does not allow
-    full = settings.top_k_tokens == "all"
-    rows = max(1, BACKWARD_ROWS // ids.numel()) if full or ids.shape[1] <= PLAIN_ATTENTION else 1
-    use_attention(subject.model, "eager" if full or rows > 1 else "sdpa")
+    kind, rows = attention_for(settings, batch)
+    use_attention(subject.model, kind)
     last_only = settings.bias_positions == "last"
-    return fisher.linearize_prompts(subject.model, subject.module, ids, lengths, last_only), rows
+    return fisher.linearize_prompts(subject.model, subject.module, *pad(batch), last_only), rows
 
 
 def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) -> int:
@@ -133,27 +162,32 @@ def triplets(settings: Settings, point: fisher.Point, chunks: fisher.Chunks) -> 
 def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Result]:
     """The results of a batch's prompts. Out of memory, it goes on with half of the batch at a time.
 
+    A prompt that leads to NaN, infinity or no convergence is taken out of the batch and recorded as failed.
+
     Raises:
-        UserError: a prompt leads to NaN or infinity, or the module does not lead to the predictions.
+        UserError: the module does not lead to the predictions, or an eigensolver failed.
     """
     start = time.perf_counter()
 
     def measure_some(which: torch.Tensor) -> list[Result]:
         prompts = [batch[i] for i in which.tolist()]
-        with explain_failures(subject, prompts):
+        try:
             point, rows = linearize(settings, subject, prompts)
             eigen, columns = triplets(settings, point, fisher.Chunks(rows))
+        except fisher.NumericalError as error:
+            if error.prompt is None:
+                raise
+            others = which[torch.arange(len(which)) != error.prompt]
+            results = measure_some(others) if len(others) else []
+            results.insert(error.prompt, without_matrix(settings, subject, prompts[error.prompt], str(error)))
+            return results
         top_probability, top_id = (column.tolist() for column in point.log_probs.exp().max(-1))
         values, vectors = (part.cpu().numpy() for part in eigen[:2])
         columns = {name: column.tolist() for name, column in columns.items()}
         return [
             Result(
                 record={
-                    "index": encoded.prompt.index,
-                    "row": encoded.prompt.row,
-                    "prompt": encoded.prompt.text,
-                    "tokens": len(encoded.ids),
-                    "truncated": encoded.truncated,
+                    **describe_prompt(encoded),
                     "top_token": subject.tokenizer.decode([top_id[i]]),
                     "top_probability": top_probability[i],
                     **{name: column[i] for name, column in columns.items()},
@@ -165,7 +199,8 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
             for i, encoded in enumerate(prompts)
         ]
 
-    parts = fisher.Chunks(prompts_at_once(settings, subject, batch)).map(measure_some, torch.arange(len(batch)))
+    with explain_failures(subject, batch):
+        parts = fisher.Chunks(prompts_at_once(settings, subject, batch)).map(measure_some, torch.arange(len(batch)))
     results = list(chain.from_iterable(parts))
     seconds = (time.perf_counter() - start) / len(batch)
     for result in results:
@@ -173,22 +208,43 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
     return results
 
 
-def check_padding(settings: Settings, subject: Subject, prompts: list[Encoded]) -> None:
-    """Compares the shortest prompt beside the longest with itself alone, in a plain forward pass.
+def describe_prompt(encoded: Encoded) -> dict:
+    return {
+        "index": encoded.prompt.index,
+        "row": encoded.prompt.row,
+        "prompt": encoded.prompt.text,
+        "tokens": len(encoded.ids),
+        "truncated": encoded.truncated,
+    }
+
+
+def without_matrix(settings: Settings, subject: Subject, encoded: Encoded, reason: str) -> Result:
+    """The result of a prompt that failed: why, and zeros."""
+    r, width = settings.num_singular_values, stream_width(subject.model, subject.module)
+    zeros = dict.fromkeys(("top_probability", "captured_mass", "trace", "effective_rank"), 0.0)
+    record = {**describe_prompt(encoded), "failed": reason, "top_token": "", **zeros, "singular_values": [0.0] * r}
+    return Result(record, np.zeros(r, np.float32), np.zeros((r, width), np.float32))
+
+
+def check_padding(subject: Subject, batch: list[Encoded]) -> None:
+    """Runs the shortest and the longest prompt of a batch, without their last tokens, with two kinds of padding.
+
+    Nothing that a causal model computes for a token depends on what comes after it: the logits have to be the same
+    to the last bit, in every dtype.
 
     Raises:
-        UserError: they differ by more than rounding, so that this model's results would depend on the padding.
+        UserError: they are not, so that this model's results would depend on what else is in the batch.
     """
-    shortest, *_, longest = sorted([*prompts, prompts[0]], key=lambda encoded: len(encoded.ids))
-    with explain_failures(subject, [shortest, longest]):
-        point, _ = linearize(settings, subject, [shortest, longest])
-    with torch.no_grad():
-        alone = subject.model(torch.tensor([shortest.ids], device=subject.model.device), use_cache=False)
-    log_probs = alone.logits[0, -1].float().log_softmax(-1).to(point.log_probs.device)
-    kl = float(fisher.kl_divergence(log_probs, point.log_probs[0]))
-    if not kl <= ROUNDING_NATS[subject.model.dtype]:
+    by_length = sorted(batch, key=lambda encoded: len(encoded.ids))
+    ids, lengths = pad([by_length[0], by_length[-1]])
+    ids = ids if ids.shape[1] > 1 else ids.expand(-1, 2)
+    lengths = (lengths - 1).clamp(min=1)
+    padding = torch.arange(ids.shape[1]) >= lengths[:, None]
+    other = torch.where(padding, (ids + 1) % vocabulary_size(subject.model), ids)
+    first, second = (last_logits(subject.model, tokens, lengths).nan_to_num() for tokens in (ids, other))
+    if not torch.equal(first, second):
         name = type(subject.model).__name__
-        raise UserError(f"{name} is not supported: its predictions change by {kl:.2g} nats with what is in the batch")
+        raise UserError(f"{name} is not supported: its predictions change with the padding of a batch")
 
 
 # --- the dataset, shard by shard -----------------------------------------------------------------
@@ -199,67 +255,99 @@ class Shard:
     """A window of the dataset, and what is left to do of it."""
 
     number: int
-    finished: int  # prompts that an earlier run has done
+    prompts: list[int]  # numbers of all its prompts
     todo: dict[int, list[Encoded]]  # by number of the batch
     closed: bool = False  # its file is there
 
 
 def plan(
-    settings: Settings, prompts: Iterator[Prompt], tokenizer, longest: int, store: Store, process: Processes
+    settings: Settings, prompts: Iterator[Prompt], subject: Subject, longest: int, store: Store, process: Processes
 ) -> Iterator[Shard]:
     """This process's shards in order, with what an earlier run left of them.
 
     Shards and batches are a function of the dataset and the settings alone, so that neither the number of
     processes nor an interruption changes a result.
+
+    Raises:
+        UserError: the dataset is not the one of the earlier run.
     """
-    source = islice(prompts, settings.num_prompts)
     size = SHARD_BATCHES * settings.batch_size
-    number = -1
-    while window := list(islice(source, size)):
+    number = 0
+    while window := list(islice(prompts, size)):
+        if number % process.size == process.rank:
+            yield plan_shard(settings, number, window, subject, longest, store)
         number += 1
-        if number % process.size != process.rank:
-            continue
-        if store.has_shard(number, window):
-            yield Shard(number, len(window), {}, closed=True)
-            continue
-        encoded = [encode(tokenizer, prompt, longest) for prompt in window]
-        batches = plan_batches([len(e.ids) for e in encoded], settings.batch_size)
-        todo = {i: [encoded[j] for j in batch] for i, batch in enumerate(batches)}
-        for i in [i for i in todo if store.has_batch(number, i, [e.prompt for e in todo[i]])]:
-            del todo[i]
-        yield Shard(number, len(window) - sum(map(len, todo.values())), todo)
+    store.require_no_more_than(number)
+
+
+def plan_shard(
+    settings: Settings, number: int, window: list[Prompt], subject: Subject, longest: int, store: Store
+) -> Shard:
+    numbers = [prompt.index for prompt in window]
+    if store.has_shard(number, window):
+        return Shard(number, numbers, {}, closed=True)
+    encoded = [encode(subject.tokenizer, prompt, longest) for prompt in window]
+    # a model that turns its positions in another way for long batches has no batch of both kinds
+    change = rotation_change(subject.model)
+    batches = []
+    for kind in ([e for e in encoded if len(e.ids) > change], [e for e in encoded if len(e.ids) <= change]):
+        batches += [[kind[j] for j in batch] for batch in plan_batches([len(e.ids) for e in kind], settings.batch_size)]
+    todo = dict(enumerate(batches))
+    for i in [i for i in todo if store.has_batch(number, i, [e.prompt for e in todo[i]])]:
+        del todo[i]
+    return Shard(number, numbers, todo)
 
 
 def progress_bar(settings: Settings, process: Processes) -> tqdm:
-    size = SHARD_BATCHES * settings.batch_size
-    starts = range(process.rank * size, settings.num_prompts, process.size * size)
-    mine = sum(min(size, settings.num_prompts - start) for start in starts)
+    mine = None
+    if settings.num_prompts != "all":
+        size = SHARD_BATCHES * settings.batch_size
+        full, rest = divmod(settings.num_prompts, size)
+        mine = size * len(range(process.rank, full, process.size)) + rest * (full % process.size == process.rank)
     label = "Fisher matrices" if process.size == 1 else f"Fisher matrices, process 1 of {process.size}"
     return tqdm(total=mine, desc=label, unit="prompt", disable=None if process.first else True)
+
+
+class Failures:
+    """How many of this process's prompts have failed."""
+
+    def __init__(self, advice: str):
+        self.seen, self.failed, self.advice = 0, 0, advice
+
+    def count(self, results: list[Result]) -> None:
+        """Raises UserError: too many have."""
+        reasons = [result.record["failed"] for result in results if "failed" in result.record]
+        self.seen, self.failed = self.seen + len(results), self.failed + len(reasons)
+        if reasons and self.seen >= MIN_JUDGED and self.failed > MAX_FAILED_SHARE * self.seen:
+            raise UserError(f"{self.failed} of the first {self.seen} prompts failed: {reasons[-1]}{self.advice}")
 
 
 def compute(settings: Settings, subject: Subject, shards: Iterator[Shard], store: Store, bar: tqdm) -> None:
     """Takes every shard through `measure`. The next one is tokenized, and results are written, meanwhile."""
     pending: deque[Future] = deque()
-    tokens, start, checked = 0, time.perf_counter(), False
+    tokens, start, checked = 0, time.perf_counter(), set()
+    failures = Failures(dtype_advice(subject.model))
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         ahead = reader.submit(next, shards, None)
         while (shard := ahead.result()) is not None:
             ahead = reader.submit(next, shards, None)
-            bar.update(shard.finished)
-            if shard.todo and not checked:
-                check_padding(settings, subject, list(chain.from_iterable(shard.todo.values())))
-                checked = True
+            bar.update(len(shard.prompts) - sum(map(len, shard.todo.values())))
             for number, batch in shard.todo.items():
+                kind = attention_for(settings, batch)[0]
+                if kind not in checked:
+                    use_attention(subject.model, kind)
+                    check_padding(subject, batch)
+                    checked.add(kind)
                 results = measure(settings, subject, batch)
                 pending.append(writer.submit(store.write_batch, shard.number, number, results))
                 while len(pending) > MAX_WAITING:  # raises what a write that failed has raised
                     pending.popleft().result()
+                failures.count(results)
                 tokens += sum(len(encoded.ids) for encoded in batch)
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
                 bar.update(len(batch))
             if not shard.closed:
-                pending.append(writer.submit(store.close_shard, shard.number))
+                pending.append(writer.submit(store.close_shard, shard.number, shard.prompts))
         for write in pending:
             write.result()
 
@@ -271,8 +359,23 @@ def load_subject(settings: Settings, process: Processes) -> Subject:
     device = settings.device
     if process.size > 1 and device == "auto" and torch.cuda.is_available():
         device = f"cuda:{process.local}"
-    lm, tokenizer = load(settings.model_path, settings.dtype, device, settings.trust_remote_code)
-    return Subject(lm, tokenizer, *find_module(lm, settings.hook_layer_name))
+    model, tokenizer = load(settings.model_path, settings.dtype, device, settings.trust_remote_code)
+    return Subject(model, tokenizer, *find_module(model, settings.hook_layer_name))
+
+
+def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int) -> None:
+    """Takes the first prompt to its last token, so that what is wrong for all prompts is found before anything else.
+
+    Raises:
+        UserError: the template leaves no room, or the module does not lead to the predictions.
+    """
+    batch = [encode(subject.tokenizer, first, longest)]
+    try:
+        linearize(settings, subject, batch)
+    except fisher.NumericalError:
+        return  # it will be recorded as failed
+    except fisher.UnsupportedModelError as error:
+        raise UserError(f"no Fisher matrix at {subject.path}: {error}") from error
 
 
 def clamp_to_model(settings: Settings, subject: Subject, tell: Callable[[str], None]) -> Settings:
@@ -293,44 +396,53 @@ def run(command: Command, process: Processes) -> int:
     settings = command.settings
     tell = print if process.first else lambda text: None
     directory = RunDirectory(settings)
-    if process.ask_first(lambda: directory.is_finished(command.overwrite)):
+    done = f"{settings.output_dir} is finished: nothing to do (--overwrite starts anew)"
+    with ExitStack() as stack:
+        process.ask_first(lambda: stack.enter_context(lock_directory(directory.path)))
+        if process.ask_first(lambda: directory.is_finished(command.overwrite)):
+            if process.first:
+                directory.clean_up()
+            tell(done)
+            return 0
+        prompts = Prompts(
+            settings.dataset, settings.dataset_split, settings.prompt_column, settings.dataset_config, settings.seed
+        )
+        source = iter(prompts)
+        first = next(source, None)  # what is wrong with the dataset is said before the model is loaded
+        if first is None:
+            raise UserError(f"{prompts.source} has no usable prompt: {prompts.skipped} rows, all empty or no text")
+
+        subject = load_subject(settings, process)
+        longest = min(settings.max_length, longest_prompt(subject.model) or settings.max_length)
+        clamped = clamp_to_model(settings, subject, tell)
+        try_first(clamped, subject, first, longest)
+        environment = describe(subject.model)
+        identity = {"hook_layer": subject.path, "model_fingerprint": fingerprint(subject.model, subject.tokenizer)}
+        if process.ask_first(lambda: directory.begin(identity, environment, command.overwrite)):
+            tell(done)
+            return 0
+        tell(model_line(settings.model_path, environment) + f"; hooked at {subject.path}")
+
+        wanted = None if settings.num_prompts == "all" else settings.num_prompts
+        with progress_bar(settings, process) as bar:
+            source = islice(chain([first], source), wanted)
+            shards = plan(settings, source, subject, longest, directory.store, process)
+            try:
+                compute(clamped, subject, shards, directory.store, bar)
+            except KeyboardInterrupt:
+                bar.close()
+                print("Interrupted: finished batches are saved; the same command does the rest.", file=sys.stderr)
+                return INTERRUPTED
+        process.wait_for_all()
+        count = min(prompts.usable, wanted or prompts.usable)
+        statistics = None
         if process.first:
-            directory.clean_up()
-        tell(f"{settings.output_dir} is finished: nothing to do (--overwrite starts anew)")
-        return 0
-    prompts = Prompts(
-        settings.dataset, settings.dataset_split, settings.prompt_column, settings.dataset_config, settings.seed
-    )
-    source = iter(prompts)
-    first = next(source, None)  # what is wrong with the dataset is said before the model is loaded
-    if first is None:
-        raise UserError(f"{prompts.source} has no usable prompt: {prompts.skipped} rows, all empty or no text")
-
-    subject = load_subject(settings, process)
-    longest = min(settings.max_length, longest_prompt(subject.model) or settings.max_length)
-    environment = describe(subject.model)
-    identity = {"hook_layer": subject.path, "model_fingerprint": fingerprint(subject.model)}
-    process.ask_first(lambda: directory.begin(identity, environment, command.overwrite))
-    tell(model_line(settings.model_path, environment) + f"; hooked at {subject.path}")
-    clamped = clamp_to_model(settings, subject, tell)
-
-    with progress_bar(settings, process) as bar:
-        shards = plan(settings, chain([first], source), subject.tokenizer, longest, directory.store, process)
-        try:
-            compute(clamped, subject, shards, directory.store, bar)
-        except KeyboardInterrupt:
-            bar.close()
-            print(
-                "Interrupted: finished batches are saved, and the same command goes on with the rest.", file=sys.stderr
-            )
-            return INTERRUPTED
-    process.wait_for_all()
-    if process.first:
-        tell(directory.finish(SHARD_BATCHES * settings.batch_size, prompts.skipped))
-    if prompts.usable < settings.num_prompts:
-        tell(f"note: {settings.num_prompts} prompts were asked for, only {prompts.usable} are available")
-    tell(f"Written to {settings.output_dir}: {', '.join(FILES)}")
-    return 0
+            statistics = directory.finish(count, SHARD_BATCHES * settings.batch_size, prompts.skipped)
+            tell(report.final_table(directory.path / PROMPTS, statistics))
+        if wanted and count < wanted:
+            tell(f"note: {wanted} prompts were asked for, only {count} are available")
+        tell(f"Written to {settings.output_dir}: {', '.join(FILES)}")
+        return SOME_FAILED if statistics and statistics["failed_prompts"] else 0
 
 
 def main(command: Command) -> int:

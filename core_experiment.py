@@ -20,6 +20,7 @@ from common.command_line import (
     EMBEDDED,
     Parser,
     UserError,
+    before_imports,
     count,
     dtype_name,
     exit_code,
@@ -103,6 +104,7 @@ def parse(argv: list[str]) -> Settings:
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds: --help need not wait for torch
+    before_imports()
     from_command_line = parse(sys.argv[1:])
     settle_network(from_command_line.model_name, from_command_line.data)
 
@@ -121,7 +123,8 @@ from experiment.perturbation import check_cached_path, control_directions, step_
 from experiment.results import EIGENVECTORS, RESULTS, SPECTRUM, TOP, Measured, Results, rank
 from experiment.sentences import Context, diverse_order, locate, read_sentences
 import fisher
-from model.loading import decoder_layers, describe, load, longest_prompt, vocabulary_size
+from model.loading import decoder_layers, describe, dtype_advice, load, longest_prompt, vocabulary_size
+from model.passes import require_known_tokens
 
 FILES = (RESULTS, EIGENVECTORS, figures.SIMILARITY, figures.PERTURBATION)
 SAVE_EVERY = 30.0  # seconds of work that a crash may cost; or more, so that saving takes a twentieth of the time
@@ -154,7 +157,7 @@ class Batches:
 
 
 def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
-    """The settings with no more tokens than the vocabulary has, and layers that the model has.
+    """The settings with no more tokens than the vocabulary has, eigenvectors than F has, and layers that there are.
 
     Raises:
         UserError: it has no such layer.
@@ -163,7 +166,13 @@ def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
     if k != "all" and k > vocabulary:
         print(f"note: --max-vocab-subset {k} is more than the vocabulary: counting all {vocabulary} tokens")
         k = vocabulary
-    return replace(settings, max_vocab_subset=k, layers=choose_layers(settings.layers, len(decoder_layers(model))))
+    count, width = settings.num_eigenvectors, model.config.get_text_config(decoder=True).hidden_size
+    most = width if k == "all" else min(k, width)
+    if count > most:
+        print(f"note: --num-eigenvectors {count} is more than a matrix of {k} tokens and width {width} has: {most}")
+        count = most
+    layers = choose_layers(settings.layers, len(decoder_layers(model)))
+    return replace(settings, max_vocab_subset=k, num_eigenvectors=count, layers=layers)
 
 
 def choose_layers(asked: tuple | None, depth: int) -> tuple[int, ...]:
@@ -182,7 +191,7 @@ def choose_layers(asked: tuple | None, depth: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def explain_failures(context: Context, layers: tuple[int, ...]) -> Iterator[None]:
+def explain_failures(model: torch.nn.Module, context: Context, layers: tuple[int, ...]) -> Iterator[None]:
     """Says which sentence and layer a numerical failure belongs to."""
     try:
         yield
@@ -190,7 +199,7 @@ def explain_failures(context: Context, layers: tuple[int, ...]) -> Iterator[None
         raise UserError(f"this model is not supported: {error}") from error
     except fisher.NumericalError as error:
         where = "" if error.layer is None else f" at layer {layers[error.layer]}"
-        raise UserError(f"{error}{where} of sentence {context.sentence!r} (try --dtype float32)") from error
+        raise UserError(f"{error}{where} of sentence {context.sentence!r}{dtype_advice(model)}") from error
 
 
 # --- the experiment ------------------------------------------------------------------------------
@@ -203,10 +212,16 @@ def find_contexts(settings: Settings, model: torch.nn.Module, tokenizer, texts: 
         UserError: there are none.
     """
     longest = longest_prompt(model) or math.inf
-    located = (locate(tokenizer, text, settings.target_word) for text in texts)
-    contexts = [context for context in located if context and len(context.ids) <= longest]
-    if not contexts:
+    located = [context for text in texts if (context := locate(tokenizer, text, settings.target_word))]
+    if not located:
         raise UserError(f"in none of {len(texts)} sentences does a token stand before {settings.target_word!r}")
+    contexts = [context for context in located if len(context.ids) <= longest]
+    if not contexts:
+        least = min(len(context.ids) for context in located)
+        raise UserError(
+            f"the model has positions for {longest} tokens, and every sentence has more before "
+            f"{settings.target_word!r}, {least} at least: give it shorter ones, or choose another model"
+        )
     return [contexts[index] for index in diverse_order([context.prompt for context in contexts])]
 
 
@@ -220,12 +235,13 @@ def linearize_each(
     """
     found = 0
     for context in contexts:
-        with clock("prefix"), explain_failures(context, settings.layers):
+        with clock("prefix"), explain_failures(model, context, settings.layers):
+            require_known_tokens(model, torch.tensor([context.target_id]))
             point = fisher.linearize(model, context.ids, settings.layers)
         if settings.require_predicted and rank(point.log_probs, context.target_id) > 1:
             continue
         if found == 0:
-            with explain_failures(context, settings.layers):
+            with explain_failures(model, context, settings.layers):
                 check_cached_path(point, context.ids)
         found += 1
         yield context, point
@@ -308,7 +324,7 @@ def perturb_all(
     for context, point, other in tqdm(points, total=total, desc="perturbing", unit="sentence", disable=None):
         key = (settings.seed, len(results))
         controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
-        with explain_failures(context, settings.layers):
+        with explain_failures(model, context, settings.layers):
             results.add(perturb(settings, context, point, controls, batches, clock))
         tqdm.write(report.sentence_block(results, len(results) - 1))
         if (start := time.perf_counter()) > due:

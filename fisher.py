@@ -41,7 +41,7 @@ from transformers import DynamicCache
 from model.head import OutputHead, cotangents_through, is_linear
 from model.last_token import last_token_logits, perturbed_logits, prefill
 from model.loading import decoder_layers, load
-from model.passes import Chunks, UnsupportedModelError, edit_stream, hooked
+from model.passes import Chunks, UnsupportedModelError, edit_stream, hooked, require_known_tokens
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PushForward", "TopK",
@@ -112,13 +112,14 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
         layers: numbers of decoder layers, ascending; all by default.
     Raises:
         ValueError: `ids` is empty or a batch, or `layers` are not ascending numbers of layers that the model has.
-        UnsupportedModelError: the model has no cache of plain keys and values.
+        UnsupportedModelError: the model has no cache of plain keys and values, or does not know a token.
         NumericalError: activations or logits hold NaN or infinity.
     """
     ids = torch.as_tensor(ids)
     ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
     if ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"linearize takes the token ids of one prompt, not a tensor of shape {tuple(ids.shape)}")
+    require_known_tokens(model, ids)
     found = list(decoder_layers(model).values())
     layers = list(range(len(found)) if layers is None else layers)
     if not layers or layers != sorted(set(layers) & set(range(len(found)))):
@@ -161,13 +162,14 @@ def linearize_prompts(
     Raises:
         NumericalError: activations or logits hold NaN or infinity.
         UnsupportedModelError: the module's output is of another shape, or does not lead to the
-            predictions.
+            predictions; or the model does not know a token.
     """
+    require_known_tokens(model, ids)
     prompts, last = torch.arange(len(ids)), lengths.cpu() - 1
     streams, biases, head = [], [], {}
 
     def add_zero_biases(h: Tensor) -> Tensor:
-        if h.ndim != 3 or h.shape[:2] != ids.shape or not h.is_floating_point():
+        if not isinstance(h, Tensor) or h.ndim != 3 or h.shape[:2] != ids.shape or not h.is_floating_point():
             raise UnsupportedModelError("its output is not of shape (prompts, tokens, d)")
         bias = torch.zeros(len(ids), h.shape[-1], dtype=h.dtype, device=h.device, requires_grad=True)
         streams.append(h.detach()[prompts, last])

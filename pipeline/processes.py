@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from common.command_line import UserError
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets besides WORLD_SIZE
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -61,6 +63,9 @@ class Processes:
 @contextmanager
 def join() -> Iterator[Processes]:
     """This process's place among those that torchrun started. They exchange no tensors, only messages, over gloo."""
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if os.environ.get("WORLD_SIZE", "1") != "1" and missing:
+        raise UserError(f"WORLD_SIZE is set, but {', '.join(missing)} is not: start several processes with torchrun")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Processes()

@@ -16,10 +16,10 @@ EXCERPT = 60  # characters of a prompt shown in a line
 
 def columns_of(records: Iterable[dict]) -> dict[str, np.ndarray]:
     """What the summary needs of all records, as arrays: there may be millions."""
-    keys = ("tokens", "truncated", "captured_mass", "trace", "effective_rank", "seconds")
-    rows = ([*(record[key] for key in keys), record["singular_values"][0]] for record in records)
-    numbers = np.fromiter(chain.from_iterable(rows), dtype=np.float64).reshape(-1, len(keys) + 1)
-    return dict(zip([*keys, "lambda_1"], numbers.T, strict=True))
+    keys = ("index", "tokens", "truncated", "captured_mass", "trace", "effective_rank", "seconds")
+    rows = ([*(record[key] for key in keys), record["singular_values"][0], "failed" in record] for record in records)
+    numbers = np.fromiter(chain.from_iterable(rows), dtype=np.float64).reshape(-1, len(keys) + 2)
+    return dict(zip([*keys, "lambda_1", "failed"], numbers.T, strict=True))
 
 
 def summarize(columns: dict[str, np.ndarray], skipped: int) -> dict:
@@ -30,9 +30,10 @@ def summarize(columns: dict[str, np.ndarray], skipped: int) -> dict:
 
     keys = ("lambda_1", "trace", "effective_rank", "captured_mass", "tokens")
     return {
-        **{key: _spread(columns[key]) for key in keys},
+        **{key: _spread(columns[key][columns["failed"] == 0]) for key in keys},
         "total_tokens": int(columns["tokens"].sum()),
         "skipped_rows": skipped,
+        "failed_prompts": columns["index"][columns["failed"] == 1].astype(int).tolist(),
         "truncated_prompts": int(columns["truncated"].sum()),
         "longest_prompts": largest("tokens"),
         "slowest_prompts": largest("seconds"),
@@ -61,6 +62,9 @@ def final_table(records: Path, statistics: dict) -> str:
         lines.append(f"{kind}: prompts {', '.join(map(str, statistics[f'{kind}_prompts']))}")
     skipped, truncated = statistics["skipped_rows"], statistics["truncated_prompts"]
     lines.append(f"{skipped} rows without a text skipped, {truncated} prompts shortened to --max-length")
+    if failed := statistics["failed_prompts"]:
+        some = ", ".join(map(str, failed[:NAMED])) + (", …" if len(failed) > NAMED else "")
+        lines.append(f"{len(failed)} prompts failed ({some}): `failed` in {records.name} says why")
     with open(records, encoding="utf-8") as file:  # one line in memory at a time: there may be millions
         leading = heapq.nlargest(NAMED, map(json.loads, file), key=lambda record: record["outlier_score"])
     cells = [

@@ -1,8 +1,10 @@
 """A pipeline run's output directory: begun, gone on with, finished."""
 
 from dataclasses import asdict
+import hashlib
 import json
 from pathlib import Path
+import warnings
 import zipfile
 
 import numpy as np
@@ -10,6 +12,7 @@ import yaml
 
 from common.command_line import UserError
 from common.files import atomic_open, check_writable, json_ready
+from common.lock import LOCK
 from pipeline import figures, report
 from pipeline.scores import outlier_scores
 from pipeline.settings import INCIDENTAL, Settings
@@ -17,6 +20,8 @@ from pipeline.store import ARRAYS, FOLDER, PROMPTS, Store, load_fisher_matrices
 
 FORMAT = "residual-fisher/1"
 METADATA = "metadata.yaml"
+MAX_HASHED = 1 << 30  # bytes of a file: of a larger one only the size is compared
+KEYS = ("complete", "config", "hook_layer", "model_fingerprint")  # what a run's metadata has from its start
 FILES = (ARRAYS, PROMPTS, METADATA, figures.SPECTRA)
 
 
@@ -26,14 +31,15 @@ class RunDirectory:
     def __init__(self, settings: Settings):
         self.settings, self.path = settings, Path(settings.output_dir)
         self.store = Store(self.path, settings.store)
+        self._sources = {"model": _stamps(settings.model_path), "dataset": _seal(Path(settings.dataset))}
 
     def is_finished(self, overwrite: bool) -> bool:
-        """Whether the directory already holds all that the settings ask for.
+        """Whether it is plain, before anything slow, that the directory holds all that the settings ask for.
 
         Raises:
-            UserError: it cannot be written to, is not this script's, or holds a run with other settings.
+            UserError: it cannot be written to, is not this script's, or holds a run with other settings or data.
         """
-        found = self._metadata()
+        found = self._metadata(overwrite)
         check_writable(self.path)
         if found is None or overwrite:
             return False
@@ -42,48 +48,69 @@ class RunDirectory:
         if differing and (found["complete"] or self.store.has_results()):
             changes = ", ".join(f"{key} was {then.get(key)!r} and is {now[key]!r}" for key in differing)
             raise UserError(f"{self.path} holds a run with other settings ({changes}): --overwrite removes it")
-        return found["complete"] and not differing
+        if not found["complete"] or differing:
+            return False
+        sources = found.get("sources", {})
+        if sources.get("dataset") != self._sources["dataset"]:
+            raise UserError(f"the dataset has changed since the run in {self.path} ended: --overwrite starts anew")
+        return sources.get("model") == self._sources["model"] and not self._damaged(found)
 
-    def begin(self, identity: dict, environment: dict, overwrite: bool) -> None:
+    def begin(self, identity: dict, environment: dict, overwrite: bool) -> bool:
         """Makes the directory ready: emptied of an earlier run, or checked to be of the same model.
 
+        Returns:
+            Whether all is done already: the run is complete, and its files are as it left them.
         Raises:
             UserError: it holds results of another model.
         """
-        found = self._metadata()
-        if overwrite and found is not None:
-            # Killed in between, the directory is still this script's, and unfinished.
-            self._write_metadata({**found, "complete": False})
-            self.store.remove()
-            for name in FILES:
-                if name != METADATA:
-                    (self.path / name).unlink(missing_ok=True)
-        elif found is not None and self.store.has_results():
+        found = self._metadata(overwrite)
+        if found is not None and not overwrite and (found["complete"] or self.store.has_results()):
             for key, now in identity.items():
                 if found[key] != now:
                     change = f"{key} was {found[key]!r} and is {now!r}"
                     raise UserError(f"{self.path} holds a run of another model ({change}): --overwrite removes it")
+            if found["complete"] and not self._damaged(found):
+                return True
+        if found is not None and (overwrite or found["complete"]):
+            # Killed in between, the directory is still this script's, and unfinished.
+            self._write_metadata({**found, "complete": False})
+            if overwrite:
+                self.store.remove()
+            for name in FILES:
+                if name != METADATA:
+                    (self.path / name).unlink(missing_ok=True)
         self.store.remove_leftovers(FILES)
-        config = {"config": asdict(self.settings), "environment": environment}
+        config = {"config": asdict(self.settings), "environment": environment, "sources": self._sources}
         self._write_metadata({"format": FORMAT, "complete": False, **identity, **config})
+        return False
 
-    def finish(self, per_shard: int, skipped: int) -> str:
-        """Turns a run whose shards are all there into its final files; returns a table of what it found.
+    def _damaged(self, found: dict) -> bool:
+        """Whether a file of a finished run is missing or other than it was; names it."""
+        for name, seal in found.get("files", {}).items():
+            if _seal(self.path / name) != seal:
+                warnings.warn(f"{self.path / name} is missing or damaged: computing it again", stacklevel=2)
+                return True
+        return False
+
+    def finish(self, count: int, per_shard: int, skipped: int) -> dict:
+        """Turns a run whose shards of `count` prompts are all there into its final files; returns its statistics.
 
         Interrupted at any point, it can be called again.
 
         Raises:
-            UserError: a shard is damaged, or a file cannot be written.
+            UserError: a shard is damaged or missing, or a file cannot be written.
         """
         try:
             columns = report.columns_of(self.store.records())
-            count = len(columns["tokens"])
+            if columns["index"].tolist() != list(range(count)):
+                folder = self.store.folder
+                raise UserError(f"finished shards have vanished from {folder}: the same command computes them again")
             self.store.close(count, per_shard)
         except zipfile.BadZipFile as error:
             folder = self.store.folder
             raise UserError(f"a file in {folder} is damaged ({error}): the same command computes it again") from error
         with load_fisher_matrices(self.path) as matrices:
-            scores = outlier_scores(matrices)
+            scores = outlier_scores(matrices, set(np.flatnonzero(columns["failed"]).tolist()))
             bias_dim, num_singular_values = matrices[0].U.shape
         self._write_prompts(scores)
         figures.draw(self.path)
@@ -91,17 +118,22 @@ class RunDirectory:
         in_one_file = (self.path / ARRAYS).exists()
         self._write_metadata(
             {
-                **self._metadata(),
+                **self._metadata(False),
                 "complete": True,
                 "num_prompts": count,
                 "bias_dim": bias_dim,
                 "num_singular_values": num_singular_values,
                 "arrays": ARRAYS if in_one_file else f"{FOLDER}/",
                 "statistics": statistics,
+                "files": {name: _seal(self.path / name) for name in self._results(in_one_file)},
             }
         )
         self.clean_up()
-        return report.final_table(self.path / PROMPTS, statistics)
+        return statistics
+
+    def _results(self, in_one_file: bool) -> list[str]:
+        arrays = [ARRAYS] if in_one_file else [f"{FOLDER}/{path.name}" for path in self.store.shards()]
+        return [*arrays, PROMPTS, figures.SPECTRA]
 
     def clean_up(self) -> None:
         """Removes the shards once their arrays are in one file."""
@@ -114,31 +146,48 @@ class RunDirectory:
                 record.update({name: column[index].tolist() for name, column in scores.items()})
                 file.write((json.dumps(json_ready(record), ensure_ascii=False) + "\n").encode())
 
-    def _metadata(self) -> dict | None:
+    def _metadata(self, overwrite: bool) -> dict | None:
         """What the metadata says; None if the directory is empty or missing.
 
         Raises:
-            UserError: it holds files that this script did not write.
+            UserError: it holds files that this script did not write; or its own, but no readable metadata, and may
+                not overwrite them.
         """
         path, directory = self.path / METADATA, self.path
-        foreign = UserError(
-            f"{directory} holds files that compute_fisher.py did not write: choose another --output-dir"
-        )
-        if not path.is_file():
-            # a killed process may have left what was to become the metadata
-            names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
-            if any(not name.startswith(f".{METADATA}-") for name in names) or directory.is_file():
-                raise foreign
-            return None
         try:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            raise foreign from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise foreign
-        return found
+        except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
+            found = None
+        if isinstance(found, dict) and found.get("format") == FORMAT and all(key in found for key in KEYS):
+            return found
+        names = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
+        # a killed process may have left what was to become the metadata
+        names = {name for name in names if not name.startswith(f".{METADATA}-")} - {LOCK}
+        if not names <= {*FILES, FOLDER} or path.is_dir() or (directory.exists() and not directory.is_dir()):
+            raise UserError(
+                f"{directory} holds files that compute_fisher.py did not write: choose another --output-dir"
+            )
+        if names and not overwrite:
+            raise UserError(f"{directory} holds results without a readable {METADATA}: --overwrite removes them")
+        return {"format": FORMAT} if names else None
 
     def _write_metadata(self, metadata: dict) -> None:
         with atomic_open(self.path / METADATA) as file:
             text = yaml.safe_dump(json_ready(metadata), sort_keys=False, allow_unicode=True, width=110)
             file.write(text.encode())
+
+
+def _seal(path: Path) -> list | None:
+    """Size and hash of a file, by which a change is seen; None if it is not there."""
+    if not path.is_file():
+        return None
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        return [size, hashlib.file_digest(file, "sha256").hexdigest() if size <= MAX_HASHED else None]
+
+
+def _stamps(model: str) -> list | None:
+    """Names, sizes and times of a local model's files; None for a model from elsewhere."""
+    directory = Path(model)
+    files = sorted(path for path in directory.iterdir() if path.is_file()) if directory.is_dir() else None
+    return files and [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]

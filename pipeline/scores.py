@@ -1,6 +1,6 @@
 """Which prompts stand out: by how sensitive the model is to them, and in which directions."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -17,10 +17,12 @@ def robust_z(values: np.ndarray) -> np.ndarray:
     """(n,) distances from the median in units of 1.4826 times the median absolute deviation.
 
     For normal data these are standard deviations, but outliers do not widen them (Iglewicz and Hoaglin, "How to
-    Detect and Handle Outliers", 1993). All zero where more than half of the values are equal.
+    Detect and Handle Outliers", 1993). Where more than half of the values are equal, and that deviation is 0, the
+    unit is 1.2533 times the mean absolute deviation instead, as they advise. All zero where all values are equal.
     """
     centred = values - np.median(values)
     scale = 1.4826 * np.median(np.abs(centred))  # scipy's constant has more digits, published scores have not
+    scale = scale or 1.2533 * np.mean(np.abs(centred))
     return centred / scale if scale > 0 else np.zeros_like(centred)
 
 
@@ -88,8 +90,33 @@ def _factor(triplets: Triplets) -> np.ndarray:
     return triplets.U * np.sqrt(triplets.S / norm if norm > 0 else triplets.S)
 
 
-def outlier_scores(matrices: Sequence) -> dict[str, np.ndarray]:
-    """By prompt: how unusual its log lambda_1, its subspace's distance from the mean one, and its coordinates are."""
+def outlier_scores(matrices: Sequence[Triplets], failed: Collection[int] = ()) -> dict[str, np.ndarray]:
+    """By prompt: how unusual its log lambda_1, its subspace's distance from the mean one, and its coordinates are.
+
+    The prompts in `failed` have no Fisher matrix: their scores are 0, and they count for nobody else's.
+    """
+    kept = [index for index in range(len(matrices)) if index not in failed]
+    scores = {}
+    for name, column in _scores(_Selection(matrices, kept)).items():
+        scores[name] = np.zeros((len(matrices), *column.shape[1:]))
+        scores[name][kept] = column
+    return scores
+
+
+class _Selection(Sequence):
+    """Some of the matrices, in order."""
+
+    def __init__(self, matrices: Sequence[Triplets], kept: Sequence[int]):
+        self._matrices, self._kept = matrices, kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Triplets:
+        return self._matrices[self._kept[index]]
+
+
+def _scores(matrices: Sequence[Triplets]) -> dict[str, np.ndarray]:
     mean, principal = mean_subspace(matrices), PrincipalCoordinates(matrices)
     first, distance, coordinates = [], [], []
     for start in range(0, len(matrices), SCORED_AT_ONCE):

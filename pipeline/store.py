@@ -87,7 +87,7 @@ def read_records(path: Path) -> list[dict]:
             if archive.testzip() is not None:
                 raise DamagedFileError(path)
             return [json.loads(line) for line in archive.read(RECORDS).splitlines()]
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError) as error:
         raise DamagedFileError(path) from error
 
 
@@ -148,26 +148,40 @@ class Store:
             return False
         try:
             found = {record["index"]: record["prompt"] for record in read_records(path)}
-        except DamagedFileError:
+        except (DamagedFileError, KeyError, TypeError):
             warnings.warn(f"{path} is damaged: computing it again", stacklevel=2)
             path.unlink()
             return False
         expected = {prompt.index: prompt.text for prompt in prompts}
         if found != expected:
             differing = min(i for i in found.keys() | expected.keys() if found.get(i) != expected.get(i))
-            raise UserError(
-                f"the dataset has changed since the run in {self.directory} began, first at prompt {differing}: "
-                "--overwrite starts anew"
-            )
+            raise self._changed(f"first at prompt {differing}")
         return True
+
+    def _changed(self, where: str) -> UserError:
+        return UserError(
+            f"the dataset has changed since the run in {self.directory} began, {where}: --overwrite starts anew"
+        )
+
+    def require_no_more_than(self, shards: int) -> None:
+        """Raises UserError: there are files of more shards than the dataset has."""
+        for path in sorted([*self.folder.glob("shard_*.npz"), *self.folder.glob("batch_*.npz")]):
+            if int(path.stem.split("_")[1]) >= shards:
+                raise self._changed("which had more prompts")
 
     def write_batch(self, number: int, batch: int, results: Sequence[Result]) -> None:
         write_results(self.batch(number, batch), results, self.store)
 
-    def close_shard(self, number: int) -> None:
-        """Makes a shard of its batches."""
+    def close_shard(self, number: int, prompts: Sequence[int]) -> None:
+        """Makes a shard of its batches.
+
+        Raises:
+            UserError: they do not hold exactly these prompts.
+        """
         batches = list(self.batches(number).values())
         records = sorted((record for path in batches for record in _records_of(path)), key=lambda r: r["index"])
+        if [record["index"] for record in records] != sorted(prompts):
+            raise UserError(f"finished batches have vanished from {self.folder}: the same command computes them again")
         members = chain(_members_of(batches), [(RECORDS, _lines(records))])
         write_archive(self.shard(number), members)
         for path in batches:
@@ -198,7 +212,8 @@ class Store:
         for pattern in ("shard_*.npz", "batch_*.npz", INDEX, ".*.npz-*"):
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
+        # a link to a folder elsewhere is the user's
+        if self.folder.is_dir() and not self.folder.is_symlink() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
 

@@ -135,10 +135,12 @@ def start(script: str, words: list[str], output: Path, slow_down: Callable[[], N
 
 
 def _child(script: str, words: list[str], stderr: Path, slow_down: Callable[[], None]) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell in the background, it would be ignored
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(stderr, "w") as file, open(os.devnull, "w") as nothing:
         os.dup2(file.fileno(), 2)
         os.dup2(nothing.fileno(), 1)
     module = importlib.import_module(script)
     slow_down()
-    sys.exit(module.main(module.parse(words)))
+    settings = module.parse(words)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(module.main(settings))

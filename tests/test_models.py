@@ -53,12 +53,17 @@ def test_the_vocabulary_and_the_longest_prompt_are_the_models(name):
     assert loading.longest_prompt(tiny.shared("llama")) == 64
 
 
-def test_a_fingerprint_tells_models_apart():
+def test_a_fingerprint_tells_models_apart(byte_level, sentencepiece):
     model = tiny.build("llama")
-    before = loading.fingerprint(model)
-    assert before == loading.fingerprint(tiny.build("llama")) != loading.fingerprint(tiny.shared("qwen2"))
-    model.model.embed_tokens.weight[0, 0] += 1
-    assert loading.fingerprint(model) != before
+    before = loading.fingerprint(model, byte_level)
+    assert before == loading.fingerprint(tiny.build("llama"), byte_level)
+    assert before != loading.fingerprint(tiny.shared("qwen2"), byte_level)
+    assert before != loading.fingerprint(model, sentencepiece)
+    model.model.embed_tokens.weight[[0, 1]] = model.model.embed_tokens.weight[[1, 0]]
+    swapped = loading.fingerprint(model, byte_level)
+    assert swapped != before
+    model.config.rope_parameters["rope_theta"] = 1.0
+    assert loading.fingerprint(model, byte_level) != swapped
 
 
 def test_no_list_of_layers_is_an_error():

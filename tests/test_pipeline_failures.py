@@ -1,8 +1,11 @@
 """The pipeline when something goes wrong: killed, interrupted, a full disk, several processes, bad input."""
 
+import errno
 import os
 from pathlib import Path
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,13 +13,19 @@ import time
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 import yaml
 
+from common import lock
+from common.command_line import UserError
+from common.lock import lock_directory
 import compute_fisher
 import fisher
+from model import loading
 from pipeline import load_fisher_matrices, run_directory, store
+from pipeline.settings import INCIDENTAL
 import scripts
-from scripts import PIPELINE_FILES, ROOT, assert_same_results, pipeline_words, records
+from scripts import PIPELINE_FILES, ROOT, arrays, assert_same_results, pipeline_words, records
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -175,7 +184,7 @@ def test_a_run_with_other_settings_model_or_data_is_refused(chat_directory, data
     assert "the dataset has changed" in capsys.readouterr().err
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compute_fisher, "fingerprint", lambda model: "another")
+        patch.setattr(compute_fisher, "fingerprint", lambda *_: "another")
         assert scripts.compute_fisher(chat_directory, dataset, output) == 2
     assert "a run of another model" in capsys.readouterr().err
 
@@ -294,31 +303,206 @@ def test_a_folder_of_other_files_is_never_touched(chat_directory, dataset, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_nan_names_the_prompt_and_keeps_the_rest(chat_directory, dataset, tmp_path, monkeypatch, capsys):
+def poison(monkeypatch, is_bad) -> None:
+    """Makes prompts fail whose length `is_bad`."""
     linearize = fisher.linearize_prompts
 
     def poisoned(model, module, ids, lengths, *rest):
-        if lengths.min() < 16:  # the short prompts come last
-            raise fisher.NumericalError("the logits hold NaN or infinity", None, int(lengths.argmin()))
+        for number, length in enumerate(lengths.tolist()):
+            if is_bad(length):
+                raise fisher.NumericalError("the logits hold NaN or infinity", None, number)
         return linearize(model, module, ids, lengths, *rest)
 
     monkeypatch.setattr(fisher, "linearize_prompts", poisoned)
-    monkeypatch.setattr(compute_fisher, "check_padding", lambda *_: None)
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 2
-    message = capsys.readouterr().err
-    assert "the logits hold NaN or infinity at prompt" in message and "try --dtype float32" in message
-    assert list((tmp_path / "out" / "shards").glob("batch_*.npz"))
 
 
-def test_a_model_whose_predictions_depend_on_the_padding_is_refused(
-    chat_directory, dataset, tmp_path, monkeypatch, capsys
+def test_a_prompt_that_fails_is_recorded_and_the_run_goes_on(
+    chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch, capsys
 ):
-    linearize = fisher.linearize_prompts
+    lengths = sorted(record["tokens"] for record in records(finished_pipeline))
+    poison(monkeypatch, lambda length: length == lengths[0])
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == compute_fisher.SOME_FAILED
+    failed = [record["index"] for record in records(tmp_path / "out") if "failed" in record]
+    assert failed and f"{len(failed)} prompts failed (" in capsys.readouterr().out
+    matrices, whole = load_fisher_matrices(tmp_path / "out"), load_fisher_matrices(finished_pipeline)
+    for index, record in enumerate(records(tmp_path / "out")):
+        if index in failed:
+            assert record["failed"] == "the logits hold NaN or infinity" and record["outlier_score"] == 0
+            assert not matrices[index].S.any() and matrices[index].U.shape == whole[index].U.shape
+        else:
+            assert np.allclose(matrices[index].S, whole[index].S, rtol=1e-4)
+    metadata = yaml.safe_load((tmp_path / "out" / "metadata.yaml").read_text())
+    assert metadata["statistics"]["failed_prompts"] == failed
+    assert metadata["statistics"]["trace"]["min"] > 0  # they count for no statistic
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0  # finished: nothing to do
 
-    def wrong_token(model, module, ids, lengths, *rest):  # the last token of the padded row
-        return linearize(model, module, ids, torch.full_like(lengths, ids.shape[1]), *rest)
 
-    monkeypatch.setattr(fisher, "linearize_prompts", wrong_token)
+def test_a_run_most_of_whose_prompts_fail_stops(chat_directory, dataset, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, lambda length: True)
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 2
     said = capsys.readouterr().err
-    assert "LlamaForCausalLM is not supported: its predictions change by" in said and said.count("\n") == 1
+    assert "8 of the first 8 prompts failed: the logits hold NaN or infinity" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lengths", ["equal", "different"])
+def test_a_model_that_sees_the_padding_is_refused(dtype, lengths, chat_tokenizer, tmp_path, capsys):
+    config = hf.BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=len(chat_tokenizer)
+    )
+    torch.manual_seed(0)
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bert")  # every token sees every other
+    chat_tokenizer.save_pretrained(tmp_path / "bert")
+    texts = ["ab", "cd", "ef"] if lengths == "equal" else ["ab", "the many wild animals"]
+    (tmp_path / "few.txt").write_text("\n".join(texts))
+    assert scripts.compute_fisher(tmp_path / "bert", tmp_path / "few.txt", tmp_path / "out", dtype=dtype) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].endswith("BertLMHeadModel is not supported: its predictions change with the padding of a batch")
+
+
+# --- two at once, and files that change -----------------------------------------------------------
+
+
+def test_a_second_run_in_the_directory_is_told_who_holds_it(chat_directory, dataset, tmp_path, capsys):
+    output = tmp_path / "out"
+    with lock_directory(output):
+        words = scripts.pipeline_words(chat_directory, dataset, output)
+        code, said = scripts.start("compute_fisher", words, output, os.getpid).end()
+        assert code == 2
+        assert f"{output} is in use by process {os.getpid()} on {socket.gethostname()} since 20" in said
+    assert not output.exists()
+    assert scripts.compute_fisher(chat_directory, dataset, output) == 0
+
+
+def test_where_files_cannot_be_locked_a_fresh_file_is_a_lock_and_an_old_one_is_not(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    with lock_directory(tmp_path), pytest.raises(UserError, match="is in use by process"), lock_directory(tmp_path):
+        pass
+    (tmp_path / lock.LOCK).write_text("{}")  # of a node that crashed
+    os.utime(tmp_path / lock.LOCK, (time.time() - 2 * lock.STALE,) * 2)
+    with lock_directory(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_vanishes_while_the_run_goes_on_closes_no_shard(chat_directory, dataset, tmp_path, capsys):
+    output, write = tmp_path / "out", store.Store.write_batch
+    with pytest.MonkeyPatch.context() as patch:
+
+        def write_and_lose(self, number, batch, results):
+            write(self, number, batch, results)
+            if batch == 3:
+                self.batch(number, 1).unlink()
+
+        patch.setattr(store.Store, "write_batch", write_and_lose)
+        assert scripts.compute_fisher(chat_directory, dataset, output) == 2
+    assert "have vanished from" in capsys.readouterr().err
+    assert not list((output / "shards").glob("shard_*.npz"))
+    assert scripts.compute_fisher(chat_directory, dataset, output) == 0
+
+
+def test_a_dataset_that_lost_whole_shards_is_refused(chat_directory, dataset, tmp_path, capsys):
+    output = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store.Store, "close", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            scripts.compute_fisher(chat_directory, dataset, output)
+    few = tmp_path / dataset.name
+    few.write_text("".join(dataset.read_text().splitlines(keepends=True)[:34]))  # 32 prompts: the first shard's
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.run_directory.INCIDENTAL", (*INCIDENTAL, "dataset_name"))
+        assert scripts.compute_fisher(chat_directory, few, output) == 2
+    assert "the dataset has changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["gone", "flipped"])
+@pytest.mark.parametrize("name", ["fisher_matrices_compressed.npz", "prompts.jsonl", "fisher_spectra.png"])
+def test_a_finished_run_with_a_damaged_file_is_computed_again(name, damage, chat_directory, dataset, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
+    before = arrays(output)
+    content = bytearray((output / name).read_bytes())
+    if damage == "gone":
+        (output / name).unlink()
+    else:
+        content[-1:] = b"?"  # without pictures, theirs is empty
+        (output / name).write_bytes(content)
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
+    said = capsys.readouterr()
+    assert f"{name} is missing or damaged: computing it again" in said.err
+    assert all(before[key].tobytes() == array.tobytes() for key, array in arrays(output).items())
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
+
+
+def test_a_finished_run_of_another_dataset_is_not_called_finished(chat_directory, dataset, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text(dataset.read_text())
+    assert scripts.compute_fisher(chat_directory, data, tmp_path / "out", num_prompts=3) == 0
+    data.write_text(dataset.read_text().replace("zebra", "horse"))
+    assert scripts.compute_fisher(chat_directory, data, tmp_path / "out", num_prompts=3) == 2
+    assert "the dataset has changed since the run in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["template", "weight", "head", "rms_norm_eps", "nothing"])
+def test_a_finished_run_of_another_model_is_not_called_finished(
+    change, chat_directory, dataset, tmp_path, capsys, monkeypatch
+):
+    model = shutil.copytree(chat_directory, tmp_path / "model")
+    assert scripts.compute_fisher(model, dataset, tmp_path / "out", num_prompts=3) == 0
+    lm, tokenizer = loading.load(str(model), "float32", "cpu")
+    if change == "template":
+        tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "Assistant")
+    if change == "weight":
+        lm.model.layers[0].mlp.up_proj.weight[4:8, 4:8] += 0.01
+    if change == "head":
+        lm.lm_head.weight[:3] = lm.lm_head.weight[[1, 2, 0]]
+    if change == "rms_norm_eps":
+        lm.config.rms_norm_eps *= 2
+    lm.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    capsys.readouterr()
+    code = scripts.compute_fisher(model, dataset, tmp_path / "out", num_prompts=3)
+    said = capsys.readouterr()
+    if change == "nothing":
+        assert code == 0 and "is finished: nothing to do" in said.out
+    else:
+        assert code == 2 and "a run of another model" in said.err
+
+
+@pytest.mark.parametrize("mistake", [{"hook_layer_name": "9"}, {"max_length": "3"}, {"dataset_name": "none.jsonl"}])
+def test_overwriting_checks_everything_before_it_removes_anything(mistake, chat_directory, dataset, tmp_path):
+    output = tmp_path / "out"
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    data = mistake.pop("dataset_name", dataset)
+    assert scripts.compute_fisher(chat_directory, data, output, num_prompts=3, overwrite=True, **mistake) == 2
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_results_without_metadata_are_this_scripts_own(chat_directory, dataset, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
+    (output / "metadata.yaml").unlink()
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 2
+    assert "holds results without a readable metadata.yaml: --overwrite removes them" in capsys.readouterr().err
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3, overwrite=True) == 0
+    assert {path.name for path in output.iterdir()} == PIPELINE_FILES
+
+
+def test_shards_may_be_a_link_to_another_disk(chat_directory, dataset, tmp_path):
+    output, elsewhere = tmp_path / "out", tmp_path / "disk"
+    output.mkdir()
+    elsewhere.mkdir()
+    (output / "shards").symlink_to(elsewhere)
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3, overwrite=True) == 0
+    assert (output / "shards").is_symlink() and not list(elsewhere.iterdir())
+
+
+def test_processes_without_their_numbers_are_a_line(chat_directory, dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 2
+    assert "start several processes with torchrun" in capsys.readouterr().err

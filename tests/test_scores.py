@@ -30,8 +30,10 @@ def test_robust_z_is_not_widened_by_what_it_finds():
     assert scores.robust_z(values)[100:].std() == pytest.approx(1, abs=0.2)
 
 
-def test_robust_z_of_equal_values_is_zero():
-    assert not scores.robust_z(np.array([2.0, 2.0, 2.0, 5.0])).any()
+def test_robust_z_survives_values_most_of_which_are_equal():
+    assert not scores.robust_z(np.array([2.0, 2.0, 2.0, 2.0])).any()
+    z = scores.robust_z(np.array([2.0, 2.0, 2.0, 5.0]))
+    assert z[:3].tolist() == [0, 0, 0] and z[3] == pytest.approx(3 / (1.2533 * 0.75))
 
 
 def test_the_mean_subspace_is_the_shared_one(ordinary):

@@ -1,0 +1,98 @@
+"""A directory that one process at a time works in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+import errno
+import json
+import os
+from pathlib import Path
+import socket
+import threading
+import time
+
+from common.command_line import UserError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
+
+LOCK = ".lock"
+BEAT, STALE = 20.0, 120.0  # seconds: where the file system has no locks, the file is touched as a sign of life
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def lock_directory(directory: Path) -> Iterator[None]:
+    """Keeps every other process out of `directory`, which is made if it is missing, until the block ends.
+
+    The kernel takes the lock back when its process ends, however it ends, and so does the server of a network file
+    system. Where a file system has no locks, the holder's file has to be younger than STALE.
+
+    Raises:
+        UserError: another process holds it; says which.
+    """
+    path, new = directory / LOCK, not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(path)
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror} (choose another --output-dir)") from error
+    ended = threading.Event()
+    try:
+        about = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.truncate(descriptor, 0)
+        os.write(descriptor, json.dumps(about).encode())
+        threading.Thread(target=_beat, args=(path, ended), daemon=True).start()
+        yield
+    finally:
+        ended.set()
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        if new and directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def _acquire(path: Path) -> int:
+    """A descriptor of the locked file. Raises UserError: another process holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not _try_lock(descriptor, path):
+                raise UserError(_holder(path))
+            # the file that was opened may have been removed by its holder before it was locked
+            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                return False
+    age = time.time() - os.fstat(descriptor).st_mtime
+    return os.fstat(descriptor).st_size == 0 or age > STALE
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(BEAT):
+        try:
+            os.utime(path)
+        except OSError:  # the directory is gone: the run will say so itself
+            return
+
+
+def _holder(path: Path) -> str:
+    try:
+        about = json.loads(path.read_text())
+        who = f"process {about['process']} on {about['host']} since {about['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        who = "another process"
+    return f"{path.parent} is in use by {who}: wait until it ends, or choose another --output-dir"

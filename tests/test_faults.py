@@ -1,0 +1,184 @@
+"""Random faults, several in a row, and then the same command: it ends as if nothing had happened.
+
+Each seed is a story of one to three faults. A few are told here; `python tests/faults.py` tells hundreds.
+"""
+
+from collections.abc import Callable
+from functools import partial
+import json
+import os
+from pathlib import Path
+import random
+import resource
+import signal
+import time
+
+import pytest
+
+import scripts
+from scripts import EXPERIMENT_FILES, PIPELINE_FILES
+
+SEEDS = range(int(os.environ.get("FAULT_SEEDS", "6")))
+LOG = os.environ.get("FAULT_LOG")  # a file that takes a line of JSON for each fault
+LONGEST = {"compute_fisher": 2.0, "core_experiment": 1.5}  # seconds that a run takes
+
+
+class Story:
+    """One script, its command, and what happens to its output directory."""
+
+    def __init__(self, script: str, words: list[str], output: Path, seed: int):
+        self.script, self.words, self.output = script, words, output
+        self.random = random.Random(seed)
+
+    def start(self, meanwhile: Callable[[], None], name: str = "out") -> scripts.Running:
+        return scripts.start(self.script, self.words, self.output.with_name(name), meanwhile)
+
+    def wait(self) -> None:
+        time.sleep(self.random.uniform(0, LONGEST[self.script]))
+
+    def a_file(self) -> Path | None:
+        files = sorted(path for path in self.output.rglob("*") if path.is_file()) if self.output.exists() else []
+        return self.random.choice(files) if files else None
+
+
+# --- the faults: each returns what was seen ------------------------------------------------------
+
+
+def outcome(running: scripts.Running, *codes: int) -> str:
+    """Success, or one line of the script's own; anything else is an error."""
+    code, said = running.end()
+    lines = [line for line in said.splitlines() if ": error: " in line]
+    assert "Traceback" not in said, said
+    assert code in (0, *codes), (code, said)
+    assert len(lines) == (code == 2), said
+    return lines[0].partition(": error: ")[2] if lines else f"exit code {code}"
+
+
+def killed(story: Story) -> str:
+    running = story.start(slow_writes)
+    story.wait()
+    running.send(signal.SIGKILL)
+    return "killed" if running.end()[0] == -signal.SIGKILL else "finished before"
+
+
+def interrupted(story: Story) -> str:
+    running = story.start(slow_writes)
+    story.wait()
+    running.send(signal.SIGINT)
+    return outcome(running, 130)
+
+
+def started_twice(story: Story) -> str:
+    first = story.start(slow_writes)
+    story.wait()
+    second = story.start(slow_writes, "second")
+    said = outcome(second, 2)
+    outcome(first, 2)
+    return said
+
+
+def full_disk(story: Story) -> str:
+    """Of all that can be written, the file that outgrows the limit cannot."""
+    return outcome(story.start(partial(limit_file_size, story.random.choice([1_000, 3_000, 10_000, 40_000]))), 2)
+
+
+def full_console(story: Story) -> str:
+    return outcome(story.start(fill_console), 2)
+
+
+def damaged(story: Story) -> str:
+    path = story.a_file()
+    if path is None:
+        return "nothing to damage"
+    content, kind = bytearray(path.read_bytes()), story.random.choice(["removed", "cut", "changed"])
+    if kind == "removed":
+        path.unlink()
+    elif kind == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif content:
+        content[story.random.randrange(len(content))] ^= 1 << story.random.randrange(8)
+        path.write_bytes(content)
+    return kind
+
+
+def damaged_while_it_runs(story: Story) -> str:
+    running = story.start(slow_writes)
+    story.wait()
+    path = story.a_file()
+    if path is not None and path.suffix == ".npz":
+        path.unlink(missing_ok=True)
+    return outcome(running, 2)
+
+
+FAULTS = [killed, interrupted, started_twice, full_disk, full_console, damaged, damaged_while_it_runs]
+
+# --- in the process that is hurt -----------------------------------------------------------------
+
+
+def slow_writes() -> None:
+    """So that a signal can meet the run between any two files."""
+    import common.files
+
+    replace = os.replace
+    common.files.os.replace = lambda *paths: (time.sleep(0.03), replace(*paths))
+
+
+def limit_file_size(size: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the write fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def fill_console() -> None:
+    with open("/dev/full", "w") as full:
+        os.dup2(full.fileno(), 1)
+
+
+# --- the stories ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("script", ["compute_fisher", "core_experiment"])
+def test_after_any_faults_the_same_command_ends_as_if_nothing_had_happened(script, seed, tmp_path, request):
+    expected, words, files = _undisturbed(script, tmp_path / "out", request)
+    story = Story(script, words, tmp_path / "out", seed)
+    for fault in story.random.choices(FAULTS, k=story.random.randint(1, 3)):
+        seen = fault(story)
+        if LOG:
+            with open(LOG, "a") as log:
+                log.write(json.dumps({"script": script, "seed": seed, "fault": fault.__name__, "seen": seen}) + "\n")
+    code, said = story.start(os.getpid).end()
+    if code == 2:  # what cannot be told from somebody's own work is not removed unasked
+        assert "--overwrite" in said, said
+        story.words = [*words, "--overwrite"]
+        code, said = story.start(os.getpid).end()
+    assert code == 0, said
+    assert {path.name for path in story.output.iterdir()} == files
+    _assert_same(script, story.output, expected)
+
+
+def _undisturbed(script: str, output: Path, request) -> tuple[Path, list[str], set[str]]:
+    if script == "compute_fisher":
+        given = (request.getfixturevalue("chat_directory"), request.getfixturevalue("dataset"))
+        return request.getfixturevalue("finished_pipeline"), scripts.pipeline_words(*given, output), PIPELINE_FILES
+    model = request.getfixturevalue("model_directory")
+    expected = request.getfixturevalue("undisturbed_experiment")
+    return expected, scripts.experiment_words(model, output), EXPERIMENT_FILES
+
+
+@pytest.fixture(scope="session")
+def undisturbed_experiment(model_directory, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert scripts.core_experiment(model_directory, output) == 0
+    return output
+
+
+def _assert_same(script: str, output: Path, expected: Path) -> None:
+    if script == "compute_fisher":
+        scripts.assert_same_results(output, expected)
+        return
+    (ours, our_arrays), (theirs, their_arrays) = map(scripts.experiment_results, (output, expected))
+    for results in (ours, theirs):
+        del results["timings"], results["experiment_config"]["output_dir"]
+        results["experiment_config"].pop("overwrite", None)
+    assert ours == theirs and ours["complete"]
+    assert all(array.tobytes() == their_arrays[name].tobytes() for name, array in our_arrays.items())
