@@ -336,7 +336,8 @@ def compute(settings: Settings, subject: Subject, shards: Iterator[Shard], store
                 kind = attention_for(settings, batch)[0]
                 if kind not in checked:
                     use_attention(subject.model, kind)
-                    check_padding(subject, batch)
+                    with explain_failures(subject, batch):
+                        check_padding(subject, batch)
                     checked.add(kind)
                 results = measure(settings, subject, batch)
                 pending.append(writer.submit(store.write_batch, shard.number, number, results))

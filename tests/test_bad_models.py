@@ -1,0 +1,427 @@
+"""Models whose files are damaged, incomplete or strange; and what tells two models apart."""
+
+from collections.abc import Callable, Iterator
+import json
+import logging
+import logging.handlers
+from pathlib import Path
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+import torch
+import transformers as hf
+
+from common.command_line import EMBEDDED, UserError
+import fisher
+from model import embedded, loading
+from pipeline.prompts import Prompt, encode
+import scripts
+import tiny
+
+WEIGHTS = "model.safetensors"
+
+
+def rewrite(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Damage: changes the named weights of a model's directory."""
+
+    def damage(model: Path) -> None:
+        weights = load_file(model / WEIGHTS)
+        change(weights)
+        save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
+
+    return damage
+
+
+def configure(**values) -> Callable[[Path], None]:
+    """Damage: changes values of config.json."""
+
+    def damage(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, **values}))
+
+    return damage
+
+
+def put(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda model: (model / name).write_bytes(content)
+
+
+def truncate(name: str, length: int) -> Callable[[Path], None]:
+    return lambda model: (model / name).write_bytes((model / name).read_bytes()[:length])
+
+
+class Unsafe:
+    def __reduce__(self):
+        return print, ("code in a checkpoint",)
+
+
+def pickled(model: Path) -> None:
+    (model / WEIGHTS).unlink()
+    torch.save({"lm_head.weight": torch.ones(1), "unsafe": Unsafe()}, model / "pytorch_model.bin")
+
+
+def unknown_index(model: Path) -> None:
+    (model / WEIGHTS).unlink()
+    (model / f"{WEIGHTS}.index.json").write_text("{}")
+
+
+DAMAGES = {
+    "a missing weight": (
+        rewrite(lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight")),
+        "its checkpoint lacks 1 of the weights, model.layers.1.mlp.up_proj.weight among them",
+    ),
+    "a missing head": (
+        rewrite(lambda weights: weights.pop("lm_head.weight")),
+        "lacks 1 of the weights, lm_head.weight",
+    ),
+    "more layers than weights": (configure(num_hidden_layers=5), "lacks 18 of the weights"),
+    "a weight of another shape": (
+        rewrite(lambda weights: weights.update({"model.norm.weight": torch.ones(7)})),
+        "1 of its weights have another shape: model.norm.weight is 7, not 32",
+    ),
+    "truncated weights": (truncate(WEIGHTS, -100), "SafetensorError"),
+    "a truncated header": (truncate(WEIGHTS, 100), "SafetensorError"),
+    "empty weights": (put(WEIGHTS, b""), "SafetensorError"),
+    "garbage as weights": (put(WEIGHTS, b"\xff" * 5000), "SafetensorError"),
+    "unsafe weights": (pickled, "pickle that torch refuses as unsafe"),
+    "an empty index of weights": (unknown_index, "weight_map"),
+    "no layers": (configure(num_hidden_layers=0), "no list of 0 decoder layers"),
+    "layers in words": (configure(num_hidden_layers="three"), "num_hidden_layers"),
+    "a list as width": (configure(hidden_size=[32]), "hidden_size"),
+    "an unknown activation": (configure(hidden_act="nope"), "KeyError: 'nope'"),
+    "an unknown architecture": (configure(model_type="nope"), "`nope`"),
+    "a rotation in words": (configure(rope_parameters={"rope_theta": "x", "rope_type": "default"}), "TypeError"),
+    "a list as configuration": (put("config.json", b"[]"), "not list"),
+    "deep nesting": (put("config.json", b"[" * 100_000), "recursion"),
+    "no tokenizer in its file": (put("tokenizer.json", b"{}"), "KeyError: 'added_tokens'"),
+    "a truncated tokenizer": (truncate("tokenizer.json", 1000), "JSONDecodeError"),
+    "a list as the tokenizer's settings": (put("tokenizer_config.json", b"[]"), "'list' object"),
+}
+
+
+def assert_one_line(said: str, *parts: str) -> None:
+    assert said.count("\n") == 1 and ": error: " in said, said
+    assert all(part in said for part in parts), said
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What transformers logs, which pytest does not capture with stderr."""
+    records = logging.handlers.BufferingHandler(1000)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(records)
+    yield records.buffer
+    logger.removeHandler(records)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_model_is_one_line_and_exit_code_2(name, chat_directory, dataset, tmp_path, capsys, logged):
+    damage, reason = DAMAGES[name]
+    damage(model := shutil.copytree(chat_directory, tmp_path / "model"))
+    with pytest.raises(UserError) as caught:
+        loading.load(str(model), device="cpu")
+    capsys.readouterr()
+    script = (
+        scripts.core_experiment if len(name) % 2 else lambda *paths: scripts.compute_fisher(paths[0], dataset, paths[1])
+    )
+    assert script(model, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert_one_line(said, reason, f"cannot load model '{model}'" if name != "no layers" else "")
+    assert reason in str(caught.value) and not logged
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_head_is_not_missing(byte_level, tmp_path):
+    config = tiny.CONFIGS["llama-tied"]()
+    config.vocab_size = len(byte_level)
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_level.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / WEIGHTS)
+    model, _ = loading.load(str(tmp_path), device="cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_lack_of_memory_is_not_called_a_damaged_model(chat_directory, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        loading.load(str(chat_directory), device="cpu")
+
+
+def test_what_transformers_warns_of_is_said_of_a_model_that_loads(chat_directory, tmp_path, logged):
+    model = shutil.copytree(chat_directory, tmp_path / "model")
+    configure(num_hidden_layers=2)(model)
+    loading.load(str(model), device="cpu")
+    assert "model.layers.2.mlp.up_proj.weight" in logged[0].getMessage()
+
+
+# --- the embedded model's cache ------------------------------------------------------------------
+
+
+@pytest.fixture
+def conversions(chat_directory, tmp_path, monkeypatch) -> list[Path]:
+    """A cache of its own, and conversions that copy a tiny model; they are listed."""
+    made = []
+
+    def convert(gguf: Path, directory: Path) -> None:
+        shutil.copytree(chat_directory, directory)
+        made.append(directory)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(embedded, "_gguf_file", lambda work: work)
+    monkeypatch.setattr(embedded, "_convert", convert)
+    return made
+
+
+CACHE_DAMAGES = {
+    "truncated weights": truncate(WEIGHTS, 3000),
+    "empty weights": put(WEIGHTS, b""),
+    "no weights": lambda model: (model / WEIGHTS).unlink(),
+    "a missing weight": DAMAGES["a missing weight"][0],
+    "no tokenizer in its file": put("tokenizer.json", b"{}"),
+    "an empty configuration": put("config.json", b""),
+    "an empty folder": lambda model: [path.unlink() for path in model.iterdir()],
+}
+
+
+@pytest.mark.parametrize("name", CACHE_DAMAGES)
+def test_a_damaged_embedded_model_is_converted_again(name, conversions, capsys):
+    expected = loading.fingerprint(*loading.load(EMBEDDED, device="cpu"))
+    path = embedded.embedded_model()
+    CACHE_DAMAGES[name](path)
+    capsys.readouterr()
+    loaded = loading.load(EMBEDDED, device="cpu")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"note: cannot load model '{EMBEDDED}': ") and said[0].endswith(": converting it again")
+    assert loading.fingerprint(*loaded) == expected
+    assert len(conversions) == 2 and list(embedded.cache_directory().iterdir()) == [path]
+    loading.load(EMBEDDED, device="cpu")
+    assert len(conversions) == 2 and not capsys.readouterr().err
+
+
+def test_a_file_in_the_embedded_models_place_gives_way(conversions):
+    path = embedded.embedded_model()
+    shutil.rmtree(path)
+    path.write_text("not a folder")
+    loading.load(EMBEDDED, device="cpu")
+    assert path.is_dir()
+
+
+def test_a_conversion_that_does_not_load_is_one_line_and_not_repeated_for_ever(conversions, monkeypatch):
+    def convert(gguf: Path, directory: Path) -> None:
+        directory.mkdir()
+        conversions.append(directory)
+
+    monkeypatch.setattr(embedded, "_convert", convert)
+    with pytest.raises(UserError, match=f"cannot load model '{EMBEDDED}'"):
+        loading.load(EMBEDDED, device="cpu")
+    assert len(conversions) == 2
+
+
+def test_a_damaged_embedded_model_stays_if_it_cannot_be_converted_again(conversions, monkeypatch):
+    path = embedded.embedded_model()
+    (path / "config.json").unlink()
+
+    def fail(work: Path) -> Path:
+        raise UserError("cannot fetch it")
+
+    monkeypatch.setattr(embedded, "_gguf_file", fail)
+    with pytest.raises(UserError, match="cannot fetch it"):
+        loading.load(EMBEDDED, device="cpu")
+    assert (path / WEIGHTS).is_file()
+
+
+def test_what_another_process_has_mended_is_not_converted_again(conversions):
+    path = embedded.embedded_model()
+    damaged = path.stat().st_ino
+    assert embedded.embedded_model(damaged) == path and len(conversions) == 2
+    assert embedded.embedded_model(damaged) == path and len(conversions) == 2
+
+
+# --- models that load ----------------------------------------------------------------------------
+
+
+def save_model(path: Path, tokenizer, **values) -> Path:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**{**tiny.GROUPED, "vocab_size": len(tokenizer), "pad_token_id": None, **values})
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("script", ["experiment", "pipeline"])
+def test_tokens_beyond_the_embedding_are_one_line(script, chat_tokenizer, animals, tmp_path, capsys):
+    """The first prompt has rows in the embedding, some of the others have not."""
+    known = max(encode(chat_tokenizer, Prompt(0, 0, "xy"), 100).ids) + 1
+    model = save_model(tmp_path / "model", chat_tokenizer, vocab_size=known)
+    (tmp_path / "few.txt").write_text(
+        "xy\n" + "\n".join(animals[:5]) + f"\n{chat_tokenizer.decode([len(chat_tokenizer) - 1])}"
+    )
+    capsys.readouterr()
+    if script == "experiment":
+        assert scripts.core_experiment(model, tmp_path / "out") == 2
+    else:
+        assert scripts.compute_fisher(model, tmp_path / "few.txt", tmp_path / "out") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].endswith(f"and its embedding has {known} tokens") and "its tokenizer gives token " in said[-1]
+    assert len([line for line in said if "error" in line]) == 1 and not any("Traceback" in line for line in said)
+
+
+def test_a_target_word_beyond_the_embedding_is_one_line(byte_level, animals, tmp_path, capsys):
+    (target,) = byte_level(" animals").input_ids
+    model = save_model(tmp_path / "model", byte_level, vocab_size=target)
+    text = next(text for text in ("a b animals", "the animals") if max(byte_level(text).input_ids) == target)
+    (tmp_path / "one.txt").write_text(text)
+    assert scripts.core_experiment(model, tmp_path / "out", "--data-file", str(tmp_path / "one.txt")) == 2
+    assert f"its tokenizer gives token {target}, and its embedding has {target}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ids", [[3, tiny.VOCABULARY, 5], [3, 5, tiny.VOCABULARY], [-1, 3]])
+def test_unknown_tokens_never_reach_the_model(ids):
+    model, ids = tiny.shared("llama"), torch.tensor(ids)
+    with pytest.raises(fisher.UnsupportedModelError, match=f"token {-1 if -1 in ids else 97}, .* has 97 tokens"):
+        fisher.linearize(model, ids)
+    with pytest.raises(fisher.UnsupportedModelError, match="gives token"):
+        fisher.linearize_prompts(model, model.model.layers[0], ids[None], torch.tensor([len(ids)]))
+
+
+@pytest.fixture(scope="module")
+def few_tokens(tmp_path_factory) -> Path:
+    """A model of three tokens, one of which is the word animals."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "animals": 1, "the": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    return save_model(tmp_path_factory.mktemp("models") / "few", tokenizer, bos_token_id=None, eos_token_id=None)
+
+
+def test_a_vocabulary_of_three_tokens_works(few_tokens, dataset, tmp_path):
+    assert scripts.core_experiment(few_tokens, tmp_path / "e", "--trust-radius", "--compare-exact") == 0
+    results, _ = scripts.experiment_results(tmp_path / "e")
+    assert len(results["contexts"][0]["top_ids"]) == 3
+    assert scripts.compute_fisher(few_tokens, dataset, tmp_path / "p", num_prompts=4) == 0
+
+
+def test_more_eigenvectors_than_the_matrix_has_is_said(model_directory, tmp_path, capsys, without_pictures):
+    words = ["--num-sentences", "1", "--scales", "0", "1", "--layers", "1", "--num-eigenvectors", "50"]
+    for k, most in (("6", 6), ("100", 32), ("all", 32)):
+        assert scripts.core_experiment(model_directory, tmp_path, *words, "--max-vocab-subset", k) == 0
+        assert "note: --num-eigenvectors 50 is more than a matrix of" in capsys.readouterr().out
+        results, arrays = scripts.experiment_results(tmp_path)
+        assert arrays["leading_eigenvectors"].shape[2] == most == results["experiment_config"]["num_eigenvectors"]
+
+
+def test_a_model_of_few_positions_is_explained(byte_level, tmp_path, capsys):
+    model = save_model(tmp_path / "model", byte_level, max_position_embeddings=4)
+    capsys.readouterr()
+    assert scripts.core_experiment(model, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert_one_line(said, "the model has positions for 4 tokens", "give it shorter ones, or choose another model")
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("float32", False), ("float64", False), ("bfloat16", True)])
+def test_a_wider_dtype_is_advised_only_where_there_is_one(dtype, said, model_directory, tmp_path, capsys):
+    model = shutil.copytree(model_directory, tmp_path / "model")
+    rewrite(lambda weights: weights["model.norm.weight"].fill_(torch.nan))(model)
+    assert scripts.core_experiment(model, tmp_path / "out", "--dtype", dtype) == 2
+    error = capsys.readouterr().err
+    assert_one_line(error, "hold NaN or infinity")
+    assert ("--dtype float32" in error) == said
+
+
+def test_the_meta_device_is_refused(chat_directory, dataset, tmp_path, capsys):
+    assert scripts.core_experiment(chat_directory, tmp_path / "out", "--device", "meta") == 2
+    assert_one_line(capsys.readouterr().err, "--device meta is not available")
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", device="meta") == 2
+    assert_one_line(capsys.readouterr().err, "--device meta is not available")
+
+
+@pytest.mark.parametrize("name", ["model", "²", "lm_head", "model.rotary_emb", "model.layers"])
+def test_a_module_without_a_residual_stream_is_one_line(name, chat_directory, dataset, tmp_path, capsys):
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", hook_layer_name=name) == 2
+    assert_one_line(capsys.readouterr().err)
+
+
+# --- what tells two models apart -----------------------------------------------------------------
+
+
+def set_config(**values):
+    return lambda model, tokenizer: [setattr(model.config, name, value) for name, value in values.items()]
+
+
+def patch(model, tokenizer) -> None:
+    model.model.layers[1].mlp.down_proj.weight[20:24, 20:24] += 1e-3
+
+
+def three_rows(model, tokenizer) -> None:
+    model.lm_head.weight[5:8] *= 1.01
+
+
+def swap_rows(model, tokenizer) -> None:
+    model.lm_head.weight[[5, 6]] = model.lm_head.weight[[6, 5]]
+
+
+def one_bit(model, tokenizer) -> None:
+    model.model.norm.weight.view(torch.int32)[7] ^= 1
+
+
+def shift(model, tokenizer) -> None:
+    """Changes that a sum, or one weighted by the place, would miss."""
+    bits = model.model.layers[0].mlp.up_proj.weight.view(torch.int32)[0]
+    bits[3:6] += torch.tensor([1, -2, 1], dtype=torch.int32)
+
+
+def template(model, tokenizer) -> None:
+    tokenizer.chat_template += " "
+
+
+def word(model, tokenizer) -> None:
+    tokenizer.add_tokens(["zebras"])
+
+
+CHANGES = [
+    set_config(rms_norm_eps=1e-5),
+    set_config(rope_parameters={"rope_theta": 500.0, "rope_type": "default"}),
+    set_config(hidden_act="gelu"),
+    patch, three_rows, swap_rows, one_bit, shift, template, word,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(CHANGES)))
+def test_a_fingerprint_sees_every_change(number, chat_directory):
+    model, tokenizer = loading.load(str(chat_directory), device="cpu")
+    before = loading.fingerprint(model, tokenizer)
+    CHANGES[number](model, tokenizer)
+    assert loading.fingerprint(model, tokenizer) != before
+
+
+def test_a_fingerprint_is_that_of_the_files_wherever_they_are_and_whatever_was_run(chat_directory, tmp_path):
+    model, tokenizer = loading.load(str(chat_directory), device="cpu")
+    before = loading.fingerprint(model, tokenizer)
+    fisher.linearize(model, [3, 4, 5])
+    model.set_attn_implementation("sdpa")
+    elsewhere = shutil.copytree(chat_directory, tmp_path / "elsewhere")
+    configure(transformers_version="0.0")(elsewhere)
+    assert before == loading.fingerprint(model, tokenizer)
+    assert before == loading.fingerprint(*loading.load(str(elsewhere), device="cpu"))
+    assert before != loading.fingerprint(*loading.load(str(elsewhere), dtype="float64", device="cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool])
+def test_a_checksum_is_exact_and_does_not_depend_on_how_it_is_cut(dtype):
+    values = torch.randint(0, 2, (3 * loading.BLOCK + 5,), generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert loading._checksum(values) == loading._checksum(values.reshape(-1, 1).expand(-1, 2)[:, 0])
+    for place in (0, loading.BLOCK, len(values) - 1):
+        other = values.clone()
+        other[place] = 1 - values[place].int()
+        assert loading._checksum(other) != loading._checksum(values)
+    assert loading._checksum(values.roll(loading.BLOCK)) != loading._checksum(values)
+    assert isinstance(loading._checksum(values[:0]), int)
+
+
+def test_weights_that_are_offloaded_count_by_name_and_shape(chat_directory):
+    model, tokenizer = loading.load(str(chat_directory), device="cpu")
+    assert loading.fingerprint(model.to("meta"), tokenizer) == loading.fingerprint(model, tokenizer)
