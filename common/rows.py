@@ -56,7 +56,7 @@ def read_rows(source: str, split: str = "train", config: str | None = None, shuf
 
 
 def _json_rows(path: str) -> Iterator[dict]:
-    """Of JSON lines, if the first line is a whole object; else of one list of objects (or texts), or object of lists."""
+    """Of JSON lines, if the first line is a whole object; else of one list of objects or texts, or object of lists."""
     with open(path, encoding="utf-8-sig") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         number, first = next(lines, (1, ""))
