@@ -27,7 +27,6 @@ from common.command_line import (
 from pipeline.settings import Command, Settings, parse
 
 PROGRAM = "compute_fisher.py"
-SOME_FAILED = 3  # the exit code of a run that is complete but for some prompts
 
 if __name__ == "__main__":  # before the imports below, which take seconds: --help need not wait for torch
     before_imports()
@@ -50,6 +49,7 @@ import torch
 from tqdm import tqdm
 
 from common.command_line import first_line
+from common.failures import SOME_FAILED, too_many
 from common.lock import lock_directory
 import fisher
 from model.loading import (
@@ -80,8 +80,6 @@ PLAIN_ATTENTION = 256
 MATRICES_KEPT = 6
 ATTENTION_BYTES = 4 << 30
 MAX_WAITING = 2  # batches that may wait to be written
-# A run goes on without prompts that fail (NaN, no convergence), unless of at least so many more than this share do.
-MAX_FAILED_SHARE, MIN_JUDGED = 0.5, 8
 
 
 # --- one batch -----------------------------------------------------------------------------------
@@ -318,7 +316,7 @@ class Failures:
         """Raises UserError: too many have."""
         reasons = [result.record["failed"] for result in results if "failed" in result.record]
         self.seen, self.failed = self.seen + len(results), self.failed + len(reasons)
-        if reasons and self.seen >= MIN_JUDGED and self.failed > MAX_FAILED_SHARE * self.seen:
+        if reasons and too_many(self.failed, self.seen):
             raise UserError(f"{self.failed} of the first {self.seen} prompts failed: {reasons[-1]}{self.advice}")
 
 

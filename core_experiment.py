@@ -9,7 +9,7 @@ of the same length along random directions, and towards another sentence's activ
     python core_experiment.py --model-name meta-llama/Llama-3.1-8B --scale-unit nats
 
 Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matrix.png and
-perturbation_analysis.png to --output-dir.
+perturbation_analysis.png to --output-dir. Stopped, the same command goes on where it was.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -23,13 +23,16 @@ from common.command_line import (
     before_imports,
     count,
     dtype_name,
+    excerpt,
     exit_code,
     finite,
+    first_line,
     nonempty,
     one_of,
     option,
     or_all,
     positive,
+    printable,
     settle_network,
     switch,
 )
@@ -84,6 +87,7 @@ class Settings:
     seed: int = option(0, count, "N", "of the random directions (0)")
     trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along")
     output_dir: str = option("experiment_results", str, "DIR", "for the four files (experiment_results)")
+    overwrite: bool = option(False, switch, "true", "replace what an earlier run left in --output-dir")
     redraw: str | None = option(None, str, "DIR", "only draw the pictures of the results in DIR again")
 
     @property
@@ -108,25 +112,36 @@ if __name__ == "__main__":  # before the imports below, which take seconds: --he
     from_command_line = parse(sys.argv[1:])
     settle_network(from_command_line.model_name, from_command_line.data)
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from functools import partial
 import math
 import time
 
 import torch
 from tqdm import tqdm
 
+from common.failures import SOME_FAILED, too_many
 from common.files import check_writable
+from common.lock import lock_directory
 from experiment import figures, report
 from experiment.perturbation import check_cached_path, control_directions, step_lengths, sweep, trust_radii_along
-from experiment.results import EIGENVECTORS, RESULTS, SPECTRUM, TOP, Measured, Results, rank
+from experiment.results import SPECTRUM, TOP, Measured, Results, rank
+from experiment.run_directory import FILES, RunDirectory, identify
 from experiment.sentences import Context, diverse_order, locate, read_sentences
 import fisher
-from model.loading import decoder_layers, describe, dtype_advice, load, longest_prompt, vocabulary_size
+from model.loading import (
+    decoder_layers,
+    describe,
+    dtype_advice,
+    fingerprint,
+    load,
+    longest_prompt,
+    vocabulary_size,
+)
 from model.passes import require_known_tokens
 
-FILES = (RESULTS, EIGENVECTORS, figures.SIMILARITY, figures.PERTURBATION)
+FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
 SAVE_EVERY = 30.0  # seconds of work that a crash may cost; or more, so that saving takes a twentieth of the time
 
 
@@ -190,18 +205,6 @@ def choose_layers(asked: tuple | None, depth: int) -> tuple[int, ...]:
     return tuple(sorted(set(asked)))
 
 
-@contextmanager
-def explain_failures(model: torch.nn.Module, context: Context, layers: tuple[int, ...]) -> Iterator[None]:
-    """Says which sentence and layer a numerical failure belongs to."""
-    try:
-        yield
-    except fisher.UnsupportedModelError as error:
-        raise UserError(f"this model is not supported: {error}") from error
-    except fisher.NumericalError as error:
-        where = "" if error.layer is None else f" at layer {layers[error.layer]}"
-        raise UserError(f"{error}{where} of sentence {context.sentence!r}{dtype_advice(model)}") from error
-
-
 # --- the experiment ------------------------------------------------------------------------------
 
 
@@ -225,43 +228,62 @@ def find_contexts(settings: Settings, model: torch.nn.Module, tokenizer, texts: 
     return [contexts[index] for index in diverse_order([context.prompt for context in contexts])]
 
 
-def linearize_each(
-    settings: Settings, model: torch.nn.Module, contexts: list[Context], clock: Clock
-) -> Iterator[tuple[Context, fisher.Point]]:
-    """The first contexts that qualify, each with the model linearised at its prompt's last token.
+def leave_out(model: torch.nn.Module, results: Results, context: Context, error: Exception) -> None:
+    """Records a sentence that led to NaN, infinity or no convergence.
 
     Raises:
-        UserError: NaN or infinity, a model that is not supported, or no context qualifies.
+        UserError: too many have.
     """
-    found = 0
+    layer = getattr(error, "layer", None)
+    where = "" if layer is None else f" at layer {results.layers[layer]}"
+    reason = f"{first_line(error)}{where} of sentence {context.sentence!r}{dtype_advice(model)}"
+    results.failed.append({"sentence": context.sentence, "reason": reason})
+    failed, tried = len(results.failed), len(results.failed) + len(results)
+    if too_many(failed, tried):
+        raise UserError(f"{failed} of the first {tried} sentences failed: {reason}")
+    tqdm.write(f"note: left out: {printable(reason)}", file=sys.stderr)
+
+
+def linearize_each(
+    settings: Settings, model: torch.nn.Module, contexts: list[Context], results: Results, clock: Clock
+) -> Iterator[tuple[Context, fisher.Point]]:
+    """The contexts that qualify and are not in `results`, each with the model linearised at its prompt's last token.
+
+    Raises:
+        UnsupportedModelError: the model is not.
+        UserError: too many sentences fail.
+    """
+    checked = False
     for context in contexts:
-        with clock("prefix"), explain_failures(model, context, settings.layers):
-            require_known_tokens(model, torch.tensor([context.target_id]))
-            point = fisher.linearize(model, context.ids, settings.layers)
+        if context.sentence in results:
+            continue
+        try:
+            with clock("prefix"):
+                require_known_tokens(model, torch.tensor([context.target_id]))
+                point = fisher.linearize(model, context.ids, settings.layers)
+        except FAILURES as error:
+            leave_out(model, results, context, error)
+            continue
         if settings.require_predicted and rank(point.log_probs, context.target_id) > 1:
             continue
-        if found == 0:
-            with explain_failures(model, context, settings.layers):
-                check_cached_path(point, context.ids)
-        found += 1
+        if not checked:
+            check_cached_path(point, context.ids)
+            checked = True
         yield context, point
-        if found == settings.num_sentences:
-            return
-    if found == 0:
-        word = settings.target_word
-        raise UserError(f"in none of {len(contexts)} sentences is {word!r} the top prediction (--require-predicted)")
-    print(f"note: {settings.num_sentences} sentences were asked for, only {found} are available")
 
 
 def with_other_activations(
-    points: Iterator[tuple[Context, fisher.Point]],
+    settings: Settings, points: Iterator[tuple[Context, fisher.Point]], results: Results
 ) -> Iterator[tuple[Context, fisher.Point, torch.Tensor | None]]:
-    """Each sentence's, with the activations (layers, d) of another: the one before it, or for the first, the second."""
-    first_two = [next(points), next(points, None)]
-    other = first_two[1] and first_two[1][1].activations
-    for context, point in chain(filter(None, first_two), points):
-        yield context, point, other
-        other = point.activations
+    """Each sentence's, with the activations (layers, d) of another: the one finished last, or else the next one."""
+    point = next(points, None)
+    while point is not None:
+        other, following = results.last_activations, None
+        if other is None and settings.num_sentences > 1:
+            following = next(points, None)
+            other = following and following[1].activations
+        yield *point, other
+        point = following or next(points, None)
 
 
 def fisher_matrices(
@@ -314,74 +336,136 @@ def perturb(
 
 
 def perturb_all(
-    settings: Settings, model: torch.nn.Module, contexts: list[Context], results: Results, clock: Clock
+    settings: Settings,
+    model: torch.nn.Module,
+    contexts: list[Context],
+    results: Results,
+    save: Callable[[Results], None],
+    clock: Clock,
 ) -> None:
-    """Takes every sentence through `perturb` into `results`, saving what there is now and then."""
+    """Takes sentence after sentence through `perturb` into `results`, saving what there is now and then.
+
+    Raises:
+        UserError: no sentence qualifies, or too many fail.
+    """
     batches = Batches(settings.batch_size)
     due = time.perf_counter() + SAVE_EVERY
-    points = with_other_activations(linearize_each(settings, model, contexts, clock))
+    points = linearize_each(settings, model, contexts, results, clock)
     total = min(settings.num_sentences, len(contexts))
-    for context, point, other in tqdm(points, total=total, desc="perturbing", unit="sentence", disable=None):
-        key = (settings.seed, len(results))
-        controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
-        with explain_failures(model, context, settings.layers):
-            results.add(perturb(settings, context, point, controls, batches, clock))
-        tqdm.write(report.sentence_block(results, len(results) - 1))
-        if (start := time.perf_counter()) > due:
-            results.save(Path(settings.output_dir))
-            end = time.perf_counter()
-            due = end + max(SAVE_EVERY, 20 * (end - start))
+    with tqdm(total=total, initial=len(results), desc="perturbing", unit="sentence", disable=None) as bar:
+        for context, point, other in with_other_activations(settings, points, results):
+            key = (settings.seed, len(results))
+            controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
+            try:
+                results.add(perturb(settings, context, point, controls, batches, clock))
+            except FAILURES as error:
+                leave_out(model, results, context, error)
+                continue
+            tqdm.write(report.sentence_block(results, len(results) - 1))
+            bar.update()
+            if len(results) == settings.num_sentences:
+                break
+            if (start := time.perf_counter()) > due:
+                save(results)
+                end = time.perf_counter()
+                due = end + max(SAVE_EVERY, 20 * (end - start))
+    if not len(results):
+        raise UserError(nothing_found(settings, contexts, results))
     results.complete = True
+
+
+def nothing_found(settings: Settings, contexts: list[Context], results: Results) -> str:
+    if results.failed:
+        return results.failed[0]["reason"]
+    word = settings.target_word
+    return f"in none of {len(contexts)} sentences is {word!r} the top prediction (--require-predicted)"
 
 
 # --- the protocol --------------------------------------------------------------------------------
 
 
-def run(settings: Settings) -> int:
-    directory = Path(settings.redraw or settings.output_dir)
-    if settings.redraw:
+def redraw(directory: Path) -> int:
+    try:
         figures.draw(directory)
-        print(f"Drawn in {directory}: {figures.SIMILARITY}, {figures.PERTURBATION}")
-        return 0
-    check_writable(directory)
-    texts = read_sentences(
-        settings.data, settings.target_word, settings.text_column, settings.data_config, settings.data_split
-    )
-    clock = Clock()
-    with clock("load"):
-        model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
-    if not tokenizer.is_fast:
-        raise UserError(f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word")
-    settings = clamp_to_model(settings, model)
-    environment = describe(model)
-    print(report.heading(settings.model_name, environment, settings.layers))
-    contexts = find_contexts(settings, model, tokenizer, texts)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"the results in {directory} are of another form: {excerpt(repr(error), 80)}") from error
+    print(f"Drawn in {directory}: {', '.join(figures.FILES)}")
+    return 0
 
-    config = {**asdict(settings), "data_file": settings.data_file or BUNDLED}
-    del config["redraw"]
-    results = Results(config, environment, settings.layers, lambda token: tokenizer.decode([token]), clock.seconds)
-    print(report.block_legend(results))
+
+def run(settings: Settings) -> int:
+    directory = Path(settings.output_dir)
+    with lock_directory(directory):
+        check_writable(directory)
+        texts = read_sentences(
+            settings.data, settings.target_word, settings.text_column, settings.data_config, settings.data_split
+        )
+        clock = Clock()
+        with clock("load"):
+            model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word"
+            )
+        settings = clamp_to_model(settings, model)
+        environment = describe(model)
+        print(report.heading(settings.model_name, environment, settings.layers))
+        contexts = find_contexts(settings, model, tokenizer, texts)
+
+        config = {**asdict(settings), "data_file": settings.data_file or BUNDLED}
+        del config["redraw"], config["overwrite"]
+        about = identify(config, fingerprint(model, tokenizer), contexts)
+        files = RunDirectory(directory, config, about)
+        decode = tokenizer.decode
+        results = Results(config, about, environment, settings.layers, lambda token: decode([token]), clock.seconds)
+        if earlier := files.earlier(settings.overwrite):
+            if earlier.document["complete"]:
+                return say_finished(directory, earlier.document)
+            results.go_on_from(*earlier)
+            print(f"Going on after the {len(results)} sentences that are finished.")
+        print(report.block_legend(results))
+        measure(settings, model, contexts, results, files, clock)
+    return SOME_FAILED if results.failed else 0
+
+
+def say_finished(directory: Path, document: dict) -> int:
+    if not figures.are_of(directory, document):
+        figures.draw(directory)
+    print(f"{directory} is finished: nothing to do (--overwrite starts anew)")
+    return 0
+
+
+def measure(
+    settings: Settings,
+    model: torch.nn.Module,
+    contexts: list[Context],
+    results: Results,
+    files: RunDirectory,
+    clock: Clock,
+) -> None:
+    """All that is not finished yet. Whatever stops it, finished sentences are saved before it is reported."""
     stopped = None
     try:
-        perturb_all(settings, model, contexts, results, clock)
-    except BaseException as error:  # whatever stops it, finished sentences are saved before it is reported
+        perturb_all(settings, model, contexts, results, files.save, clock)
+    except fisher.UnsupportedModelError as error:
+        stopped = UserError(f"this model is not supported: {error}")
+    except BaseException as error:
         stopped = error
     if len(results):
+        files.save(results)
         if stopped:
-            print(f"Stopped: keeping the {len(results)} sentences that are finished.", file=sys.stderr)
-        results.save(directory)
-        figures.draw(directory)
-        print(report.layer_table(results))
-        print(report.timing_line(clock.seconds))
-        print(f"Written to {directory}: {', '.join(FILES)}")
+            print(f"Stopped: {len(results)} finished sentences are kept; the same command goes on.", file=sys.stderr)
+        figures.draw(files.path)
+        print(report.conclusion(results))
+        print(f"Written to {files.path}: {', '.join(FILES)}")
     if stopped:
         raise stopped
-    return 0
 
 
 def main(settings: Settings) -> int:
     advice = "fewer --layers, a smaller --max-vocab-subset, --dtype bfloat16, or a smaller model"
-    return exit_code("core_experiment.py", lambda: run(settings), advice)
+    task = partial(redraw, Path(settings.redraw)) if settings.redraw else partial(run, settings)
+    return exit_code("core_experiment.py", task, advice)
 
 
 if __name__ == "__main__":

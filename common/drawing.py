@@ -12,11 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image  # which matplotlib depends on
 
 from common.command_line import printable
 from common.files import atomic_open
 
 DPI = 150
+NOTE = "Comment"  # the name, in a PNG file, of what `save` notes there
 STYLE = {
     "font.size": 13,
     "axes.spines.top": False,
@@ -31,9 +33,11 @@ BLACK, ORANGE, BLUE, GREEN, PINK, YELLOW, GREY = (
 DISTINCT = [BLACK, ORANGE, BLUE, GREEN, PINK, YELLOW]
 
 
-def save(directory: Path, figures: dict[str, Callable[[], Figure]]) -> None:
+def save(directory: Path, figures: dict[str, Callable[[], Figure]], note: str | None = None) -> None:
     """Draws figures into files of these names, one at a time.
 
+    Args:
+        note: is kept in the file: see `note_of`.
     Raises:
         UserError: the directory cannot be written to.
     """
@@ -42,8 +46,18 @@ def save(directory: Path, figures: dict[str, Callable[[], Figure]]) -> None:
         for name, make in figures.items():
             figure = make()
             with atomic_open(directory / name) as file:
-                figure.savefig(file, format="png", dpi=DPI)
+                figure.savefig(file, format="png", dpi=DPI, metadata={NOTE: note} if note else None)
             plt.close(figure)
+
+
+def note_of(path: Path) -> str | None:
+    """The note in a picture that is whole; None if it is missing or damaged, or has none."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()  # checks its checksums
+            return picture.info.get(NOTE)
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
 def label(text: str) -> str:
@@ -52,8 +66,8 @@ def label(text: str) -> str:
 
 
 def median_band(panel: Axes, x: np.ndarray, samples: list, colour: str, floor: float = 0.0, **line) -> None:
-    """The median of each of `samples` against x as a line, and their quartiles as a band around it."""
-    quartiles = [np.percentile(values, [25, 50, 75]) for values in samples]
+    """The median of each of `samples` against x as a line, and their quartiles as a band around it; NaN is left out."""
+    quartiles = [np.nanpercentile(values, [25, 50, 75]) for values in samples]
     low, median, high = np.maximum(quartiles, floor).T
     panel.plot(x, median, color=colour, **line)
     panel.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)

@@ -42,6 +42,12 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def remove_unfinished(directory: Path, names: Iterable[str]) -> None:
+    """Removes what a killed process was writing into files of these names."""
+    for path in [path for name in names for path in directory.glob(f".{name}-*")]:
+        path.unlink(missing_ok=True)
+
+
 def check_writable(directory: Path) -> None:
     """Raises UserError unless `directory` can be written to, or made. Leaves nothing behind."""
     existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())

@@ -1,7 +1,7 @@
 """The experiment's two pictures, drawn from its JSON file."""
 
-import json
 from pathlib import Path
+import warnings
 
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -10,12 +10,11 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 import numpy as np
 
-from common.command_line import UserError, first_line
-from common.drawing import BLACK, BLUE, DISTINCT, GREY, ORANGE, label, median_band, save
+from common.drawing import BLACK, BLUE, DISTINCT, GREY, ORANGE, label, median_band, note_of, save
 from common.rows import evenly_spaced
-from experiment.results import RESULTS
+from experiment.results import read_results
 
-SIMILARITY, PERTURBATION = "fisher_similarity_matrix.png", "perturbation_analysis.png"
+SIMILARITY, PERTURBATION = FILES = "fisher_similarity_matrix.png", "perturbation_analysis.png"
 # a line style each, for print without colour
 KINDS = {"fisher": (ORANGE, "-", "o"), "difference": (BLUE, "-", "s"), "random": (GREY, "-", "^")}
 NAMES = {"fisher": "Fisher eigenvector", "difference": "towards another sentence", "random": "random"}
@@ -32,13 +31,16 @@ def draw(directory: Path) -> None:
     Raises:
         UserError: no readable results there, or it cannot be written to.
     """
-    try:
-        results = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no readable {RESULTS} in {directory}: {first_line(error)}") from error
-    save(
-        directory, {SIMILARITY: lambda: similarity_figure(results), PERTURBATION: lambda: perturbation_figure(results)}
-    )
+    results = read_results(directory)
+    drawn = {SIMILARITY: lambda: similarity_figure(results), PERTURBATION: lambda: perturbation_figure(results)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN|Mean of empty")  # perturbations that overflowed
+        save(directory, drawn, note=results.get("checksum"))
+
+
+def are_of(directory: Path, results: dict) -> bool:
+    """Whether both pictures are there, whole, and drawn from `results`."""
+    return all(note_of(directory / name) == results.get("checksum") for name in FILES)
 
 
 # --- similarity of the eigenvectors --------------------------------------------------------------
@@ -158,12 +160,12 @@ def _kl_panel(panel: Axes, results: dict, layer: str) -> None:
             records = [_records(results, layer, scale, kind) for scale in side]
             if not records or not records[0]:
                 continue
-            x, kl = side.astype(float), [[r["kl"] for r in at] for at in records]
+            x, kl = side.astype(float), [_column(at, "kl") for at in records]
             named = side is signed[-1]  # once in the legend
             style = {"linestyle": line, "marker": marker, "markersize": 4, "label": NAMES[kind] if named else None}
             median_band(panel, x, kl, colour, KL_FLOOR, **style)
             if kind == "fisher":
-                predicted = np.maximum([np.median([r["predicted_kl"] for r in at]) for at in records], KL_FLOOR)
+                predicted = np.maximum([np.nanmedian(_column(at, "predicted_kl")) for at in records], KL_FLOOR)
                 name = "predicted for it, ½ δᵀFδ" if named else None
                 panel.plot(x, predicted, "--", color=BLACK, linewidth=1.3, label=name)
     panel.set_yscale("log")
@@ -181,7 +183,14 @@ def _scale_axis(panel: Axes, scales: list[str]) -> None:
     panel.minorticks_off()
 
 
+def _column(records: list[dict], key: str) -> np.ndarray:
+    """A number of each record; NaN where it overflowed."""
+    return np.array([record[key] for record in records], dtype=float)
+
+
 def _overlap(record: dict, base: list[int]) -> float:
+    if not record["top_ids"]:  # it overflowed
+        return np.nan
     return len(set(record["top_ids"]) & set(base)) / len(base)
 
 
@@ -191,11 +200,12 @@ def _heatmap(panel: Axes, results: dict, statistic, title: str, cmap: str) -> No
     bases = [context["top_ids"] for context in results["contexts"]]
     values = [
         [
-            np.mean([statistic(p, b) for p, b in zip(_records(results, layer, scale, "fisher"), bases, strict=True)])
+            [statistic(p, b) for p, b in zip(_records(results, layer, scale, "fisher"), bases, strict=True)]
             for scale in scales
         ]
         for layer in layers
     ]
+    values = np.nanmean(np.array(values, dtype=float), axis=-1)
     image = panel.imshow(values, cmap=cmap, vmin=0, vmax=1, aspect="auto")
     shown = evenly_spaced(len(layers), MAX_TICKS)
     panel.set_yticks(shown, [layers[i] for i in shown])
@@ -251,7 +261,7 @@ def _example_panel(panel: Axes, results: dict) -> None:
             curves.setdefault(token, np.full(len(scales), np.nan))[column] = probability
     target = contexts[sentence]["target_token"]
     curves.pop(target, None)
-    panel.plot(x, [record["target_prob"] for record in records], "o-", color=DISTINCT[0], label=_token_name(target))
+    panel.plot(x, _column(records, "target_prob"), "o-", color=DISTINCT[0], label=_token_name(target))
     leading = sorted(curves, key=lambda token: -np.nanmax(curves[token]))
     for token, colour in zip(leading, DISTINCT[1:], strict=False):
         panel.plot(x, curves[token], "s--", color=colour, markersize=5, label=_token_name(token))

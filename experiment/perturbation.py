@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fisher
-from fisher import Chunks, Eigenpairs, NumericalError, Point, UnsupportedModelError
+from fisher import Chunks, Eigenpairs, Point, UnsupportedModelError
 from model.passes import ROUNDING_NATS
 
 DEPARTURE = 0.1  # relative, of KL from its quadratic prediction
@@ -49,7 +49,7 @@ def step_lengths(unit: str, scales: Tensor, eigenvalues: Tensor, norms: Tensor) 
 
 
 class Sweep(NamedTuple):
-    """The next-token distribution after each perturbation."""
+    """The next-token distribution after each perturbation. KL is not finite after one that overflowed."""
 
     kl: Tensor  # (...) float32, KL(unperturbed || perturbed) in nats
     top_ids: Tensor  # (..., top) int64, the most probable tokens, descending
@@ -64,8 +64,6 @@ def sweep(point: Point, deltas: Tensor, target: int = 0, top: int = 5, chunks: C
         deltas: (layers, ..., d) float32, each added to the residual stream at its own layer.
         target: a token whose probability to return.
         top: how many of the most probable tokens to return.
-    Raises:
-        NumericalError: a perturbation led to logits that hold NaN or infinity.
     """
     shape, rows = deltas.shape[:-1], deltas.flatten(0, -2)
     at = torch.arange(shape[0]).repeat_interleave(deltas[0, ..., 0].numel())
@@ -78,11 +76,7 @@ def sweep(point: Point, deltas: Tensor, target: int = 0, top: int = 5, chunks: C
         return Sweep(kl, top_ids, top_logits - normalizer[:, None], logits[:, target] - normalizer)
 
     parts = (chunks or Chunks()).map(chunk, rows, at)
-    result = Sweep(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    bad = (~result.kl.isfinite()).nonzero()
-    if len(bad):
-        raise NumericalError("the logits after a perturbation hold NaN or infinity", layer=int(at[int(bad[0, 0])]))
-    return Sweep(*(column.unflatten(0, shape) for column in result))
+    return Sweep(*(torch.cat(column).unflatten(0, shape) for column in zip(*parts, strict=True)))
 
 
 def check_cached_path(point: Point, ids: list[int]) -> None:
@@ -126,7 +120,8 @@ def trust_radii_along(point: Point, eigen: Eigenpairs, full: bool, chunks: Chunk
 
     def kl_of(steps: Tensor) -> Tensor:  # (layers * 2, n)
         deltas = ends[:, :, None] * steps.unflatten(0, ends.shape[:2])[..., None]
-        return sweep(point, deltas, chunks=chunks).kl.flatten(0, 1)
+        kl = sweep(point, deltas, chunks=chunks).kl.flatten(0, 1)
+        return kl.nan_to_num(nan=math.inf, posinf=math.inf)  # what overflows has departed
 
     steps = trust_radii(kl_of, curvature.flatten()).unflatten(0, curvature.shape)
     return TrustRadii(steps, 0.5 * steps**2 * curvature)

@@ -1,16 +1,15 @@
 """The experiment's tables and lines for the terminal."""
 
-import statistics
 import textwrap
 
 from common.command_line import excerpt_end, model_line, printable, table
-from experiment.results import Results
+from experiment.results import RESULTS, Results, median_or_none
 
 FELT_KL = 0.05  # nats: below it a perturbation has hardly moved a prediction
 EXCERPT = 48  # characters of a prompt's end shown in a line
 
 
-def heading(name: str, environment: dict, layers: list[int]) -> str:
+def heading(name: str, environment: dict, layers: tuple[int, ...]) -> str:
     return f"{model_line(name, environment)}; layers {' '.join(map(str, layers))} of {environment['depth']}"
 
 
@@ -31,26 +30,43 @@ def sentence_block(results: Results, index: int) -> str:
         for layer in results.layers:
             record = perturbations[layer][far]
             record = record if name == "fisher" else record["controls"][name]
-            cells.append(f"{record['kl']:.2g}" + ("*" if record["top_changed"] else ""))
+            cells.append(_cell(record["kl"], ".2g") + ("*" if record["top_changed"] else ""))
         rows.append([f"  KL {name}", *cells])
     return title + "\n" + table(["  layer", *map(str, results.layers)], rows)
 
 
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def conclusion(results: Results) -> str:
+    """The summary by layer, what is not in it, and how long each stage took."""
+    parts = [layer_table(results)]
+    if results.overflows:
+        parts.append(f"note: {results.overflows} perturbations were too long for numbers to hold: null in {RESULTS}")
+    if results.failed:
+        parts.append(f"{len(results.failed)} sentences failed: `failed` in {RESULTS} says why")
+    asked = results.config["num_sentences"]
+    if results.complete and len(results) < asked:
+        parts.append(f"note: {asked} sentences were asked for, only {len(results)} are available")
+    return "\n".join([*parts, timing_line(results.seconds)])
+
+
 def layer_table(results: Results) -> str:
-    """The summary by layer, and how long each stage took."""
+    """The summary by layer."""
     summary = results.summary()
     kinds = list(next(iter(summary["layers"].values()))["kl_median"])
     header = ["layer", "lambda", "mass", "eff. rank", *(f"KL {k}" for k in kinds), *(f"flips {k}" for k in kinds)]
     rows = [
         [str(layer), f"{s['eigenvalue_median']:.3g}", f"{s['captured_mass_median']:.3f}",
-         f"{s['effective_rank_median']:.2f}", *(f"{s['kl_median'][k]:.2g}" for k in kinds),
-         *(f"{s['flips'][k]:.0%}" for k in kinds)]
+         f"{s['effective_rank_median']:.2f}", *(_cell(s["kl_median"][k], ".2g") for k in kinds),
+         *(_cell(s["flips"][k], ".0%") for k in kinds)]
         for layer, s in summary["layers"].items()
     ]  # fmt: skip
     far = f"±{summary['at_scale']:g}"
     note = f"Medians over {len(results)} sentences; KL in nats and share of changed top tokens at {far}."
-    weak = statistics.median(s["kl_median"]["fisher"] for s in summary["layers"].values()) < FELT_KL
-    if weak and results.config["scale_unit"] == "eigenvalue":
+    middle = median_or_none([s["kl_median"]["fisher"] for s in summary["layers"].values()])
+    if middle is not None and middle < FELT_KL and results.config["scale_unit"] == "eigenvalue":
         note += " At half of the layers or more, steps of lambda are too short to move a prediction: --scale-unit nats"
         note += " makes them long enough."
     parts = [table(header, rows), textwrap.fill(note, 100)]

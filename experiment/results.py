@@ -3,14 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 import functools
+import hashlib
+import json
 import math
 from pathlib import Path
 import statistics
+import zipfile
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from common.files import write_json, write_npz
+from common.command_line import UserError, first_line
+from common.files import json_ready, write_json, write_npz
 from experiment.perturbation import Sweep, TrustRadii
 from experiment.sentences import Context
 from fisher import Eigenpairs, Point
@@ -20,6 +25,10 @@ SPECTRUM = 10  # leading eigenvalues recorded per sentence and layer
 TOP = 5  # most probable tokens recorded for every perturbation
 MAX_SIMILARITY = 2000  # rows of the similarity matrix, whose square is written as JSON
 NESTED = ("eigenvalues", "exact", "trust_radius")  # entries of a layer that are more than a number
+UNCHECKED = ("experiment_config", "environment", "timings", "checksum")  # what the checksum of a run is not over
+KEYS = ("experiment_config", "sentences", "contexts", "fisher", "perturbation_results")
+
+Arrays = dict[str, np.ndarray]  # by name, a row a sentence
 
 
 @dataclass(frozen=True)
@@ -59,30 +68,68 @@ def trust_radius(steps: list[float], nats: list[float], norm: float) -> dict:
     return {"step": steps[at], "nats": nats[at], "norms": steps[at] / norm, "steps": both}
 
 
+def number_or_none(value: float) -> float | None:
+    """None for what JSON has no number for: infinity, or NaN."""
+    return value if math.isfinite(value) else None
+
+
+def median_or_none(values: list) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
 class Results:
-    """The experiment's records, sentence by sentence."""
+    """The experiment's records, sentence by sentence, as they are written: layers and scales are texts in them."""
 
     def __init__(
         self,
         config: dict,
+        run: dict,
         environment: dict,
-        layers: list[int],
+        layers: tuple[int, ...],
         decode: Callable[[int], str],
         seconds: dict[str, float],
     ):
-        self.config, self.environment, self.layers, self.seconds = config, environment, layers, seconds
+        self.config, self.run, self.environment, self.seconds = config, run, environment, seconds
+        self.numbers, self.layers = layers, [str(layer) for layer in layers]
         self.decode = functools.cache(decode)  # the same few tokens, thousands of times
         self.scales = config["scales"]
         self.complete = False
-        # an entry a sentence, as they are written
+        # an entry a sentence
         self.sentences: list[str] = []
         self.contexts: list[dict] = []
         self.fisher: list[dict] = []  # by layer
         self.perturbations: list[dict] = []  # by layer and scale
         self.arrays: dict[str, list[np.ndarray]] = {}
+        self.failed: list[dict] = []  # sentences left out, and why
 
     def __len__(self) -> int:
         return len(self.sentences)
+
+    def __contains__(self, sentence: str) -> bool:
+        """Whether it is finished, or left out."""
+        return sentence in self.sentences or any(entry["sentence"] == sentence for entry in self.failed)
+
+    @property
+    def last_activations(self) -> Tensor | None:
+        """(layers, d), of the sentence finished last."""
+        return torch.from_numpy(self.arrays["activations"][-1]) if len(self) else None
+
+    @property
+    def overflows(self) -> int:
+        """How many perturbations were so long that the logits, or the prediction of KL, overflowed."""
+        along_v = (r for sentence in self.perturbations for layer in sentence.values() for r in layer.values())
+        records = (record for r in along_v for record in (r, *r["controls"].values()))
+        return sum(record["kl"] is None or record["predicted_kl"] is None for record in records)
+
+    def go_on_from(self, document: dict, arrays: Arrays) -> None:
+        """Takes in what an earlier run has finished."""
+        self.sentences, self.contexts = document["sentences"], document["contexts"]
+        self.fisher, self.perturbations = document["fisher"], document["perturbation_results"]
+        self.failed = document["failed"]
+        self.arrays = {name: list(array) for name, array in arrays.items()}
+        for stage, seconds in document["timings"].items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     @property
     def farthest(self) -> str:
@@ -118,6 +165,8 @@ class Results:
             arrays["leading_eigenvectors"] = eigen.vectors[:, :count]  # (layers, m, d)
             arrays["leading_eigenvalues"] = eigen.values[:, :count]  # (layers, m)
 
+        # rounded as they are written, so that a run that goes on ends with the same bytes
+        described, fisher, perturbations = map(json_ready, (described, fisher, perturbations))
         self.sentences.append(context.sentence)
         self.contexts.append(described)
         self.fisher.append(fisher)
@@ -149,8 +198,11 @@ class Results:
         kl, *rest = (column.tolist() for column in measured.sweep)
 
         def perturbed(row: int, direction: int, column: int) -> dict:
-            numbers = [cells[row][direction][column] for cells in (kl, predicted, *rest)]
-            record = self._prediction(steps[row][column], *numbers)
+            step = number_or_none(steps[row][column])
+            nats, expected, *prediction = (cells[row][direction][column] for cells in (kl, predicted, *rest))
+            if not math.isfinite(nats):
+                return {**self._nothing, "step": step, "predicted_kl": number_or_none(expected)}
+            record = self._prediction(step, nats, number_or_none(expected), *prediction)
             record["top_changed"] = record["top_ids"][0] != unperturbed["top_ids"][0]
             return record
 
@@ -167,8 +219,19 @@ class Results:
                 layers[layer][f"{scale:g}"] = {**records[0], "controls": controls}
         return layers
 
+    # after a perturbation so long that the logits overflowed
+    _nothing = dict.fromkeys(("step", "kl", "predicted_kl", "top_changed", "target_prob")) | {
+        "top_ids": [], "top_tokens": [], "top_probs": [],
+    }  # fmt: skip
+
     def _prediction(
-        self, step: float, kl: float, predicted_kl: float, ids: list, log_probs: list, target_log_prob: float
+        self,
+        step: float | None,
+        kl: float,
+        predicted_kl: float | None,
+        ids: list,
+        log_probs: list,
+        target_log_prob: float,
     ) -> dict:
         return {
             "step": step,
@@ -184,19 +247,23 @@ class Results:
     # --- what is written ---
 
     def save(self, directory: Path) -> None:
-        """Writes experiment_results.json and fisher_eigenvectors.npz.
+        """Writes fisher_eigenvectors.npz, then experiment_results.json: both name the run that they are of.
+
+        Killed in between, the arrays have more sentences than the records, whose own come first.
 
         Raises:
             UserError: the directory cannot be written to.
         """
         arrays = {name: np.stack(rows) for name, rows in self.arrays.items()}  # (sentences, layers, ...)
-        write_npz(directory / EIGENVECTORS, {**arrays, "layers": np.array(self.layers)})
+        about = {"layers": np.array(self.numbers), "run": np.array(self.run["id"])}
+        write_npz(directory / EIGENVECTORS, {**arrays, **about})
         write_json(directory / RESULTS, self.document())
 
     def document(self) -> dict:
         """The contents of experiment_results.json."""
         labels, similarity = self.similarity()
-        return {
+        document = {
+            "run": self.run,
             "experiment_config": self.config,
             "environment": self.environment,
             "complete": self.complete,
@@ -207,8 +274,11 @@ class Results:
             "similarity_labels": labels,
             "similarity_matrix": similarity,
             "summary": self.summary(),
+            "failed": self.failed,
             "timings": self.seconds,
         }
+        document = json_ready(document)
+        return {**document, "checksum": checksum(document)}
 
     def similarity(self) -> tuple[list[str], np.ndarray]:
         """Labels S{i}_L{layer}, grouped by layer, and |cosine| of their top eigenvectors.
@@ -218,7 +288,7 @@ class Results:
         count = max(1, min(len(self), MAX_SIMILARITY // len(self.layers)))
         vectors = np.stack(self.arrays["eigenvectors"][:count], axis=1)  # (layers, sentences, d)
         flat = vectors.reshape(-1, vectors.shape[-1])
-        labels = [f"S{i}_L{layer}" for layer in self.layers for i in range(count)]
+        labels = [f"S{i}_L{layer}" for layer in self.numbers for i in range(count)]
         return labels, np.minimum(np.abs(flat @ flat.T), 1)
 
     def summary(self) -> dict:
@@ -235,12 +305,12 @@ class Results:
             layers[layer] = {
                 "eigenvalue_median": float(np.median([values[row] for values in self.arrays["eigenvalues"]])),
                 **{f"{key}_median": statistics.median(values) for key, values in of.items()},
-                "kl_median": {kind: statistics.median(r["kl"] for r in records) for kind, records in kinds.items()},
-                "flips": {kind: statistics.fmean(r["top_changed"] for r in records) for kind, records in kinds.items()},
+                "kl_median": {kind: median_or_none([r["kl"] for r in records]) for kind, records in kinds.items()},
+                "flips": {kind: _share([r["top_changed"] for r in records]) for kind, records in kinds.items()},
             }
         return {"at_scale": far, "layers": layers}
 
-    def _farthest_by_kind(self, layer: int, far: float) -> dict[str, list[dict]]:
+    def _farthest_by_kind(self, layer: str, far: float) -> dict[str, list[dict]]:
         """The records of the longest perturbations at a layer, by kind of direction."""
         kinds: dict[str, list[dict]] = {}
         for sentence in self.perturbations:
@@ -251,6 +321,46 @@ class Results:
         return kinds
 
 
+def _share(answers: list) -> float | None:
+    known = [answer for answer in answers if answer is not None]
+    return statistics.fmean(known) if known else None
+
+
 def rank(log_probs: Tensor, token: int) -> int:
     """How many tokens are at least as probable, itself included: 1 is the most probable one."""
     return int((log_probs > log_probs[token]).sum()) + 1
+
+
+# --- reading them again --------------------------------------------------------------------------
+
+
+def checksum(document: dict) -> str:
+    """A hash of all that the sentences gave."""
+    checked = {key: value for key, value in document.items() if key not in UNCHECKED}
+    return hashlib.sha256(json.dumps(checked).encode()).hexdigest()
+
+
+def read_results(directory: Path) -> dict:
+    """The contents of experiment_results.json, also of an older version, which has no checksum.
+
+    Raises:
+        UserError: it is missing, damaged, or not of this script.
+    """
+    try:
+        document = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or not all(key in document for key in KEYS):
+            raise ValueError("it is of another form")
+        if document.get("checksum", checksum(document)) != checksum(document):
+            raise ValueError("it is damaged")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"no readable {RESULTS} in {directory}: {first_line(error)}") from error
+    return document
+
+
+def read_arrays(directory: Path) -> Arrays | None:
+    """The arrays of fisher_eigenvectors.npz; None if it is missing or damaged."""
+    try:
+        with np.load(directory / EIGENVECTORS, allow_pickle=False) as archive:
+            return dict(archive)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None

@@ -115,7 +115,7 @@ def finished_pipeline(chat_directory, dataset, tmp_path_factory) -> Path:
 def without_pictures(monkeypatch) -> None:
     """For tests of something else: of a small run's time, drawing takes the most. The files are there, and empty."""
 
-    def touch(directory: Path, drawn: dict) -> None:
+    def touch(directory: Path, drawn: dict, note: str | None = None) -> None:
         for name in drawn:
             (directory / name).touch()
 

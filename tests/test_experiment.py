@@ -27,12 +27,13 @@ def test_the_documented_keys_and_shapes(finished_experiment):
     results, arrays = experiment_results(finished_experiment)
     assert set(results) >= {
         "experiment_config", "environment", "complete", "sentences", "contexts", "fisher", "perturbation_results",
-        "similarity_matrix", "similarity_labels", "summary", "timings",
+        "similarity_matrix", "similarity_labels", "summary", "timings", "run", "failed", "checksum",
     }  # fmt: skip
-    assert results["complete"] is True
+    assert results["complete"] is True and results["failed"] == []
+    assert results["run"]["id"] == arrays["run"]
     assert len(results["sentences"]) == len(results["contexts"]) == 4
     assert {k: v.shape for k, v in arrays.items()} == {
-        "eigenvectors": (4, 2, 32), "eigenvalues": (4, 2), "activations": (4, 2, 32), "layers": (2,)
+        "eigenvectors": (4, 2, 32), "eigenvalues": (4, 2), "activations": (4, 2, 32), "layers": (2,), "run": (),
     }  # fmt: skip
     assert arrays["eigenvectors"].dtype == np.float32
     assert arrays["layers"].tolist() == [0, 2]
@@ -43,7 +44,7 @@ def test_the_documented_keys_and_shapes(finished_experiment):
 def test_every_option_is_recorded(finished_experiment, model_directory):
     config = experiment_results(finished_experiment)[0]["experiment_config"]
     options = set(core_experiment.Settings.__dataclass_fields__)
-    assert options - {"redraw"} == set(config)
+    assert options - {"redraw", "overwrite"} == set(config)
     assert config["model_name"] == str(model_directory)
     assert config["data_file"] == "data/animals.json"
     assert (config["layers"], config["scales"], config["scale_unit"]) == ([0, 2], [-1, 0, 0.1, 1], "nats")
@@ -216,7 +217,7 @@ def test_more_eigenvectors_are_an_extra_array_and_change_no_other(finished_exper
     assert scripts.core_experiment(model_directory, tmp_path, *words) == 0
     results, arrays = experiment_results(tmp_path)
     _, before = experiment_results(finished_experiment)
-    assert all((arrays[name] == before[name]).all() for name in before)
+    assert all((arrays[name] == before[name]).all() for name in before if name != "run")
     vectors, values = arrays["leading_eigenvectors"], arrays["leading_eigenvalues"]
     assert vectors.shape == (4, 2, 12, 32) and values.shape == (4, 2, 12)
     assert (vectors[:, :, 0] == arrays["eigenvectors"]).all() and (values[:, :, 0] == arrays["eigenvalues"]).all()

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from common.failures import SOME_FAILED
 from conftest import make_model_directory
 import core_experiment
 from experiment import sentences
@@ -89,28 +90,64 @@ def test_nan_names_the_sentence_and_the_layer(tmp_path, byte_level, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_nan_at_a_late_sentence_keeps_those_that_are_done(tmp_path, byte_level, capsys):
-    """For real: a token that only the fourth sentence has is NaN."""
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_sentence_that_leads_to_nan_is_left_out_and_said(number, tmp_path, byte_level, capsys):
+    """For real: a token that only this sentence has is NaN."""
     texts = ["The zoo has many animals.", "We like wild animals.", "In the sea live animals.", "A quiz on animals."]
     order = list(sentences.diverse_order([text.removesuffix(" animals.") for text in texts]))
     ids = [set(byte_level(texts[index]).input_ids) for index in order]
-    only_there = min(ids[3] - set().union(*ids[:3]))
+    only_there = min(ids[number] - set().union(*ids[:number], *ids[number + 1 :]))
     directory = make_model_directory(tmp_path / "model", byte_level)
     model, _ = loading.load(str(directory), device="cpu")
     model.model.embed_tokens.weight[only_there] = float("nan")
     model.save_pretrained(directory)
     data = tmp_path / "data.txt"
     data.write_text("\n".join(texts))
-    assert scripts.core_experiment(directory, tmp_path / "out", "--data-file", str(data)) == 2
-    *_, kept, message = capsys.readouterr().err.strip().splitlines()
-    assert "keeping the 3 sentences that are finished" in kept
-    assert message.startswith("core_experiment.py: error: ") and "NaN or infinity" in message
-    assert f"of sentence {texts[order[3]]!r}" in message and "--dtype" not in message  # it is float32 already
+    assert scripts.core_experiment(directory, tmp_path / "out", "--data-file", str(data)) == SOME_FAILED
+    out, err = capsys.readouterr()
+    reason = f"NaN or infinity at layer 0 of sentence {texts[order[number]]!r}"
+    assert "\nnote: left out: the activations hold " in err and reason in err
+    assert "1 sentences failed: `failed` in experiment_results.json says why" in out
     results, arrays = experiment_results(tmp_path / "out")
-    assert results["complete"] is False
-    assert results["sentences"] == [texts[index] for index in order[:3]]
-    assert len(arrays["eigenvectors"]) == 3
+    assert results["complete"] is True and len(arrays["eigenvectors"]) == 3
+    assert results["sentences"] == [texts[index] for place, index in enumerate(order) if place != number]
+    (failed,) = results["failed"]
+    assert failed["sentence"] == texts[order[number]] and reason in failed["reason"]
+    assert "--dtype" not in failed["reason"]  # it is float32 already
     assert set(os.listdir(tmp_path / "out")) == EXPERIMENT_FILES
+
+
+def test_too_many_sentences_that_fail_stop_the_run(model_directory, tmp_path, monkeypatch, capsys):
+    perturb, calls = core_experiment.perturb, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) % 3:
+            raise fisher.NumericalError("the Fisher matrix is zero", 0)
+        return perturb(*arguments)
+
+    monkeypatch.setattr(core_experiment, "perturb", fail)
+    assert scripts.core_experiment(model_directory, tmp_path, "--num-sentences", "20") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("core_experiment.py: error: 6 of the first 8 sentences failed: the Fisher matrix is zero at")
+    results, _ = experiment_results(tmp_path)
+    assert len(results["sentences"]) == 2 and results["complete"] is False
+
+
+def test_perturbations_that_overflow_are_null_and_said(model_directory, tmp_path, capsys):
+    words = ["--scales", "-1", "1", "1e18", "1e30", "1e39", "--scale-unit", "norm"]
+    assert scripts.core_experiment(model_directory, tmp_path, *words) == 0
+    assert "perturbations were too long for numbers to hold: null in" in capsys.readouterr().out
+    results, _ = experiment_results(tmp_path)
+    for sentence in results["perturbation_results"]:
+        for layer in sentence.values():
+            assert list(layer) == ["-1", "1", "1e+18", "1e+30", "1e+39"]
+            assert layer["1"]["kl"] > 0 and layer["1"]["predicted_kl"] > 0
+            assert layer["1e+30"]["predicted_kl"] is None
+            far = layer["1e+39"]
+            assert (far["kl"], far["target_prob"], far["top_changed"], far["top_ids"]) == (None, None, None, [])
+    assert set(os.listdir(tmp_path)) == EXPERIMENT_FILES
+    assert core_experiment.main(core_experiment.parse(["--redraw", str(tmp_path)])) == 0
 
 
 # --- no memory -----------------------------------------------------------------------------------
@@ -152,11 +189,10 @@ def test_a_smaller_batch_after_running_out_of_memory_is_noted(model_directory, t
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "keeping the 2 sentences that are finished"),
+        (KeyboardInterrupt(), 130, "the same command goes on"),
         (torch.OutOfMemoryError(), 2, "error: not enough memory"),
-        (fisher.NumericalError("the gradients hold NaN or infinity", 1), 2, "at layer 2 of sentence"),
     ],
-    ids=["Ctrl-C", "no memory", "NaN"],
+    ids=["Ctrl-C", "no memory"],
 )
 def test_whatever_stops_it_the_sentences_that_are_done_are_kept(
     error, code, message, model_directory, tmp_path, monkeypatch, capsys
@@ -172,7 +208,7 @@ def test_whatever_stops_it_the_sentences_that_are_done_are_kept(
     monkeypatch.setattr(core_experiment, "perturb", stop_the_third)
     assert scripts.core_experiment(model_directory, tmp_path) == code
     said = capsys.readouterr().err
-    assert "keeping the 2 sentences that are finished" in said and message in said
+    assert "Stopped: 2 finished sentences are kept" in said and message in said
     results, arrays = experiment_results(tmp_path)
     assert results["complete"] is False
     assert len(results["sentences"]) == len(arrays["eigenvectors"]) == 2
