@@ -142,7 +142,8 @@ from model.loading import (
 from model.passes import require_known_tokens
 
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
-SAVE_EVERY = 30.0  # seconds of work that a crash may cost; or more, so that saving takes a twentieth of the time
+# Seconds of work that a kill may cost; or more, so that saving takes no more than this share of the time.
+SAVE_EVERY, SAVE_SHARE = 30.0, 0.05
 
 
 class Clock:
@@ -368,7 +369,7 @@ def perturb_all(
             if (start := time.perf_counter()) > due:
                 save(results)
                 end = time.perf_counter()
-                due = end + max(SAVE_EVERY, 20 * (end - start))
+                due = end + max(SAVE_EVERY, (end - start) / SAVE_SHARE)
     if not len(results):
         raise UserError(nothing_found(settings, contexts, results))
     results.complete = True

@@ -1,6 +1,7 @@
 """An experiment in a directory that has one already: it is gone on with, left alone, or refused."""
 
 import json
+import math
 import os
 from pathlib import Path
 import shutil
@@ -44,7 +45,8 @@ def assert_same(output: Path, expected: Path) -> None:
 
 
 def slow_down() -> None:
-    core_experiment.SAVE_EVERY = 0.0
+    """And save after every sentence."""
+    core_experiment.SAVE_EVERY, core_experiment.SAVE_SHARE = 0.0, math.inf
     perturb = core_experiment.perturb
     core_experiment.perturb = lambda *arguments: (time.sleep(0.1), perturb(*arguments))[1]
 
@@ -84,6 +86,7 @@ def test_stopped_between_two_files_it_goes_on(moment, model_directory, undisturb
         raise Stopped
 
     monkeypatch.setattr(core_experiment, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(core_experiment, "SAVE_SHARE", math.inf)
     with monkeypatch.context() as patch:
         if moment == "pictures":
             patch.setattr(core_experiment.figures, "draw", stop)

@@ -6,11 +6,13 @@ Each seed is a story of one to three faults. A few are told here; `python tests/
 from collections.abc import Callable
 from functools import partial
 import json
+import math
 import os
 from pathlib import Path
 import random
 import resource
 import signal
+import sys
 import time
 
 import pytest
@@ -82,8 +84,9 @@ def full_disk(story: Story) -> str:
     return outcome(story.start(partial(limit_file_size, story.random.choice([1_000, 3_000, 10_000, 40_000]))), 2)
 
 
-def full_console(story: Story) -> str:
-    return outcome(story.start(fill_console), 2)
+def broken_console(story: Story) -> str:
+    kind = story.random.choice([full_console, closed_pipe, closed_console, ascii_console])
+    return f"{kind.__name__}: {outcome(story.start(kind))}"
 
 
 def damaged(story: Story) -> str:
@@ -110,17 +113,19 @@ def damaged_while_it_runs(story: Story) -> str:
     return outcome(running, 2)
 
 
-FAULTS = [killed, interrupted, started_twice, full_disk, full_console, damaged, damaged_while_it_runs]
+FAULTS = [killed, interrupted, started_twice, full_disk, broken_console, damaged, damaged_while_it_runs]
 
 # --- in the process that is hurt -----------------------------------------------------------------
 
 
 def slow_writes() -> None:
-    """So that a signal can meet the run between any two files."""
+    """So that a signal can meet the run between any two files; the experiment also saves after every sentence."""
     import common.files
 
     replace = os.replace
     common.files.os.replace = lambda *paths: (time.sleep(0.03), replace(*paths))
+    if script := sys.modules.get("core_experiment"):
+        script.SAVE_EVERY, script.SAVE_SHARE = 0.0, math.inf
 
 
 def limit_file_size(size: int) -> None:
@@ -128,9 +133,32 @@ def limit_file_size(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def fill_console() -> None:
+def full_console() -> None:
     with open("/dev/full", "w") as full:
-        os.dup2(full.fileno(), 1)
+        reopen(full.fileno(), "stdout", "stderr")
+
+
+def closed_pipe() -> None:
+    """As after `| head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    reopen(write, "stdout")
+
+
+def reopen(descriptor: int, *streams: str) -> None:
+    for name in streams:
+        number = getattr(sys, name).fileno()
+        os.dup2(descriptor, number)
+        setattr(sys, name, os.fdopen(number, "w", closefd=False))  # as Python opens it at its start
+
+
+def closed_console() -> None:
+    sys.stdout = sys.stderr = None  # what Python makes of `>&- 2>&-`
+
+
+def ascii_console() -> None:
+    sys.stdout.reconfigure(encoding="ascii")
+    sys.stderr.reconfigure(encoding="ascii")
 
 
 # --- the stories ---------------------------------------------------------------------------------
