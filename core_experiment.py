@@ -23,12 +23,14 @@ from common.command_line import (
     before_imports,
     count,
     dtype_name,
+    end_with_error,
     exit_code,
     finite,
     nonempty,
     one_of,
     option,
     or_all,
+    path,
     positive,
     settle_network,
     switch,
@@ -43,14 +45,14 @@ SCALES = (0.0, -0.5, 0.5, -1.0, 1.0, -2.0, 2.0, -5.0, 5.0, -10.0, 10.0)
 class Settings:
     """What the experiment does: a flag each."""
 
-    model_name: str = option(EMBEDDED, nonempty, "NAME", f"hub id or local directory ({EMBEDDED})")
+    model_name: str = option(EMBEDDED, path, "NAME", f"hub id or local directory ({EMBEDDED})")
     data_file: str | None = option(
-        None, str, "FILE", f".json {{word: [sentences]}}, .txt, .jsonl, .csv, .parquet, or a hub dataset ({BUNDLED})"
+        None, path, "FILE", f".json {{word: [sentences]}}, .txt, .jsonl, .csv, .parquet, or a hub dataset ({BUNDLED})"
     )
-    text_column: str | None = option(None, str, "NAME", "column of a table or dataset that holds the text")
-    data_config: str | None = option(None, str, "NAME", "configuration of a hub dataset")
-    data_split: str = option("train", str, "NAME", "split of a hub dataset (train)")
-    target_word: str = option("animals", str, "WORD", "perturb at the token just before this word (animals)")
+    text_column: str | None = option(None, nonempty, "NAME", "column of a table or dataset that holds the text")
+    data_config: str | None = option(None, nonempty, "NAME", "configuration of a hub dataset")
+    data_split: str = option("train", nonempty, "NAME", "split of a hub dataset (train)")
+    target_word: str = option("animals", nonempty, "WORD", "perturb at the token just before this word (animals)")
     num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse (20)")
     require_predicted: bool = option(False, switch, "true", "only where the model's top prediction starts the word")
     layers: tuple | None = option(
@@ -80,11 +82,11 @@ class Settings:
     dtype: str = option(
         "auto", dtype_name, "TYPE", "float64, float32, bfloat16, float16 (bfloat16 on CUDA, else float32)"
     )
-    device: str = option("auto", str, "NAME", "as torch names it (cuda, then mps, then cpu)")
+    device: str = option("auto", nonempty, "NAME", "as torch names it (cuda, then mps, then cpu)")
     seed: int = option(0, count, "N", "of the random directions (0)")
     trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along")
-    output_dir: str = option("experiment_results", str, "DIR", "for the four files (experiment_results)")
-    redraw: str | None = option(None, str, "DIR", "only draw the pictures of the results in DIR again")
+    output_dir: str = option("experiment_results", path, "DIR", "for the four files (experiment_results)")
+    redraw: str | None = option(None, path, "DIR", "only draw the pictures of the results in DIR again")
 
     @property
     def data(self) -> str:
@@ -106,7 +108,10 @@ def parse(argv: list[str]) -> Settings:
 if __name__ == "__main__":  # before the imports below, which take seconds: --help need not wait for torch
     before_imports()
     from_command_line = parse(sys.argv[1:])
-    settle_network(from_command_line.model_name, from_command_line.data)
+    try:
+        settle_network(from_command_line.model_name, from_command_line.data)
+    except UserError as error:
+        sys.exit(end_with_error("core_experiment.py", error))
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -5,21 +5,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
 import difflib
-import json
 import math
 import os
 from pathlib import Path
+import re
 import signal
-import socket
 import sys
+import threading
+import time
 from typing import TextIO
-from urllib.parse import urlparse
-from urllib.request import getproxies
 import warnings
 
 EMBEDDED = "smollm2-135m"  # the default model, which needs no hub: see model/embedded.py
 HUB = "https://huggingface.co"  # the default of HF_ENDPOINT
 INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
+SAME_PRESS = 1.0  # seconds: another Ctrl-C within them adds nothing to the first
+MAX_NAME = 255  # bytes of a file's name, everywhere
+MAX_CONFIG = 100_000  # characters: a YAML file of settings has a thousand
 
 
 class UserError(Exception):
@@ -30,15 +32,20 @@ class UserError(Exception):
 
 
 def positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    if not _is_whole(text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a positive whole number")
     return int(text)
 
 
 def count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    if not _is_whole(text):
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a whole number, 0 or more")
     return int(text)
+
+
+def _is_whole(text: str) -> bool:
+    """Few enough digits that whatever is computed from it fits 64 bits."""
+    return re.fullmatch("0*[0-9]{1,15}", text) is not None
 
 
 def finite(text: str) -> float:
@@ -47,8 +54,12 @@ def finite(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return value
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a number")
+    return value + 0.0  # -0.0 becomes 0.0
+
+
+def _shown(text: str) -> str:
+    return excerpt(repr(text), 40)
 
 
 def or_all(number: Callable[[str], int]) -> Callable[[str], int | str]:
@@ -62,16 +73,32 @@ def nonempty(text: str) -> str:
     return text
 
 
+def path(text: str) -> str:
+    """A local path, or a name on the hub. A `~` at its beginning is the user's home directory, as in a shell."""
+    expanded = os.path.expanduser(nonempty(text))
+    try:
+        names = os.fsencode(expanded).split(b"/")
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} cannot be a file's name here") from error
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} holds a null character")
+    if max(map(len, names)) > MAX_NAME:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} has a name of more than {MAX_NAME} bytes")
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is no user's home directory: write ./~ for a file here")
+    return expanded
+
+
 def switch(text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is neither true nor false")
     return text.lower() == "true"
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
     def choose(text: str) -> str:
         if text not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is none of {', '.join(choices)}")
         return text
 
     return choose
@@ -127,7 +154,7 @@ class Parser(argparse.ArgumentParser):
         for word in unknown:
             flag = word.partition("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            self.error(f"unrecognized argument {flag}" + (f": did you mean {near[0]}?" if near else ""))
+            self.error(f"unrecognized argument {excerpt(flag, 40)}" + (f": did you mean {near[0]}?" if near else ""))
         values = {key.name: getattr(parsed, key.name) for key in fields(self.settings)}
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not MISSING}
         return values, parsed
@@ -143,19 +170,21 @@ def read_yaml(settings: type, path: Path) -> dict:
     Raises:
         UserError: the file is missing, malformed, or has an unknown key or a value of the wrong type.
     """
-    import yaml
+    from common.plain_yaml import parse_words
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_CONFIG + 1)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read the config {path}: it is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        reason = getattr(error, "problem", None) or "unreadable"
-        raise UserError(f"{path} is not valid YAML: {reason}{where}") from error
+    if len(text) > MAX_CONFIG:
+        raise UserError(f"cannot read the config {path}: it has more than {MAX_CONFIG:,} characters")
+    try:
+        values = parse_words(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -164,17 +193,18 @@ def read_yaml(settings: type, path: Path) -> dict:
     return {name: _yaml_value(keys, path, name, value) for name, value in values.items()}
 
 
-def _yaml_value(keys: dict, path: Path, name: str, value):
+def _yaml_value(keys: dict, path: Path, name: str | None, value):
     if name not in keys:
         near = difflib.get_close_matches(str(name), keys, 1)
         hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
-        raise UserError(f"{path}: unknown key {name!r}: {hint}")
+        raise UserError(f"{path}: unknown key {_shown(name)}: {hint}")
     if value is None and keys[name].default is None:
         return None
-    if value is None or isinstance(value, list | dict):
-        raise UserError(f"{path}: {name}: a single value is wanted, not {json.dumps(value, default=str)}")
+    if not isinstance(value, str):
+        kind = {type(None): "null", list: "a list"}.get(type(value), "keys and values")
+        raise UserError(f"{path}: {name}: a single value is wanted, not {kind}")
     try:
-        return keys[name].metadata["read"](str(value))
+        return keys[name].metadata["read"](value)
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{path}: {name}: {error}") from error
 
@@ -210,20 +240,28 @@ class Console:
             self._drop()
 
     def _drop(self) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # also what the stream still holds back goes there
+        os.close(nowhere)
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
 
 
+def _console(stream: TextIO | None) -> TextIO | Console:
+    if stream is None:  # closed by the caller: libraries expect one
+        return open(os.devnull, "w", encoding="utf-8")
+    return stream if isinstance(stream, Console) else Console(stream)
+
+
 @contextmanager
 def _consoles() -> Iterator[None]:
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and Console(stream) for stream in streams)  # None if it was closed by the caller
+    sys.stdout, sys.stderr = map(_console, streams)
     try:
         yield
     finally:
-        for console in filter(None, (sys.stdout, sys.stderr)):
+        for console in (sys.stdout, sys.stderr):
             console.flush()
         sys.stdout, sys.stderr = streams
 
@@ -234,9 +272,49 @@ def leave_quietly(*_) -> None:
 
 
 def before_imports() -> None:
-    """What a script does before it imports slow libraries: lets Ctrl-C end it quietly until `exit_code` takes over."""
+    """What a script does first: consoles may fail, and Ctrl-C just ends it until `exit_code` takes over."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave_quietly)
+    for descriptor in range(3):  # of one that the caller closed, the next file opened would take the place
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = map(_console, (sys.stdout, sys.stderr))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, but not twice within SAME_PRESS: the second one would stop the saving."""
+    before, last = signal.getsignal(signal.SIGINT), -math.inf
+
+    def interrupt(*_) -> None:
+        nonlocal last
+        earlier, last = last, time.monotonic()
+        if last - earlier > SAME_PRESS:
+            raise KeyboardInterrupt
+
+    if before not in (leave_quietly, signal.default_int_handler):  # ignored, as in the background, or a caller's own
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C is ignored until the block ends: around the writing of results, which is soon done."""
+    if threading.current_thread() is not threading.main_thread():  # no other one sees Ctrl-C
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def exit_code(program: str, run: Callable[[], int], memory_advice: str) -> int:
@@ -245,16 +323,14 @@ def exit_code(program: str, run: Callable[[], int], memory_advice: str) -> int:
     from tqdm import tqdm
 
     def note(message, *_, **__) -> None:
-        tqdm.write(f"note: {message}", file=sys.stderr)
+        tqdm.write(f"note: {' '.join(map(printable, str(message).splitlines()))}", file=sys.stderr)
 
     def explain(message: str) -> int:
         return end_with_error(program, UserError(message))
 
-    with _consoles(), warnings.catch_warnings():
+    with _consoles(), warnings.catch_warnings(), _interruptible():
         warnings.showwarning = note
         try:
-            if signal.getsignal(signal.SIGINT) is leave_quietly:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
             return run()
         except UserError as error:
             return end_with_error(program, error)
@@ -276,11 +352,20 @@ def settle_network(*names: str) -> None:
 
     Args:
         names: models and datasets; local paths and the embedded model need no hub.
+    Raises:
+        UserError: the hub's address is none.
     """
-    if all(name == EMBEDDED or Path(name).exists() for name in names) or getproxies():
+    import socket
+    from urllib.parse import urlparse
+    from urllib.request import getproxies
+
+    if all(name == EMBEDDED or os.path.exists(name) for name in names) or getproxies():
         return
+    address = os.environ.get("HF_ENDPOINT", HUB)
     try:
-        socket.getaddrinfo(urlparse(os.environ.get("HF_ENDPOINT", HUB)).hostname, 443)
+        socket.getaddrinfo(urlparse(address).hostname, 443)
+    except ValueError as error:
+        raise UserError(f"HF_ENDPOINT={address} is not an address: {error}") from error
     except OSError:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
