@@ -357,8 +357,10 @@ def _read_index(path: Path) -> tuple[list[str], int, int]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         files, prompts, per_shard = (about[key] for key in ("files", "prompts", "prompts_per_shard"))
+        if (type(files), type(prompts), type(per_shard)) != (list, int, int):
+            raise ValueError("other types of values")
         if not all(SHARD.fullmatch(name) for name in files) or not 0 < prompts <= per_shard * len(files):
-            raise ValueError
+            raise ValueError("files that do not hold the prompts")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: the same command makes it again") from error
     return files, prompts, per_shard
