@@ -13,26 +13,27 @@ Writes fisher_matrices_compressed.npz, prompts.jsonl, metadata.yaml and fisher_s
 directory. Stopped, the same command goes on where it was.
 """
 
+from common.console import INTERRUPTED, before_imports, undisturbed
+
+if __name__ == "__main__":  # Ctrl-C may come during the imports below, which take seconds
+    before_imports()
+
 import sys
 
 from common.command_line import (
-    INTERRUPTED,
     UserError,
-    before_imports,
     end_with_error,
     exit_code,
     model_line,
     printable,
     settle_network,
-    undisturbed,
 )
 from pipeline.settings import Command, Settings, parse
 
 PROGRAM = "compute_fisher.py"
 SOME_FAILED = 3  # the exit code of a run that is complete but for some prompts
 
-if __name__ == "__main__":  # before the imports below, which take seconds: --help need not wait for torch
-    before_imports()
+if __name__ == "__main__":  # before the slow ones: --help need not wait for torch
     try:
         from_command_line = parse(sys.argv[1:])
         settle_network(from_command_line.settings.model_path, from_command_line.settings.dataset)

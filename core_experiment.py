@@ -12,6 +12,11 @@ Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matri
 perturbation_analysis.png to --output-dir.
 """
 
+from common.console import before_imports
+
+if __name__ == "__main__":  # Ctrl-C may come during the imports below, which take seconds
+    before_imports()
+
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import sys
@@ -20,7 +25,6 @@ from common.command_line import (
     EMBEDDED,
     Parser,
     UserError,
-    before_imports,
     count,
     dtype_name,
     end_with_error,
@@ -105,8 +109,7 @@ def parse(argv: list[str]) -> Settings:
     return replace(settings, scales=scales)
 
 
-if __name__ == "__main__":  # before the imports below, which take seconds: --help need not wait for torch
-    before_imports()
+if __name__ == "__main__":  # before the slow ones: --help need not wait for torch
     from_command_line = parse(sys.argv[1:])
     try:
         settle_network(from_command_line.model_name, from_command_line.data)

@@ -1,25 +1,21 @@
 """Both command lines: one table of options for flags and YAML, one-line errors, text that is safe to print."""
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import MISSING, field, fields
 import difflib
 import math
 import os
 from pathlib import Path
 import re
-import signal
 import sys
-import threading
-import time
-from typing import TextIO
 import warnings
+
+from common.console import INTERRUPTED, consoles, interruptible
 
 EMBEDDED = "smollm2-135m"  # the default model, which needs no hub: see model/embedded.py
 HUB = "https://huggingface.co"  # the default of HF_ENDPOINT
-INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
-SAME_PRESS = 1.0  # seconds: another Ctrl-C within them adds nothing to the first
+MAX_TEXT = 4000  # characters of a value: a path may have 4096 bytes, and Python reads numbers of 4300 digits
 MAX_NAME = 255  # bytes of a file's name, everywhere
 MAX_CONFIG = 100_000  # characters: a YAML file of settings has a thousand
 
@@ -70,6 +66,8 @@ def or_all(number: Callable[[str], int]) -> Callable[[str], int | str]:
 def nonempty(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty")
+    if len(text) > MAX_TEXT:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} has more than {MAX_TEXT:,} characters")
     return text
 
 
@@ -218,105 +216,6 @@ def end_with_error(program: str, error: UserError) -> int:
     return 2
 
 
-class Console:
-    """stdout or stderr, whose other end may be gone or full: what cannot be written is dropped, and the run goes on."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-        if hasattr(stream, "reconfigure"):  # a character that the terminal's encoding lacks becomes an escape
-            stream.reconfigure(errors="backslashreplace")
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            self._drop()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            self._drop()
-
-    def _drop(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())  # also what the stream still holds back goes there
-        os.close(nowhere)
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-
-def _console(stream: TextIO | None) -> TextIO | Console:
-    if stream is None:  # closed by the caller: libraries expect one
-        return open(os.devnull, "w", encoding="utf-8")
-    return stream if isinstance(stream, Console) else Console(stream)
-
-
-@contextmanager
-def _consoles() -> Iterator[None]:
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_console, streams)
-    try:
-        yield
-    finally:
-        for console in (sys.stdout, sys.stderr):
-            console.flush()
-        sys.stdout, sys.stderr = streams
-
-
-def leave_quietly(*_) -> None:
-    """A handler of Ctrl-C for the seconds in which libraries are imported: no traceback, and nothing to save."""
-    os._exit(INTERRUPTED)
-
-
-def before_imports() -> None:
-    """What a script does first: consoles may fail, and Ctrl-C just ends it until `exit_code` takes over."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, leave_quietly)
-    for descriptor in range(3):  # of one that the caller closed, the next file opened would take the place
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    sys.stdout, sys.stderr = map(_console, (sys.stdout, sys.stderr))
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, but not twice within SAME_PRESS: the second one would stop the saving."""
-    before, last = signal.getsignal(signal.SIGINT), -math.inf
-
-    def interrupt(*_) -> None:
-        nonlocal last
-        earlier, last = last, time.monotonic()
-        if last - earlier > SAME_PRESS:
-            raise KeyboardInterrupt
-
-    if before not in (leave_quietly, signal.default_int_handler):  # ignored, as in the background, or a caller's own
-        yield
-        return
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ctrl-C is ignored until the block ends: around the writing of results, which is soon done."""
-    if threading.current_thread() is not threading.main_thread():  # no other one sees Ctrl-C
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def exit_code(program: str, run: Callable[[], int], memory_advice: str) -> int:
     """run(), with warnings as notes, and with a line on stderr in place of a traceback where a user can help."""
     import torch
@@ -328,7 +227,7 @@ def exit_code(program: str, run: Callable[[], int], memory_advice: str) -> int:
     def explain(message: str) -> int:
         return end_with_error(program, UserError(message))
 
-    with _consoles(), warnings.catch_warnings(), _interruptible():
+    with consoles(), warnings.catch_warnings(), interruptible():
         warnings.showwarning = note
         try:
             return run()
@@ -359,12 +258,13 @@ def settle_network(*names: str) -> None:
     from urllib.parse import urlparse
     from urllib.request import getproxies
 
-    if all(name == EMBEDDED or os.path.exists(name) for name in names) or getproxies():
-        return
     address = os.environ.get("HF_ENDPOINT", HUB)
     try:
-        socket.getaddrinfo(urlparse(address).hostname, 443)
-    except ValueError as error:
+        host = urlparse(address).hostname
+        if all(name == EMBEDDED or os.path.exists(name) for name in names) or getproxies():
+            return
+        socket.getaddrinfo(host, 443)
+    except ValueError as error:  # the hub's libraries would fail on it when they are imported
         raise UserError(f"HF_ENDPOINT={address} is not an address: {error}") from error
     except OSError:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,12 +1,12 @@
 """What all pictures share: style, colours, and how they are saved."""
 
 from collections.abc import Callable
-import os
 from pathlib import Path
 import warnings
 
-# Files only: no display is needed. Read at the import, which fails on a name that is none.
-os.environ["MPLBACKEND"] = "agg"
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display is needed
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
