@@ -13,28 +13,31 @@ Writes fisher_matrices_compressed.npz, prompts.jsonl, metadata.yaml and fisher_s
 directory. Stopped, the same command goes on where it was.
 """
 
+from common.console import INTERRUPTED, before_imports, undisturbed
+
+if __name__ == "__main__":  # Ctrl-C may come during the imports below, which take seconds
+    before_imports()
+
 import sys
 
 from common.command_line import (
-    INTERRUPTED,
     UserError,
-    before_imports,
     end_with_error,
     exit_code,
     model_line,
+    printable,
     settle_network,
 )
 from pipeline.settings import Command, Settings, parse
 
 PROGRAM = "compute_fisher.py"
 
-if __name__ == "__main__":  # before the imports below, which take seconds: --help need not wait for torch
-    before_imports()
+if __name__ == "__main__":  # before the slow ones: --help need not wait for torch
     try:
         from_command_line = parse(sys.argv[1:])
+        settle_network(from_command_line.settings.model_path, from_command_line.settings.dataset)
     except UserError as error:
         sys.exit(end_with_error(PROGRAM, error))
-    settle_network(from_command_line.settings.model_path, from_command_line.settings.dataset)
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -395,7 +398,8 @@ def run(command: Command, process: Processes) -> int:
     settings = command.settings
     tell = print if process.first else lambda text: None
     directory = RunDirectory(settings)
-    done = f"{settings.output_dir} is finished: nothing to do (--overwrite starts anew)"
+    where = printable(settings.output_dir)
+    done = f"{where} is finished: nothing to do (--overwrite starts anew)"
     with ExitStack() as stack:
         process.ask_first(lambda: stack.enter_context(lock_directory(directory.path)))
         if process.ask_first(lambda: directory.is_finished(command.overwrite)):
@@ -436,11 +440,12 @@ def run(command: Command, process: Processes) -> int:
         count = min(prompts.usable, wanted or prompts.usable)
         statistics = None
         if process.first:
-            statistics = directory.finish(count, SHARD_BATCHES * settings.batch_size, prompts.skipped)
+            with undisturbed():
+                statistics = directory.finish(count, SHARD_BATCHES * settings.batch_size, prompts.skipped)
             tell(report.final_table(directory.path / PROMPTS, statistics))
         if wanted and count < wanted:
             tell(f"note: {wanted} prompts were asked for, only {count} are available")
-        tell(f"Written to {settings.output_dir}: {', '.join(FILES)}")
+        tell(f"Written to {where}: {', '.join(FILES)}")
         return SOME_FAILED if statistics and statistics["failed_prompts"] else 0
 
 
@@ -448,7 +453,7 @@ def main(command: Command) -> int:
     def run_or_redraw() -> int:
         if command.redraw:
             figures.draw(command.redraw)
-            print(f"Drawn in {command.redraw}: {figures.SPECTRA}")
+            print(f"Drawn in {printable(str(command.redraw))}: {figures.SPECTRA}")
             return 0
         with processes.join() as process:
             return run(command, process)

@@ -12,105 +12,26 @@ Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matri
 perturbation_analysis.png to --output-dir. Stopped, the same command goes on where it was.
 """
 
-from dataclasses import asdict, dataclass, replace
+from common.console import before_imports, undisturbed
+
+if __name__ == "__main__":  # Ctrl-C may come during the imports below, which take seconds
+    before_imports()
+
+from dataclasses import asdict, replace
 from pathlib import Path
 import sys
 
-from common.command_line import (
-    EMBEDDED,
-    Parser,
-    UserError,
-    before_imports,
-    count,
-    dtype_name,
-    excerpt,
-    exit_code,
-    finite,
-    first_line,
-    nonempty,
-    one_of,
-    option,
-    or_all,
-    positive,
-    printable,
-    settle_network,
-    switch,
-)
+from common.command_line import UserError, end_with_error, excerpt, exit_code, first_line, printable, settle_network
+from experiment.settings import BUNDLED, Settings, parse
 
-HERE = Path(__file__).parent
-BUNDLED = "data/animals.json"
-SCALES = (0.0, -0.5, 0.5, -1.0, 1.0, -2.0, 2.0, -5.0, 5.0, -10.0, 10.0)
+PROGRAM = "core_experiment.py"
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What the experiment does: a flag each."""
-
-    model_name: str = option(EMBEDDED, nonempty, "NAME", f"hub id or local directory ({EMBEDDED})")
-    data_file: str | None = option(
-        None, str, "FILE", f".json {{word: [sentences]}}, .txt, .jsonl, .csv, .parquet, or a hub dataset ({BUNDLED})"
-    )
-    text_column: str | None = option(None, str, "NAME", "column of a table or dataset that holds the text")
-    data_config: str | None = option(None, str, "NAME", "configuration of a hub dataset")
-    data_split: str = option("train", str, "NAME", "split of a hub dataset (train)")
-    target_word: str = option("animals", str, "WORD", "perturb at the token just before this word (animals)")
-    num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse (20)")
-    require_predicted: bool = option(False, switch, "true", "only where the model's top prediction starts the word")
-    layers: tuple | None = option(
-        None, or_all(count), "L", "decoder layers, or all (every fifth and the last)", several=True
-    )
-    scales: tuple = option(SCALES, finite, "A", "how far to perturb, in units (0 ±0.5 ±1 ±2 ±5 ±10)", several=True)
-    scale_unit: str = option(
-        "eigenvalue",
-        one_of("eigenvalue", "nats", "norm"),
-        "UNIT",
-        "eigenvalue: lambda; nats: 1/sqrt(lambda), for which A²/2 nats are predicted; norm: |h|/100 (eigenvalue)",
-    )
-    max_vocab_subset: int | str = option(
-        200, or_all(positive), "K", "most probable tokens that the Fisher matrix counts, or all (200)"
-    )
-    compare_exact: bool = option(
-        False, switch, "true", "also the exact matrix, and what the K tokens miss of it (about twice as slow)"
-    )
-    num_eigenvectors: int = option(
-        1, positive, "M", "leading eigenpairs kept in the NPZ; perturbations go along the first (1)"
-    )
-    trust_radius: bool = option(
-        False, switch, "true", "also how far along v 1/2 lambda s² holds to 10%% (about twice as slow)"
-    )
-    num_controls: int = option(1, count, "N", "random directions per layer (1)")
-    batch_size: int = option(256, positive, "N", "perturbations in one pass, and 4 times as many gradients (256)")
-    dtype: str = option(
-        "auto", dtype_name, "TYPE", "float64, float32, bfloat16, float16 (bfloat16 on CUDA, else float32)"
-    )
-    device: str = option("auto", str, "NAME", "as torch names it (cuda, then mps, then cpu)")
-    seed: int = option(0, count, "N", "of the random directions (0)")
-    trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along")
-    output_dir: str = option("experiment_results", str, "DIR", "for the four files (experiment_results)")
-    overwrite: bool = option(False, switch, "true", "replace what an earlier run left in --output-dir")
-    redraw: str | None = option(None, str, "DIR", "only draw the pictures of the results in DIR again")
-
-    @property
-    def data(self) -> str:
-        return self.data_file or str(HERE / BUNDLED)
-
-
-def parse(argv: list[str]) -> Settings:
-    """The settings, or the end of the program: one line and exit code 2."""
-    parser = Parser(Settings, "core_experiment.py", "Perturb a model's residual stream along its sensitive direction.")
-    given, _ = parser.read(argv)
-    settings = Settings(**given)
-    # six digits, as the results name a scale
-    scales = tuple(sorted({float(f"{scale:g}") for scale in settings.scales}))
-    if not any(scales):
-        parser.error("argument --scales: at least one must not be 0")
-    return replace(settings, scales=scales)
-
-
-if __name__ == "__main__":  # before the imports below, which take seconds: --help need not wait for torch
-    before_imports()
+if __name__ == "__main__":  # before the slow ones: --help need not wait for torch
     from_command_line = parse(sys.argv[1:])
-    settle_network(from_command_line.model_name, from_command_line.data)
+    try:
+        settle_network(from_command_line.model_name, from_command_line.data)
+    except UserError as error:
+        sys.exit(end_with_error(PROGRAM, error))
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,7 +43,6 @@ import torch
 from tqdm import tqdm
 
 from common.failures import SOME_FAILED, too_many
-from common.files import check_writable
 from common.lock import lock_directory
 from experiment import figures, report
 from experiment.perturbation import check_cached_path, control_directions, step_lengths, sweep, trust_radii_along
@@ -390,14 +310,13 @@ def redraw(directory: Path) -> int:
         figures.draw(directory)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"the results in {directory} are of another form: {excerpt(repr(error), 80)}") from error
-    print(f"Drawn in {directory}: {', '.join(figures.FILES)}")
+    print(f"Drawn in {printable(str(directory))}: {', '.join(figures.FILES)}")
     return 0
 
 
 def run(settings: Settings) -> int:
     directory = Path(settings.output_dir)
     with lock_directory(directory):
-        check_writable(directory)
         texts = read_sentences(
             settings.data, settings.target_word, settings.text_column, settings.data_config, settings.data_split
         )
@@ -432,7 +351,7 @@ def run(settings: Settings) -> int:
 def say_finished(directory: Path, document: dict) -> int:
     if not figures.are_of(directory, document):
         figures.draw(directory)
-    print(f"{directory} is finished: nothing to do (--overwrite starts anew)")
+    print(f"{printable(str(directory))} is finished: nothing to do (--overwrite starts anew)")
     return 0
 
 
@@ -453,12 +372,15 @@ def measure(
     except BaseException as error:
         stopped = error
     if len(results):
-        files.save(results)
-        if stopped:
-            print(f"Stopped: {len(results)} finished sentences are kept; the same command goes on.", file=sys.stderr)
-        figures.draw(files.path)
+        with undisturbed():
+            files.save(results)
+            if stopped:
+                print(
+                    f"Stopped: {len(results)} finished sentences are kept; the same command goes on.", file=sys.stderr
+                )
+            figures.draw(files.path)
         print(report.conclusion(results))
-        print(f"Written to {files.path}: {', '.join(FILES)}")
+        print(f"Written to {printable(str(files.path))}: {', '.join(FILES)}")
     if stopped:
         raise stopped
 
@@ -466,7 +388,7 @@ def measure(
 def main(settings: Settings) -> int:
     advice = "fewer --layers, a smaller --max-vocab-subset, --dtype bfloat16, or a smaller model"
     task = partial(redraw, Path(settings.redraw)) if settings.redraw else partial(run, settings)
-    return exit_code("core_experiment.py", task, advice)
+    return exit_code(PROGRAM, task, advice)
 
 
 if __name__ == "__main__":

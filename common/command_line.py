@@ -1,25 +1,23 @@
 """Both command lines: one table of options for flags and YAML, one-line errors, text that is safe to print."""
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import MISSING, field, fields
 import difflib
-import json
 import math
 import os
 from pathlib import Path
-import signal
-import socket
+import re
 import sys
-from typing import TextIO
-from urllib.parse import urlparse
-from urllib.request import getproxies
 import warnings
+
+from common.console import INTERRUPTED, consoles, interruptible
 
 EMBEDDED = "smollm2-135m"  # the default model, which needs no hub: see model/embedded.py
 HUB = "https://huggingface.co"  # the default of HF_ENDPOINT
-INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
+MAX_TEXT = 4000  # characters of a value: a path may have 4096 bytes, and Python reads numbers of 4300 digits
+MAX_NAME = 255  # bytes of a file's name, everywhere
+MAX_CONFIG = 100_000  # characters: a YAML file of settings has a thousand
 
 
 class UserError(Exception):
@@ -30,15 +28,20 @@ class UserError(Exception):
 
 
 def positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    if not _is_whole(text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a positive whole number")
     return int(text)
 
 
 def count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    if not _is_whole(text):
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a whole number, 0 or more")
     return int(text)
+
+
+def _is_whole(text: str) -> bool:
+    """Few enough digits that whatever is computed from it fits 64 bits."""
+    return re.fullmatch("0*[0-9]{1,15}", text) is not None
 
 
 def finite(text: str) -> float:
@@ -47,8 +50,12 @@ def finite(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return value
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a number")
+    return value + 0.0  # -0.0 becomes 0.0
+
+
+def _shown(text: str) -> str:
+    return excerpt(repr(text), 40)
 
 
 def or_all(number: Callable[[str], int]) -> Callable[[str], int | str]:
@@ -59,19 +66,37 @@ def or_all(number: Callable[[str], int]) -> Callable[[str], int | str]:
 def nonempty(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty")
+    if len(text) > MAX_TEXT:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} has more than {MAX_TEXT:,} characters")
     return text
+
+
+def path(text: str) -> str:
+    """A local path, or a name on the hub. A `~` at its beginning is the user's home directory, as in a shell."""
+    expanded = os.path.expanduser(nonempty(text))
+    try:
+        names = os.fsencode(expanded).split(b"/")
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} cannot be a file's name here") from error
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} holds a null character")
+    if max(map(len, names)) > MAX_NAME:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} has a name of more than {MAX_NAME} bytes")
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is no user's home directory: write ./~ for a file here")
+    return expanded
 
 
 def switch(text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is neither true nor false")
     return text.lower() == "true"
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
     def choose(text: str) -> str:
         if text not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is none of {', '.join(choices)}")
         return text
 
     return choose
@@ -127,7 +152,7 @@ class Parser(argparse.ArgumentParser):
         for word in unknown:
             flag = word.partition("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            self.error(f"unrecognized argument {flag}" + (f": did you mean {near[0]}?" if near else ""))
+            self.error(f"unrecognized argument {excerpt(flag, 40)}" + (f": did you mean {near[0]}?" if near else ""))
         values = {key.name: getattr(parsed, key.name) for key in fields(self.settings)}
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not MISSING}
         return values, parsed
@@ -143,19 +168,21 @@ def read_yaml(settings: type, path: Path) -> dict:
     Raises:
         UserError: the file is missing, malformed, or has an unknown key or a value of the wrong type.
     """
-    import yaml
+    from common.plain_yaml import parse_words
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_CONFIG + 1)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read the config {path}: it is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        reason = getattr(error, "problem", None) or "unreadable"
-        raise UserError(f"{path} is not valid YAML: {reason}{where}") from error
+    if len(text) > MAX_CONFIG:
+        raise UserError(f"cannot read the config {path}: it has more than {MAX_CONFIG:,} characters")
+    try:
+        values = parse_words(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -164,17 +191,18 @@ def read_yaml(settings: type, path: Path) -> dict:
     return {name: _yaml_value(keys, path, name, value) for name, value in values.items()}
 
 
-def _yaml_value(keys: dict, path: Path, name: str, value):
+def _yaml_value(keys: dict, path: Path, name: str | None, value):
     if name not in keys:
         near = difflib.get_close_matches(str(name), keys, 1)
         hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
-        raise UserError(f"{path}: unknown key {name!r}: {hint}")
+        raise UserError(f"{path}: unknown key {_shown(name)}: {hint}")
     if value is None and keys[name].default is None:
         return None
-    if value is None or isinstance(value, list | dict):
-        raise UserError(f"{path}: {name}: a single value is wanted, not {json.dumps(value, default=str)}")
+    if not isinstance(value, str):
+        kind = {type(None): "null", list: "a list"}.get(type(value), "keys and values")
+        raise UserError(f"{path}: {name}: a single value is wanted, not {kind}")
     try:
-        return keys[name].metadata["read"](str(value))
+        return keys[name].metadata["read"](value)
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{path}: {name}: {error}") from error
 
@@ -188,73 +216,20 @@ def end_with_error(program: str, error: UserError) -> int:
     return 2
 
 
-class Console:
-    """stdout or stderr, whose other end may be gone or full: what cannot be written is dropped, and the run goes on."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-        if hasattr(stream, "reconfigure"):  # a character that the terminal's encoding lacks becomes an escape
-            stream.reconfigure(errors="backslashreplace")
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            self._drop()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            self._drop()
-
-    def _drop(self) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-
-@contextmanager
-def _consoles() -> Iterator[None]:
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and Console(stream) for stream in streams)  # None if it was closed by the caller
-    try:
-        yield
-    finally:
-        for console in filter(None, (sys.stdout, sys.stderr)):
-            console.flush()
-        sys.stdout, sys.stderr = streams
-
-
-def leave_quietly(*_) -> None:
-    """A handler of Ctrl-C for the seconds in which libraries are imported: no traceback, and nothing to save."""
-    os._exit(INTERRUPTED)
-
-
-def before_imports() -> None:
-    """What a script does before it imports slow libraries: lets Ctrl-C end it quietly until `exit_code` takes over."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, leave_quietly)
-
-
 def exit_code(program: str, run: Callable[[], int], memory_advice: str) -> int:
     """run(), with warnings as notes, and with a line on stderr in place of a traceback where a user can help."""
     import torch
     from tqdm import tqdm
 
     def note(message, *_, **__) -> None:
-        tqdm.write(f"note: {message}", file=sys.stderr)
+        tqdm.write(f"note: {' '.join(map(printable, str(message).splitlines()))}", file=sys.stderr)
 
     def explain(message: str) -> int:
         return end_with_error(program, UserError(message))
 
-    with _consoles(), warnings.catch_warnings():
+    with consoles(), warnings.catch_warnings(), interruptible():
         warnings.showwarning = note
         try:
-            if signal.getsignal(signal.SIGINT) is leave_quietly:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
             return run()
         except UserError as error:
             return end_with_error(program, error)
@@ -276,11 +251,21 @@ def settle_network(*names: str) -> None:
 
     Args:
         names: models and datasets; local paths and the embedded model need no hub.
+    Raises:
+        UserError: the hub's address is none.
     """
-    if all(name == EMBEDDED or Path(name).exists() for name in names) or getproxies():
-        return
+    import socket
+    from urllib.parse import urlparse
+    from urllib.request import getproxies
+
+    address = os.environ.get("HF_ENDPOINT", HUB)
     try:
-        socket.getaddrinfo(urlparse(os.environ.get("HF_ENDPOINT", HUB)).hostname, 443)
+        host = urlparse(address).hostname
+        if all(name == EMBEDDED or os.path.exists(name) for name in names) or getproxies():
+            return
+        socket.getaddrinfo(host, 443)
+    except ValueError as error:  # the hub's libraries would fail on it when they are imported
+        raise UserError(f"HF_ENDPOINT={address} is not an address: {error}") from error
     except OSError:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -1,7 +1,7 @@
 """Files that appear whole or not at all."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 import json
 import math
 import os
@@ -48,14 +48,40 @@ def remove_unfinished(directory: Path, names: Iterable[str]) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_writable(directory: Path) -> None:
-    """Raises UserError unless `directory` can be written to, or made. Leaves nothing behind."""
-    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+@contextmanager
+def made(directory: Path) -> Iterator[None]:
+    """`directory`, made if it is missing; what was made here is removed at the end if it is still empty.
+
+    Raises:
+        UserError: it cannot be made, or written to.
+    """
+    missing = [folder for folder in (directory, *directory.parents) if not os.path.lexists(folder)]
     try:
-        with tempfile.TemporaryFile(dir=existing):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror} (choose another --output-dir)") from error
+        _remove_empty(missing)
+        in_place = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file, or a link that leads nowhere, is in its place" if in_place else error.strerror
+        raise UserError(f"cannot write to {directory}: {reason} (choose another --output-dir)") from error
+    try:
+        yield
+    finally:
+        _remove_empty(missing)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """From the innermost on, as far as they are there and empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def check_writable(directory: Path) -> None:
+    """Raises UserError unless `directory` can be written to, or made. Leaves nothing behind."""
+    with made(directory):
+        pass
 
 
 def json_ready(value):
@@ -77,10 +103,17 @@ def json_ready(value):
     return value
 
 
+def json_text(value, indent: int | None = None) -> bytes:
+    """A line, or with `indent` lines, of JSON in UTF-8."""
+    text = json.dumps(json_ready(value), ensure_ascii=False, indent=indent) + "\n"
+    # a byte of a path that is not UTF-8 is half a character here: its backslash form is also JSON's
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_json(path: Path, value: dict) -> None:
     """Writes `value` as JSON, indented by one space, in UTF-8."""
     with atomic_open(path) as file:
-        file.write((json.dumps(json_ready(value), ensure_ascii=False, indent=1) + "\n").encode())
+        file.write(json_text(value, indent=1))
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -7,10 +7,12 @@ import json
 import os
 from pathlib import Path
 import socket
+import stat
 import threading
 import time
 
 from common.command_line import UserError
+from common.files import made
 
 try:
     import fcntl
@@ -18,6 +20,8 @@ except ImportError:  # not a POSIX system
     fcntl = None
 
 LOCK = ".lock"
+ABOUT = ("host", "process", "since")  # what the file says of its holder
+MAX_SIZE = 4096  # bytes: it says no more
 BEAT, STALE = 20.0, 120.0  # seconds: where the file system has no locks, the file is touched as a sign of life
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -30,34 +34,40 @@ def lock_directory(directory: Path) -> Iterator[None]:
     system. Where a file system has no locks, the holder's file has to be younger than STALE.
 
     Raises:
-        UserError: another process holds it; says which.
+        UserError: it cannot be written to, or another process holds it; says which.
     """
-    path, new = directory / LOCK, not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(path)
-    except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror} (choose another --output-dir)") from error
+    path = directory / LOCK
+    with made(directory):
+        try:
+            descriptor = _acquire(path)
+        except OSError as error:
+            raise UserError(f"cannot lock {path}: {error.strerror} (choose another --output-dir)") from error
+        with _held(descriptor, path):
+            yield
+
+
+@contextmanager
+def _held(descriptor: int, path: Path) -> Iterator[None]:
     ended = threading.Event()
     try:
-        about = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        about = (socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
         os.truncate(descriptor, 0)
-        os.write(descriptor, json.dumps(about).encode())
+        os.write(descriptor, json.dumps(dict(zip(ABOUT, about, strict=True))).encode())
         threading.Thread(target=_beat, args=(path, ended), daemon=True).start()
         yield
     finally:
         ended.set()
         path.unlink(missing_ok=True)
         os.close(descriptor)
-        if new and directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()
 
 
 def _acquire(path: Path) -> int:
-    """A descriptor of the locked file. Raises UserError: another process holds it."""
+    """A descriptor of the locked file. Raises UserError: another process holds it, or it is another program's file."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
+            if not _is_ours(descriptor):
+                raise UserError(f"{path} is of another program: choose another --output-dir")
             if not _try_lock(descriptor, path):
                 raise UserError(_holder(path))
             # the file that was opened may have been removed by its holder before it was locked
@@ -67,6 +77,20 @@ def _acquire(path: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _is_ours(descriptor: int) -> bool:
+    """Whether a file is a lock of this module: empty, or what `_held` writes (and a killed process left)."""
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_SIZE:
+        return False
+    text = os.read(descriptor, MAX_SIZE)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.keys() <= {*ABOUT}
 
 
 def _try_lock(descriptor: int, path: Path) -> bool:
@@ -91,7 +115,7 @@ def _beat(path: Path, ended: threading.Event) -> None:
 
 def _holder(path: Path) -> str:
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_text(encoding="utf-8"))
         who = f"process {about['process']} on {about['host']} since {about['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         who = "another process"

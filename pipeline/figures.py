@@ -1,7 +1,6 @@
 """The pipeline's picture of a dataset's prompts, drawn from prompts.jsonl."""
 
 import heapq
-import json
 from pathlib import Path
 import warnings
 
@@ -12,8 +11,8 @@ import numpy as np
 
 from common.command_line import UserError, excerpt, first_line
 from common.drawing import DISTINCT, label, save
-from common.rows import evenly_spaced
-from pipeline.store import PROMPTS
+from common.rows import evenly_spaced, parse_json
+from pipeline.store import PROMPTS, is_number
 
 SPECTRA = "fisher_spectra.png"
 NAMED = 6  # prompts that stand out: drawn in colour and named
@@ -30,25 +29,50 @@ def draw(directory: Path) -> None:
     save(directory, {SPECTRA: lambda: spectra_figure(_read_prompts(directory / PROMPTS))})
 
 
+NUMBERS = ("tokens", "captured_mass", "z_log_lambda", "z_subspace", "outlier_score")
+LISTS = ("singular_values", "principal_coordinates")
+
+
 def _read_prompts(path: Path) -> dict:
     """The numbers of all prompts as columns, and the texts of the NAMED that stand out most, by index."""
-    keys = ("tokens", "captured_mass", "z_log_lambda", "z_subspace", "principal_coordinates", "outlier_score")
-    columns, spectra, leading = {key: [] for key in keys}, [], []
+    columns, leading = {key: [] for key in (*NUMBERS, *LISTS)}, []
     try:
         with open(path, encoding="utf-8") as file:
             for index, line in enumerate(file):
-                record = json.loads(line)
-                for key in keys:
+                record = _checked(parse_json(line, index + 1), columns)
+                for key in NUMBERS:
                     columns[key].append(record[key])
-                spectra.append(np.array(record["singular_values"], dtype=np.float32))
+                for key in LISTS:
+                    columns[key].append(np.array(record[key], dtype=np.float32))
                 leading.append((record["outlier_score"], -index, record["prompt"]))
                 leading = heapq.nlargest(NAMED, leading)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"no readable {path.name} in {path.parent}: {first_line(error)}") from error
-    if not spectra:
+    if not leading:
         raise UserError(f"{path} holds no prompts")
     arrays = {key: np.array(values) for key, values in columns.items()}
-    return {**arrays, "spectra": np.stack(spectra), "texts": {-place: text for _, place, text in leading}}
+    return {**arrays, "texts": {-place: text for _, place, text in leading}}
+
+
+def _checked(record, before: dict[str, list]) -> dict:
+    """A prompt's record, if it has all that is drawn, in lists as long as those of the prompts before it.
+
+    Raises:
+        ValueError: it has not.
+    """
+    place = f"(line {len(before[LISTS[0]]) + 1})"
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ValueError(f"no record of a prompt {place}")
+    for key in NUMBERS:
+        if not is_number(record.get(key)):
+            raise ValueError(f"{key} is no number {place}")
+    for key in LISTS:
+        values = record.get(key)
+        if not isinstance(values, list) or not values or not all(map(is_number, values)):
+            raise ValueError(f"{key} is no list of numbers {place}")
+        if before[key] and len(values) != len(before[key][0]):
+            raise ValueError(f"{len(values)} {key}, and {len(before[key][0])} of the prompts before {place}")
+    return record
 
 
 def spectra_figure(prompts: dict) -> Figure:
@@ -60,7 +84,7 @@ def spectra_figure(prompts: dict) -> Figure:
     _outlier_panel(figure.add_subplot(grid[0, 1]), prompts, colours)
     _map_panel(figure.add_subplot(grid[0, 2]), prompts, colours)
 
-    first = prompts["spectra"][:, 0]
+    first = prompts["singular_values"][:, 0]
     positive = first[first > 0]
     panel = figure.add_subplot(grid[1, 0])
     if len(positive):
@@ -111,7 +135,7 @@ def _dots(panel: Axes, x: np.ndarray, y: np.ndarray, colours: dict[int, str]) ->
 
 
 def _spectra_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
-    spectra = prompts["spectra"]
+    spectra = prompts["singular_values"]
     x = np.arange(1, spectra.shape[1] + 1)
     shown = np.where(spectra > 0, spectra, np.nan)
     with warnings.catch_warnings():

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 import os
+import re
 
 import torch.distributed as dist
 
-from common.command_line import UserError
+from common.command_line import UserError, first_line
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets besides WORLD_SIZE
 
@@ -60,16 +61,31 @@ class Processes:
             raise UserError("another process has stopped: its own message says why; run again to go on") from error
 
 
+def _number(name: str, least: int, otherwise: int) -> int:
+    text = os.environ.get(name, str(otherwise))
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise UserError(f"{name}={text} is no number of processes: start several with torchrun, or unset it")
+    return int(text)
+
+
 @contextmanager
 def join() -> Iterator[Processes]:
-    """This process's place among those that torchrun started. They exchange no tensors, only messages, over gloo."""
-    missing = [name for name in TORCHRUN if name not in os.environ]
-    if os.environ.get("WORLD_SIZE", "1") != "1" and missing:
-        raise UserError(f"WORLD_SIZE is set, but {', '.join(missing)} is not: start several processes with torchrun")
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    """This process's place among those that torchrun started. They exchange no tensors, only messages, over gloo.
+
+    Raises:
+        UserError: what torchrun sets is incomplete or wrong, or the others do not answer.
+    """
+    size = _number("WORLD_SIZE", 1, 1)
     if size == 1:
         yield Processes()
         return
-    dist.init_process_group("gloo", timeout=timedelta(days=30))  # the first to be done waits for the last
-    yield Processes(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is set, but {', '.join(missing)} is not: start several processes with torchrun")
+    local = _number("LOCAL_RANK", 0, 0)
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))  # the first to be done waits for the last
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other processes of torchrun: {first_line(error)}") from error
+    yield Processes(dist.get_rank(), size, local)
     dist.destroy_process_group()

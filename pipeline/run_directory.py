@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 import hashlib
-import json
+import os
 from pathlib import Path
 import warnings
 import zipfile
@@ -10,18 +10,20 @@ import zipfile
 import numpy as np
 import yaml
 
-from common.command_line import UserError
-from common.files import atomic_open, check_writable, json_ready
+from common.command_line import UserError, excerpt
+from common.files import atomic_open, check_writable, json_ready, json_text
 from common.lock import LOCK
+from common.plain_yaml import parse_values
 from pipeline import figures, report
 from pipeline.scores import outlier_scores
 from pipeline.settings import INCIDENTAL, Settings
-from pipeline.store import ARRAYS, FOLDER, PROMPTS, Store, load_fisher_matrices
+from pipeline.store import ARRAYS, FOLDER, INDEX, PROMPTS, SHARD, Store, load_fisher_matrices
 
 FORMAT = "residual-fisher/1"
 METADATA = "metadata.yaml"
 MAX_HASHED = 1 << 30  # bytes of a file: of a larger one only the size is compared
-KEYS = ("complete", "config", "hook_layer", "model_fingerprint")  # what a run's metadata has from its start
+# what a run's metadata has from its start
+KEYS = {"complete": bool, "config": dict, "sources": dict, "hook_layer": str, "model_fingerprint": str}
 FILES = (ARRAYS, PROMPTS, METADATA, figures.SPECTRA)
 
 
@@ -46,11 +48,11 @@ class RunDirectory:
         then, now = found["config"], asdict(self.settings)
         differing = [key for key in now if key not in INCIDENTAL and then.get(key) != now[key]]
         if differing and (found["complete"] or self.store.has_results()):
-            changes = ", ".join(f"{key} was {then.get(key)!r} and is {now[key]!r}" for key in differing)
+            changes = ", ".join(f"{key} was {_shown(then.get(key))} and is {_shown(now[key])}" for key in differing)
             raise UserError(f"{self.path} holds a run with other settings ({changes}): --overwrite removes it")
         if not found["complete"] or differing:
             return False
-        sources = found.get("sources", {})
+        sources = found["sources"]
         if sources.get("dataset") != self._sources["dataset"]:
             raise UserError(f"the dataset has changed since the run in {self.path} ended: --overwrite starts anew")
         return sources.get("model") == self._sources["model"] and not self._damaged(found)
@@ -67,7 +69,7 @@ class RunDirectory:
         if found is not None and not overwrite and (found["complete"] or self.store.has_results()):
             for key, now in identity.items():
                 if found[key] != now:
-                    change = f"{key} was {found[key]!r} and is {now!r}"
+                    change = f"{key} was {_shown(found[key])} and is {_shown(now)}"
                     raise UserError(f"{self.path} holds a run of another model ({change}): --overwrite removes it")
             if found["complete"] and not self._damaged(found):
                 return True
@@ -86,7 +88,7 @@ class RunDirectory:
 
     def _damaged(self, found: dict) -> bool:
         """Whether a file of a finished run is missing or other than it was; names it."""
-        for name, seal in found.get("files", {}).items():
+        for name, seal in found["files"].items():
             if _seal(self.path / name) != seal:
                 warnings.warn(f"{self.path / name} is missing or damaged: computing it again", stacklevel=2)
                 return True
@@ -144,7 +146,7 @@ class RunDirectory:
         with atomic_open(self.path / PROMPTS) as file:
             for index, record in enumerate(self.store.records()):
                 record.update({name: column[index].tolist() for name, column in scores.items()})
-                file.write((json.dumps(json_ready(record), ensure_ascii=False) + "\n").encode())
+                file.write(json_text(record))
 
     def _metadata(self, overwrite: bool) -> dict | None:
         """What the metadata says; None if the directory is empty or missing.
@@ -153,28 +155,64 @@ class RunDirectory:
             UserError: it holds files that this script did not write; or its own, but no readable metadata, and may
                 not overwrite them.
         """
-        path, directory = self.path / METADATA, self.path
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
-            found = None
-        if isinstance(found, dict) and found.get("format") == FORMAT and all(key in found for key in KEYS):
-            return found
-        names = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
-        # a killed process may have left what was to become the metadata
-        names = {name for name in names if not name.startswith(f".{METADATA}-")} - {LOCK}
-        if not names <= {*FILES, FOLDER} or path.is_dir() or (directory.exists() and not directory.is_dir()):
+        found, names = self._read_metadata(), self._names()
+        foreign = sorted(names - {*FILES, FOLDER}) if found is None else []
+        if foreign := [*self._in_the_way(), *foreign]:
             raise UserError(
-                f"{directory} holds files that compute_fisher.py did not write: choose another --output-dir"
+                f"{self.path} holds files that compute_fisher.py did not write ({excerpt(foreign[0], 40)}): "
+                "choose another --output-dir"
             )
-        if names and not overwrite:
-            raise UserError(f"{directory} holds results without a readable {METADATA}: --overwrite removes them")
-        return {"format": FORMAT} if names else None
+        if found is None and names and not overwrite:
+            raise UserError(f"{self.path} holds results without a readable {METADATA}: --overwrite removes them")
+        return found or ({"format": FORMAT, "complete": False} if names else None)
+
+    def _read_metadata(self) -> dict | None:
+        """What is certain to have what this module reads of it, or None."""
+        try:
+            found = parse_values((self.path / METADATA).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if _is_metadata(found) else None
+
+    def _names(self) -> set[str]:
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        # a killed process may have left what was to become the metadata
+        return {name for name in names if not name.startswith(f".{METADATA}-")} - {LOCK}
+
+    def _in_the_way(self) -> list[str]:
+        """What has the name of a file or folder of this script, and is another kind of thing."""
+        folder = self.store.folder
+        files = [*(self.path / name for name in FILES), folder / INDEX, *self.store.files()]
+        names = [path.name for path in files if path.exists() and not path.is_file()]
+        return [*names, FOLDER] if os.path.lexists(folder) and not folder.is_dir() else names
 
     def _write_metadata(self, metadata: dict) -> None:
         with atomic_open(self.path / METADATA) as file:
             text = yaml.safe_dump(json_ready(metadata), sort_keys=False, allow_unicode=True, width=110)
             file.write(text.encode())
+
+
+def _is_metadata(found) -> bool:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        return False
+    if not all(isinstance(found.get(key), kind) for key, kind in KEYS.items()):
+        return False
+    if not all(isinstance(value, str | int | float | None) for value in found["config"].values()):
+        return False
+    return not found["complete"] or _are_seals(found.get("files"))
+
+
+def _are_seals(files) -> bool:
+    """Whether these are the files of a finished run: the records, the picture, and the arrays in one file or shards."""
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files):
+        return False
+    arrays = files.keys() - {PROMPTS, figures.SPECTRA}
+    known = all(name == ARRAYS or SHARD.fullmatch(name.removeprefix(f"{FOLDER}/")) for name in arrays)
+    return known and len(arrays) > 0 and {PROMPTS, figures.SPECTRA} <= files.keys()
+
+
+def _shown(value) -> str:
+    return excerpt(repr(value), 60)
 
 
 def _seal(path: Path) -> list | None:

@@ -1,6 +1,7 @@
 """Which prompts stand out: by how sensitive the model is to them, and in which directions."""
 
 from collections.abc import Collection, Sequence
+import warnings
 
 import numpy as np
 
@@ -11,6 +12,8 @@ SAMPLE = 4096  # prompts, evenly spaced, that the mean subspace is of: more woul
 LANDMARKS = 256  # prompts, evenly spaced, whose matrices span the principal coordinates
 COORDINATES = 5
 SCORED_AT_ONCE = 64  # prompts
+# Equal prompts in different batches differ by rounding: of log lambda 1, distances and coordinates, all of order 1.
+RESOLUTION = 1e-5
 
 
 def robust_z(values: np.ndarray) -> np.ndarray:
@@ -19,11 +22,13 @@ def robust_z(values: np.ndarray) -> np.ndarray:
     For normal data these are standard deviations, but outliers do not widen them (Iglewicz and Hoaglin, "How to
     Detect and Handle Outliers", 1993). Where more than half of the values are equal, and that deviation is 0, the
     unit is 1.2533 times the mean absolute deviation instead, as they advise. All zero where all values are equal.
+    Equal is what RESOLUTION does not tell apart.
     """
     centred = values - np.median(values)
     scale = 1.4826 * np.median(np.abs(centred))  # scipy's constant has more digits, published scores have not
-    scale = scale or 1.2533 * np.mean(np.abs(centred))
-    return centred / scale if scale > 0 else np.zeros_like(centred)
+    if scale < RESOLUTION:
+        scale = 1.2533 * np.mean(np.abs(centred))
+    return centred / scale if scale >= RESOLUTION else np.zeros_like(centred)
 
 
 def mean_subspace(matrices: Sequence[Triplets]) -> np.ndarray:
@@ -128,6 +133,9 @@ def _scores(matrices: Sequence[Triplets]) -> dict[str, np.ndarray]:
     z_lambda, z_subspace = robust_z(log_first), robust_z(np.array(distance))
     coordinates = np.concatenate(coordinates)
     z_principal = np.abs([robust_z(column) for column in coordinates.T]).max(axis=0)
+    alike = {"lambda 1": z_lambda, "subspace": z_subspace, "principal coordinates": z_principal}
+    if names := [name for name, column in alike.items() if len(matrices) > 1 and not column.any()]:
+        warnings.warn(f"all prompts have the same {' and '.join(names)}: their scores for it are 0", stacklevel=2)
     return {
         "z_log_lambda": z_lambda,
         "subspace_distance": np.array(distance),

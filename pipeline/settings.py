@@ -1,6 +1,7 @@
 """The pipeline's settings: a YAML file, and a flag for each of its keys."""
 
 from dataclasses import dataclass
+import os
 from pathlib import Path
 
 from common.command_line import (
@@ -12,6 +13,7 @@ from common.command_line import (
     one_of,
     option,
     or_all,
+    path,
     positive,
     read_yaml,
     switch,
@@ -26,14 +28,14 @@ BUNDLED = "data/prompts.jsonl"
 class Settings:
     """What the Fisher matrices are of. None stands for YAML's null."""
 
-    model_path: str = option(EMBEDDED, nonempty, "NAME", f"hub id or local directory ({EMBEDDED})")
+    model_path: str = option(EMBEDDED, path, "NAME", f"hub id or local directory ({EMBEDDED})")
     dataset_name: str = option(
-        BUNDLED, nonempty, "NAME", f"a .jsonl, .json, .csv, .parquet or .txt file, or a hub dataset ({BUNDLED})"
+        BUNDLED, path, "NAME", f"a .jsonl, .json, .csv, .parquet or .txt file, or a hub dataset ({BUNDLED})"
     )
     dataset_split: str = option("train", nonempty, "NAME", "split of a hub dataset (train)")
     dataset_config: str | None = option(None, nonempty, "NAME", "configuration of a hub dataset")
     prompt_column: str | None = option(None, nonempty, "NAME", "column that holds the prompts (found by its name)")
-    num_prompts: int = option(100, positive, "N", "prompts to take (100)")
+    num_prompts: int | str = option(100, or_all(positive), "N", "prompts to take, or all (100)")
     max_length: int = option(2048, positive, "N", "tokens of a prompt; longer user texts are cut (2048)")
     hook_layer_name: str = option(
         "model.layers.15", nonempty, "PATH", "module path, or the number of a decoder layer (model.layers.15)"
@@ -53,13 +55,14 @@ class Settings:
     device: str = option("auto", nonempty, "NAME", "as torch names it (cuda, then mps, then cpu)")
     seed: int | None = option(None, count, "N", "shuffles the dataset first (its own order)")
     trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along")
-    output_dir: str = option("fisher_results", nonempty, "DIR", "for the results (fisher_results)")
+    output_dir: str = option("fisher_results", path, "DIR", "for the results (fisher_results)")
 
     @property
     def dataset(self) -> str:
         """The dataset's name, or the path of the bundled file wherever the script is called from."""
         bundled = ROOT / self.dataset_name
-        return str(bundled) if not Path(self.dataset_name).exists() and bundled.is_file() else self.dataset_name
+        here = os.path.exists(self.dataset_name)
+        return str(bundled) if not here and os.path.isfile(bundled) else self.dataset_name
 
 
 # Keys that may differ between a run and its resumption: they do not change a result.
@@ -84,8 +87,9 @@ def parse(argv: list[str]) -> Command:
     about = "Fisher information matrices of a dataset's prompts, each compressed to its top singular triplets."
     parser = Parser(Settings, "compute_fisher.py", about)
     add = parser.add_argument
-    add("--config", metavar="FILE", type=Path, default=CONFIG, help="YAML file of the keys above (config.yaml)")
+    add("--config", metavar="FILE", type=path, default=CONFIG, help="YAML file of the keys above (config.yaml)")
     add("--overwrite", action="store_true", help="replace what an earlier run left in --output-dir")
-    add("--redraw", metavar="DIR", type=Path, help="only draw the picture of the results in DIR again")
+    add("--redraw", metavar="DIR", type=path, help="only draw the picture of the results in DIR again")
     given, flags = parser.read(argv)
-    return Command(Settings(**{**read_yaml(Settings, flags.config), **given}), flags.overwrite, flags.redraw)
+    settings = Settings(**{**read_yaml(Settings, Path(flags.config)), **given})
+    return Command(settings, flags.overwrite, flags.redraw and Path(flags.redraw))

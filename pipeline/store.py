@@ -22,7 +22,7 @@ import zipfile
 import numpy as np
 
 from common.command_line import UserError
-from common.files import json_ready, write_archive, write_json
+from common.files import json_text, write_archive, write_json
 
 if TYPE_CHECKING:  # only for annotations: whoever reads results needs no dataset library
     from pipeline.prompts import Prompt
@@ -32,6 +32,11 @@ PROMPTS = "prompts.jsonl"
 FOLDER = "shards"
 INDEX = "index.json"
 RECORDS = "records.jsonl"
+SHARD = re.compile(r"shard_(\d{5}|[1-9]\d{5,11})\.npz")
+BATCH = re.compile(r"batch_(\d{5}|[1-9]\d{5,11})_(\d{3})\.npz")
+UNFINISHED = re.compile(rf"\.({SHARD.pattern}|{BATCH.pattern}|{re.escape(INDEX)})-[0-9a-f]+")
+NUMBERS = ("tokens", "truncated", "captured_mass", "trace", "effective_rank", "seconds")  # of a record, among others
+LARGEST = 1e30  # of a number in it: some way from float32's 3e38
 ONE_FILE = 10_000  # prompts that are put into one archive: opening one reads the names of all its members
 
 
@@ -67,7 +72,7 @@ def _members(result: Result, store: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _lines(records: Iterable[dict]) -> bytes:
-    return "".join(json.dumps(json_ready(record), ensure_ascii=False) + "\n" for record in records).encode()
+    return b"".join(map(json_text, records))
 
 
 def write_results(path: Path, results: Sequence[Result], store: str) -> None:
@@ -77,7 +82,7 @@ def write_results(path: Path, results: Sequence[Result], store: str) -> None:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of an archive that is whole: the checksum of every member is checked.
+    """The records of an archive that is whole: every checksum is right, and every prompt has its record and arrays.
 
     Raises:
         DamagedFileError: it is not.
@@ -86,9 +91,56 @@ def read_records(path: Path) -> list[dict]:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise DamagedFileError(path)
-            return [json.loads(line) for line in archive.read(RECORDS).splitlines()]
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError) as error:
+            records = [json.loads(line) for line in archive.read(RECORDS).splitlines()]
+            complete = all(map(_is_complete, records)) and len(_shapes(archive, records)) == 1
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError, RecursionError) as error:
         raise DamagedFileError(path) from error
+    if not complete:
+        raise DamagedFileError(path)
+    return records
+
+
+def _shapes(archive: zipfile.ZipFile, records: list[dict]) -> set[tuple[int, int]]:
+    """The shapes (d, r) of the records' U. Raises KeyError or ValueError: an array is missing, or does not fit."""
+    found = set()
+    for record in records:
+        index = record["index"]
+        shape = _shape(archive, f"U_{index}")
+        d, r = shape
+        others = {f"S_{index}": (r,)}
+        if f"V_{index}.npy" in archive.NameToInfo:
+            others[f"V_{index}"] = (r, d)
+        if len(record["singular_values"]) != r or any(_shape(archive, name) != others[name] for name in others):
+            raise ValueError("arrays that do not fit each other")
+        found.add(shape)
+    return found
+
+
+def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    with archive.open(f"{name}.npy") as member:
+        np.lib.format.read_magic(member)
+        return np.lib.format.read_array_header_1_0(member)[0]
+
+
+def _shape_in(path: Path) -> tuple[int, ...]:
+    """The shape of an archive's first U."""
+    with zipfile.ZipFile(path) as archive:
+        return _shape(archive, archive.namelist()[0].removesuffix(".npy"))
+
+
+def is_number(value) -> bool:
+    """Whether a value of JSON is a number that float32 can hold."""
+    return isinstance(value, int | float) and abs(value) < LARGEST
+
+
+def _is_complete(record) -> bool:
+    """Whether a prompt's record has what the statistics need."""
+    if not isinstance(record, dict) or type(record.get("index")) is not int:
+        return False
+    values = record.get("singular_values")
+    if not isinstance(values, list) or not values or not isinstance(record.get("prompt"), str):
+        return False
+    return all(map(is_number, [*(record.get(key) for key in NUMBERS), *values]))
 
 
 def _members_of(sources: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
@@ -120,16 +172,24 @@ class Store:
     def batch(self, number: int, batch: int) -> Path:
         return self.folder / f"batch_{number:05d}_{batch:03d}.npz"
 
+    def _matching(self, pattern: re.Pattern, kind: str) -> dict[tuple[int, ...], Path]:
+        """Files of this project's making, by the numbers in their names, ascending."""
+        found = {path: pattern.fullmatch(path.name) for path in self.folder.glob(kind)}
+        return dict(sorted((tuple(map(int, match.groups())), path) for path, match in found.items() if match))
+
     def batches(self, number: int) -> dict[int, Path]:
         """The finished batches of a shard, by their number in it."""
-        found = sorted(self.folder.glob(f"batch_{number:05d}_*.npz"))
-        return {int(path.stem.rpartition("_")[2]): path for path in found}
+        return {batch: path for (_, batch), path in self._matching(BATCH, f"batch_{number:05d}_*").items()}
 
     def shards(self) -> list[Path]:
-        return sorted(self.folder.glob("shard_*.npz"))
+        return list(self._matching(SHARD, "shard_*").values())
 
     def has_results(self) -> bool:
-        return any(self.folder.glob("*.npz"))
+        return any(self.files())
+
+    def files(self) -> list[Path]:
+        """All shards and batches."""
+        return [*self.shards(), *self._matching(BATCH, "batch_*").values()]
 
     def has_shard(self, number: int, prompts: Sequence["Prompt"]) -> bool:
         """Whether a shard's file is there, and whole. Raises UserError if it is of other prompts."""
@@ -148,7 +208,7 @@ class Store:
             return False
         try:
             found = {record["index"]: record["prompt"] for record in read_records(path)}
-        except (DamagedFileError, KeyError, TypeError):
+        except DamagedFileError:
             warnings.warn(f"{path} is damaged: computing it again", stacklevel=2)
             path.unlink()
             return False
@@ -165,9 +225,8 @@ class Store:
 
     def require_no_more_than(self, shards: int) -> None:
         """Raises UserError: there are files of more shards than the dataset has."""
-        for path in sorted([*self.folder.glob("shard_*.npz"), *self.folder.glob("batch_*.npz")]):
-            if int(path.stem.split("_")[1]) >= shards:
-                raise self._changed("which had more prompts")
+        if any(int(re.search(r"\d+", path.name)[0]) >= shards for path in self.files()):
+            raise self._changed("which had more prompts")
 
     def write_batch(self, number: int, batch: int, results: Sequence[Result]) -> None:
         write_results(self.batch(number, batch), results, self.store)
@@ -193,7 +252,13 @@ class Store:
             yield from _records_of(path)
 
     def close(self, prompts: int, per_shard: int) -> None:
-        """Makes one archive of all shards if it stays of moderate size, else an index of them."""
+        """Makes one archive of all shards if it stays of moderate size, else an index of them.
+
+        Raises:
+            UserError: their matrices are of several shapes.
+        """
+        if len(set(map(_shape_in, self.shards()))) > 1:
+            raise UserError(f"{self.folder} holds matrices of several shapes: --overwrite starts anew")
         if prompts <= ONE_FILE:
             members = chain.from_iterable(_members_of([path]) for path in self.shards())
             write_archive(self.directory / ARRAYS, members)
@@ -203,15 +268,16 @@ class Store:
 
     def remove_leftovers(self, names: Sequence[str]) -> None:
         """Removes what a killed process was writing: shards, batches, and the files of these names."""
-        unfinished = [*self.folder.glob(".*.npz-*"), *(p for n in names for p in self.directory.glob(f".{n}-*"))]
-        for path in unfinished:
+        for path in [*self._unfinished(), *(path for name in names for path in self.directory.glob(f".{name}-*"))]:
             path.unlink(missing_ok=True)
+
+    def _unfinished(self) -> list[Path]:
+        return [path for path in self.folder.glob(".*-*") if UNFINISHED.fullmatch(path.name)]
 
     def remove(self) -> None:
         """Removes the shards and their folder; what is not of this project's making stays."""
-        for pattern in ("shard_*.npz", "batch_*.npz", INDEX, ".*.npz-*"):
-            for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
+        for path in [*self.files(), self.folder / INDEX, *self._unfinished()]:
+            path.unlink(missing_ok=True)
         # a link to a folder elsewhere is the user's
         if self.folder.is_dir() and not self.folder.is_symlink() and not any(self.folder.iterdir()):
             self.folder.rmdir()
@@ -269,17 +335,32 @@ def load_fisher_matrices(path: str | Path) -> FisherMatrices:
     Args:
         path: the output directory, or an NPZ file in it.
     Raises:
-        UserError: there are none, or the run is not finished.
+        UserError: there are none, they are damaged, or the run is not finished.
     """
     path = Path(path)
     one = path if path.suffix == ".npz" else path / ARRAYS
     if one.is_file():
-        with zipfile.ZipFile(one) as archive:
-            prompts = sum(name.startswith("S_") for name in archive.namelist())
+        try:
+            with zipfile.ZipFile(one) as archive:
+                prompts = sum(name.startswith("S_") for name in archive.namelist())
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{one} is damaged: {error}") from error
         return FisherMatrices([one], prompts, max(prompts, 1))
     index = path / FOLDER / INDEX
     if not index.is_file():
         raise UserError(f"no finished Fisher matrices in {path}: run compute_fisher.py, which goes on where it stopped")
-    about = json.loads(index.read_text())
-    files = [path / FOLDER / name for name in about["files"]]
-    return FisherMatrices(files, about["prompts"], about["prompts_per_shard"])
+    files, prompts, per_shard = _read_index(index)
+    return FisherMatrices([path / FOLDER / name for name in files], prompts, per_shard)
+
+
+def _read_index(path: Path) -> tuple[list[str], int, int]:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        files, prompts, per_shard = (about[key] for key in ("files", "prompts", "prompts_per_shard"))
+        if (type(files), type(prompts), type(per_shard)) != (list, int, int):
+            raise ValueError("other types of values")
+        if not all(SHARD.fullmatch(name) for name in files) or not 0 < prompts <= per_shard * len(files):
+            raise ValueError("files that do not hold the prompts")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: the same command makes it again") from error
+    return files, prompts, per_shard

@@ -3,8 +3,10 @@
 from dataclasses import asdict, fields
 import importlib
 import os
+import socket
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 import yaml
@@ -164,8 +166,8 @@ def test_the_hubs_libraries_stay_offline_if_a_name_needs_a_hub_without_an_addres
             raise OSError
 
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(command_line, "getproxies", lambda: proxies)
-    monkeypatch.setattr(command_line.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: proxies)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     command_line.settle_network("smollm2-135m", name)
     assert ("HF_HUB_OFFLINE" in os.environ) is offline
 

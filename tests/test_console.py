@@ -1,0 +1,179 @@
+"""Stdout and stderr that are full, gone, closed or of few characters; Ctrl-C at any moment, once or twice."""
+
+import os
+from pathlib import Path
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from common.console import Console, interruptible, undisturbed
+from pipeline.run_directory import RunDirectory
+import scripts
+from scripts import EXPERIMENT_FILES, PIPELINE_FILES, ROOT, experiment_words, pipeline_words
+
+FILES = {"core_experiment": EXPERIMENT_FILES, "compute_fisher": PIPELINE_FILES}
+
+
+def shell(line: str, **environment) -> subprocess.CompletedProcess:
+    """What bash makes of a line in which PYTHON stands for the interpreter."""
+    command = ["bash", "-c", line.replace("PYTHON", shlex.quote(sys.executable))]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, timeout=120, env={**os.environ, "MPLBACKEND": "nope", **environment}
+    )
+
+
+# --- consoles ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", FILES)
+@pytest.mark.parametrize(
+    ("ending", "environment"),
+    [
+        ("> /dev/full 2> /dev/full", {}),
+        ("<&- >&- 2>&-", {}),
+        ("| head -1; exit ${PIPESTATUS[0]}", {"LC_ALL": "C", "PYTHONUTF8": "0"}),
+        ("", {"PYTHONIOENCODING": "cp1252"}),
+    ],
+    ids=["full", "closed", "head", "cp1252"],
+)
+def test_whatever_becomes_of_its_words_a_run_finishes_and_saves(
+    script, ending, environment, chat_directory, model_directory, dataset, tmp_path
+):
+    words = {
+        "core_experiment": experiment_words(model_directory, tmp_path / "out", "--num-sentences", "2"),
+        "compute_fisher": pipeline_words(chat_directory, dataset, tmp_path / "out", num_prompts=3),
+    }[script]
+    result = shell(f"PYTHON {script}.py {shlex.join(words)} {ending}", **environment)
+    assert result.returncode == 0, result.stderr
+    assert set(os.listdir(tmp_path / "out")) == FILES[script]
+    assert result.stderr == b""
+    assert (result.stdout.count(b"\n") == 1) == ending.startswith("|")
+
+
+@pytest.mark.parametrize("script", FILES)
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("--help > /dev/full", 0),
+        ("--help >&-", 0),
+        ("--help | head -1; exit ${PIPESTATUS[0]}", 0),
+        ("--no-such-flag 2> /dev/full", 2),
+        ("--no-such-flag 2>&-", 2),
+    ],
+)
+def test_help_and_errors_on_a_console_that_takes_nothing_are_no_traceback(script, line, code):
+    result = shell(f"PYTHON {script}.py {line}", PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (code, b"")
+
+
+@pytest.mark.parametrize("script", FILES)
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [({"HF_ENDPOINT": "http://["}, b"HF_ENDPOINT=http://[ is not an address"), ({}, b"no readable")],
+    ids=["HF_ENDPOINT", "MPLBACKEND"],
+)
+def test_what_the_environment_gets_wrong_is_one_line_or_no_matter(script, environment, said, tmp_path):
+    result = shell(f"PYTHON {script}.py --redraw {tmp_path}", **environment)
+    assert result.returncode == 2 and said in result.stderr and result.stderr.count(b"\n") == 1
+
+
+def test_a_console_that_is_full_costs_no_descriptor():
+    with open("/dev/full", "w") as full:
+        console = Console(full)
+        before = os.listdir("/proc/self/fd")
+        for _ in range(3):
+            assert console.write("x\n") == 2
+            console.flush()
+        assert os.listdir("/proc/self/fd") == before
+
+
+# --- Ctrl-C --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["argparse", "numpy", "torch.nn", "matplotlib.axes"])
+@pytest.mark.parametrize("script", FILES)
+def test_ctrl_c_during_the_imports_ends_the_program_without_a_word(script, moment, tmp_path):
+    """As soon as a module is there: Python tells on stderr."""
+    words = [sys.executable, "-X", "importtime", f"{script}.py", "--redraw", str(tmp_path)]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.split("|")[-1].strip() == moment:
+            break
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert all(line.startswith("import time:") for line in said.splitlines())
+
+
+def press(*seconds: float) -> threading.Thread:
+    """Presses Ctrl-C after each of these times, one after the other."""
+
+    def run() -> None:
+        for pause in seconds:
+            time.sleep(pause)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def test_a_second_ctrl_c_at_once_is_the_first_one_and_a_later_one_counts():
+    before, saved = signal.getsignal(signal.SIGINT), []
+    with interruptible():
+        presses = press(0.05, 0.05, 1.2)
+        with pytest.raises(KeyboardInterrupt):
+            try:
+                time.sleep(5)
+            except KeyboardInterrupt:
+                time.sleep(0.3)  # the second one comes here
+                saved.append("all")
+                time.sleep(5)
+        presses.join()
+    assert saved == ["all"] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_undisturbed_a_block_ends_whatever_is_pressed_and_then_ctrl_c_counts_again():
+    before = signal.getsignal(signal.SIGINT)
+    with undisturbed():
+        press(0.01, 0.01).join()
+        time.sleep(0.05)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_that_the_caller_ignores_stays_ignored():
+    """As in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruptible():
+            press(0.01).join()
+            time.sleep(0.05)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def slow_finish() -> None:
+    finish = RunDirectory.finish
+
+    def slow(self, *arguments):
+        Path(f"{self.path}.finishing").touch()
+        time.sleep(0.5)
+        return finish(self, *arguments)
+
+    RunDirectory.finish = slow
+
+
+def test_ctrl_c_while_a_run_is_finished_lets_it_finish(chat_directory, dataset, finished_pipeline, tmp_path):
+    output = tmp_path / "out"
+    running = scripts.start("compute_fisher", pipeline_words(chat_directory, dataset, output), output, slow_finish)
+    running.wait_until(Path(f"{output}.finishing").exists)
+    for _ in range(2):
+        running.send(signal.SIGINT)
+        time.sleep(0.05)
+    assert running.end()[0] == 0
+    scripts.assert_same_results(output, finished_pipeline)

@@ -1,0 +1,438 @@
+"""What the options may be, in words and in YAML; and what may stand in an output directory."""
+
+import argparse
+from contextlib import contextmanager
+import json
+import os
+from pathlib import Path
+import shutil
+import tempfile
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from common.command_line import UserError, count, finite, path, positive
+from common.files import check_writable
+from common.lock import LOCK, lock_directory
+import compute_fisher
+import core_experiment
+from pipeline import load_fisher_matrices, processes, store
+from pipeline.run_directory import RunDirectory
+from pipeline.settings import Settings, parse
+import scripts
+from scripts import ROOT, arrays, pipeline_words, records
+
+# --- the YAML file -------------------------------------------------------------------------------
+
+
+def config(folder: Path, content: str) -> list[str]:
+    (folder / "c.yaml").write_text(content, encoding="utf-8")
+    return ["--config", str(folder / "c.yaml")]
+
+
+BOMB = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+BAD = {
+    "batch_size: 2024-13-45": "batch_size: '2024-13-45' is not a positive whole number",
+    "batch_size: ²": "batch_size: '²' is not a positive whole number",
+    "batch_size: ٣": "batch_size: '٣' is not a positive whole number",
+    "batch_size: !!int abc": "a tag (!name) is not allowed (line 1, column 13)",
+    "batch_size: 0x10": "batch_size: '0x10' is not a positive whole number",
+    "batch_size: 1:30": "batch_size: '1:30' is not a positive whole number",
+    "batch_size: " + 30 * "9": "batch_size: '999999999999999999999999999999' is not a positive whole number",
+    "seed: " + 5000 * "9": "seed: '99999999999999",
+    "a: &x [*x]": "an alias (*name) is not allowed",
+    "a0: &a0 [x]\n" + BOMB: "an alias (*name) is not allowed",
+    "a: &a {b: 1}\nc: {<<: *a}": "an alias (*name) is not allowed",
+    "batch_size: 3\nbatch_size: 4": "the key batch_size is there twice",
+    "batch_size: {a: 1, a: 2}": "the key a is there twice",
+    "[" * 5000: "is not valid YAML: ",
+    "batch_size: {}": "a single value is wanted, not keys and values",
+    '"\\UFFFFFFFF": 1': "is not valid YAML",
+    "%YAML 1." + 5000 * "1" + "\n---\n": "is not valid YAML",
+    "output_dir: ''": "output_dir: it is empty",
+    "output_dir: ~": "output_dir: a single value is wanted, not null",
+    'output_dir: "a\\0b"': "output_dir: 'a\\x00b' holds a null character",
+    'output_dir: "\\ud800"': "cannot be a file's name here",
+    f"output_dir: {300 * 'x'}": "has a name of more than 255 bytes",
+    "output_dir: ~no-such-user/x": "is no user's home directory",
+    "x" * 200_000: "it has more than 100,000 characters",
+}
+
+
+@pytest.mark.parametrize("content", BAD, ids=[text[:30] for text in BAD])
+def test_a_bad_config_is_refused_at_once_and_in_one_line(content, tmp_path):
+    start = time.perf_counter()
+    with pytest.raises(UserError) as caught:
+        parse(config(tmp_path, content))
+    assert BAD[content] in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert time.perf_counter() - start < 2
+
+
+def test_a_config_without_an_end_is_refused():
+    with pytest.raises(UserError, match="has more than 100,000 characters"):
+        parse(["--config", "/dev/zero"])
+
+
+def test_a_value_in_yaml_is_read_as_its_flag_would_read_it(tmp_path):
+    for key, word, value in [
+        ("batch_size", "010", 10),
+        ("hook_layer_name", "010", "010"),
+        ("hook_layer_name", "1e3", "1e3"),
+        ("dataset_split", "no", "no"),
+        ("dataset_split", "2024-01-01", "2024-01-01"),
+        ("num_prompts", "all", "all"),
+        ("trust_remote_code", "True", True),
+        ("seed", "0", 0),
+    ]:
+        from_yaml = parse(config(tmp_path, f"{key}: {word}")).settings
+        from_flag = parse([f"--{key.replace('_', '-')}", word]).settings
+        assert getattr(from_yaml, key) == getattr(from_flag, key) == value
+
+
+def test_null_is_no_value_and_a_quoted_null_is_a_name(tmp_path):
+    for word in ("null", "~", ""):
+        assert parse(config(tmp_path, f"prompt_column: {word}")).settings.prompt_column is None
+    assert parse(config(tmp_path, "prompt_column: 'null'")).settings.prompt_column == "null"
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["²", "٣", "+1", "1_0", " 1", "1\n", "", 30 * "9", 5000 * "9"])
+def test_a_whole_number_is_a_few_ascii_digits(text):
+    for read in (positive, count):
+        with pytest.raises(argparse.ArgumentTypeError, match="whole number"):
+            read(text)
+
+
+def test_leading_zeros_are_decimal_and_zero_has_no_sign():
+    assert positive("010") == count("010") == 10
+    assert f"{finite('-0'):g}" == "0"
+    assert [f"{scale:g}" for scale in core_experiment.parse(["--scales", "-0", "0", "1", "1.0"]).scales] == ["0", "1"]
+    assert core_experiment.choose_layers(core_experiment.parse(["--layers", "02", "2", "1"]).layers, 3) == (1, 2)
+
+
+PATHS = {
+    compute_fisher: ["config", "model-path", "dataset-name", "output-dir", "redraw"],
+    core_experiment: ["model-name", "data-file", "output-dir", "redraw"],
+}
+
+
+@pytest.mark.parametrize(("script", "flag"), [(script, flag) for script in PATHS for flag in PATHS[script]])
+@pytest.mark.parametrize("word", ["", " ", "a\0b", 300 * "x", "~no-such-user"])
+def test_a_path_that_can_be_none_is_one_line(script, flag, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        script.parse([f"--{flag}", word])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and f"argument --{flag}: " in said and len(said) < 200
+
+
+def test_a_tilde_is_the_home_directory_in_every_path_of_both_scripts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("output_dir: ~/out\nmodel_path: org/~model\ndataset_name: ~/d.txt\n")
+    command = compute_fisher.parse(["--config", "~/c.yaml", "--redraw", "~/x"])
+    assert (command.redraw, command.settings.output_dir) == (tmp_path / "x", f"{tmp_path}/out")
+    assert (command.settings.model_path, command.settings.dataset_name) == ("org/~model", f"{tmp_path}/d.txt")
+    words = ["--model-name", "~/m", "--data-file", "~/d", "--output-dir", "~", "--redraw", "~/r"]
+    found = core_experiment.parse(words)
+    names = [f"{tmp_path}/m", f"{tmp_path}/d", str(tmp_path), f"{tmp_path}/r"]
+    assert [found.model_name, found.data_file, found.output_dir, found.redraw] == names
+    assert path("./~") == "./~"
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize("number", ["all", "1000000000000"])
+def test_all_prompts_or_more_than_there_are_may_be_asked_for(number, chat_directory, dataset, tmp_path, capsys):
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", num_prompts=number) == 0
+    assert len(records(tmp_path / "out")) == 40
+    said = capsys.readouterr().out
+    assert ("only 40 are available" in said) == (number != "all")
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", num_prompts=number) == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["x", "0", "-1", "", "2.5", 30 * "9"])
+def test_a_number_of_processes_that_is_none_is_one_line(size, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UserError, match=f"WORLD_SIZE={size} is no number"), processes.join():
+        pass
+
+
+# --- output directories --------------------------------------------------------------------------
+
+
+def is_finished(output: Path, overwrite: bool = False) -> bool:
+    """As a run asks, once it has locked the directory."""
+    with lock_directory(output):
+        return RunDirectory(Settings(output_dir=str(output), dataset_name=str(ROOT / "config.yaml"))).is_finished(
+            overwrite
+        )
+
+
+def snapshot(folder: Path) -> dict:
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    ["prompts.jsonl", "fisher_matrices_compressed.npz", "metadata.yaml", "fisher_spectra.png", ".lock",
+     "shards/index.json", "shards/shard_00000.npz", "shards/batch_00000_000.npz"],
+)  # fmt: skip
+def test_a_folder_in_a_files_place_is_found_first_and_stays(name, overwrite, finished_pipeline, tmp_path):
+    output = shutil.copytree(finished_pipeline, tmp_path / "out")
+    if not name.startswith((".", "shards")):
+        (output / name).unlink()
+    (output / name).mkdir(parents=True)
+    (output / name / "thesis.txt").write_text("mine")
+    before = snapshot(output)
+    with pytest.raises(UserError, match=r"did not write|cannot lock"):
+        is_finished(output, overwrite)
+    assert snapshot(output) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_the_place_of_the_shards_is_found_first(overwrite, tmp_path):
+    (tmp_path / "shards").write_text("mine")
+    with pytest.raises(UserError, match="did not write"):
+        is_finished(tmp_path, overwrite)
+    assert snapshot(tmp_path) == {str(tmp_path / "shards"): b"mine"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"config": 3}, {"config": {"batch_size": [8]}}, {"files": 7}, {"files": {}}, {"files": {"../x": [1, None]}},
+     {"sources": []}, {"complete": "yes"}, {"hook_layer": None}, {"format": 1}],
+    ids=str,
+)  # fmt: skip
+def test_metadata_of_another_form_is_said_and_only_overwrite_goes_on(change, finished_pipeline, tmp_path):
+    output = shutil.copytree(finished_pipeline, tmp_path / "out")
+    metadata = yaml.safe_load((output / "metadata.yaml").read_text())
+    (output / "metadata.yaml").write_text(yaml.safe_dump({**metadata, **change}))
+    with pytest.raises(UserError, match=r"without a readable metadata\.yaml: --overwrite removes them"):
+        is_finished(output)
+    assert is_finished(output, overwrite=True) is False
+    (output / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"did not write \(thesis\.txt\)"):
+        is_finished(output, overwrite=True)
+
+
+@pytest.mark.parametrize("content", ["4711", "pid 7", '{"pid": 1}', "[]", 5000 * " "])
+def test_a_lock_of_another_program_is_left_alone(content, tmp_path):
+    (tmp_path / LOCK).write_text(content)
+    with pytest.raises(UserError, match="is of another program"), lock_directory(tmp_path):
+        pass
+    assert (tmp_path / LOCK).read_text() == content
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "target").write_text("")
+    (tmp_path / LOCK).symlink_to("target")
+    with pytest.raises(UserError, match="cannot lock"), lock_directory(tmp_path):
+        pass
+
+
+def test_names_that_only_look_like_shards_are_neither_read_nor_removed(tmp_path):
+    names = ["shard_old.npz", "shard_1.npz", "shard_000001.npz", "batch_00000_x.npz", ".mine.npz-1", "notes.npz"]
+    (tmp_path / "shards").mkdir()
+    for name in (*names, "shard_00000.npz", "shard_100000.npz", "shard_99999.npz", ".index.json-00"):
+        (tmp_path / "shards" / name).touch()
+    files = store.Store(tmp_path, "full")
+    assert [path.name for path in files.shards()] == ["shard_00000.npz", "shard_99999.npz", "shard_100000.npz"]
+    assert files.batches(0) == {}
+    files.require_no_more_than(100_001)
+    files.remove()
+    assert sorted(os.listdir(tmp_path / "shards")) == sorted(names)
+
+
+# --- what an interrupted run has left ------------------------------------------------------------
+
+
+def result(index: int, d: int = 3, r: int = 2) -> store.Result:
+    numbers = dict.fromkeys(store.NUMBERS, 1.0)
+    record = {"index": index, "prompt": f"p{index}", **numbers, "singular_values": [1.0] * r}
+    return store.Result(record, np.ones(r, np.float32), np.ones((r, d), np.float32))
+
+
+DAMAGES = {
+    "no tokens": lambda r: r.record.pop("tokens"),
+    "no index": lambda r: r.record.pop("index"),
+    "tokens in words": lambda r: r.record.update(tokens="three"),
+    "endless trace": lambda r: r.record.update(trace=10**400),
+    "no singular values": lambda r: r.record.update(singular_values=[]),
+    "other singular values": lambda r: r.record.update(singular_values=[1.0]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_archive_with_a_record_of_another_form_is_damaged(damage, tmp_path):
+    good, bad = result(0), result(1)
+    store.write_results(tmp_path / "a.npz", [good, bad], "full")
+    assert len(store.read_records(tmp_path / "a.npz")) == 2
+    members = list(store._members(good, "full")) + list(store._members(bad, "full"))
+    DAMAGES[damage](bad)
+    lines = "".join(json.dumps(r.record) + "\n" for r in (good, bad)).encode()
+    store.write_archive(tmp_path / "b.npz", [*members, (store.RECORDS, lines)])
+    with pytest.raises(store.DamagedFileError):
+        store.read_records(tmp_path / "b.npz")
+
+
+@pytest.mark.parametrize("damage", ["gone", "flat", "longer", "another width"])
+def test_an_archive_with_an_array_of_another_form_is_damaged(damage, tmp_path):
+    good = result(0)
+    members = dict(store._members(good, "full"))
+    if damage == "gone":
+        del members["S_0.npy"]
+    if damage == "flat":
+        members["U_0.npy"] = np.ones(3, np.float32)
+    if damage == "longer":
+        members["S_0.npy"] = np.ones(3, np.float32)
+    if damage == "another width":
+        members["V_0.npy"] = np.ones((2, 4), np.float32)
+    store.write_archive(tmp_path / "b.npz", [*members.items(), (store.RECORDS, store._lines([good.record]))])
+    with pytest.raises(store.DamagedFileError):
+        store.read_records(tmp_path / "b.npz")
+
+
+def test_shards_of_several_models_do_not_become_one_file(tmp_path):
+    (tmp_path / "shards").mkdir()
+    files = store.Store(tmp_path, "full")
+    for number, width in enumerate((3, 4)):
+        store.write_results(files.shard(number), [result(number, width)], "full")
+    with pytest.raises(UserError, match="holds matrices of several shapes: --overwrite starts anew"):
+        files.close(2, 1)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"prompts": 2, "prompts_per_shard": 0, "files": []}'])
+def test_an_index_of_another_form_and_a_file_that_is_no_archive_are_one_line(content, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "index.json").write_text(content)
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
+        load_fisher_matrices(tmp_path)
+    (tmp_path / "fisher_matrices_compressed.npz").write_text(content)
+    with pytest.raises(UserError, match=r"fisher_matrices_compressed\.npz is damaged"):
+        load_fisher_matrices(tmp_path)
+
+
+# --- pictures of damaged records -----------------------------------------------------------------
+
+
+def redraw(folder: Path, changes: dict, capsys) -> tuple[int, str]:
+    found = [{**record, **changes} if number == 1 else record for number, record in enumerate(records(folder))]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+    return scripts.as_program("compute_fisher", ["--redraw", str(folder)]), capsys.readouterr().err
+
+
+@pytest.fixture
+def finished_copy(finished_pipeline, tmp_path) -> Path:
+    return shutil.copytree(finished_pipeline, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tokens": "3"}, "tokens is no number (line 2)"),
+        ({"z_subspace": float("nan")}, "z_subspace is no number (line 2)"),
+        ({"outlier_score": 10**400}, "outlier_score is no number (line 2)"),
+        ({"singular_values": [1.0]}, "1 singular_values, and 4 of the prompts before (line 2)"),
+        ({"principal_coordinates": 1}, "principal_coordinates is no list of numbers (line 2)"),
+        ({"prompt": None}, "no record of a prompt (line 2)"),
+    ],
+)
+def test_records_of_another_form_are_one_line_that_says_where(changes, said, finished_copy, capsys):
+    code, error = redraw(finished_copy, changes, capsys)
+    assert code == 2 and error.count("\n") == 1 and said in error
+    assert f"no readable prompts.jsonl in {finished_copy}" in error
+
+
+def test_failed_prompts_and_matrices_that_are_zero_are_drawn(finished_copy, capsys):
+    zero = {"singular_values": [0.0] * 4, "trace": 0.0, "captured_mass": 0.0, "failed": "NaN", "outlier_score": 0.0}
+    assert redraw(finished_copy, zero, capsys) == (0, "")
+    every = [{**record, **zero} for record in records(finished_copy)]
+    (finished_copy / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in every))
+    assert scripts.as_program("compute_fisher", ["--redraw", str(finished_copy)]) == 0
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_scores_that_tell_no_prompts_apart_are_noted(chat_directory, tmp_path, capsys):
+    (tmp_path / "same.txt").write_text("the same\n" * 7)
+    assert scripts.compute_fisher(chat_directory, tmp_path / "same.txt", tmp_path / "out") == 0
+    note = "note: all prompts have the same lambda 1 and subspace and principal coordinates: their scores for it are 0"
+    assert note in capsys.readouterr().err.splitlines()
+    assert not any(record["outlier_score"] for record in records(tmp_path / "out"))
+
+
+# --- places that cannot be written to ------------------------------------------------------------
+
+
+@contextmanager
+def no_rights():
+    """As another user, if this is the one who may do everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.fixture
+def open_folder():
+    """Where another user may write, which tests' own folder is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
+PLACES = ["dangling", "loop", "loop/below", "file", "file/below", "read-only", "unreadable/below"]
+
+
+def lock(directory: Path) -> None:
+    with lock_directory(directory):
+        pass
+
+
+@pytest.mark.parametrize("use", [lock, check_writable])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_that_cannot_be_written_to_is_found_first(place, use, open_folder):
+    (open_folder / "dangling").symlink_to("nowhere")
+    (open_folder / "loop").symlink_to("loop")
+    (open_folder / "file").touch()
+    (open_folder / "read-only").mkdir(mode=0o555)
+    (open_folder / "unreadable").mkdir(mode=0o000)
+    before = sorted(os.listdir(open_folder))
+    with no_rights(), pytest.raises(UserError, match="cannot write to") as caught:
+        use(open_folder / place)
+    assert "(choose another --output-dir)" in str(caught.value)
+    assert sorted(os.listdir(open_folder)) == before
+
+
+def test_folders_made_for_nothing_are_gone_again_and_used_ones_stay(tmp_path):
+    with lock_directory(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / LOCK).exists()
+    assert os.listdir(tmp_path) == []
+    with lock_directory(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "result").touch()
+    assert os.listdir(tmp_path / "a" / "b") == ["result"]
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_name_that_is_not_utf8_or_not_printable_is_written_and_said_escaped(
+    model_directory, chat_directory, dataset, tmp_path, capsys
+):
+    for name in (os.fsdecode(b"caf\xe9"), "red\x1b[31m"):
+        shown = name.encode("unicode_escape").decode()
+        words = pipeline_words(chat_directory, dataset, tmp_path / name, num_prompts=3)
+        assert scripts.as_program("compute_fisher", words) == 0
+        assert f"{shown}: fisher_matrices_compressed.npz" in capsys.readouterr().out
+        assert scripts.as_program("compute_fisher", words) == 0
+        assert f"{shown} is finished" in capsys.readouterr().out
+        assert yaml.safe_load((tmp_path / name / "metadata.yaml").read_text())["config"]["output_dir"].endswith(name)
+        assert len(arrays(tmp_path / name)) == 9
+        assert scripts.core_experiment(model_directory, tmp_path / f"{name} 2", "--num-sentences", "2") == 0
+        found, _ = scripts.experiment_results(tmp_path / f"{name} 2")
+        assert found["experiment_config"]["output_dir"].endswith(f"{name} 2")
