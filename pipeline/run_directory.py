@@ -134,7 +134,8 @@ class RunDirectory:
         return statistics
 
     def _results(self, in_one_file: bool) -> list[str]:
-        arrays = [ARRAYS] if in_one_file else [f"{FOLDER}/{path.name}" for path in self.store.shards()]
+        shards = [self.store.folder / INDEX, *self.store.shards()]
+        arrays = [ARRAYS] if in_one_file else [f"{FOLDER}/{path.name}" for path in shards]
         return [*arrays, PROMPTS, figures.SPECTRA]
 
     def clean_up(self) -> None:
@@ -207,7 +208,8 @@ def _are_seals(files) -> bool:
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files):
         return False
     arrays = files.keys() - {PROMPTS, figures.SPECTRA}
-    known = all(name == ARRAYS or SHARD.fullmatch(name.removeprefix(f"{FOLDER}/")) for name in arrays)
+    own = (ARRAYS, f"{FOLDER}/{INDEX}")
+    known = all(name in own or SHARD.fullmatch(name.removeprefix(f"{FOLDER}/")) for name in arrays)
     return known and len(arrays) > 0 and {PROMPTS, figures.SPECTRA} <= files.keys()
 
 

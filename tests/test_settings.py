@@ -314,6 +314,20 @@ def test_an_index_of_another_form_and_a_file_that_is_no_archive_are_one_line(con
         load_fisher_matrices(tmp_path)
 
 
+@pytest.mark.usefixtures("without_pictures")
+def test_a_damaged_index_of_a_finished_run_is_made_again(chat_directory, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(store, "ONE_FILE", 10)
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
+    index = tmp_path / "out" / "shards" / "index.json"
+    before = index.read_text()
+    index.write_text("{}")
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
+    assert "index.json is missing or damaged: computing it again" in capsys.readouterr().err
+    assert index.read_text() == before
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
+
+
 # --- pictures of damaged records -----------------------------------------------------------------
 
 
