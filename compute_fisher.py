@@ -13,7 +13,7 @@ Writes fisher_matrices_compressed.npz, prompts.jsonl, metadata.yaml and fisher_s
 directory. Stopped, the same command goes on where it was.
 """
 
-from common.console import INTERRUPTED, before_imports, undisturbed
+from common.console import INTERRUPTED, before_imports
 
 if __name__ == "__main__":  # Ctrl-C may come during the imports below, which take seconds
     before_imports()
@@ -398,8 +398,8 @@ def run(command: Command, process: Processes) -> int:
     settings = command.settings
     tell = print if process.first else lambda text: None
     directory = RunDirectory(settings)
-    where = printable(settings.output_dir)
-    done = f"{where} is finished: nothing to do (--overwrite starts anew)"
+    done = f"{printable(settings.output_dir)} is finished: nothing to do (--overwrite starts anew)"
+    wanted = None if settings.num_prompts == "all" else settings.num_prompts
     with ExitStack() as stack:
         process.ask_first(lambda: stack.enter_context(lock_directory(directory.path)))
         if process.ask_first(lambda: directory.is_finished(command.overwrite)):
@@ -426,27 +426,27 @@ def run(command: Command, process: Processes) -> int:
             return 0
         tell(model_line(settings.model_path, environment) + f"; hooked at {subject.path}")
 
-        wanted = None if settings.num_prompts == "all" else settings.num_prompts
-        with progress_bar(settings, process) as bar:
-            source = islice(chain([first], source), wanted)
-            shards = plan(settings, source, subject, longest, directory.store, process)
-            try:
+        try:
+            with progress_bar(settings, process) as bar:
+                source = islice(chain([first], source), wanted)
+                shards = plan(settings, source, subject, longest, directory.store, process)
                 compute(clamped, subject, shards, directory.store, bar)
-            except KeyboardInterrupt:
-                bar.close()
-                print("Interrupted: finished batches are saved; the same command does the rest.", file=sys.stderr)
-                return INTERRUPTED
-        process.wait_for_all()
-        count = min(prompts.usable, wanted or prompts.usable)
-        statistics = None
-        if process.first:
-            with undisturbed():
-                statistics = directory.finish(count, SHARD_BATCHES * settings.batch_size, prompts.skipped)
-            tell(report.final_table(directory.path / PROMPTS, statistics))
-        if wanted and count < wanted:
-            tell(f"note: {wanted} prompts were asked for, only {count} are available")
-        tell(f"Written to {where}: {', '.join(FILES)}")
-        return SOME_FAILED if statistics and statistics["failed_prompts"] else 0
+            process.wait_for_all()
+            count = min(prompts.usable, wanted or prompts.usable)
+            if wanted and count < wanted:
+                tell(f"note: {wanted} prompts were asked for, only {count} are available")
+            return finish(directory, count, prompts.skipped) if process.first else 0
+        except KeyboardInterrupt:
+            print("Interrupted: finished batches are saved; the same command does the rest.", file=sys.stderr)
+            return INTERRUPTED
+
+
+def finish(directory: RunDirectory, count: int, skipped: int) -> int:
+    """Makes the final files, and says what is in them; returns the exit code."""
+    statistics = directory.finish(count, SHARD_BATCHES * directory.settings.batch_size, skipped)
+    print(report.final_table(directory.path / PROMPTS, statistics))
+    print(f"Written to {printable(str(directory.path))}: {', '.join(FILES)}")
+    return SOME_FAILED if statistics["failed_prompts"] else 0
 
 
 def main(command: Command) -> int:
