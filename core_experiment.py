@@ -50,7 +50,7 @@ class Settings:
     text_column: str | None = option(None, str, "NAME", "column of a table or dataset that holds the text")
     data_config: str | None = option(None, str, "NAME", "configuration of a hub dataset")
     data_split: str = option("train", str, "NAME", "split of a hub dataset (train)")
-    target_word: str = option("animals", str, "WORD", "perturb at the token just before this word (animals)")
+    target_word: str = option("animals", nonempty, "WORD", "perturb at the token just before this word (animals)")
     num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse (20)")
     require_predicted: bool = option(False, switch, "true", "only where the model's top prediction starts the word")
     layers: tuple | None = option(
@@ -345,7 +345,12 @@ def run(settings: Settings) -> int:
         return 0
     check_writable(directory)
     texts = read_sentences(
-        settings.data, settings.target_word, settings.text_column, settings.data_config, settings.data_split
+        settings.data,
+        settings.target_word,
+        settings.text_column,
+        settings.data_config,
+        settings.data_split,
+        settings.num_sentences,
     )
     clock = Clock()
     with clock("load"):

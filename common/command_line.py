@@ -277,7 +277,7 @@ def settle_network(*names: str) -> None:
     Args:
         names: models and datasets; local paths and the embedded model need no hub.
     """
-    if all(name == EMBEDDED or Path(name).exists() for name in names) or getproxies():
+    if all(name == EMBEDDED or os.path.exists(name) for name in names) or getproxies():
         return
     try:
         socket.getaddrinfo(urlparse(os.environ.get("HF_ENDPOINT", HUB)).hostname, 443)

@@ -1,6 +1,7 @@
 """The pipeline's settings: a YAML file, and a flag for each of its keys."""
 
 from dataclasses import dataclass
+import os.path
 from pathlib import Path
 
 from common.command_line import (
@@ -59,7 +60,7 @@ class Settings:
     def dataset(self) -> str:
         """The dataset's name, or the path of the bundled file wherever the script is called from."""
         bundled = ROOT / self.dataset_name
-        return str(bundled) if not Path(self.dataset_name).exists() and bundled.is_file() else self.dataset_name
+        return str(bundled) if not os.path.exists(self.dataset_name) and os.path.isfile(bundled) else self.dataset_name
 
 
 # Keys that may differ between a run and its resumption: they do not change a result.
