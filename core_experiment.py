@@ -250,7 +250,10 @@ def linearize_each(
     if found == 0:
         word = settings.target_word
         raise UserError(f"in none of {len(contexts)} sentences is {word!r} the top prediction (--require-predicted)")
-    print(f"note: {settings.num_sentences} sentences were asked for, only {found} are available")
+    print(
+        f"note: {settings.num_sentences} sentences were asked for, only {found} are available"
+        + (f" among the {len(contexts)} that were read" if found < len(contexts) else "")
+    )
 
 
 def with_other_activations(

@@ -111,12 +111,13 @@ def diverse_order(texts: Sequence[str]) -> Iterator[int]:
     a function of the texts alone; texts equal to an earlier one are left out.
     """
     counts = _trigrams(texts)
+    by_trigram = counts.T.tocsr()
     norms = np.sqrt(counts.multiply(counts).sum(axis=1))
 
-    def cosines(index: int) -> np.ndarray:  # with a text; of whole numbers up to the norms, so that ties are exact
-        return counts @ counts[[index]].toarray()[0] / (norms * norms[index])
+    def cosines(index: int) -> np.ndarray:  # the products are of whole numbers, so that ties are exact
+        return (counts[[index]] @ by_trigram).toarray()[0] / (norms * norms[index])
 
-    chosen = int((counts @ (counts.T @ (1 / norms)) / norms).argmax())
+    chosen = int((counts @ (by_trigram @ (1 / norms)) / norms).argmax())
     nearest = np.full(len(texts), np.inf)
     while True:
         yield chosen
