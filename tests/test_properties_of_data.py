@@ -10,6 +10,7 @@ import pytest
 from common.command_line import UserError
 from experiment.sentences import diverse_order, find_word, locate, read_sentences
 from pipeline.prompts import TURNS, Prompt, Prompts, encode, user_text
+import scripts
 
 few = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 many = settings(few, max_examples=200)
@@ -109,6 +110,43 @@ def test_sentences_hold_the_word_and_none_is_there_twice(folder, lines, ending):
     assert len(set(found)) == len(found)
     for sentence in found:
         assert any(find_word(sentence, WORD))
+
+
+WILD = [
+    "nul \x00",
+    "\x1b[31mred\x1b[0m",
+    "\x9b2J",
+    "left \u202e right",
+    "$x^{$ costs $5",
+    "a\r\nb\rc",
+    "half \ud800",
+    "\x07",
+]
+
+
+def assert_harmless(said) -> None:
+    """No character that a terminal would obey."""
+    assert (said.out + said.err).replace("\n", "").replace("\r", "").isprintable()
+    assert "\\x" in said.out or "\\u" in said.out  # there were such
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_no_prompt_reaches_the_terminal_as_it_is(chat_directory, tmp_path, capsys):
+    data = tmp_path / "wild.jsonl"
+    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in WILD))
+    assert scripts.compute_fisher(chat_directory, data, tmp_path / "out") == 0
+    assert_harmless(capsys.readouterr())
+    assert [record["prompt"] for record in scripts.records(tmp_path / "out")] == [user_text(text) for text in WILD]
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_no_sentence_reaches_the_terminal_as_it_is(model_directory, tmp_path, capsys):
+    data = tmp_path / "wild.json"
+    data.write_text(json.dumps({WORD: [f"The {text} {WORD}" for text in WILD]}))
+    words = ["--data-file", str(data), "--num-sentences", str(len(WILD)), "--layers", "1"]
+    assert scripts.core_experiment(model_directory, tmp_path / "out", *words) == 0
+    assert_harmless(capsys.readouterr())
+    assert len(scripts.experiment_results(tmp_path / "out")[0]["sentences"]) == len(WILD)
 
 
 # --- texts ---------------------------------------------------------------------------------------

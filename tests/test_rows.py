@@ -96,6 +96,16 @@ def test_a_name_that_is_no_file_is_said(name, tmp_path, monkeypatch):
         list(read_rows(name))
 
 
+def test_what_the_hub_says_is_printed_as_one_short_line(monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("\x1b[31mno\x00 answer " + "x" * 1000 + "\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=r"of the hub: \\x1b\[31mno\\x00 answer x") as caught:
+        list(read_rows("some/chats"))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
 # --- JSON ---
 
 
