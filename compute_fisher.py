@@ -69,7 +69,7 @@ from model.passes import last_logits, stream_width, use_attention
 from pipeline import figures, processes, report
 from pipeline.block_lanczos import leading_eigenpairs
 from pipeline.processes import Processes
-from pipeline.prompts import Encoded, Prompt, Prompts, encode, plan_batches
+from pipeline.prompts import Encoded, Prompt, Prompts, check_template, encode, plan_batches
 from pipeline.run_directory import FILES, RunDirectory
 from pipeline.store import PROMPTS, Result, Store
 
@@ -369,8 +369,9 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
     """Takes the first prompt to its last token, so that what is wrong for all prompts is found before anything else.
 
     Raises:
-        UserError: the template leaves no room, or the module does not lead to the predictions.
+        UserError: the template leaves no room or leaves out the text, or the module does not lead to the predictions.
     """
+    check_template(subject.tokenizer)
     batch = [encode(subject.tokenizer, first, longest)]
     try:
         linearize(settings, subject, batch)
@@ -411,9 +412,7 @@ def run(command: Command, process: Processes) -> int:
             settings.dataset, settings.dataset_split, settings.prompt_column, settings.dataset_config, settings.seed
         )
         source = iter(prompts)
-        first = next(source, None)  # what is wrong with the dataset is said before the model is loaded
-        if first is None:
-            raise UserError(f"{prompts.source} has no usable prompt: {prompts.skipped} rows, all empty or no text")
+        first = next(source)  # what is wrong with the dataset is said before the model is loaded
 
         subject = load_subject(settings, process)
         longest = min(settings.max_length, longest_prompt(subject.model) or settings.max_length)

@@ -318,7 +318,12 @@ def run(settings: Settings) -> int:
     directory = Path(settings.output_dir)
     with lock_directory(directory):
         texts = read_sentences(
-            settings.data, settings.target_word, settings.text_column, settings.data_config, settings.data_split
+            settings.data,
+            settings.target_word,
+            settings.text_column,
+            settings.data_config,
+            settings.data_split,
+            settings.num_sentences,
         )
         clock = Clock()
         with clock("load"):
@@ -379,7 +384,7 @@ def measure(
                     f"Stopped: {len(results)} finished sentences are kept; the same command goes on.", file=sys.stderr
                 )
             figures.draw(files.path)
-        print(report.conclusion(results))
+        print(report.conclusion(results, len(contexts)))
         print(f"Written to {printable(str(files.path))}: {', '.join(FILES)}")
     if stopped:
         raise stopped

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import csv
+from itertools import chain, islice
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from common.command_line import UserError, excerpt, first_line, hub_hint
 
 JUDGED = 100  # rows by which a column is chosen
+PARQUET_ROWS = 100  # read at once: they may hold images
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -52,37 +54,55 @@ def read_rows(source: str, split: str = "train", config: str | None = None, shuf
         what = "" if read else "no such file, and as a dataset of the hub: "
         hint = hub_hint(error, "")
         hint = hint and f" ({hint}; or give a local file)"
-        raise UserError(f"cannot read {source}: {what}{first_line(error)}{hint}") from error
+        raise UserError(f"cannot read {source}: {what}{excerpt(first_line(error), 300)}{hint}") from error
 
 
 def _json_rows(path: str) -> Iterator[dict]:
-    """Of JSON lines, if the first line is a whole object; else of one list of objects or texts, or object of lists."""
+    """Of JSON lines, or of one JSON value over all lines: which of the two, the ending and the first line say."""
     with open(path, encoding="utf-8-sig") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        number, first = next(lines, (1, ""))
-        try:
-            rows = [_row(parse_json(first, number))] if first else []
-        except ValueError:
-            if path.lower().endswith(".jsonl") and not first.lstrip().startswith("["):
-                raise
-            rows = _table(parse_json("\n" * (number - 1) + first + file.read()))
-        yield from rows
-        yield from (_row(parse_json(line, number), number) for number, line in lines)
+        head = list(islice(lines, 2))
+        if not head:
+            return
+        if path.lower().endswith(".jsonl"):
+            by_line = not head[0][1].lstrip().startswith("[")
+        else:
+            by_line = len(head) == 2 and _is_json(head[0][1])
+        if by_line:
+            yield from (_row(parse_json(line, number), f"line {number}") for number, line in chain(head, lines))
+            return
+        file.seek(0)
+        yield from _table(parse_json(file.read()))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _table(value) -> list[dict]:
-    if isinstance(value, dict):
-        if len({len(column) if isinstance(column, list) else None for column in value.values()} | {None}) != 2:
-            return [value]  # not all of them lists of one length
-        value = [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
-    return [_row(item) for item in value] if isinstance(value, list) else [_row(value)]
+    """The rows of a list; of an object of columns, which are lists of one length; or the one row that an object is.
+
+    A list of objects is no column: the turns of a conversation are one.
+    """
+    if isinstance(value, list):
+        return [_row(item, f"item {number}") for number, item in enumerate(value, 1)]
+    row = _row(value, "line 1")
+    if not all(isinstance(cells, list) and not any(isinstance(cell, dict) for cell in cells) for cells in row.values()):
+        return [row]
+    if len({len(cells) for cells in row.values()}) > 1:
+        return [row]
+    return [dict(zip(row, cells, strict=True)) for cells in zip(*row.values(), strict=True)]
 
 
-def _row(value, line: int = 1) -> dict:
+def _row(value, where: str) -> dict:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, dict):
-        raise ValueError(f"no object with columns (line {line})")
+        raise ValueError(f"neither an object with columns nor a text ({where})")
     return value
 
 
@@ -95,10 +115,8 @@ def _csv_rows(path: str) -> Iterator[dict]:
             _refuse_twice(name for name in header if name)
             for cells in filter(None, lines):
                 if len(cells) > len(header):
-                    raise ValueError(f"{len(cells)} cells for {len(header)} columns: is a comma not in quotes?")
+                    raise csv.Error(f"{len(cells)} cells for {len(header)} columns: is a comma not in quotes?")
                 yield dict(zip(header, cells, strict=False))
-        except ValueError as error:
-            raise ValueError(f"{error} (line {lines.line_num})") from error
         except csv.Error as error:
             raise ValueError(f"{error} (line {lines.line_num})") from error
 
@@ -112,7 +130,7 @@ def _parquet_rows(path: str) -> Iterator[dict]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(1000):
+        for batch in file.iter_batches(PARQUET_ROWS):
             yield from batch.to_pylist()
 
 
@@ -123,7 +141,9 @@ READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parqu
 
 
 def parse_json(text: str, line: int | None = None):
-    """The value of a JSON text; its numbers, which no one asks for here, as floats of any length.
+    """The value of a JSON text; its numbers, of which none is used, as floats: an int has at most 4,300 digits.
+
+    NaN is read too: it is what pandas writes for a cell that is missing. So are line breaks within a text.
 
     Args:
         line: where the text stands in a file of JSON lines.
@@ -152,34 +172,39 @@ def _refuse_twice(names: Iterable[str]) -> None:
             raise ValueError(f"{excerpt(repr(name), 40)} is there twice")
 
 
-def whole_characters(text: str) -> str:
-    """`text` without halves of a surrogate pair, which JSON can express and no file can hold: they become U+FFFD."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
 # --- choosing ------------------------------------------------------------------------------------
 
 
+def text_of(cell) -> str | None:
+    """The text of a cell; None if it is blank or no text.
+
+    Half of a surrogate pair, which JSON can express and no file can hold, becomes U+FFFD.
+    """
+    if not isinstance(cell, str) or not cell.strip():
+        return None
+    return cell.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def choose_column(
-    source: str, rows: Sequence[dict], asked: str | None, recognised: Sequence[str], flag: str, usable: Callable
+    source: str, rows: Sequence[dict], asked: str | None, recognised: Sequence[str], flag: str, read: Callable
 ) -> str:
-    """The column asked for; or the first recognised one that has a usable cell in `rows`, or else is there at all.
+    """The column asked for; or the first recognised one of which a cell in `rows` can be read, or that is there at all.
 
     Args:
         rows: the first JUDGED ones.
         flag: asks for a column.
-        usable: says it of a column's name and a cell.
+        read: what is read of a column's name and a cell; None if nothing.
     Raises:
         UserError: there is no such column.
     """
     names = dict.fromkeys(name for row in rows for name in row)
-    has = f"{source} has the columns {excerpt(', '.join(map(str, names)), 200)}"
+    has = f"{source} has " + (f"the columns {excerpt(', '.join(map(str, names)), 200)}" if names else "no columns")
     if asked is not None and asked not in names:
         raise UserError(f"no column {asked!r}: {has}")
     there = [asked] if asked is not None else [name for name in recognised if name in names]
     if not there:
         raise UserError(f"{has}: say with {flag} which one to read")
-    return next((name for name in there if any(usable(name, row.get(name)) for row in rows)), there[0])
+    return next((name for name in there if any(read(name, row.get(name)) is not None for row in rows)), there[0])
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:

@@ -39,8 +39,8 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def conclusion(results: Results) -> str:
-    """The summary by layer, what is not in it, and how long each stage took."""
+def conclusion(results: Results, read: int) -> str:
+    """The summary by layer, what is not in it (of `read` sentences), and how long each stage took."""
     parts = [layer_table(results)]
     if results.overflows:
         parts.append(f"note: {results.overflows} perturbations were too long for numbers to hold: null in {RESULTS}")
@@ -48,7 +48,8 @@ def conclusion(results: Results) -> str:
         parts.append(f"{len(results.failed)} sentences failed: `failed` in {RESULTS} says why")
     asked = results.config["num_sentences"]
     if results.complete and len(results) < asked:
-        parts.append(f"note: {asked} sentences were asked for, only {len(results)} are available")
+        among = f" among the {read} that were read" if len(results) < read else ""
+        parts.append(f"note: {asked} sentences were asked for, only {len(results)} are available{among}")
     return "\n".join([*parts, timing_line(results.seconds)])
 
 

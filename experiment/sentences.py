@@ -1,21 +1,20 @@
 """Sentences that contain the target word: reading them, choosing diverse ones, finding the word's token."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-import json
+from itertools import chain, islice
 from pathlib import Path
 import re
 
 import numpy as np
+import scipy.sparse
 
-from common.command_line import UserError
-from common.rows import read_rows
+from common.command_line import UserError, excerpt, first_line
+from common.rows import JUDGED, choose_column, parse_json, read_rows, text_of
 
-TABLES = (".jsonl", ".csv", ".parquet")
 TEXT_COLUMNS = ("text", "sentence", "content")  # recognised when --text-column is not given
-# Enough to choose from; a data set is read until so many sentences with the word have been found.
-MAX_CANDIDATES = 2000
+# Enough to choose from: a dataset is read until it has given so many sentences with the word, or as many as are wanted.
+CANDIDATES = 2000
 SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]]))\s+|\n+""")
 
 
@@ -23,7 +22,12 @@ SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]]))\s+|\n+""")
 
 
 def read_sentences(
-    source: str, word: str, text_column: str | None = None, config: str | None = None, split: str = "train"
+    source: str,
+    word: str,
+    text_column: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    num: int = 0,
 ) -> list[str]:
     """The sentences of a file or hub dataset that contain `word`, in order, none twice.
 
@@ -31,26 +35,16 @@ def read_sentences(
         source: a .json file {word: [sentences]}, a .txt file with a sentence a line, a .jsonl, .csv or
             .parquet file, or the name of a dataset on the hub (streamed).
         text_column, config, split: which part of a dataset to read.
+        num: how many are wanted; of more than CANDIDATES, only so many are read.
     Raises:
         UserError: unreadable, malformed or empty source, or no sentence with the word.
     """
-    path = Path(source)
-    if path.suffix.lower() == ".json":
-        texts = _json_texts(path, word)
-    elif path.suffix.lower() == ".txt":
-        texts = _read(path).splitlines()
-    elif path.suffix.lower() in TABLES or not path.exists():
-        texts = _dataset_texts(source, text_column, config, split)
-        texts = (sentence for text in texts for sentence in SENTENCE_END.split(text))
-    else:
-        raise UserError(f"cannot read {source}: give a .json, .txt, .jsonl, .csv or .parquet file")
-
     found, read = {}, 0
-    for text in texts:
+    for text in _texts(source, word, text_column, config, split):
         read += 1
         if next(find_word(text, word), None) is not None:
             found[" ".join(text.split())] = None
-        if len(found) == MAX_CANDIDATES:
+        if len(found) == max(CANDIDATES, num):
             break
     if not read:
         raise UserError(f"{source} holds no sentences")
@@ -59,37 +53,51 @@ def read_sentences(
     return list(found)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"cannot read {path}: {reason}") from error
+def _texts(source: str, word: str, column: str | None, config: str | None, split: str) -> Iterator[str]:
+    """The sentences of a source, without blank ones."""
+    ending = Path(source).suffix.lower()
+    cells = _json_list(Path(source), word) if ending == ".json" else _column(source, column, config, split)
+    whole = ending in (".json", ".txt")  # each text is a sentence
+    for text in filter(None, map(text_of, cells)):
+        yield from filter(str.strip, [text] if whole else SENTENCE_END.split(text))
 
 
-def _json_texts(path: Path, word: str) -> list[str]:
+def _json_list(path: Path, word: str) -> list[str]:
     try:
-        data = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        data = parse_json(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not UTF-8 text") from error
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f'{path} should hold {{"{word}": [sentences]}}, but its top level is no object')
     if word not in data:
-        raise UserError(
-            f"{path} has no list for the target word {word!r}; it has {', '.join(map(repr, data)) or 'none'}"
-        )
+        has = excerpt(", ".join(map(repr, data)), 200) or "none"
+        raise UserError(f"{path} has no list for the target word {word!r}; it has {has}")
     if not isinstance(data[word], list) or not all(isinstance(s, str) for s in data[word]):
         raise UserError(f"{path} should hold a list of strings under {word!r}")
     return data[word]
 
 
-def _dataset_texts(source: str, column: str | None, config: str | None, split: str) -> Iterator[str]:
-    for row in read_rows(source, split, config):
-        column = column or next((c for c in TEXT_COLUMNS if c in row), None)
-        if column not in row:
-            raise UserError(f"choose the column of {source} with --text-column: {', '.join(map(str, row))}")
-        if isinstance(row[column], str):
-            yield row[column]
+def _column(source: str, asked: str | None, config: str | None, split: str) -> Iterator:
+    """The cells of the column that holds the texts.
+
+    Raises:
+        UserError: there is none, or no text in it.
+    """
+    rows = read_rows(source, split, config)
+    first = list(islice(rows, JUDGED))
+    if not first:
+        return
+    column = choose_column(source, first, asked, TEXT_COLUMNS, "--text-column", lambda _, cell: text_of(cell))
+    texts = 0
+    for row in chain(first, rows):
+        texts += text_of(row.get(column)) is not None
+        yield row.get(column)
+    if not texts:
+        raise UserError(f"{source} holds no sentences: no text in the column {excerpt(repr(column), 100)}")
 
 
 # --- choosing ------------------------------------------------------------------------------------
@@ -102,29 +110,34 @@ def diverse_order(texts: Sequence[str]) -> Iterator[int]:
     first is the most typical, the nearest to the mean. Ties go to the lower index, so the order is
     a function of the texts alone; texts equal to an earlier one are left out.
     """
-    vectors = _trigrams(texts)
-    chosen = int((vectors @ vectors.mean(axis=0)).argmax())
+    counts = _trigrams(texts)
+    by_trigram = counts.T.tocsr()
+    norms = np.sqrt(counts.multiply(counts).sum(axis=1))
+
+    def cosines(index: int) -> np.ndarray:  # the products are of whole numbers, so that ties are exact
+        return (counts[[index]] @ by_trigram).toarray()[0] / (norms * norms[index])
+
+    chosen = int((counts @ (by_trigram @ (1 / norms)) / norms).argmax())
     nearest = np.full(len(texts), np.inf)
     while True:
         yield chosen
-        nearest = np.minimum(nearest, 1 - vectors @ vectors[chosen])
+        nearest = np.minimum(nearest, 1 - cosines(chosen))
         nearest[chosen] = -np.inf
         chosen = int(nearest.argmax())
         if nearest[chosen] < 1e-6:
             return
 
 
-def _trigrams(texts: Iterable[str]) -> np.ndarray:
-    """Unit vectors of trigram counts, (texts, distinct trigrams) float32."""
-    counts = []
+def _trigrams(texts: Sequence[str]) -> scipy.sparse.csr_array:
+    """Counts of character trigrams, (texts, distinct trigrams); sparse: long texts have few in common."""
+    grams = []
     for text in texts:
-        text = f" {text.lower()} "
-        counts.append(Counter(text[i : i + 3] for i in range(len(text) - 2)))
-    column = {gram: i for i, gram in enumerate(sorted(set().union(*counts)))}
-    vectors = np.zeros((len(counts), len(column)), dtype=np.float32)
-    for row, count in enumerate(counts):
-        vectors[row, [column[gram] for gram in count]] = list(count.values())
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        codes = np.frombuffer(f" {text.lower()} ".encode("utf-32-le"), dtype="<u4").astype(np.int64)
+        grams.append(codes[:-2] << 42 | codes[1:-1] << 21 | codes[2:])  # a character has 21 bits
+    distinct, column = np.unique(np.concatenate(grams), return_inverse=True)
+    row = np.repeat(np.arange(len(texts)), [len(part) for part in grams])
+    ones = np.ones(len(row))
+    return scipy.sparse.csr_array(scipy.sparse.coo_array((ones, (row, column)), shape=(len(texts), len(distinct))))
 
 
 # --- finding the word ----------------------------------------------------------------------------
@@ -157,11 +170,13 @@ def locate(tokenizer, sentence: str, word: str) -> Context | None:
 
     Tokens are matched by character offsets, never by their text: byte-level tokenizers write a space
     as Ġ, SentencePiece as ▁, and a word may be several tokens or share one with the bracket before it.
+    A tokenizer may also drop it.
     """
     encoded = tokenizer(sentence, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     for start in find_word(sentence, word):
-        index = next(i for i, (begin, end) in enumerate(offsets) if end > max(start, begin))
-        if any(end > begin for begin, end in offsets[:index]):
+        of_word = (i for i, (begin, end) in enumerate(offsets) if begin < start + len(word) and end > max(start, begin))
+        index = next(of_word, None)
+        if index is not None and any(end > begin for begin, end in offsets[:index]):
             return Context(sentence, sentence[:start].rstrip(), ids[:index], ids[index])
     return None

@@ -219,7 +219,7 @@ def _shown(value) -> str:
 
 def _seal(path: Path) -> list | None:
     """Size and hash of a file, by which a change is seen; None if it is not there."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # a name may be too long for a path
         return None
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -229,5 +229,5 @@ def _seal(path: Path) -> list | None:
 def _stamps(model: str) -> list | None:
     """Names, sizes and times of a local model's files; None for a model from elsewhere."""
     directory = Path(model)
-    files = sorted(path for path in directory.iterdir() if path.is_file()) if directory.is_dir() else None
+    files = sorted(path for path in directory.iterdir() if path.is_file()) if os.path.isdir(directory) else None
     return files and [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]

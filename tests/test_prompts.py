@@ -5,10 +5,15 @@ import json
 
 import datasets
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+import transformers as hf
 
 from common.command_line import UserError
-from conftest import CHAT_TEMPLATE
-from pipeline.prompts import OVERHEAD, Prompt, Prompts, encode, plan_batches, user_text
+from common.rows import JUDGED
+from conftest import CHAT_TEMPLATE, make_model_directory
+from pipeline.prompts import OVERHEAD, TURNS, Prompt, Prompts, check_template, encode, plan_batches, render, user_text
+import scripts
 from scripts import ROOT
 
 TEXTS = ["How do bees sleep?", "Name three rivers, please."]
@@ -56,12 +61,93 @@ def test_the_first_user_turn_of_a_conversation_is_taken(tmp_path):
     assert prompts.skipped == 1
 
 
-def test_the_user_text_of_other_forms():
-    assert user_text([{"from": "human", "value": "hello"}]) == "hello"
-    parts = [{"type": "image"}, {"type": "text", "text": "What is"}, {"type": "text", "text": "this?"}]
-    assert user_text([{"role": "user", "content": parts}]) == "What is\nthis?"
+ANSWER = {"role": "assistant", "content": "An answer."}
+PARTS = [{"type": "image"}, {"type": "text", "text": "What is"}, {"type": "text", "text": "this?"}]
+CONVERSATIONS = {  # in all its forms, a conversation and what the user says first
+    "role": ([{"role": "user", "content": "hello"}, ANSWER], "hello"),
+    "capital": ([{"role": "User", "content": "hello"}, ANSWER], "hello"),
+    "capitals": ([{"role": " USER ", "content": "hello"}, ANSWER], "hello"),
+    "from": ([{"from": "human", "value": "hello"}, {"from": "gpt", "value": "An answer."}], "hello"),
+    "empty keys": ([{"role": None, "from": "Human", "content": None, "value": "hello"}], "hello"),
+    "system": ([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}, ANSWER], "hello"),
+    "greeting": ([ANSWER, {"role": "user", "content": "hello"}, {"role": "user", "content": "again"}], "hello"),
+    "parts": ([{"role": "user", "content": PARTS}, ANSWER], "What is\nthis?"),
+    "texts": ([{"role": "user", "content": ["What is", "this?"]}], "What is\nthis?"),
+    "columns": ({"role": ["system", "user"], "content": ["Be brief.", "hello"]}, "hello"),
+    "columns beside": ({"id": "7", "from": ["human", "gpt"], "value": ["hello", "An answer."]}, "hello"),
+    "only an image": ([{"role": "user", "content": PARTS[:1]}, {"role": "user", "content": "later"}], None),
+    "no user": ([ANSWER], None),
+    "silent user": ([{"role": "user"}, ANSWER], None),
+    "half a character": ([{"role": "user", "content": "a\ud800b"}], "a\ufffdb"),
+}
+
+
+@pytest.mark.parametrize("form", CONVERSATIONS)
+def test_the_users_first_turn_is_read_of_every_form(form):
+    turns, expected = CONVERSATIONS[form]
+    assert user_text(turns) == expected
+    assert user_text(f" {json.dumps(turns)}\n") == expected  # a cell of a CSV file
+
+
+def test_a_text_is_itself_and_what_is_no_text_is_none():
+    for text in (" hello ", "[1, 2]", "[hello]", '{"a": "b"}', '[{"a": "b"}]', "[" * 100_000, "None"):
+        assert user_text(text) == text
     for nothing in (None, 3, "", "  \n", [], ["hello"], [{"role": "user"}], {"role": "user", "content": "x"}):
         assert user_text(nothing) is None
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_a_column_called_for_turns_that_holds_ids_is_no_prompt(name, tmp_path):
+    rows = [{name: f"conv_{number}", "prompt": text} for number, text in enumerate(TEXTS)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = Prompts(str(tmp_path / "t.jsonl"))
+    assert [p.text for p in prompts] == TEXTS and prompts.column == "prompt"
+    with pytest.raises(UserError, match=rf"2 rows, all empty or no conversation in the column '{name}'$"):
+        list(Prompts(str(tmp_path / "t.jsonl"), column=name))
+
+
+def test_a_chat_in_a_csv_file_is_read_without_its_answer(tmp_path):
+    turns = [json.dumps([{"role": "user", "content": text}, ANSWER]) for text in TEXTS]
+    datasets.Dataset.from_dict({"messages": turns}).to_csv(tmp_path / "t.csv")
+    assert [p.text for p in Prompts(str(tmp_path / "t.csv"))] == TEXTS
+
+
+def test_words_that_mean_nothing_elsewhere_are_prompts(tmp_path):
+    words = ["None", "NA", "null", "nan"]
+    (tmp_path / "t.csv").write_text("\n".join(["\ufeffprompt", *words]), encoding="utf-8")
+    (tmp_path / "t.txt").write_text("\n".join(words), encoding="utf-8-sig")
+    for name in ("t.csv", "t.txt"):
+        assert [p.text for p in Prompts(str(tmp_path / name))] == words
+
+
+def test_the_column_is_chosen_by_its_first_rows(tmp_path):
+    late = [{"prompt": "", "text": "x"}] * (JUDGED - 1) + [{"prompt": "at last", "text": "x"}] * 2
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in late))
+    prompts = Prompts(str(tmp_path / "t.jsonl"))
+    assert [(p.index, p.row, p.text) for p in prompts] == [(0, JUDGED - 1, "at last"), (1, JUDGED, "at last")]
+    assert (prompts.usable, prompts.skipped) == (2, JUDGED - 1)
+
+
+NOTHING = {  # files without a prompt, and what is said of each
+    "empty.jsonl": ("", "it holds no rows"),
+    "header.csv": ("prompt,id\n", "it holds no rows"),
+    "blank.jsonl": ('{"prompt": ""}\n' * 3, "3 rows, all empty or no text in the column 'prompt'"),
+    "numbers.jsonl": ('{"prompt": 7, "id": 1}\n' * 150, "150 rows, all empty or no text in the column 'prompt'"),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_no_usable_prompt_is_said_with_the_column(name, tmp_path):
+    text, reason = NOTHING[name]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name} has no usable prompt: {reason}$"):
+        list(Prompts(str(tmp_path / name)))
+
+
+def test_a_column_asked_for_without_any_text_is_named(tmp_path):
+    (tmp_path / "t.csv").write_text("prompt,empty\nhello,\n")
+    with pytest.raises(UserError, match="1 rows, all empty or no text in the column 'empty'"):
+        list(Prompts(str(tmp_path / "t.csv"), column="empty"))
 
 
 def test_rows_without_a_text_are_skipped_and_counted(tmp_path):
@@ -85,6 +171,7 @@ def test_a_seed_shuffles_the_rows_the_same_way_each_time(tmp_path):
         ("t.jsonl", '{"a": "x", "b": "y"}', None, "has the columns a, b: say with --prompt-column"),
         ("t.jsonl", '{"prompt": "x"}', "query", "no column 'query': "),
         ("t.jsonl", '{"prompt": "x"', None, "cannot read"),
+        ("t.jsonl", '{"prompt": "x", "prompt": "y"}', None, "'prompt' is there twice (line 1)"),
         ("t.parquet", "no parquet", None, "cannot read"),
         ("t.xlsx", "no table", None, "give a .jsonl"),
     ],
@@ -101,6 +188,12 @@ def test_a_missing_file_and_an_unknown_hub_dataset_are_said():
         list(Prompts("none.jsonl"))
     with pytest.raises(UserError, match="no/such-dataset: no such file, and as a dataset of the hub"):
         list(Prompts("no/such-dataset"))
+
+
+def test_a_name_too_long_for_a_file_is_one_line(capsys):
+    assert scripts.as_program("compute_fisher", ["--dataset-name", "n" * 300]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"compute_fisher.py: error: cannot read {'n' * 300}: no such file") and said.count("\n") == 1
 
 
 def test_a_gated_dataset_says_how_to_log_in(monkeypatch):
@@ -153,14 +246,107 @@ def test_no_room_for_a_text_is_said(chat_tokenizer):
         encode(chat_tokenizer, Prompt(0, 0, TEXTS[0]), 4)
 
 
-def test_a_template_that_tells_the_date_tells_the_same_one_every_day(chat_tokenizer):
-    dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
-    chat_tokenizer.chat_template = dated
-    try:
-        ids = encode(chat_tokenizer, Prompt(0, 0, TEXTS[0]), 100).ids
-    finally:
-        chat_tokenizer.chat_template = CHAT_TEMPLATE
-    assert chat_tokenizer.decode(ids).startswith("26 Jul 2024")
+@pytest.fixture
+def templated(byte_level):
+    """A tokenizer whose template a test may choose."""
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=byte_level.backend_tokenizer, eos_token="!", name_or_path="some/model"
+    )
+
+
+CLOCKS = {  # templates that tell the time, and what they tell
+    "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}": "26 Jul 2024",
+    "{{ strftime_now('%d %b %Y') }}": "26 Jul 2024",
+    "{{ strftime_now('%A, %-d %B %Y, %H:%M:%S') }}": "Friday, 26 July 2024, 00:00:00",
+    "{% set now = strftime_now if strftime_now is defined %}{{ now('%Y-%m-%d') }}": "2024-07-26",
+    "{%- macro today() %}{{ strftime_now('%F') }}{% endmacro -%} \n {{ today() }}": "2024-07-26",
+}
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_a_template_that_tells_the_time_tells_the_same_one_every_day(clock, templated):
+    templated.chat_template = clock + CHAT_TEMPLATE
+    ids = encode(templated, Prompt(0, 0, TEXTS[0]), 200).ids
+    assert templated.decode(ids) == f"{CLOCKS[clock]}!user: {TEXTS[0]} assistant:"
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  \n", "  {% if true %}\nx{% endif %}", "{#- nothing -#}\n"])
+def test_a_stopped_clock_changes_nothing_else_of_a_template(start, templated):
+    templated.chat_template = start + CHAT_TEMPLATE
+    expected = render(templated, "hello")
+    templated.chat_template = start + CHAT_TEMPLATE + "{# strftime_now #}"
+    assert render(templated, "hello") == expected
+
+
+TEXT = "{{ messages[0].content }}"
+FAILING = {  # templates, and what is said of them
+    "{% if %}": "fails: Expected an expression",
+    TEXT + "{{ raise_exception('Only for\nadults') }}": "fails: Only for",
+    "{{ nothing.at.all }}": "fails: 'nothing' is undefined",
+    TEXT + "{{ 1 / 0 }}": "fails: division by zero",
+    "{{ '' }}": "renders nothing",
+    "{{ messages[1:] and messages[1].content }} ": "leaves out the user's text",
+    "Answer:": "leaves out the user's text",
+}
+
+
+@pytest.mark.parametrize("template", FAILING)
+def test_a_template_that_fails_is_a_line_that_names_it(template, templated):
+    templated.chat_template = template
+    with pytest.raises(UserError) as caught:
+        check_template(templated)
+    assert str(caught.value).startswith(f"the chat template of some/model {FAILING[template]}")
+    assert str(caught.value).isprintable()
+
+
+def test_of_several_templates_the_default_is_taken(templated):
+    templated.chat_template = {"default": TEXT, "rag": "{{ documents }}"}
+    check_template(templated)
+    assert templated.decode(encode(templated, Prompt(0, 0, TEXTS[0]), 200).ids) == TEXTS[0]
+    templated.chat_template = {"rag": "{{ documents }}"}
+    with pytest.raises(UserError, match="multiple chat templates with no default"):
+        check_template(templated)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_run_with_a_template_that_leaves_out_the_text_stops_at_once(templated, dataset, tmp_path, capsys):
+    templated.chat_template = "Answer:"
+    model = make_model_directory(tmp_path / "model", templated)
+    assert scripts.compute_fisher(model, dataset, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert f"the chat template of {model} leaves out the user's text" in said.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+# --- without a template ---
+
+
+def word_tokenizer(pattern: str) -> hf.PreTrainedTokenizerFast:
+    """Words are tokens; `pattern` says which special tokens go before and after a text ($A)."""
+    words = ["<s>", "</s>", "<unk>", "a", "b", "c"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single=pattern, special_tokens=[("<s>", 0), ("</s>", 1)])
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("pattern", ["$A", "<s> $A", "$A </s>", "<s> $A </s>", "<s> <s> $A </s> </s>"])
+@pytest.mark.parametrize("text", ["a b", "a </s>", "</s>", "<s> b", "a <s> </s> b"])
+def test_what_a_tokenizer_puts_in_front_stays_and_what_it_puts_behind_goes(pattern, text):
+    tokenizer = word_tokenizer(pattern)
+    front = [0] * pattern.count("<s>")
+    assert encode(tokenizer, Prompt(0, 0, text), 10).ids == front + tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_a_cut_text_ends_with_its_own_token_too():
+    encoded = encode(word_tokenizer("<s> $A </s>"), Prompt(0, 0, "a b c a b c"), 4)
+    assert encoded.truncated and encoded.ids == [0, 3, 4, 5]
+
+
+def test_a_text_without_a_token_is_named():
+    with pytest.raises(UserError, match=r"the tokenizer makes no token of '\\u200b' \(row 7\)"):
+        encode(word_tokenizer("<s> $A </s>"), Prompt(3, 7, "\u200b"), 10)
 
 
 # --- batches ---

@@ -1,13 +1,17 @@
 """Reading sentences from every kind of file, choosing diverse ones, finding the word's token."""
 
 import json
+import tracemalloc
 
 import datasets
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+import transformers as hf
 
 from common.command_line import UserError
 from experiment import sentences
+import scripts
 
 
 def text_before(context, tokenizer) -> str:
@@ -60,6 +64,16 @@ def test_a_word_of_several_tokens_is_met_at_its_first(byte_level):
     assert text_before(context, byte_level) == "The old"
 
 
+@pytest.mark.parametrize("sentence", ["The wild animals run", "The wild animals"])
+def test_a_word_that_the_tokenizer_drops_is_not_found(sentence):
+    tokenizer = Tokenizer(models.WordLevel({"The": 0, "wild": 1, "run": 2, "<unk>": 3}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace("animals", "")
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert sentences.locate(hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer), sentence, "animals") is None
+    tokenizer.normalizer = normalizers.Replace(sentence, "")  # all of it
+    assert sentences.locate(hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer), sentence, "animals") is None
+
+
 def test_every_bundled_sentence_fits_its_promise(animals, byte_level):
     assert len(animals) >= 150
     assert len(set(animals)) == len(animals)
@@ -110,6 +124,37 @@ def test_another_column_and_another_word(tmp_path):
     assert sentences.read_sentences(str(path), "bees", text_column="body") == ["We like bees."]
 
 
+FILES = {  # sentences as editors and programs save them
+    "mark.txt": "\ufeffThe farm has animals.\nDo you like animals at all?\n",
+    "mark.json": '\ufeff{"animals": ["The farm has animals.", "Do you like animals at all?"]}',
+    "mark.csv": "\ufefftext\nThe farm has animals.\nDo you like animals at all?\n",
+    "windows.txt": "The farm has animals.\r\n\r\nDo you like animals at all?\r\n",
+    "windows.csv": "text,n\r\nThe farm has animals.,1\r\nDo you like animals at all?,2\r\n",
+    "tabs.txt": "The\tfarm \x0c has animals. \nDo you\u2028like animals at all?",
+    "id first.jsonl": '{"text": 7, "content": "The farm has animals. Do you like animals at all?"}',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_sentences_are_read_as_they_are_saved(name, tmp_path):
+    (tmp_path / name).write_bytes(FILES[name].encode())
+    assert sentences.read_sentences(str(tmp_path / name), "animals") == WITH_WORD
+
+
+def test_halves_of_characters_and_control_characters_are_read(tmp_path):
+    (tmp_path / "t.jsonl").write_text(r'{"text": "A \ud800 of\u0000 \u001b[1m animals"}')
+    (tmp_path / "t.json").write_text(r'{"animals": ["A \ud800 of\u0000 \u001b[1m animals"]}')
+    for name in ("t.jsonl", "t.json"):
+        assert sentences.read_sentences(str(tmp_path / name), "animals") == ["A \ufffd of\0 \x1b[1m animals"]
+
+
+def test_as_many_sentences_are_read_as_are_asked_for(tmp_path):
+    (tmp_path / "t.txt").write_text("".join(f"Sentence {number} has animals.\n" for number in range(2700)))
+    for asked, expected in ((20, sentences.CANDIDATES), (2600, 2600), (9999, 2700)):
+        found = sentences.read_sentences(str(tmp_path / "t.txt"), "animals", num=asked)
+        assert found == [f"Sentence {number} has animals." for number in range(expected)]
+
+
 BAD_SOURCES = {  # name of the file, its bytes (None: it does not exist), what the error says
     "missing": ("none.json", None, "none.json: No such file"),
     "missing table": ("none.csv", None, "no such file"),
@@ -117,6 +162,11 @@ BAD_SOURCES = {  # name of the file, its bytes (None: it does not exist), what t
     "malformed json": ("a.json", b'{"animals": [', "not valid JSON"),
     "json list": ("a.json", b'["The animals."]', "top level"),
     "another word": ("a.json", b'{"plants": ["x"]}', "'plants'"),
+    "word twice": ("a.json", b'{"animals": ["x"], "animals": []}', "'animals' is there twice"),
+    "nested json": ("a.json", b'{"animals": ' * 100_000, "nested too deeply"),
+    "long number": ("a.json", b'{"animals": [' + b"9" * 5000 + b"]}", "list of strings"),
+    "json not utf-8": ("a.json", b'{"animals": ["\xff"]}', "not UTF-8"),
+    "blank sentences": ("a.json", b'{"animals": [" ", ""]}', "holds no sentences"),
     "not strings": ("a.json", b'{"animals": [1]}', "list of strings"),
     "no sentences": ("a.json", b'{"animals": []}', "holds no sentences"),
     "empty text": ("a.txt", b"", "holds no sentences"),
@@ -124,19 +174,37 @@ BAD_SOURCES = {  # name of the file, its bytes (None: it does not exist), what t
     "word absent": ("a.txt", b"The plants grow.\nThey do.", "none of the 2 sentences"),
     "malformed jsonl": ("a.jsonl", b'{"text": "the ani', "cannot read"),
     "empty table": ("a.jsonl", b"", "cannot read|holds no sentences"),
-    "no such column": ("a.csv", b"a,b\n1,2\n", "--text-column: a, b"),
+    "no such column": ("a.csv", b"a,b\n1,2\n", "has the columns a, b: say with --text-column"),
+    "no text": ("a.csv", b"text,n\n,1\n", "holds no sentences: no text in the column 'text'"),
+    "long name": ("n" * 300, None, "cannot read n+: no such file, and as a dataset of the hub"),
+    "long json name": ("n" * 300 + ".json", None, "File name too long"),
     "unknown ending": ("a.xyz", b"x", "give a .json"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_SOURCES)
-def test_bad_sources_say_what_is_wrong(tmp_path, case):
+def test_bad_sources_say_what_is_wrong(tmp_path, case, monkeypatch):
     name, content, reason = BAD_SOURCES[case]
+    monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=reason) as caught:
-        sentences.read_sentences(str(tmp_path / name), "animals")
-    assert "\n" not in str(caught.value)
+        sentences.read_sentences(name, "animals")
+    assert str(caught.value).isprintable()
+
+
+def test_a_column_that_is_not_there_is_said(tmp_path):
+    (tmp_path / "a.csv").write_text("text,n\nThe animals.,1\n")
+    with pytest.raises(UserError, match=r"no column 'body': .* has the columns text, n"):
+        sentences.read_sentences(str(tmp_path / "a.csv"), "animals", text_column="body")
+
+
+def test_a_name_too_long_for_a_file_is_one_line(capsys):
+    assert scripts.as_program("core_experiment", ["--data-file", "n" * 300]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said.startswith(f"core_experiment.py: error: cannot read {'n' * 300}: no such file") and said.count("\n") == 1
+    )
 
 
 def test_a_folder_is_no_data_file(tmp_path):
@@ -147,20 +215,54 @@ def test_a_folder_is_no_data_file(tmp_path):
 # --- choosing ---
 
 
+PUBLISHED_ORDER = [160, 113, 6, 37, 87, 34, 10, 108, 61, 20, 50, 49, 106, 8, 126, 67, 68, 112, 143, 23]
+
+
+def unit_vectors(texts) -> np.ndarray:
+    """Of counts of trigrams, (texts, distinct trigrams), counted one by one."""
+    padded = [f" {text.lower()} " for text in texts]
+    grams = [[text[i : i + 3] for i in range(len(text) - 2)] for text in padded]
+    column = {gram: i for i, gram in enumerate(sorted(set().union(*grams)))}
+    vectors = np.zeros((len(texts), len(column)))
+    for row, found in enumerate(grams):
+        np.add.at(vectors[row], [column[gram] for gram in found], 1)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def test_diverse_order_is_farthest_point_order(animals):
-    texts = animals[:40]
-    vectors = sentences._trigrams(texts).astype(float)
+    texts = [*animals[:38], "日本の動物 🐘🐘🐘", "ÀÀ"]
+    vectors = unit_vectors(texts)
     distance = 1 - vectors @ vectors.T
     order = list(sentences.diverse_order(texts))
     assert sorted(order) == list(range(40))
     for i in range(1, 40):
         nearest = distance[:, order[:i]].min(axis=1)
         nearest[order[:i]] = -1
-        assert nearest[order[i]] == pytest.approx(nearest.max(), abs=1e-5)
+        assert nearest[order[i]] == pytest.approx(nearest.max(), abs=1e-12)
+    assert order[0] == (vectors @ vectors.mean(axis=0)).argmax()
+
+
+def test_the_published_order_of_the_bundled_sentences_stays(animals):
+    first = [index for index, _ in zip(sentences.diverse_order(animals), range(20), strict=False)]
+    assert first == PUBLISHED_ORDER
+
+
+def test_long_texts_of_many_characters_take_no_more_memory_than_their_size():
+    """Their trigrams are all different: 2000 such texts as a dense table would be gigabytes."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(map(chr, rng.integers(0x4E00, 0x9FFF, 1000))) for _ in range(300)]
+    tracemalloc.start()
+    try:
+        order = list(sentences.diverse_order(texts))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(order) == 300
+    assert peak < 100 * sum(map(len, texts))  # bytes; as float32, the dense table is 4 * 300 of them a character
 
 
 def test_chosen_sentences_are_farther_apart_than_the_first_ones(animals):
-    vectors = sentences._trigrams(animals)
+    vectors = unit_vectors(animals)
 
     def closest(indices):
         cosine = vectors[indices] @ vectors[indices].T
