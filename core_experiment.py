@@ -108,7 +108,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds: --he
     from_command_line = parse(sys.argv[1:])
     settle_network(from_command_line.model_name, from_command_line.data)
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 import math
@@ -124,7 +124,7 @@ from experiment.results import EIGENVECTORS, RESULTS, SPECTRUM, TOP, Measured, R
 from experiment.sentences import Context, diverse_order, locate, read_sentences
 import fisher
 from model.loading import decoder_layers, describe, dtype_advice, load, longest_prompt, vocabulary_size
-from model.passes import require_known_tokens
+from model.passes import devices_of, require_known_tokens
 
 FILES = (RESULTS, EIGENVECTORS, figures.SIMILARITY, figures.PERTURBATION)
 SAVE_EVERY = 30.0  # seconds of work that a crash may cost; or more, so that saving takes a twentieth of the time
@@ -133,15 +133,16 @@ SAVE_EVERY = 30.0  # seconds of work that a crash may cost; or more, so that sav
 class Clock:
     """Seconds by stage."""
 
-    def __init__(self):
-        self.seconds = {}
+    def __init__(self, devices: Iterable[torch.device] = ()):
+        self.seconds, self.devices = {}, devices  # the devices that the stages run on
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        if torch.cuda.is_available():  # kernels run on after the call that asked for them
-            torch.cuda.synchronize()
+        for device in self.devices:
+            if device.type == "cuda":  # kernels run on after the call that asked for them
+                torch.cuda.synchronize(device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
@@ -350,6 +351,7 @@ def run(settings: Settings) -> int:
     clock = Clock()
     with clock("load"):
         model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
+    clock.devices = devices_of(model)
     if not tokenizer.is_fast:
         raise UserError(f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word")
     settings = clamp_to_model(settings, model)
