@@ -34,10 +34,16 @@ PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 # Share of the free GPU memory that weights may fill before they are spread over devices: the rest
 # holds activations, the batched backward pass and the logits.
 WEIGHTS_SHARE = 0.9
-TOO_LARGE = (
-    "the model is larger than the memory of the GPUs, and offloading to the CPU would save none, since gradients need "
-    "all weights at once: try a smaller --dtype, more GPUs, or a smaller model"
-)
+
+
+class TooLargeError(UserError):
+    """The model does not fit on the GPUs, and is not damaged."""
+
+    def __init__(self):
+        super().__init__(
+            "the model is larger than the free memory of the GPUs, and gradients need all weights at once, so that "
+            "offloading to the CPU saves none: try a smaller --dtype, more GPUs, or a smaller model"
+        )
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -90,6 +96,8 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
     try:
         with explained():
             return _load(str(path), options, place, device)
+    except TooLargeError:
+        raise
     except UserError as error:
         print(f"note: {error}: converting it again", file=sys.stderr)
     with explained():
@@ -136,7 +144,7 @@ def _load(source: str, options: dict, place: torch.device, device: str):
     )
     _require_all_weights(found["missing_keys"], found["mismatched_keys"])
     if any(p.is_meta for p in model.parameters()):
-        raise UserError(TOO_LARGE)
+        raise TooLargeError
     decoder_layers(model)
     model.eval().requires_grad_(False)
     with torch.no_grad():  # values that no library has checked fail here
@@ -162,7 +170,7 @@ def _exceeds_gpu(source: str, options: dict) -> bool:
     size = sum(p.numel() for p in model.parameters()) * options["dtype"].itemsize
     free = [WEIGHTS_SHARE * torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
     if size > sum(free):  # before minutes of loading
-        raise UserError(TOO_LARGE)
+        raise TooLargeError
     return size > free[torch.cuda.current_device()]
 
 

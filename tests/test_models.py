@@ -199,8 +199,21 @@ def test_a_model_larger_than_the_gpu_is_spread_over_several(exceeds):
 
 def test_a_model_larger_than_all_gpus_is_refused_before_it_is_loaded(exceeds):
     for free in ((1.05,), (0.5, 0.5)):
-        with pytest.raises(UserError, match=r"larger than the memory of the GPUs.*a smaller --dtype, more GPUs"):
+        with pytest.raises(UserError, match=r"larger than the free memory of the GPUs.*a smaller --dtype, more GPUs"):
             exceeds(*free)
+
+
+def test_an_embedded_model_that_is_too_large_is_not_made_again(model_directory, monkeypatch):
+    made = []
+
+    def too_large(*_):
+        raise loading.TooLargeError
+
+    monkeypatch.setattr(loading, "embedded_model", lambda **damaged: made.append(damaged) or model_directory)
+    monkeypatch.setattr(loading, "_load", too_large)
+    with pytest.raises(UserError, match="larger than the free memory"):
+        loading.load()
+    assert made == [{}]
 
 
 def test_a_mixture_of_experts_is_loaded_with_a_batched_backward_pass(byte_level, tmp_path):
