@@ -24,7 +24,7 @@ needs_two = pytest.mark.skipif(GPUS < 2, reason="fewer than two GPUs here")
 
 # Relative to the largest number. A GPU sums in another order than a CPU: what differs is the rounding of a
 # three-layer network, in bfloat16 of 8 bits a number.
-RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
+RELATIVE = {torch.float32: 3e-5, torch.bfloat16: 0.2}
 PLACES = [pytest.param(1, id="one GPU"), pytest.param(2, id="two GPUs", marks=needs_two)]
 DTYPES = [torch.float32, torch.bfloat16]
 
