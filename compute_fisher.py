@@ -357,10 +357,26 @@ def compute(settings: Settings, subject: Subject, shards: Iterator[Shard], store
 # --- the protocol --------------------------------------------------------------------------------
 
 
+def own_device(device: str, process: Processes) -> str:
+    """The device asked for; of several processes that ask for a GPU without its number, each has its own.
+
+    Raises:
+        UserError: there are not enough.
+    """
+    wanted = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if process.size == 1 or not wanted:
+        return device
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        return device  # which is not available: `load` says so
+    if process.local >= gpus:
+        without = f"process {process.rank + 1} of {process.size} has no GPU of its own"
+        raise UserError(f"{without}: this machine has {gpus}, so start torchrun with --nproc-per-node {gpus}")
+    return f"cuda:{process.local}"
+
+
 def load_subject(settings: Settings, process: Processes) -> Subject:
-    device = settings.device
-    if process.size > 1 and device == "auto" and torch.cuda.is_available():
-        device = f"cuda:{process.local}"
+    device = own_device(settings.device, process)
     model, tokenizer = load(settings.model_path, settings.dtype, device, settings.trust_remote_code)
     return Subject(model, tokenizer, *find_module(model, settings.hook_layer_name))
 

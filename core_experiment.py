@@ -33,7 +33,7 @@ if __name__ == "__main__":  # before the slow ones: --help need not wait for tor
     except UserError as error:
         sys.exit(end_with_error(PROGRAM, error))
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 import math
@@ -59,7 +59,7 @@ from model.loading import (
     longest_prompt,
     vocabulary_size,
 )
-from model.passes import require_known_tokens
+from model.passes import devices_of, require_known_tokens
 
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
 # Seconds of work that a kill may cost; or more, so that saving takes no more than this share of the time.
@@ -69,15 +69,16 @@ SAVE_EVERY, SAVE_SHARE = 30.0, 0.05
 class Clock:
     """Seconds by stage."""
 
-    def __init__(self):
-        self.seconds = {}
+    def __init__(self, devices: Iterable[torch.device] = ()):
+        self.seconds, self.devices = {}, devices  # the devices that the stages run on
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        if torch.cuda.is_available():  # kernels run on after the call that asked for them
-            torch.cuda.synchronize()
+        for device in self.devices:
+            if device.type == "cuda":  # kernels run on after the call that asked for them
+                torch.cuda.synchronize(device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
@@ -328,6 +329,7 @@ def run(settings: Settings) -> int:
         clock = Clock()
         with clock("load"):
             model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
+        clock.devices = devices_of(model)
         if not tokenizer.is_fast:
             raise UserError(
                 f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word"

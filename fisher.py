@@ -41,7 +41,14 @@ from transformers import DynamicCache
 from model.head import OutputHead, cotangents_through, is_linear
 from model.last_token import last_token_logits, perturbed_logits, prefill
 from model.loading import decoder_layers, load
-from model.passes import Chunks, UnsupportedModelError, edit_stream, hooked, require_known_tokens
+from model.passes import (
+    Chunks,
+    UnsupportedModelError,
+    batched_gradients,
+    edit_stream,
+    hooked,
+    require_known_tokens,
+)
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PushForward", "TopK",
@@ -98,7 +105,7 @@ class Point:
         """
         if is_linear(self.head):
             return self.output_head().cotangents(tokens)
-        return cotangents_through(self.x, self.logits, tokens)
+        return cotangents_through(self.model, self.x, self.logits, tokens)
 
 
 def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None) -> Point:
@@ -246,17 +253,13 @@ def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tenso
     # Rows go through the network at unit norm, so that float16 gradients do not underflow.
     norms = rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
-    def one(row: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(point.x, point.biases, row.reshape(point.x.shape), retain_graph=True)
-
     def chunk(rows: Tensor, norms: Tensor) -> Tensor:
-        unit = (rows / norms).to(point.x)  # (chunk, ..., d_head)
-        # a single row goes without vmap, for which fused attention has no backward rule
-        grads = torch.func.vmap(one)(unit) if len(unit) > 1 else [g[None] for g in one(unit[0])]
+        unit = (rows / norms).to(point.x).reshape(-1, *point.x.shape)
+        grads = batched_gradients(point.model, [point.x], point.biases, [unit])
         return torch.stack([norms * g.to(norms) for g in grads])
 
     by_row = (rows.movedim(-2, 0), norms.movedim(-2, 0))
-    gradients = torch.cat((chunks or Chunks()).map(chunk, *by_row), dim=1).movedim(1, -2)
+    gradients = (chunks or Chunks()).join(chunk, *by_row, dim=1).movedim(1, -2)
     _require_finite(gradients, "gradients", places=gradients.ndim - 2)
     return gradients
 
@@ -269,6 +272,7 @@ class PushForward:
     """
 
     def __init__(self, point: Point):
+        self.model = point.model
         self.at_x = torch.zeros_like(point.x, requires_grad=True)
         with torch.enable_grad():
             self.at_biases = torch.autograd.grad(point.x, point.biases, self.at_x, create_graph=True)
@@ -283,14 +287,12 @@ class PushForward:
         by_row = tangents.movedim(-2, 1).flatten(0, 1)  # (layers * m, ..., d)
         own = torch.arange(layers, device=tangents.device).repeat_interleave(m)
 
-        def one(u: Tensor, own: Tensor) -> Tensor:
-            seeds = [torch.where(own == layer, u, 0).reshape(g.shape).to(g) for layer, g in enumerate(self.at_biases)]
-            return torch.autograd.grad(self.at_biases, self.at_x, seeds, retain_graph=True)[0]
-
         def chunk(u: Tensor, own: Tensor) -> Tensor:
-            return torch.func.vmap(one)(u, own) if len(u) > 1 else one(u[0], own[0])[None]
+            own = own.reshape(-1, *(1 for _ in u.shape[1:]))
+            seeds = [torch.where(own == layer, u, 0).to(g) for layer, g in enumerate(self.at_biases)]
+            return batched_gradients(self.model, self.at_biases, [self.at_x], seeds)[0]
 
-        pushed = torch.cat((chunks or Chunks()).map(chunk, by_row, own)).to(tangents)
+        pushed = (chunks or Chunks()).join(chunk, by_row, own).to(tangents)
         pushed = pushed.reshape(layers, m, *tangents.shape[1:-2], -1).movedim(1, -2)
         _require_finite(pushed, "derivatives", places=pushed.ndim - 2)
         return pushed

@@ -33,6 +33,7 @@ import core_experiment
 from experiment.perturbation import Sweep, control_directions
 from experiment.sentences import Context
 import fisher
+from model.passes import devices_of
 from pipeline.prompts import Encoded, Prompt
 from pipeline.settings import Settings
 
@@ -87,17 +88,18 @@ def protocol(settings: core_experiment.Settings, subject: Subject, count: int) -
             controls = control_directions(point.activations, other, subject.layers, settings.num_controls, key)
             core_experiment.perturb(settings, context, point, controls, batches, clock)
 
-    clock = core_experiment.Clock()
+    devices = devices_of(subject.lm)
+    clock = core_experiment.Clock(devices)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(contexts[:1], core_experiment.Clock())
+        run(contexts[:1], core_experiment.Clock(devices))
         memory = Memory()
         duration, _ = seconds(lambda: run(contexts, clock))
     return {
         "seconds": duration,
         **memory.above(),
         "stages_s": clock.seconds,
-        "host_waits_in_a_sweep": waits_in_a_sweep(lambda: run(contexts[:1], core_experiment.Clock())),
+        "host_waits_in_a_sweep": waits_in_a_sweep(lambda: run(contexts[:1], core_experiment.Clock(devices))),
     }
 
 
@@ -105,19 +107,19 @@ class Memory:
     """Of the GPU: how far its use rose above what it is now."""
 
     def __init__(self):
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             self.before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
 
     def above(self) -> dict[str, float]:
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_initialized():
             return {}
         return {"peak_gb_above_weights": (torch.cuda.max_memory_allocated() - self.before) / 1e9}
 
 
 def waits_in_a_sweep(run: Callable[[], None]) -> int | None:
     """How often the host waits for the GPU while `run` is in the sweep; None without a GPU."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():
         return None
     sweep, waits = core_experiment.sweep, 0
 
@@ -140,9 +142,9 @@ def waits_in_a_sweep(run: Callable[[], None]) -> int | None:
     return waits
 
 
-def speed_of_light(device: str, dtype: torch.dtype) -> dict[str, float]:
+def speed_of_light(shape: str, device: str, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of a large matrix product, in the model's dtype and in float32, and bytes/s of reading memory."""
-    size = 8192 if device.startswith("cuda") else 1024
+    size = 1024 if shape == "tiny" else 8192
 
     def best(function) -> float:
         function()
@@ -183,7 +185,7 @@ def experiment(shape: str, device: str, dtype: torch.dtype, count: int) -> dict:
     lm = build(shape, device, dtype)
     layers = list(core_experiment.choose_layers(None, lm.config.num_hidden_layers))
     subject = Subject(lm, None, layers)
-    peak = speed_of_light(device, dtype)
+    peak = speed_of_light(shape, device, dtype)
     figures = {"machine": machine(lm), "layers": layers, "sentences": count, "speed_of_light": peak}
     k = min(200, lm.config.vocab_size // 2)
     for label, subset in (("top-k", str(k)), ("exact", "all")):
@@ -224,7 +226,7 @@ def pipeline(shape: str, device: str, dtype: torch.dtype, prompts: int, tokens: 
         compute_fisher.measure(settings, subject, batches[0])
         duration, _ = seconds(lambda: [compute_fisher.measure(settings, subject, batch) for batch in batches])
     flops = prompts * tokens * 2 * n * (1 + settings.top_k_tokens * (depth - 1 - hook) / depth)
-    peak = speed_of_light(device, dtype)["flops"]
+    peak = speed_of_light(shape, device, dtype)["flops"]
     return {
         "prompts": prompts, "tokens": tokens, "batch_size": batch_size, "layer": hook, "k": settings.top_k_tokens,
         "prompts_per_s": prompts / duration, "mfu": flops / duration / peak,
@@ -278,6 +280,8 @@ def main(argv: list[str] | None = None) -> None:
     full = options.shape == "8b"
     if full and not options.device.startswith("cuda"):
         parser.error("no GPU here: --shape tiny tries the script out on the CPU")
+    if torch.device(options.device).type == "cuda":  # the one whose time and memory are measured
+        torch.cuda.set_device(torch.device(options.device).index or 0)
     dtype = torch.bfloat16
     start = time.perf_counter()
     figures = {

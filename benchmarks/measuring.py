@@ -110,7 +110,7 @@ def naive(lm: nn.Module, layer: nn.Module, ids: Tensor, k: int, scales: Sequence
 
 
 def synchronize() -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # else nothing runs on a GPU, and asking would make a context there
         torch.cuda.synchronize()
 
 
@@ -139,7 +139,7 @@ def in_turns(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
 
 def machine(lm: nn.Module) -> dict:
     """Device and versions."""
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}
     return {"cpu": cpu(), "threads": torch.get_num_threads(), **gpu, **describe(lm)}
 
 

@@ -12,6 +12,7 @@ import sys
 import warnings
 
 from common.console import INTERRUPTED, consoles, interruptible
+from common.memory import is_out_of_memory
 
 EMBEDDED = "smollm2-135m"  # the default model, which needs no hub: see model/embedded.py
 HUB = "https://huggingface.co"  # the default of HF_ENDPOINT
@@ -218,7 +219,6 @@ def end_with_error(program: str, error: UserError) -> int:
 
 def exit_code(program: str, run: Callable[[], int], memory_advice: str) -> int:
     """run(), with warnings as notes, and with a line on stderr in place of a traceback where a user can help."""
-    import torch
     from tqdm import tqdm
 
     def note(message, *_, **__) -> None:
@@ -233,14 +233,16 @@ def exit_code(program: str, run: Callable[[], int], memory_advice: str) -> int:
             return run()
         except UserError as error:
             return end_with_error(program, error)
-        except (torch.OutOfMemoryError, MemoryError):
-            return explain(f"not enough memory: try {memory_advice}")
         except RecursionError:
             return explain("the data are nested too deeply")
         except OSError as error:
             return explain(f"{first_line(error)}: {error.filename}" if error.filename else first_line(error))
         except KeyboardInterrupt:
             return INTERRUPTED
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return explain(f"not enough memory: try {memory_advice}")
 
 
 def settle_network(*names: str) -> None:

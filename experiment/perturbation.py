@@ -35,7 +35,7 @@ def control_directions(
         draws = [np.random.default_rng([*key, layer, number]).standard_normal(activations.shape[1]) for layer in layers]
         controls[f"random_{number}"] = torch.from_numpy(np.stack(draws)).to(activations)
     if other is not None:
-        controls["difference"] = other - activations
+        controls["difference"] = other.to(activations) - activations
     return {name: torch.nn.functional.normalize(d, dim=-1) for name, d in controls.items()}
 
 

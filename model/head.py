@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.passes import UnsupportedModelError
+from model.passes import UnsupportedModelError, batched_gradients
 
 VOCABULARY_CHUNK = 4096  # rows of the head turned to float32 at a time: 64 MB at d = 4096
 
@@ -33,6 +33,8 @@ class OutputHead:
         Raises:
             UnsupportedModelError: the head is not linear.
         """
+        if isinstance(head, nn.Linear) and head.weight.is_meta:
+            raise UnsupportedModelError("the whole vocabulary needs the output head on a device, and it is offloaded")
         if not is_linear(head):
             raise UnsupportedModelError("the whole vocabulary needs a linear output head: count fewer tokens")
         self.weight = head.weight.detach()
@@ -79,13 +81,10 @@ def is_linear(head: nn.Module) -> bool:
     return isinstance(head, nn.Linear) and not head.weight.is_meta
 
 
-def cotangents_through(x: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
+def cotangents_through(model: nn.Module, x: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
     """s_t (..., k, d_head) float32 of `tokens` (..., k), by a backward pass a token: for any head from x to logits."""
     log_probs = logits.log_softmax(-1)
-
-    def grad_x(token: Tensor) -> Tensor:  # (...)
-        one_hot = torch.zeros_like(log_probs).scatter(-1, token[..., None], 1.0)
-        (grad,) = torch.autograd.grad(log_probs, x, one_hot, retain_graph=True)
-        return grad.reshape(*token.shape, -1)
-
-    return torch.func.vmap(grad_x, in_dims=-1, out_dims=-2)(tokens).float()
+    by_token = tokens.movedim(-1, 0)  # (k, ...)
+    one_hot = torch.zeros(len(by_token), *log_probs.shape, device=tokens.device).scatter(-1, by_token[..., None], 1.0)
+    (gradients,) = batched_gradients(model, [log_probs], [x], [one_hot.to(log_probs)])
+    return gradients.reshape(*by_token.shape, -1).movedim(0, -2).float()

@@ -31,7 +31,7 @@ class _SharedProduct(torch.autograd.Function):
     def forward(a: Tensor, b: Tensor) -> Tensor:
         rows, groups, share, n = a.shape
         product = a.transpose(0, 1).reshape(groups, rows * share, n) @ b
-        return product.unflatten(1, (rows, share)).transpose(0, 1)
+        return product.reshape(groups, rows, share, -1).transpose(0, 1)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from common.command_line import EMBEDDED, UserError, excerpt, first_line, hub_hint
+from common.memory import is_out_of_memory
 from model.embedded import embedded_model
 
 DTYPES = {
@@ -28,9 +29,21 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# Fused attention and grouped experts have no batching rule for their backward.
+PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 # Share of the free GPU memory that weights may fill before they are spread over devices: the rest
 # holds activations, the batched backward pass and the logits.
 WEIGHTS_SHARE = 0.9
+
+
+class TooLargeError(UserError):
+    """The model does not fit on the GPUs, and is not damaged."""
+
+    def __init__(self):
+        super().__init__(
+            "the model is larger than the free memory of the GPUs, and gradients need all weights at once, so that "
+            "offloading to the CPU saves none: try a smaller --dtype, more GPUs, or a smaller model"
+        )
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -57,18 +70,21 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
     Args:
         name: "smollm2-135m", a hub id or a local directory.
         dtype: a key of DTYPES, or "auto": bfloat16 on CUDA, float32 elsewhere.
-        device: "auto", or a torch device; a model larger than one GPU is spread over all of them.
+        device: "auto", or a torch device; with "auto", a model larger than one GPU is spread over all of them.
+            A GPU that is named becomes CUDA's current one.
     Returns:
         (model, tokenizer)
     Raises:
-        UserError: no such model or device, no way to fetch the embedded one, or files that do not make a model.
+        UserError: no such model or device, no way to fetch the embedded one, files that do not make a model, or a
+            model larger than all GPUs.
         torch.OutOfMemoryError: the weights do not fit.
     """
     place = pick_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if place.type == "cuda" else "float32"
-    # Plain attention: fused kernels have no batching rule for their backward.
-    options = {"dtype": DTYPES[dtype], "attn_implementation": "eager", "trust_remote_code": trust_remote_code}
+    if place.index is not None and place.type == "cuda":
+        torch.cuda.set_device(place)  # kernels that a model brings along run on the current one
+    options = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **PLAIN}
     # The embedded model loads faster than a progress bar is read; a log file needs none.
     explained = partial(_explain_failures, name, no_bars=name == EMBEDDED or not sys.stderr.isatty())
     if name != EMBEDDED:
@@ -80,6 +96,8 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
     try:
         with explained():
             return _load(str(path), options, place, device)
+    except TooLargeError:
+        raise
     except UserError as error:
         print(f"note: {error}: converting it again", file=sys.stderr)
     with explained():
@@ -92,9 +110,11 @@ def _explain_failures(name: str, no_bars: bool) -> Iterator[None]:
     try:
         with _hold_back_logs(), _no_progress_bars() if no_bars else nullcontext():
             yield
-    except (UserError, torch.OutOfMemoryError):
+    except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         wanted = f"give a hub id, a local directory, or {EMBEDDED}"
         damaged = name == EMBEDDED or Path(name).is_dir()
         hint = "are its files complete, and of one model?" if damaged else hub_hint(error, wanted)
@@ -114,16 +134,18 @@ def _reason(error: Exception) -> str:
 def _load(source: str, options: dict, place: torch.device, device: str):
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options["trust_remote_code"])
     spread = place.type == "cuda" and device == "auto" and _exceeds_gpu(source, options)
+    # straight to the device: host memory need not hold the weights
     model, found = AutoModelForCausalLM.from_pretrained(
         source,
         **options,
-        device_map="auto" if spread else None,
+        device_map="auto" if spread else {"": place},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are in `found`
     )
     _require_all_weights(found["missing_keys"], found["mismatched_keys"])
+    if any(p.is_meta for p in model.parameters()):
+        raise TooLargeError
     decoder_layers(model)
-    model = model if spread else model.to(place)
     model.eval().requires_grad_(False)
     with torch.no_grad():  # values that no library has checked fail here
         model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
@@ -146,7 +168,10 @@ def _exceeds_gpu(source: str, options: dict) -> bool:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     size = sum(p.numel() for p in model.parameters()) * options["dtype"].itemsize
-    return size > WEIGHTS_SHARE * torch.cuda.mem_get_info()[0]
+    free = [WEIGHTS_SHARE * torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
+    if size > sum(free):  # before minutes of loading
+        raise TooLargeError
+    return size > free[torch.cuda.current_device()]
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Passes through a model: hooks that are always removed, and batches of rows that shrink when memory runs out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 import warnings
 
 import torch
 from torch import Tensor, nn
+
+from common.memory import is_out_of_memory
 
 # KL in nats that rounding may explain between two passes that should agree. On the embedded model it is 3e-11 in
 # float32 and 7e-3 in bfloat16; a prefix that is lost or misread costs nats.
@@ -89,6 +91,33 @@ def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
         return model(ids.to(model.device), use_cache=False).logits[:, 0]
 
 
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Where the model's weights are: several devices if it is spread over them."""
+    return {p.device for p in model.parameters()}
+
+
+def batched_gradients(
+    model: nn.Module, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The gradients (rows, ...) at each of `inputs` for every row of `cotangents`, in one backward pass.
+
+    Args:
+        model: what leads from `inputs` to `outputs`.
+        cotangents: (rows, ...) for each of `outputs`.
+    """
+
+    def one(*cotangents: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
+
+    if len(cotangents[0]) == 1:  # without vmap, for which fused attention has no backward rule
+        return tuple(gradient[None] for gradient in one(*(c[0] for c in cotangents)))
+    if len(devices_of(model)) == 1:
+        return torch.func.vmap(one)(*cotangents)
+    # `func.vmap` cannot follow a graph across devices. The older batching that the engine brings along can; it has
+    # rules for fewer operations, and loops over the rows of the others.
+    return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, is_grads_batched=True)
+
+
 class Chunks:
     """Splits rows into chunks of at most `size`, and halves `size` for good when memory runs out."""
 
@@ -99,7 +128,7 @@ class Chunks:
         """function(chunk of each tensor in `rows`) for every chunk, in order.
 
         Raises:
-            torch.OutOfMemoryError: not even one row fits.
+            torch.OutOfMemoryError, or whatever says it (`is_out_of_memory`): not even one row fits.
         """
         results, start = [], 0
         while left := len(rows[0]) - start:
@@ -110,12 +139,36 @@ class Chunks:
                 results.append(function(*chunk))
                 start += len(chunk[0])
                 continue
-            except torch.OutOfMemoryError:
-                if self.size == 1:
+            except Exception as error:
+                if self.size == 1 or not is_out_of_memory(error):
                     raise
             # out here the failed attempt's tensors, which the exception held, can be freed
             self.size = max(1, min(self.size, len(chunk[0])) // 2)
             warnings.warn(f"out of memory: going on with batches of {self.size}", stacklevel=2)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing where CUDA is not in use
         return results
+
+    def join(self, function: Callable, *rows: Tensor, dim: int = 0) -> Tensor:
+        """The tensors that `map` would list, as one along `dim`.
+
+        It is allocated along with the first chunk, which can be halved to make room for it; concatenated at the
+        end, the parts would be held twice.
+        """
+        whole, filled = None, 0
+
+        def put(*chunk: Tensor) -> None:
+            nonlocal whole, filled
+            part = function(*chunk)
+            count = part.shape[dim]
+            if count == len(rows[0]):
+                whole = part.contiguous()
+                return
+            if whole is None:
+                shape = list(part.shape)
+                shape[dim] = len(rows[0])
+                whole = part.new_empty(shape)
+            whole.narrow(dim, filled, count).copy_(part)
+            filled += count
+
+        self.map(put, *rows)
+        return whole

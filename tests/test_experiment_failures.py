@@ -164,6 +164,27 @@ def test_out_of_memory_is_a_line_of_advice(model_directory, tmp_path, capsys, mo
     assert not (tmp_path / "out").exists()
 
 
+def test_a_lack_of_memory_that_a_library_reports_in_its_own_words_is_the_same_line(
+    model_directory, tmp_path, capsys, monkeypatch
+):
+    def no_room(*arguments, **options):
+        raise RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnXsyevd(...)`")
+
+    monkeypatch.setattr(torch.linalg, "eigh", no_room)
+    assert scripts.core_experiment(model_directory, tmp_path / "out") == 2
+    assert "core_experiment.py: error: not enough memory: try fewer --layers" in capsys.readouterr().err
+
+
+def test_a_run_on_the_cpu_leaves_a_gpu_alone(model_directory, tmp_path, monkeypatch):
+    def touched(*_):
+        raise AssertionError("a context was made on the GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("synchronize", "set_device", "mem_get_info", "current_device", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    assert scripts.core_experiment(model_directory, tmp_path / "out", "--device", "cpu") == 0
+
+
 def test_a_smaller_batch_after_running_out_of_memory_is_noted(model_directory, tmp_path, capsys, monkeypatch):
     vmap, failed = torch.func.vmap, []
 

@@ -348,6 +348,72 @@ def test_out_of_memory_with_a_single_row_is_an_error():
         fisher.Chunks(1).map(function, torch.arange(2))
 
 
+OUT_OF_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnXsyevd(...)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_every_way_of_running_out_of_memory_halves_the_chunks(error):
+    def function(rows):
+        if len(rows) > 1:
+            raise error
+        return rows
+
+    with pytest.warns(UserWarning, match="batches of 1"):
+        assert fisher.Chunks(2).join(function, torch.arange(2)).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INVALID_VALUE, when calling `cusolverDnXsyevd(...)`"),
+        torch.linalg.LinAlgError("the algorithm failed to converge"),
+        ValueError("out of memory"),
+    ],
+    ids=str,
+)
+def test_other_errors_are_not_taken_for_a_lack_of_memory(error):
+    def fail(rows):
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        fisher.Chunks(2).map(fail, torch.arange(2))
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_chunks_are_joined_in_order_along_any_axis(size, dim):
+    rows = torch.randn(5, 4)
+    joined = fisher.Chunks(size).join(lambda part: part.movedim(0, dim) + 1, rows, dim=dim)
+    assert torch.equal(joined, rows.movedim(0, dim) + 1) and joined.is_contiguous()
+
+
+def test_no_room_for_the_joined_chunks_is_met_with_smaller_ones(monkeypatch):
+    new_empty, sizes = torch.Tensor.new_empty, []
+
+    def room_beside_small_chunks(part, shape):
+        sizes.append(len(part))
+        if len(part) > 2:
+            raise torch.OutOfMemoryError
+        return new_empty(part, shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", room_beside_small_chunks)
+    with pytest.warns(UserWarning, match="batches of 2"):
+        assert fisher.Chunks(4).join(lambda part: part, torch.arange(8)).tolist() == list(range(8))
+    assert sizes == [4, 2]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_give_float32_results_near_the_truth(dtype):
     top = fisher.top_k(point_of("llama", dtype=dtype)[1], K)

@@ -4,12 +4,14 @@ import hashlib
 import os
 from pathlib import Path
 import sys
+import warnings
 import zipfile
 
 import pytest
 import torch
 
 from common.command_line import UserError
+import fisher
 from model import embedded, loading
 import tiny
 
@@ -175,12 +177,64 @@ def test_cache_directory_follows_xdg(tmp_path, monkeypatch):
     assert embedded.cache_directory() == Path.home() / ".cache" / "residual-fisher"
 
 
-def test_a_model_larger_than_the_gpu_is_spread(model_directory, monkeypatch):
-    options = {"dtype": torch.float32, "trust_remote_code": False}
+@pytest.fixture
+def exceeds(model_directory, monkeypatch):
+    """Whether a model exceeds the first of several GPUs, whose free memory is given in sizes of the model."""
     size = 4 * sum(p.numel() for p in loading.load(str(model_directory), device="cpu")[0].parameters())
-    for free, expected in ((size * 1.2, False), (size * 1.05, True)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
-        assert loading._exceeds_gpu(str(model_directory), options) is expected
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def exceeds(*free: float) -> bool:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (size * free[gpu], size * free[gpu]))
+        return loading._exceeds_gpu(str(model_directory), {"dtype": torch.float32, "trust_remote_code": False})
+
+    return exceeds
+
+
+def test_a_model_larger_than_the_gpu_is_spread_over_several(exceeds):
+    assert not exceeds(1.2)
+    assert not exceeds(1.2, 0.1)
+    assert exceeds(1.05, 0.5)
+
+
+def test_a_model_larger_than_all_gpus_is_refused_before_it_is_loaded(exceeds):
+    for free in ((1.05,), (0.5, 0.5)):
+        with pytest.raises(UserError, match=r"larger than the free memory of the GPUs.*a smaller --dtype, more GPUs"):
+            exceeds(*free)
+
+
+def test_an_embedded_model_that_is_too_large_is_not_made_again(model_directory, monkeypatch):
+    made = []
+
+    def too_large(*_):
+        raise loading.TooLargeError
+
+    monkeypatch.setattr(loading, "embedded_model", lambda **damaged: made.append(damaged) or model_directory)
+    monkeypatch.setattr(loading, "_load", too_large)
+    with pytest.raises(UserError, match="larger than the free memory"):
+        loading.load()
+    assert made == [{}]
+
+
+def test_a_mixture_of_experts_is_loaded_with_a_batched_backward_pass(byte_level, tmp_path):
+    config = tiny.CONFIGS["gpt-oss"]()
+    config.vocab_size = len(byte_level)
+    tiny.hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_level.save_pretrained(tmp_path)
+    model, _ = loading.load(str(tmp_path), device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a loop in place of the batch announces itself
+        fisher.top_k(fisher.linearize(model, tiny.prompt()), 5)
+
+
+def test_a_gpu_that_is_named_becomes_the_current_one(model_directory, monkeypatch):
+    named = []
+    monkeypatch.setattr(loading, "pick_device", torch.device)
+    monkeypatch.setattr(loading, "_load", lambda *_: (None, None))
+    monkeypatch.setattr(torch.cuda, "set_device", named.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        loading.load(str(model_directory), device=device)
+    assert named == [torch.device("cuda:1")]
 
 
 def test_an_installed_package_is_found_and_never_imported(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ import compute_fisher
 import fisher
 from model import loading
 from pipeline import load_fisher_matrices, run_directory, store
+from pipeline.processes import Processes
 from pipeline.settings import INCIDENTAL
 import scripts
 from scripts import PIPELINE_FILES, ROOT, arrays, assert_same_results, pipeline_words, records
@@ -253,6 +254,34 @@ def test_a_process_that_fails_stops_the_others_and_another_number_of_them_finish
     assert "compute_fisher.py: error: the second process has failed" in result.stderr
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
     assert_same_results(tmp_path / "out", finished_pipeline)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_each_process_has_a_gpu_of_its_own(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    theirs = [compute_fisher.own_device(device, Processes(rank, 4, rank % 2)) for rank in range(4)]  # on two machines
+    assert theirs == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert compute_fisher.own_device(device, Processes()) == device
+    for named in ("cpu", "cuda:1"):
+        assert compute_fisher.own_device(named, Processes(1, 2, 1)) == named
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_more_processes_than_gpus_are_a_line_that_says_how_many(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError) as caught:
+        compute_fisher.own_device(device, Processes(2, 4, 2))
+    assert str(caught.value).startswith("process 3 of 4 has no GPU of its own: this machine has 2, so start torchrun")
+    assert "--device" not in str(caught.value)
+
+
+def test_processes_that_want_a_gpu_where_there_is_none_are_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert compute_fisher.own_device("auto", Processes(1, 2, 1)) == "auto"
+    assert compute_fisher.own_device("cuda", Processes(1, 2, 1)) == "cuda"  # refused by `load`, as for one process
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 import transformers as hf
 
+from model.loading import PLAIN
+
 D, DEPTH, VOCABULARY = 32, 3, 97
 COMMON = {
     "hidden_size": D, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "vocab_size": VOCABULARY,
@@ -58,10 +60,7 @@ CONFIGS = {
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The same random model on every call, in the dtype asked for."""
     torch.manual_seed(0)
-    plain = {"attn_implementation": "eager", "dtype": torch.float32}
-    if name == "gpt-oss":
-        plain["experts_implementation"] = "eager"  # grouped kernels know no float64
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name](), **plain)
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32, **PLAIN)
     model = model.eval().requires_grad_(False)
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:

@@ -1,0 +1,269 @@
+"""Every number on one GPU, on two and in half precision, against the CPU in the same dtype."""
+
+from collections.abc import Iterator
+from functools import cache
+
+from accelerate import dispatch_model
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common.command_line import UserError
+import fisher
+from model import loading
+from model.passes import Chunks, hooked
+from pipeline.block_lanczos import leading_eigenpairs
+import scripts
+from test_fisher import K, directions
+import tiny
+
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(GPUS == 0, reason="no GPU here")]
+needs_two = pytest.mark.skipif(GPUS < 2, reason="fewer than two GPUs here")
+
+# Relative to the largest number. A GPU sums in another order than a CPU: what differs is the rounding of a
+# three-layer network, in bfloat16 of 8 bits a number. From float64 what is left is that of the float32 results.
+RELATIVE = {torch.float64: 1e-6, torch.float32: 3e-5, torch.bfloat16: 0.2}
+PLACES = [pytest.param(1, id="one GPU"), pytest.param(2, id="two GPUs", marks=needs_two)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def on_gpus(model: nn.Module, gpus: int) -> nn.Module:
+    return model.to("cuda:0") if gpus == 1 else dispatch_model(model, after_layer_1(model))
+
+
+def after_layer_1(model: nn.Module) -> dict[str, int]:
+    """A device map: what runs before the last layer on the first GPU, that layer and the rest on the second."""
+    layers = loading.decoder_layers(model)
+    others = [path for path, m in model.named_modules() if not any(m.children()) and not path.startswith((*layers,))]
+    called = []
+    hooks = [
+        (model.get_submodule(path).register_forward_pre_hook, lambda *_, path=path: called.append(path))
+        for path in [*layers, *others]
+    ]
+    with torch.no_grad(), hooked(*hooks):
+        model(tiny.prompt()[None])
+    late = set(called[called.index(list(layers)[-1]) :])
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        late -= {path for path, module in model.named_modules() if module is model.get_output_embeddings()}
+    return {path: int(path in late) for path in [*layers, *others]}
+
+
+def of_one_prompt(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What every function of fisher.py makes of a prompt's last token."""
+    point = fisher.linearize(model, tiny.prompt())
+    device = point.log_probs.device
+    tokens = torch.arange(K, device=device)
+    top, full, u = fisher.top_k(point, K), fisher.full_vocabulary(point), directions(tiny.DEPTH, 4).to(device)
+    logits = fisher.perturb(point, directions(7, seed=2).to(device), torch.tensor([0, 0, 0, 1, 2, 2, 2]))
+    return {
+        "activations": point.activations,
+        "log-probabilities": point.log_probs,
+        "G": fisher.pull_back(point, point.cotangents(tokens), Chunks(7)),
+        "F of k tokens": top.matrix,
+        "its eigenvalues": top.eigenpairs(3).values,
+        "u F u of its first eigenvector": top.curvature(
+            top.eigenpairs().vectors
+        ),  # itself, it turns where two are close
+        "F": full.matrix,
+        "eigenvalues of F": full.eigenpairs(3).values,
+        "J u": fisher.PushForward(point)(u, Chunks(5)),
+        "u F u": fisher.full_curvature(point, u),
+        "logits after a perturbation": logits,
+        "KL": fisher.kl_divergence(point.log_probs, logits),
+    }
+
+
+def of_a_batch(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What every function that takes one makes of a batch of whole prompts."""
+    point = fisher.linearize_prompts(model, tiny.layers_of(model)[0], *tiny.prompts())
+    at_last = fisher.linearize_prompts(model, tiny.layers_of(model)[0], *tiny.prompts(), last_only=True)
+    top, u = fisher.top_k(point, K), directions(1, len(tiny.LENGTHS), 2).to(point.log_probs.device)
+    return {
+        "activations": point.activations,
+        "log-probabilities": point.log_probs,
+        "F of k tokens": top.matrix,
+        "its eigenvalues": top.eigenpairs(3).values,
+        "F at the last token": fisher.full_vocabulary(at_last).matrix,
+        "u F u": fisher.full_curvature(point, u),
+        "eigenvalues of F, iterated": leading_eigenpairs(point, 2).eigen.values,
+    }
+
+
+@cache
+def on_cpu(name: str, dtype: torch.dtype) -> tuple[dict, dict]:
+    return of_one_prompt(tiny.shared(name, dtype)), of_a_batch(tiny.shared(name, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gpus", PLACES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_all_numbers_are_those_of_the_cpu(name, gpus, dtype):
+    model = on_gpus(tiny.build(name, dtype), gpus)
+    assert len({p.device for p in model.parameters()}) == gpus
+    for found, expected in zip((of_one_prompt(model), of_a_batch(model)), on_cpu(name, dtype), strict=True):
+        for what, value in found.items():
+            assert value.device.type == "cuda", what
+            off = (value.cpu() - expected[what]).abs().max() / expected[what].abs().max()
+            assert off <= RELATIVE[dtype], f"{what} differs by {off:.1e}"
+
+
+class Head(nn.Module):
+    """As linear as before, which fisher.py cannot know."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("gpus", PLACES)
+def test_a_head_that_is_not_linear_is_differentiated_on_gpus_too(gpus):
+    model = tiny.build("llama")
+    tokens = torch.arange(K)
+    expected = fisher.linearize(model, tiny.prompt()).cotangents(tokens)
+    model.lm_head = Head(model.lm_head.weight)
+    point = fisher.linearize(on_gpus(model, gpus), tiny.prompt())
+    found = point.cotangents(tokens.to(point.log_probs.device)).cpu()
+    assert (found - expected).abs().max() <= RELATIVE[torch.float32] * expected.abs().max()
+
+
+@pytest.mark.parametrize("gpus", PLACES)
+def test_gradients_out_of_memory_go_on_with_smaller_chunks(gpus):
+    point = fisher.linearize(on_gpus(tiny.build("llama"), gpus), tiny.prompt())
+    rows, chunks = point.cotangents(torch.arange(K, device=point.log_probs.device)), Chunks(10)
+    expected, gradients = fisher.pull_back(point, rows), fisher.batched_gradients
+
+    def with_little_room(model, outputs, inputs, cotangents):
+        if len(cotangents[0]) > 5:
+            torch.empty(1 << 50, device=outputs[0].device)
+        return gradients(model, outputs, inputs, cotangents)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="going on with batches of 5"):
+        patch.setattr(fisher, "batched_gradients", with_little_room)
+        found = fisher.pull_back(point, rows, chunks)
+    assert chunks.size == 5
+    assert (found - expected).abs().max() <= RELATIVE[torch.float32] * expected.abs().max()
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def spread(monkeypatch, places: tuple[int | str, ...]) -> None:
+    """Makes every model one that is too large for one GPU: its layers go to `places`, all else to the first GPU."""
+    load = loading.AutoModelForCausalLM.from_pretrained
+    layers = {f"model.layers.{layer}": place for layer, place in enumerate(places)}
+    where = {"model.embed_tokens": 0, "model.rotary_emb": 0, **layers, "model.norm": places[-1], "lm_head": places[-1]}
+    monkeypatch.setattr(loading, "_exceeds_gpu", lambda *_: True)
+
+    def from_pretrained(*words, **options):
+        if options["device_map"] == "auto":
+            options["device_map"] = where
+        return load(*words, **options)
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+
+
+def test_a_model_is_loaded_straight_to_its_gpu_which_becomes_the_current_one(model_directory):
+    for gpu in range(GPUS)[::-1]:
+        model, _ = loading.load(str(model_directory), device=f"cuda:{gpu}")
+        assert {t.device for t in model.state_dict().values()} == {torch.device("cuda", gpu)}
+        assert torch.cuda.current_device() == gpu
+        assert model.dtype == torch.bfloat16
+
+
+def test_a_model_that_would_be_offloaded_is_refused(model_directory, monkeypatch):
+    spread(monkeypatch, (0, "cpu", 0))
+    with pytest.raises(
+        UserError, match=r"larger than the free memory of the GPUs.*a smaller --dtype, more GPUs"
+    ) as caught:
+        loading.load(str(model_directory))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_offloaded_head_is_not_called_nonlinear():
+    model = tiny.build("llama")
+    where = {"model": 0, "lm_head": "cpu"}
+    point = fisher.linearize(dispatch_model(model, where, main_device=0), tiny.prompt())
+    with pytest.raises(fisher.UnsupportedModelError, match="needs the output head on a device, and it is offloaded"):
+        fisher.full_vocabulary(point)
+
+
+# --- the scripts ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(request, monkeypatch) -> str:
+    """--device of a script that runs on one GPU; or on two, of which the model needs both."""
+    if request.param == 1:
+        return "cuda:0"
+    spread(monkeypatch, (0, 0, 1))
+    return "auto"
+
+
+EXPERIMENT = [
+    *("--scale-unit", "nats", "--scales", "-1", "0", "0.1", "1", "--dtype", "float32"),
+    *("--compare-exact", "--trust-radius"),
+]
+
+
+@pytest.fixture(scope="module")
+def experiment_on_cpu(model_directory, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cpu") / "experiment"
+    assert scripts.core_experiment(model_directory, output, *EXPERIMENT) == 0
+    return scripts.experiment_results(output)
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.usefixtures("without_pictures")
+def test_the_experiment_writes_what_it_writes_on_the_cpu(place, model_directory, experiment_on_cpu, tmp_path):
+    assert scripts.core_experiment(model_directory, tmp_path / "gpu", *EXPERIMENT, "--device", place) == 0
+    found, expected = scripts.experiment_results(tmp_path / "gpu"), experiment_on_cpu
+    for name in ("eigenvalues", "eigenvectors", "activations", "exact_eigenvalues"):
+        if name in expected[1]:
+            assert np.allclose(found[1][name], expected[1][name], rtol=1e-4, atol=1e-4)
+    assert found[0]["sentences"] == expected[0]["sentences"]
+    for part in ("fisher", "perturbation_results"):
+        for (path, ours), (_, theirs) in zip(
+            *(numbers_in(results[0][part]) for results in (found, expected)), strict=True
+        ):
+            room = 0.03 if "trust_radius" in path else 1e-3  # the radius is that of a section
+            assert ours == pytest.approx(theirs, rel=room, abs=1e-5), path
+
+
+def numbers_in(value, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every float in a part of the results, with its path."""
+    if isinstance(value, float):
+        yield path, value
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers_in(item, f"{path}/{key}")
+
+
+@pytest.mark.parametrize("top_k_tokens", [6, "all"])
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.usefixtures("without_pictures")
+def test_the_pipeline_writes_what_it_writes_on_the_cpu(place, top_k_tokens, chat_directory, dataset, tmp_path):
+    options = {"num_prompts": 8, "dtype": "float32", "top_k_tokens": top_k_tokens}
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "gpu", **options, device=place) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "cpu", **options) == 0
+    found, expected = scripts.arrays(tmp_path / "gpu"), scripts.arrays(tmp_path / "cpu")
+    assert list(found) == list(expected)
+    for i in range(8):
+        products = [(a[f"U_{i}"] * a[f"S_{i}"]) @ a[f"V_{i}"] for a in (found, expected)]
+        assert np.abs(found[f"S_{i}"] - expected[f"S_{i}"]).max() <= 1e-4 * expected[f"S_{i}"].max()
+        assert np.abs(products[0] - products[1]).max() <= 1e-3 * np.abs(products[1]).max()
+    tokens = [[record["top_token"] for record in scripts.records(tmp_path / place)] for place in ("gpu", "cpu")]
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_stages_are_timed_on_the_models_own_gpu(model_directory, tmp_path, monkeypatch):
+    synchronized = []
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    last = torch.device("cuda", GPUS - 1)
+    assert scripts.core_experiment(model_directory, tmp_path / "out", "--device", str(last)) == 0
+    assert set(synchronized) == {last}
