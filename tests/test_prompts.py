@@ -190,12 +190,6 @@ def test_a_missing_file_and_an_unknown_hub_dataset_are_said():
         list(Prompts("no/such-dataset"))
 
 
-def test_a_name_too_long_for_a_file_is_one_line(capsys):
-    assert scripts.as_program("compute_fisher", ["--dataset-name", "n" * 300]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"compute_fisher.py: error: cannot read {'n' * 300}: no such file") and said.count("\n") == 1
-
-
 def test_a_gated_dataset_says_how_to_log_in(monkeypatch):
     def refuse(*_, **__):
         raise ConnectionError("Dataset 'some/chats' is a gated dataset on the Hub.\nVisit its page.")

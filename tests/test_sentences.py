@@ -11,7 +11,6 @@ import transformers as hf
 
 from common.command_line import UserError
 from experiment import sentences
-import scripts
 
 
 def text_before(context, tokenizer) -> str:
@@ -197,14 +196,6 @@ def test_a_column_that_is_not_there_is_said(tmp_path):
     (tmp_path / "a.csv").write_text("text,n\nThe animals.,1\n")
     with pytest.raises(UserError, match=r"no column 'body': .* has the columns text, n"):
         sentences.read_sentences(str(tmp_path / "a.csv"), "animals", text_column="body")
-
-
-def test_a_name_too_long_for_a_file_is_one_line(capsys):
-    assert scripts.as_program("core_experiment", ["--data-file", "n" * 300]) == 2
-    said = capsys.readouterr().err
-    assert (
-        said.startswith(f"core_experiment.py: error: cannot read {'n' * 300}: no such file") and said.count("\n") == 1
-    )
 
 
 def test_a_folder_is_no_data_file(tmp_path):
