@@ -110,6 +110,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds: --he
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 import math
 import time
@@ -119,12 +120,13 @@ from tqdm import tqdm
 
 from common.files import check_writable
 from experiment import figures, report
-from experiment.perturbation import check_cached_path, control_directions, step_lengths, sweep, trust_radii_along
+from experiment.perturbation import control_directions, step_lengths, sweep, trust_radii_along
 from experiment.results import EIGENVECTORS, RESULTS, SPECTRUM, TOP, Measured, Results, rank
 from experiment.sentences import Context, diverse_order, locate, read_sentences
 import fisher
 from model.loading import decoder_layers, describe, dtype_advice, load, longest_prompt, vocabulary_size
 from model.passes import require_known_tokens
+from model.reading import Way, choose_way
 
 FILES = (RESULTS, EIGENVECTORS, figures.SIMILARITY, figures.PERTURBATION)
 SAVE_EVERY = 30.0  # seconds of work that a crash may cost; or more, so that saving takes a twentieth of the time
@@ -148,7 +150,9 @@ class Clock:
 class Batches:
     """How many rows go through the model in one pass; halved, they stay so for all sentences."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, tokens: int):
+        """`tokens`: how many a row has."""
+        size = max(1, size // tokens)
         self.gradients = fisher.Chunks(4 * size)  # more of them: they carry no vocabulary along
         self.perturbations = fisher.Chunks(size)
 
@@ -166,12 +170,12 @@ def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
     if k != "all" and k > vocabulary:
         print(f"note: --max-vocab-subset {k} is more than the vocabulary: counting all {vocabulary} tokens")
         k = vocabulary
+    layers = choose_layers(settings.layers, len(decoder_layers(model)))
     count, width = settings.num_eigenvectors, model.config.get_text_config(decoder=True).hidden_size
     most = width if k == "all" else min(k, width)
     if count > most:
         print(f"note: --num-eigenvectors {count} is more than a matrix of {k} tokens and width {width} has: {most}")
         count = most
-    layers = choose_layers(settings.layers, len(decoder_layers(model)))
     return replace(settings, max_vocab_subset=k, num_eigenvectors=count, layers=layers)
 
 
@@ -225,6 +229,25 @@ def find_contexts(settings: Settings, model: torch.nn.Module, tokenizer, texts: 
     return [contexts[index] for index in diverse_order([context.prompt for context in contexts])]
 
 
+def tokens_a_row(model: torch.nn.Module, contexts: list[Context], layers: tuple[int, ...]) -> int:
+    """How many tokens one row of a pass has: the last alone, unless the model has to run the whole prompt.
+
+    Raises:
+        UserError: no way of reading the model is right.
+    """
+    with explain_failures(model, contexts[0], layers):
+        way = choose_way(model, torch.tensor(contexts[0].ids))
+    if way is not Way.WHOLE:
+        return 1
+    lengths = [len(context.ids) for context in contexts]
+    slower = sum(lengths) / len(lengths)
+    print(
+        f"note: {type(model).__name__} remembers more than keys and values, so every pass runs the whole prompt: "
+        f"about {slower:.0f} times as much work"
+    )
+    return max(lengths)
+
+
 def linearize_each(
     settings: Settings, model: torch.nn.Module, contexts: list[Context], clock: Clock
 ) -> Iterator[tuple[Context, fisher.Point]]:
@@ -233,16 +256,16 @@ def linearize_each(
     Raises:
         UserError: NaN or infinity, a model that is not supported, or no context qualifies.
     """
-    found = 0
+    found, checked = 0, False
     for context in contexts:
         with clock("prefix"), explain_failures(model, context, settings.layers):
             require_known_tokens(model, torch.tensor([context.target_id]))
             point = fisher.linearize(model, context.ids, settings.layers)
         if settings.require_predicted and rank(point.log_probs, context.target_id) > 1:
             continue
-        if found == 0:
+        if not checked:
             with explain_failures(model, context, settings.layers):
-                check_cached_path(point, context.ids)
+                checked = fisher.check_prediction(point, partial(fisher.perturb, point, at=0))
         found += 1
         yield context, point
         if found == settings.num_sentences:
@@ -317,7 +340,7 @@ def perturb_all(
     settings: Settings, model: torch.nn.Module, contexts: list[Context], results: Results, clock: Clock
 ) -> None:
     """Takes every sentence through `perturb` into `results`, saving what there is now and then."""
-    batches = Batches(settings.batch_size)
+    batches = Batches(settings.batch_size, tokens_a_row(model, contexts, settings.layers))
     due = time.perf_counter() + SAVE_EVERY
     points = with_other_activations(linearize_each(settings, model, contexts, clock))
     total = min(settings.num_sentences, len(contexts))

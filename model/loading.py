@@ -275,18 +275,21 @@ def longest_prompt(model: nn.Module) -> int | None:
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder layers of a causal LM, by module path, in order: {"model.layers.0": module, ...}.
 
-    They are the module list as long as the configuration says the text model is deep; of several
-    such lists (a vision tower may be as deep) the one with the most parameters.
+    They are the module list as long as the configuration says the text model is deep, in the part of the model that
+    transformers calls its decoder, else anywhere. Of several such lists it is the outermost (a vision tower is further
+    inside), and of several there the one with the most parameters.
 
     Raises:
         UserError: no such list.
     """
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth > 0]
-    if not lists:
-        raise UserError(f"{type(model).__name__} has no list of {depth} decoder layers to hook")
-    name, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return {f"{name}.{index}": layer for index, layer in enumerate(layers)}
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    paths = {module: path for path, module in model.named_modules()}
+    for part in (model.get_decoder(), model):
+        lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == depth and m in paths]
+        if depth and lists:
+            layers = max(lists, key=lambda m: (-paths[m].count("."), sum(p.numel() for p in m.parameters())))
+            return {f"{paths[layers]}.{index}": layer for index, layer in enumerate(layers)}
+    raise UserError(f"{type(model).__name__} has no list of {depth} decoder layers to hook")
 
 
 def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
@@ -295,12 +298,12 @@ def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     Raises:
         UserError: the model has no such module; says which decoder layers it has.
     """
-    layers = decoder_layers(model)
-    if name.isdecimal() and int(name) < len(layers):
-        return list(layers.items())[int(name)]
     modules = {path: module for path, module in model.named_modules() if path}  # "" is the model itself
     if name in modules:
         return name, modules[name]
+    layers = decoder_layers(model)
+    if name.isdecimal() and int(name) < len(layers):
+        return list(layers.items())[int(name)]
     first, *_, last = layers
     near = difflib.get_close_matches(name, modules, 1)
     hint = f"; did you mean {near[0]}?" if near and near[0] not in layers else ""

@@ -182,12 +182,12 @@ def test_activations_are_the_layers_outputs():
 
 def test_passes_leave_the_prefix_as_it_was():
     _, point = point_of("llama")
-    before = [(layer.keys.clone(), layer.values.clone()) for layer in point.prefix.layers]
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in point.reading.prefix.layers]
     deltas, at = torch.ones(5, tiny.D), torch.zeros(5, dtype=int)
     first = fisher.perturb(point, deltas, at)
     fisher.top_k(point, K)
     assert torch.equal(fisher.perturb(point, deltas, at), first)
-    for (keys, values), layer in zip(before, point.prefix.layers, strict=True):
+    for (keys, values), layer in zip(before, point.reading.prefix.layers, strict=True):
         assert torch.equal(keys, layer.keys) and torch.equal(values, layer.values)
 
 
