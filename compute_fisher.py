@@ -62,7 +62,16 @@ from model.loading import (
     rotation_change,
     vocabulary_size,
 )
-from model.passes import add_at_last, edit_stream, hooked, last_logits, require_causal, stream_width, use_attention
+from model.passes import (
+    add_at_last,
+    differentiated_twice,
+    edit_stream,
+    hooked,
+    last_logits,
+    require_causal,
+    stream_width,
+    use_attention,
+)
 from pipeline import figures, processes, report
 from pipeline.block_lanczos import leading_eigenpairs
 from pipeline.processes import Processes
@@ -149,7 +158,8 @@ def triplets(settings: Settings, point: fisher.Point, chunks: fisher.Chunks) -> 
     """The leading eigenpairs of each prompt's F, and columns (prompts,) that say what they leave out."""
     r = settings.num_singular_values
     if settings.top_k_tokens == "all":
-        found = leading_eigenpairs(point, r, chunks=chunks)
+        with differentiated_twice():
+            found = leading_eigenpairs(point, r, chunks=chunks)
         eigen, mass = found.eigen, torch.ones_like(found.trace_error[0])
         errors = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
     else:

@@ -150,7 +150,7 @@ class Clock:
 class Batches:
     """How many rows go through the model in one pass; halved, they stay so for all sentences."""
 
-    def __init__(self, size: int, tokens: int):
+    def __init__(self, size: int, tokens: int = 1):
         """`tokens`: how many a row has."""
         size = max(1, size // tokens)
         self.gradients = fisher.Chunks(4 * size)  # more of them: they carry no vocabulary along
@@ -249,7 +249,7 @@ def tokens_a_row(model: torch.nn.Module, contexts: list[Context], layers: tuple[
 
 
 def linearize_each(
-    settings: Settings, model: torch.nn.Module, contexts: list[Context], clock: Clock
+    settings: Settings, model: torch.nn.Module, contexts: list[Context], batches: Batches, clock: Clock
 ) -> Iterator[tuple[Context, fisher.Point]]:
     """The first contexts that qualify, each with the model linearised at its prompt's last token.
 
@@ -265,7 +265,7 @@ def linearize_each(
             continue
         if not checked:
             with explain_failures(model, context, settings.layers):
-                checked = fisher.check_prediction(point, partial(fisher.perturb, point, at=0))
+                checked = fisher.check_prediction(point, partial(fisher.perturb, point, at=0), batches.gradients)
         found += 1
         yield context, point
         if found == settings.num_sentences:
@@ -342,7 +342,7 @@ def perturb_all(
     """Takes every sentence through `perturb` into `results`, saving what there is now and then."""
     batches = Batches(settings.batch_size, tokens_a_row(model, contexts, settings.layers))
     due = time.perf_counter() + SAVE_EVERY
-    points = with_other_activations(linearize_each(settings, model, contexts, clock))
+    points = with_other_activations(linearize_each(settings, model, contexts, batches, clock))
     total = min(settings.num_sentences, len(contexts))
     for context, point, other in tqdm(points, total=total, desc="perturbing", unit="sentence", disable=None):
         key = (settings.seed, len(results))

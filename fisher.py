@@ -44,6 +44,7 @@ from model.passes import (
     UnsupportedModelError,
     add_at_last,
     at_token,
+    differentiated_twice,
     edit_stream,
     hooked,
     require_known_tokens,
@@ -53,8 +54,8 @@ from model.reading import Reading, read
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PushForward", "TopK",
-    "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs", "full_vocabulary", "kl_divergence",
-    "linearize", "linearize_prompts", "load", "perturb", "pull_back", "top_k",
+    "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs", "full_vocabulary",
+    "kl_divergence", "linearize", "linearize_prompts", "load", "perturb", "pull_back", "top_k",
 ]  # fmt: skip
 
 EIGH_MAX_WIDTH = 256  # up to here `eigh` is no slower than iterating for ten pairs (at 576 it takes 4 times as long)
@@ -95,7 +96,7 @@ class Point:
 
     def output_head(self) -> OutputHead:
         """Raises UnsupportedModelError: the head is not linear."""
-        return OutputHead(self.head, self.raw_logits, self.logits, self.log_probs)
+        return OutputHead(self.head, self.x, self.raw_logits, self.logits, self.log_probs)
 
     def cotangents(self, tokens: Tensor) -> Tensor:
         """z (..., k, d_head) float32: the gradients at x of the log-probabilities of `tokens` (..., k).
@@ -150,10 +151,10 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
     hooks.append((model.get_output_embeddings().register_forward_hook, keep_head))
     with torch.enable_grad(), hooked(*hooks):
         logits = reading.logits()[0]
-    if len(biases) != len(modules) or not head["x"].requires_grad:
-        raise UnsupportedModelError(
-            f"the layers of {type(model).__name__} do not each run once, on the way to the prediction"
-        )
+    if not logits.requires_grad:
+        raise UnsupportedModelError("no gradient leads from its layers to its prediction (is it quantised?)")
+    if len(biases) != len(modules):
+        raise UnsupportedModelError(f"the layers of {type(model).__name__} do not run once each in a pass")
     where = {"model": model, "layers": layers, "modules": modules, "reading": reading}
     return _point(where, streams, biases, logits, **head)
 
@@ -485,9 +486,10 @@ def full_curvature(point: Point, directions: Tensor, chunks: Chunks | None = Non
     Args:
         directions: u (layers, ..., n, d).
     Raises:
-        UnsupportedModelError: the head is not linear.
+        UnsupportedModelError: the head is not linear, or the backward pass cannot be differentiated.
     """
-    y = PushForward(point)(directions, chunks)
+    with differentiated_twice():
+        y = PushForward(point)(directions, chunks)
     return (y * point.output_head().fisher_times(y)).sum(-1)
 
 

@@ -96,6 +96,17 @@ def attention(model: PreTrainedModel, kind: str) -> Iterator[None]:
             config._attn_implementation_internal = its_own  # of this configuration alone, not of those inside
 
 
+@contextmanager
+def differentiated_twice() -> Iterator[None]:
+    """Raises UnsupportedModelError where torch has no derivative of a backward pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "derivative for" in str(error) and "not implemented" in str(error):
+            raise UnsupportedModelError("torch cannot differentiate its backward pass, as this needs") from error
+        raise
+
+
 def use_attention(model: nn.Module, kind: str) -> None:
     """Sets the model's attention to "eager" (plain) or "sdpa" (fused), where it has that choice."""
     if model.is_backend_compatible() and model.config._attn_implementation != kind:
@@ -165,7 +176,7 @@ def require_causal(model: nn.Module, ids: Tensor, lengths: Tensor) -> None:
 
 
 def _gradient_at_tokens(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
-    """The gradient (prompts, tokens, d) of a random sum of the last tokens' logits at what the tokens are embedded to."""
+    """The gradient (prompts, tokens, d) of a random sum of the last tokens' logits at the tokens' embeddings."""
     embedded = []
 
     def start(h: Tensor) -> Tensor:
@@ -175,6 +186,8 @@ def _gradient_at_tokens(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tenso
     hook = (model.get_input_embeddings().register_forward_hook, edit_stream(start))
     with torch.enable_grad(), hooked(hook):
         logits = last_logits.__wrapped__(model, ids, lengths)
+        if not logits.requires_grad:
+            raise UnsupportedModelError("it lets no gradient through (is it quantised?)")
         noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
         return torch.autograd.grad((logits * noise).sum(), embedded[0])[0]
 

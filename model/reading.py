@@ -24,6 +24,7 @@ from model.passes import (
     edit_stream,
     hooked,
     require_causal,
+    require_known_tokens,
     unwrapped,
 )
 
@@ -178,6 +179,7 @@ def _probe(model: nn.Module, ids: Tensor) -> _Probe:
     inner = unwrapped(model)
     if inner.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(inner).__name__} is an encoder-decoder, not a decoder alone")
+    require_known_tokens(inner, ids)
     first, *_, last = [*decoder_layers(inner).values()] * 2
     streams = []
 

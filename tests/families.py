@@ -5,12 +5,12 @@ nothing of this project: the model in float64, one plain forward pass of the who
 a backward pass for every token of the vocabulary, and F as it is defined.
 """
 
-from collections.abc import Sequence
+from collections import Counter
 import copy
 from pathlib import Path
+import re
 import sys
 from typing import NamedTuple
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ import transformers as hf
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common.command_line import UserError
 import fisher
 from model import loading
 from model.passes import require_causal
@@ -102,6 +102,7 @@ SPECIAL = {
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
     "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": HYBRID, "attention_hidden_size": 64, "attention_head_dim": 16},
@@ -239,3 +240,60 @@ def examine_pipeline(model: nn.Module, wide: nn.Module) -> float:
     several = zip(ids, lengths.tolist(), strict=True)
     expected = [Reference(wide, path, row[:length], everywhere=True).fisher(K) for row, length in several]
     return max(error_of(matrix, right) for matrix, right in zip(top.matrix[0], expected, strict=True))
+
+
+def examine(model_type: str) -> Verdict:
+    """What becomes of a type; an exception other than a refusal goes through."""
+    model = build(model_type)
+    wide = in_float64(model)
+    way, results = "", []
+    for look in (examine_experiment, examine_pipeline):
+        try:
+            found = look(model, wide)
+            way, error = found if isinstance(found, tuple) else (way, found)
+            results.append(error)
+        except (UserError, fisher.UnsupportedModelError) as refusal:
+            results.append(str(refusal))
+    return Verdict(way, *results)
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+START = "| model type | way | experiment | pipeline |\n|---|---|---|---|\n"
+# Types that also see images, run on text: not of the mapping of causal language models.
+MULTIMODAL = ["llava", "qwen2_5_vl", "qwen3_vl", "mistral3", "internvl", "paligemma", "smolvlm"]
+
+
+def row(model_type: str) -> tuple[str, str]:
+    """A type's line of the table, and in a word what became of it: right, refused, wrong, or not built."""
+    try:
+        build(model_type)
+    except Exception as error:  # a configuration that takes more than small numbers, or another package
+        return f"| {model_type} | | not built: {type(error).__name__} | |\n", "not built"
+    verdict = examine(model_type)
+    cells = [result if isinstance(result, str) else "right" if result < RIGHT else "WRONG" for result in verdict[1:]]
+    cells = ["the same" if i and cell == cells[0] != "right" else cell for i, cell in enumerate(cells)]
+    outcome = next((word for word in ("WRONG", "right") if word == cells[0]), "refused")
+    return f"| {model_type} | {verdict.way} | {cells[0]} | {cells[1]} |\n", f"{outcome} {verdict.way}".strip()
+
+
+def main(model_types: list[str]) -> int:
+    hf.logging.set_verbosity_error()
+    rows, seen = [], Counter()
+    for model_type in model_types or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MULTIMODAL]:
+        line, outcome = row(model_type)
+        print(line, end="", flush=True)
+        rows.append(line)
+        seen[outcome] += 1
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(seen.items()))
+    print(counts)
+    if not model_types:
+        text = PAGE.read_text(encoding="utf-8").partition(START)[0]
+        text = re.sub(r"(?m)^Experiment: .*$", f"Experiment: {counts}.", text)
+        PAGE.write_text(text + START + "".join(rows), encoding="utf-8")
+    return int(any("WRONG" in line for line in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
