@@ -124,7 +124,7 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
         UnsupportedModelError: no way of reading the model is right, or it does not know a token.
         NumericalError: activations or logits hold NaN or infinity.
     """
-    ids = torch.as_tensor(ids)
+    ids = torch.as_tensor(ids).cpu()
     ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
     if ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"linearize takes the token ids of one prompt, not a tensor of shape {tuple(ids.shape)}")

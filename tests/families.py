@@ -1,6 +1,6 @@
 """Every causal language model of transformers, tiny, against float64: `python tests/families.py [TYPE ...]`.
 
-Without types it takes them all, about ten minutes, and writes the table in docs/families.md. The reference uses
+Without types it takes them all, about eight minutes, and writes the table in docs/families.md. The reference uses
 nothing of this project: the model in float64, one plain forward pass of the whole prompt with a bias at each layer,
 a backward pass for every token of the vocabulary, and F as it is defined.
 """
