@@ -65,7 +65,16 @@ from model.loading import (
     rotation_change,
     vocabulary_size,
 )
-from model.passes import last_logits, stream_width, use_attention
+from model.passes import (
+    add_at_last,
+    differentiated_twice,
+    edit_stream,
+    hooked,
+    last_logits,
+    require_causal,
+    stream_width,
+    use_attention,
+)
 from pipeline import figures, processes, report
 from pipeline.block_lanczos import leading_eigenpairs
 from pipeline.processes import Processes
@@ -150,7 +159,8 @@ def triplets(settings: Settings, point: fisher.Point, chunks: fisher.Chunks) -> 
     """The leading eigenpairs of each prompt's F, and columns (prompts,) that say what they leave out."""
     r = settings.num_singular_values
     if settings.top_k_tokens == "all":
-        found = leading_eigenpairs(point, r, chunks=chunks)
+        with differentiated_twice():
+            found = leading_eigenpairs(point, r, chunks=chunks)
         eigen, mass = found.eigen, torch.ones_like(found.trace_error[0])
         errors = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
     else:
@@ -230,22 +240,16 @@ def without_matrix(settings: Settings, subject: Subject, encoded: Encoded, reaso
 def check_padding(subject: Subject, batch: list[Encoded]) -> None:
     """Runs the shortest and the longest prompt of a batch, without their last tokens, with two kinds of padding.
 
-    Nothing that a causal model computes for a token depends on what comes after it: the logits have to be the same
-    to the last bit, in every dtype.
-
     Raises:
-        UserError: they are not, so that this model's results would depend on what else is in the batch.
+        UserError: the logits differ, so that this model's results would depend on what else is in the batch.
     """
     by_length = sorted(batch, key=lambda encoded: len(encoded.ids))
     ids, lengths = pad([by_length[0], by_length[-1]])
     ids = ids if ids.shape[1] > 1 else ids.expand(-1, 2)
-    lengths = (lengths - 1).clamp(min=1)
-    padding = torch.arange(ids.shape[1]) >= lengths[:, None]
-    other = torch.where(padding, (ids + 1) % vocabulary_size(subject.model), ids)
-    first, second = (last_logits(subject.model, tokens, lengths).nan_to_num() for tokens in (ids, other))
-    if not torch.equal(first, second):
-        name = type(subject.model).__name__
-        raise UserError(f"{name} is not supported: its predictions change with the padding of a batch")
+    try:
+        require_causal(subject.model, ids, (lengths - 1).clamp(min=1))
+    except fisher.UnsupportedModelError as error:
+        raise UserError(f"{type(subject.model).__name__} is not supported: {error}") from error
 
 
 # --- the dataset, shard by shard -----------------------------------------------------------------
@@ -385,12 +389,23 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
     """Takes the first prompt to its last token, so that what is wrong for all prompts is found before anything else.
 
     Raises:
-        UserError: the template leaves no room or leaves out the text, or the module does not lead to the predictions.
+        UserError: the template leaves no room or leaves out the text, the module does not lead to the predictions, or
+            F does not predict them.
     """
     check_template(subject.tokenizer)
     batch = [encode(subject.tokenizer, first, longest)]
+
+    def moved(deltas: torch.Tensor) -> torch.Tensor:
+        def add(h: torch.Tensor) -> torch.Tensor:
+            here = deltas[:, None].to(h)
+            return add_at_last(h, here) if settings.bias_positions == "last" else h + here
+
+        with hooked((subject.module.register_forward_hook, edit_stream(add))):
+            return last_logits(subject.model, *pad(batch * len(deltas)))
+
     try:
-        linearize(settings, subject, batch)
+        point, rows = linearize(settings, subject, batch)
+        fisher.check_prediction(point, moved, fisher.Chunks(rows))
     except fisher.NumericalError:
         return  # it will be recorded as failed
     except fisher.UnsupportedModelError as error:

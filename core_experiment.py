@@ -45,7 +45,7 @@ from tqdm import tqdm
 from common.failures import SOME_FAILED, too_many
 from common.lock import lock_directory
 from experiment import figures, report
-from experiment.perturbation import check_cached_path, control_directions, step_lengths, sweep, trust_radii_along
+from experiment.perturbation import control_directions, step_lengths, sweep, trust_radii_along
 from experiment.results import SPECTRUM, TOP, Measured, Results, rank
 from experiment.run_directory import FILES, RunDirectory, identify
 from experiment.sentences import Context, diverse_order, locate, read_sentences
@@ -60,6 +60,7 @@ from model.loading import (
     vocabulary_size,
 )
 from model.passes import devices_of, require_known_tokens
+from model.reading import Way
 
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
 # Seconds of work that a kill may cost; or more, so that saving takes no more than this share of the time.
@@ -103,12 +104,12 @@ def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
     if k != "all" and k > vocabulary:
         print(f"note: --max-vocab-subset {k} is more than the vocabulary: counting all {vocabulary} tokens")
         k = vocabulary
+    layers = choose_layers(settings.layers, len(decoder_layers(model)))
     count, width = settings.num_eigenvectors, model.config.get_text_config(decoder=True).hidden_size
     most = width if k == "all" else min(k, width)
     if count > most:
         print(f"note: --num-eigenvectors {count} is more than a matrix of {k} tokens and width {width} has: {most}")
         count = most
-    layers = choose_layers(settings.layers, len(decoder_layers(model)))
     return replace(settings, max_vocab_subset=k, num_eigenvectors=count, layers=layers)
 
 
@@ -175,7 +176,6 @@ def linearize_each(
         UnsupportedModelError: the model is not.
         UserError: too many sentences fail.
     """
-    checked = False
     for context in contexts:
         if context.sentence in results:
             continue
@@ -188,9 +188,6 @@ def linearize_each(
             continue
         if settings.require_predicted and rank(point.log_probs, context.target_id) > 1:
             continue
-        if not checked:
-            check_cached_path(point, context.ids)
-            checked = True
         yield context, point
 
 
@@ -257,6 +254,19 @@ def perturb(
     return Measured(context, point, list(controls), mass, eigen, exact, radii, steps, predicted_kl, swept)
 
 
+def fit_to_way(batches: Batches, point: fisher.Point, contexts: list[Context]) -> None:
+    """Where a row of a pass is a whole prompt, in place of its last token, fewer go together; and it is said."""
+    if point.reading.way is not Way.WHOLE:
+        return
+    lengths = [len(context.ids) for context in contexts]
+    for chunks in (batches.gradients, batches.perturbations):
+        chunks.size = max(1, chunks.size // max(lengths))
+    tqdm.write(
+        f"note: {type(point.model).__name__} remembers more than keys and values, so every pass runs the whole prompt: "
+        f"about {sum(lengths) / len(lengths):.0f} times as much work"
+    )
+
+
 def perturb_all(
     settings: Settings,
     model: torch.nn.Module,
@@ -270,7 +280,7 @@ def perturb_all(
     Raises:
         UserError: no sentence qualifies, or too many fail.
     """
-    batches = Batches(settings.batch_size)
+    batches, fitted, checked = Batches(settings.batch_size), False, False
     due = time.perf_counter() + SAVE_EVERY
     points = linearize_each(settings, model, contexts, results, clock)
     total = min(settings.num_sentences, len(contexts))
@@ -279,6 +289,11 @@ def perturb_all(
             key = (settings.seed, len(results))
             controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
             try:
+                if not fitted:
+                    fit_to_way(batches, point, contexts)
+                    fitted = True
+                moved = partial(fisher.perturb, point, at=0)
+                checked = checked or fisher.check_prediction(point, moved, batches.gradients)
                 results.add(perturb(settings, context, point, controls, batches, clock))
             except FAILURES as error:
                 leave_out(model, results, context, error)

@@ -28,7 +28,7 @@ transformers causal LM in evaluation mode; it is handed back as it came. In the 
 for one prompt, and (prompts,) for a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,24 +36,27 @@ import numpy as np
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from model.head import OutputHead, cotangents_through, is_linear
-from model.last_token import last_token_logits, perturbed_logits, prefill
 from model.loading import decoder_layers, load
 from model.passes import (
     Chunks,
     UnsupportedModelError,
+    add_at_last,
+    at_token,
     batched_gradients,
+    differentiated_twice,
     edit_stream,
     hooked,
     require_known_tokens,
+    unwrapped,
 )
+from model.reading import Reading, read
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PushForward", "TopK",
-    "UnsupportedModelError", "eigenpairs", "fisher_matrix", "fix_signs", "full_vocabulary", "kl_divergence",
-    "linearize", "linearize_prompts", "load", "perturb", "pull_back", "top_k",
+    "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs", "full_vocabulary",
+    "kl_divergence", "linearize", "linearize_prompts", "load", "perturb", "pull_back", "top_k",
 ]  # fmt: skip
 
 EIGH_MAX_WIDTH = 256  # up to here `eigh` is no slower than iterating for ten pairs (at 576 it takes 4 times as long)
@@ -83,8 +86,7 @@ class Point:
     model: nn.Module
     layers: list[int] | None  # numbers of the decoder layers; None for a batch of prompts
     modules: list[nn.Module]  # what was hooked, in order: "layers" in the shapes below
-    token: Tensor | None  # () int64, the prompt's last token; None for a batch
-    prefix: DynamicCache | None  # the tokens before it
+    reading: Reading | None  # of the prompt's last token, for passes that perturb it; None for a batch
     activations: Tensor  # (layers, ..., d) float32, the residual stream leaving each module
     log_probs: Tensor  # (..., V) float32, nats
     biases: list[Tensor]  # one (..., d) leaf a layer, all zero: the point where gradients are taken
@@ -95,7 +97,7 @@ class Point:
 
     def output_head(self) -> OutputHead:
         """Raises UnsupportedModelError: the head is not linear."""
-        return OutputHead(self.head, self.raw_logits, self.logits, self.log_probs)
+        return OutputHead(self.head, self.x, self.raw_logits, self.logits, self.log_probs)
 
     def cotangents(self, tokens: Tensor) -> Tensor:
         """z (..., k, d_head) float32: the gradients at x of the log-probabilities of `tokens` (..., k).
@@ -112,34 +114,36 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
     """Runs a prompt's last token with a zero bias added to the residual stream of every layer in `layers`.
 
     The biases change nothing; one backward pass from x returns the gradients at all layers for the price of the
-    deepest. The tokens before the last one are run once, without gradients, into a cache.
+    deepest. The tokens before the last one are run once, without gradients, into a cache; or with it, in every pass,
+    if the model's memory is not keys and values alone (see `model/reading.py`).
 
     Args:
         ids: (tokens,) or (1, tokens) int64.
         layers: numbers of decoder layers, ascending; all by default.
     Raises:
         ValueError: `ids` is empty or a batch, or `layers` are not ascending numbers of layers that the model has.
-        UnsupportedModelError: the model has no cache of plain keys and values, or does not know a token.
+        UnsupportedModelError: no way of reading the model is right, or it does not know a token.
         NumericalError: activations or logits hold NaN or infinity.
     """
-    ids = torch.as_tensor(ids)
+    ids = torch.as_tensor(ids).cpu()
     ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
     if ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"linearize takes the token ids of one prompt, not a tensor of shape {tuple(ids.shape)}")
+    wrapped, model = model, unwrapped(model)
     require_known_tokens(model, ids)
     found = list(decoder_layers(model).values())
     layers = list(range(len(found)) if layers is None else layers)
     if not layers or layers != sorted(set(layers) & set(range(len(found)))):
         raise ValueError(f"layers {layers} are not ascending numbers from 0 to {len(found) - 1}")
     modules = [found[number] for number in layers]
-    token, prefix = ids[-1], prefill(model, ids[:-1])
+    reading = read(wrapped, ids)
     streams, biases, head = [], [], {}
 
     def add_zero_bias(h: Tensor) -> Tensor:
         bias = torch.zeros(h.shape[-1], dtype=h.dtype, device=h.device, requires_grad=True)
         streams.append(h.detach()[0, -1])
         biases.append(bias)
-        return h + bias
+        return add_at_last(h, bias)
 
     def keep_head(module: nn.Module, args: tuple, output: Tensor) -> None:
         head.update(x=args[0], raw_logits=output)
@@ -147,8 +151,12 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
     hooks = [(module.register_forward_hook, edit_stream(add_zero_bias)) for module in modules]
     hooks.append((model.get_output_embeddings().register_forward_hook, keep_head))
     with torch.enable_grad(), hooked(*hooks):
-        logits = last_token_logits(model, token, prefix, rows=1)[0]
-    where = {"model": model, "layers": layers, "modules": modules, "token": token, "prefix": prefix}
+        logits = reading.logits()[0]
+    if not logits.requires_grad:
+        raise UnsupportedModelError("no gradient leads from its layers to its prediction (is it quantised?)")
+    if len(biases) != len(modules):
+        raise UnsupportedModelError(f"the layers of {type(model).__name__} do not run once each in a pass")
+    where = {"model": model, "layers": layers, "modules": modules, "reading": reading}
     return _point(where, streams, biases, logits, **head)
 
 
@@ -171,6 +179,7 @@ def linearize_prompts(
         UnsupportedModelError: the module's output is of another shape, or does not lead to the
             predictions; or the model does not know a token.
     """
+    model = unwrapped(model)
     require_known_tokens(model, ids)
     prompts, last = torch.arange(len(ids)), lengths.cpu() - 1
     streams, biases, head = [], [], {}
@@ -187,7 +196,7 @@ def linearize_prompts(
         return h + bias[:, None]
 
     def pick_last(module: nn.Module, args: tuple) -> tuple:
-        head["x"] = args[0][prompts, last][:, None]
+        head["x"] = at_token(args[0], ids.shape, last)[:, None]
         return (head["x"], *args[1:])
 
     def keep_logits(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -205,7 +214,7 @@ def linearize_prompts(
         logits = model(ids.to(model.device), use_cache=False).logits[:, 0].float()
     if len(biases) != 1 or not head["x"].requires_grad:
         raise UnsupportedModelError("it does not stand, once, between the prompt and the output head")
-    where = {"model": model, "layers": None, "modules": [module], "token": None, "prefix": None}
+    where = {"model": model, "layers": None, "modules": [module], "reading": None}
     return _point(where, streams, biases, logits, **head)
 
 
@@ -473,9 +482,10 @@ def full_curvature(point: Point, directions: Tensor, chunks: Chunks | None = Non
     Args:
         directions: u (layers, ..., n, d).
     Raises:
-        UnsupportedModelError: the head is not linear.
+        UnsupportedModelError: the head is not linear, or the backward pass cannot be differentiated.
     """
-    y = PushForward(point)(directions, chunks)
+    with differentiated_twice():
+        y = PushForward(point)(directions, chunks)
     return (y * point.output_head().fisher_times(y)).sum(-1)
 
 
@@ -519,11 +529,61 @@ def perturb(point: Point, deltas: Tensor, at: int | Tensor) -> Tensor:
     Raises:
         ValueError: `at` is not ascending, or the point is of a batch.
     """
-    if point.token is None:
+    if point.reading is None:
         raise ValueError("perturb takes the point of one prompt, from `linearize`")
     at = torch.as_tensor(at).expand(len(deltas))
-    logits = perturbed_logits(point.model, point.modules, point.token, point.prefix, deltas, at)
+    logits = point.reading.perturbed_logits(point.modules, deltas, at)
     return logits.to(point.log_probs.device)
+
+
+class Trial(NamedTuple):
+    """A perturbation that `check_prediction` tries, by the precision of the model."""
+
+    nats: float  # predicted: so small that the next term of KL is below the tolerance
+    least: float  # what rounding drowns below
+    factor: float  # by which the changes may differ from those predicted
+
+
+TRIALS = {
+    **dict.fromkeys((torch.float64, torch.float32), Trial(1e-4, 1e-8, 1.2)),
+    # a logit of 20 is rounded to 0.06, and a change of 0.1 nats is one of about 0.4; experts may change too
+    **dict.fromkeys((torch.bfloat16, torch.float16), Trial(0.1, 0.03, 2.0)),
+}
+TRIAL_TOKENS, TRIAL_SHARE = 20, 0.1  # most probable ones, and of |h|, which the perturbation does not exceed
+
+
+def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Chunks | None = None) -> bool:
+    """Compares a small perturbation with what F predicts of it: delta along v, at the first layer and prompt.
+
+    KL = 1/2 delta^T F delta holds if log p_t changes by g_t delta for the tokens t that F counts, and those changes are
+    compared: those of delta and -delta, so that terms of second order cancel, weighted as in F, so that rounding does.
+    A model whose gradient is not its own derivative (activations that are rounded to integers) fails.
+
+    Args:
+        moved: next-token logits (2, V) for the perturbations (2, d).
+    Returns:
+        False if F is too small (the prediction is certain) for rounding to let anything be seen.
+    Raises:
+        UnsupportedModelError: the prediction changes otherwise.
+    """
+    trial, tokens = TRIALS[point.model.dtype], min(TRIAL_TOKENS, point.log_probs.shape[-1])
+    top = top_k(point, tokens, chunks)
+    first = (0,) * (top.gradients.ndim - 2)  # layer and prompt
+    eigen = top.eigenpairs(allow_zero=True)
+    value, v, h = eigen.values[first][0], eigen.vectors[first][0], point.activations[first]
+    step = torch.minimum((2 * trial.nats / value).sqrt(), TRIAL_SHARE * h.norm())
+    if not 0.5 * step**2 * value >= trial.least:
+        return False
+    ids = point.log_probs[first[1:]].topk(tokens).indices
+    log_probs = moved(torch.stack([step * v, -step * v])).float().log_softmax(-1)[:, ids.cpu()].to(v)
+    p, expected, found = top.weights[first[1:]], step * (top.gradients[first] @ v), (log_probs[0] - log_probs[1]) / 2
+    ratio = float((p * found * expected).sum() / (p * expected**2).sum())
+    if not 1 / trial.factor <= ratio <= trial.factor:
+        raise UnsupportedModelError(
+            f"a small perturbation changes its prediction {ratio:.2g} times as much as its gradients say "
+            "(are its activations quantised?)"
+        )
+    return True
 
 
 def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import fisher
-from fisher import Chunks, Eigenpairs, Point, UnsupportedModelError
-from model.passes import ROUNDING_NATS
+from fisher import Chunks, Eigenpairs, Point
 
 DEPARTURE = 0.1  # relative, of KL from its quadratic prediction
 # Predicted nats between which a trust radius is looked for, in so many steps; then, twice, in so many parts.
@@ -77,22 +76,6 @@ def sweep(point: Point, deltas: Tensor, target: int = 0, top: int = 5, chunks: C
 
     parts = (chunks or Chunks()).map(chunk, rows, at)
     return Sweep(*(torch.cat(column).unflatten(0, shape) for column in zip(*parts, strict=True)))
-
-
-def check_cached_path(point: Point, ids: list[int]) -> None:
-    """Compares the cached last token, and perturbations of length zero, with one plain forward pass of the prompt.
-
-    Raises:
-        UnsupportedModelError: they differ by more than rounding, so this architecture cannot be trusted here.
-    """
-    with torch.no_grad():
-        plain = point.model(torch.tensor([ids], device=point.model.device)).logits[0, -1].float()
-    log_probs = plain.log_softmax(-1).to(point.log_probs.device)
-    unmoved = fisher.perturb(point, torch.zeros_like(point.activations), torch.arange(len(point.modules)))
-    kl = float(fisher.kl_divergence(log_probs, torch.cat([point.log_probs[None], unmoved])).max())
-    if not kl <= ROUNDING_NATS[point.model.dtype]:
-        name = type(point.model).__name__
-        raise UnsupportedModelError(f"the cached and plain predictions of {name} differ by {kl:.2g} nats")
 
 
 # --- how far the quadratic prediction holds ------------------------------------------------------

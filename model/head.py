@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from model.passes import UnsupportedModelError, batched_gradients
 
 VOCABULARY_CHUNK = 4096  # rows of the head turned to float32 at a time: 64 MB at d = 4096
+HEAD_ROWS = 256  # unit vectors that go through a head at a time
+# Relative, of a head's output: sums of thousands of products. Half precision keeps 8 or 11 bits.
+HEAD_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 class OutputHead:
@@ -20,13 +23,14 @@ class OutputHead:
     C = sum_t p_t s_t s_t^T = S^T diag(p) S. S is never held whole.
     """
 
-    def __init__(self, head: nn.Module, raw_logits: Tensor, logits: Tensor, log_probs: Tensor):
+    def __init__(self, head: nn.Module, x: Tensor, raw_logits: Tensor, logits: Tensor, log_probs: Tensor):
         """
         phi is whatever the model does after its head: nothing, a scale (Cohere, Granite) or a soft cap
         (Gemma 2). Its slope phi' is the gradient of the sum of the logits.
 
         Args:
             head: x -> raw_logits.
+            x: (prompts, 1, d_head).
             raw_logits: (prompts, 1, V), what the head returned.
             logits: (..., V) float32, what the model made of them, with the graph in between.
             log_probs: (..., V) float32.
@@ -35,9 +39,7 @@ class OutputHead:
         """
         if isinstance(head, nn.Linear) and head.weight.is_meta:
             raise UnsupportedModelError("the whole vocabulary needs the output head on a device, and it is offloaded")
-        if not is_linear(head):
-            raise UnsupportedModelError("the whole vocabulary needs a linear output head: count fewer tokens")
-        self.weight = head.weight.detach()
+        self.weight = head.weight.detach() if is_linear(head) else weight_of(head, x.detach(), raw_logits.detach())
         (slope,) = torch.autograd.grad(logits.sum(), raw_logits, retain_graph=True)
         self.slope = slope.reshape(logits.shape).float()  # (..., V)
         self.p = log_probs.exp()  # (..., V)
@@ -78,7 +80,24 @@ class OutputHead:
 
 
 def is_linear(head: nn.Module) -> bool:
-    return isinstance(head, nn.Linear) and not head.weight.is_meta
+    """It is nothing but a matrix of plain numbers; an adapted or quantised one is a kind of its own."""
+    return type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor) and not head.weight.is_meta
+
+
+@torch.no_grad()
+def weight_of(head: nn.Module, x: Tensor, raw_logits: Tensor) -> Tensor:
+    """W (V, d_head) of any head that computes W x + b (an adapted, a quantised, an offloaded one), by its outputs.
+
+    Raises:
+        UnsupportedModelError: the head is not linear, as far as x (prompts, 1, d_head) shows.
+    """
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    bias = head(torch.zeros_like(identity[None, :1]))[0]  # (1, V)
+    weight = torch.cat([(head(rows[None])[0] - bias).to(x) for rows in identity.split(HEAD_ROWS)]).mT.contiguous()
+    expected = torch.cat([row @ weight.mT + bias.to(row) for row in x])[:, None]
+    if not (expected - raw_logits.to(expected)).norm() <= HEAD_ROUNDING[x.dtype] * raw_logits.norm():
+        raise UnsupportedModelError("the whole vocabulary needs a linear output head: count fewer tokens")
+    return weight
 
 
 def cotangents_through(model: nn.Module, x: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:

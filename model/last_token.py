@@ -1,21 +1,19 @@
-"""The last token of a prompt, over a prefix that stays as it is.
+"""A prompt's prefix that stays as it is, and the attention of its last token over it.
 
-The tokens before the last one are run once, into a key-value cache that nothing changes; every later
-pass is of the last token alone, in one row or in many, with or without gradients.
+The tokens before the last one are run once, into a key-value cache that nothing changes: later passes are of
+the last token alone, in one row or in many, with or without gradients.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from inspect import signature
 from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import eager_mask
 
-from model.passes import UnsupportedModelError, edit_stream, hooked
+from model.passes import UnsupportedModelError
 
 LAST_TOKEN_ATTENTION = "fisher_last_token"
 
@@ -99,23 +97,6 @@ AttentionInterface.register(LAST_TOKEN_ATTENTION, last_token_attention)
 AttentionMaskInterface.register(LAST_TOKEN_ATTENTION, eager_mask)
 
 
-@contextmanager
-def constant_prefix(model: nn.Module) -> Iterator[None]:
-    """Runs the model's attention as `last_token_attention`, then gives the model its own back.
-
-    Architectures that bring their own attention (BLOOM, Falcon) keep it: as right, but slower.
-    """
-    if not model.is_backend_compatible():
-        yield
-        return
-    own = model.config._attn_implementation
-    model.set_attn_implementation(LAST_TOKEN_ATTENTION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
-
-
 def _carry_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
     """What a constant cache does in place of growing: the last token's key and value take the prefix along."""
     key.prefix, value.prefix = layer.keys, layer.values
@@ -131,13 +112,14 @@ def _copy_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> t
 
 
 @torch.no_grad()
-def prefill(model: nn.Module, ids: Tensor) -> DynamicCache | None:
+def prefill(model: nn.Module, ids: Tensor, shared: bool) -> DynamicCache | None:
     """Keys and values of a prompt's tokens, in a cache that later passes read but never change.
 
     A pass over more rows than one sees the same prefix in each of them.
 
     Args:
         ids: (tokens,) int64, all the prompt but its last token; may be empty (returns None).
+        shared: the later passes' attention is `last_token_attention`.
     Raises:
         UnsupportedModelError: the model has no cache of plain keys and values (recurrent and hybrid models).
     """
@@ -147,62 +129,10 @@ def prefill(model: nn.Module, ids: Tensor) -> DynamicCache | None:
         return None
     cache = DynamicCache(config=model.config)
     model.base_model(ids[None].to(model.device), past_key_values=cache, use_cache=True)  # no head
-    update = _carry_prefix if model.is_backend_compatible() else _copy_prefix
     for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer):
-            raise UnsupportedModelError(f"a cache of {type(layer).__name__} is not supported: keys and values only")
-        layer.update = MethodType(update, layer)
+        # by exact type: caches with a state beside the keys and values, which a pass changes, subclass the plain ones
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+            raise UnsupportedModelError(f"a cache of {type(layer).__name__} holds more than keys and values")
+        if layer.keys is not None:  # else the layer has none, or uses another's
+            layer.update = MethodType(_carry_prefix if shared else _copy_prefix, layer)
     return cache
-
-
-def last_token_logits(model: nn.Module, token: Tensor, prefix: DynamicCache | None, rows: int) -> Tensor:
-    """Logits of `rows` copies of the last token, (rows, V) float32."""
-    ids = token.reshape(1, 1).expand(rows, 1).to(model.device)
-    with constant_prefix(model):
-        output = model(ids, past_key_values=prefix, use_cache=prefix is not None)
-    return output.logits[:, -1].float()
-
-
-def perturbed_logits(
-    model: nn.Module,
-    modules: Sequence[nn.Module],
-    token: Tensor,
-    prefix: DynamicCache | None,
-    deltas: Tensor,
-    at: Tensor,
-) -> Tensor:
-    """Logits (rows, V) float32 of the last token with deltas (rows, d) added to what leaves one module each.
-
-    Args:
-        modules: decoder layers, in order.
-        at: (rows,) int64 on the CPU, ascending: the index in `modules` of each row's.
-    Raises:
-        ValueError: `at` is not ascending.
-    """
-    if (at.diff() < 0).any():
-        raise ValueError("the rows' layers must be ascending")
-    counts = torch.bincount(at, minlength=len(modules)).tolist()
-    starts = [sum(counts[:index]) for index in range(len(counts))]
-    # A row is the unperturbed one below its layer, so the batch starts as one row and grows at every layer by the
-    # rows perturbed there. Architectures with an attention of their own need all rows from the start.
-    growing = model.is_backend_compatible()
-
-    def add(index: int) -> Callable[[Tensor], Tensor]:
-        here = deltas[starts[index] : starts[index] + counts[index], None]  # (count, 1, d)
-
-        def add_rows(h: Tensor) -> Tensor:
-            # the sum is float32 or wider: in half precision, only the result is rounded
-            return torch.cat([h, (h[:1] + here.to(h.device)).to(h.dtype)])
-
-        def add_to_own_rows(h: Tensor) -> Tensor:
-            padding = (0, 0, 0, 0, starts[index], len(deltas) - starts[index] - counts[index])
-            return (h + nn.functional.pad(here, padding).to(h.device)).to(h.dtype)
-
-        return add_rows if growing else add_to_own_rows
-
-    hooks = [
-        (module.register_forward_hook, edit_stream(add(index))) for index, module in enumerate(modules) if counts[index]
-    ]
-    with hooked(*hooks):
-        logits = last_token_logits(model, token, prefix, rows=1 if growing else len(deltas))
-    return logits[-len(deltas) :]

@@ -1,11 +1,12 @@
 """Models by name: the embedded small one, a hub id or a local directory; and where their layers are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 import difflib
 from functools import partial
 import hashlib
 from importlib.metadata import version
+from importlib.util import find_spec
 import json
 import logging
 import math
@@ -16,7 +17,8 @@ import sys
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from common.command_line import EMBEDDED, UserError, excerpt, first_line, hub_hint
@@ -126,16 +128,22 @@ def _reason(error: Exception) -> str:
         return "its weights are a pickle that torch refuses as unsafe, not safetensors"
     if isinstance(error, OSError):
         return first_line(error)
+    if "sentencepiece" in str(error) or "tiktoken" in str(error):
+        return "its tokenizer has no tokenizer.json, and to read it takes `pip install sentencepiece protobuf tiktoken`"
     if type(error) in (ValueError, ImportError, RuntimeError):
         return str(error)
     return f"{type(error).__name__}: {error}"  # without its type it says little: KeyError: 'weight_map'
 
 
 def _load(source: str, options: dict, place: torch.device, device: str):
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options["trust_remote_code"])
-    spread = place.type == "cuda" and device == "auto" and _exceeds_gpu(source, options)
+    trust = options["trust_remote_code"]
+    base = base_of(source)
+    with_tokenizer = source if base == source or find_file(source, "tokenizer_config.json") else base
+    tokenizer = AutoTokenizer.from_pretrained(with_tokenizer, trust_remote_code=trust)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
+    spread = place.type == "cuda" and device == "auto" and _exceeds_gpu(base, options)
     # straight to the device: host memory need not hold the weights
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, found = model_class(config).from_pretrained(
         source,
         **options,
         device_map="auto" if spread else {"": place},
@@ -145,11 +153,46 @@ def _load(source: str, options: dict, place: torch.device, device: str):
     _require_all_weights(found["missing_keys"], found["mismatched_keys"])
     if any(p.is_meta for p in model.parameters()):
         raise TooLargeError
-    decoder_layers(model)
     model.eval().requires_grad_(False)
     with torch.no_grad():  # values that no library has checked fail here
         model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     return model, tokenizer
+
+
+def model_class(config) -> type:
+    """The class that loads a model for text: one that also sees images has no other.
+
+    Raises:
+        ValueError: it is no decoder-only language model.
+    """
+    kind = type(config).__name__.removesuffix("Config")
+    if config.is_encoder_decoder and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{kind} is an encoder-decoder, not a decoder-only language model")
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if remote or type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    raise ValueError(f"transformers has no causal language model for {kind}")
+
+
+def find_file(source: str, name: str) -> str | None:
+    """The path of a file of a hub repository or local directory; None also where loading will say what is wrong."""
+    causes = ("missing_entries", "connection_errors", "gated_repo")
+    return cached_file(source, name, **{f"_raise_exceptions_for_{cause}": False for cause in causes})
+
+
+def base_of(source: str) -> str:
+    """The model that an adapter adapts (LoRA and its kin, with the package peft); a whole model is its own.
+
+    Raises:
+        ValueError: it is an adapter, and peft is not there.
+    """
+    if find_file(source, "config.json") or not (adapter := find_file(source, "adapter_config.json")):
+        return source
+    if find_spec("peft") is None:
+        raise ValueError("it is an adapter, which needs another package: `pip install peft`")
+    return json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def _require_all_weights(missing: set[str], mismatched: set[tuple]) -> None:
@@ -166,7 +209,7 @@ def _exceeds_gpu(source: str, options: dict) -> bool:
     trust = options["trust_remote_code"]
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        model = model_class(config).from_config(config, trust_remote_code=trust)
     size = sum(p.numel() for p in model.parameters()) * options["dtype"].itemsize
     free = [WEIGHTS_SHARE * torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
     if size > sum(free):  # before minutes of loading
@@ -234,11 +277,21 @@ def fingerprint(model: nn.Module, tokenizer) -> str:
     config = _without_volatile(json.loads(model.config.to_json_string(use_diff=False)))
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     digest = hashlib.sha256(json.dumps([config, words, tokenizer.chat_template], sort_keys=True).encode())
-    for name, values in model.state_dict().items():
+    for name, values in _plain_tensors(model.state_dict().items()):
         if isinstance(values, torch.Tensor):
             known = None if values.is_meta else _checksum(values)
             digest.update(f"{name} {tuple(values.shape)} {values.dtype} {known}".encode())
     return digest.hexdigest()[:16]
+
+
+def _plain_tensors(named: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
+    """The same, but for tensors that are made of others (quantised ones): those, by the names they have there."""
+    for name, values in named:
+        if hasattr(values, "__tensor_flatten__"):
+            inner, _ = values.__tensor_flatten__()
+            yield from _plain_tensors((f"{name}.{part}", getattr(values, part)) for part in inner)
+        else:
+            yield name, values
 
 
 def _without_volatile(value):
@@ -300,18 +353,21 @@ def longest_prompt(model: nn.Module) -> int | None:
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder layers of a causal LM, by module path, in order: {"model.layers.0": module, ...}.
 
-    They are the module list as long as the configuration says the text model is deep; of several
-    such lists (a vision tower may be as deep) the one with the most parameters.
+    They are the module list as long as the configuration says the text model is deep, in the part of the model that
+    transformers calls its decoder, else anywhere. Of several such lists it is the outermost (a vision tower is further
+    inside), and of several there the one with the most parameters.
 
     Raises:
         UserError: no such list.
     """
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth > 0]
-    if not lists:
-        raise UserError(f"{type(model).__name__} has no list of {depth} decoder layers to hook")
-    name, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return {f"{name}.{index}": layer for index, layer in enumerate(layers)}
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    paths = {module: path for path, module in model.named_modules()}
+    for part in (model.get_decoder(), model):
+        lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == depth and m in paths]
+        if depth and lists:
+            layers = max(lists, key=lambda m: (-paths[m].count("."), sum(p.numel() for p in m.parameters())))
+            return {f"{paths[layers]}.{index}": layer for index, layer in enumerate(layers)}
+    raise UserError(f"{type(model).__name__} has no list of {depth} decoder layers to hook")
 
 
 def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
@@ -320,12 +376,12 @@ def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     Raises:
         UserError: the model has no such module; says which decoder layers it has.
     """
-    layers = decoder_layers(model)
-    if name.isdecimal() and int(name) < len(layers):
-        return list(layers.items())[int(name)]
     modules = {path: module for path, module in model.named_modules() if path}  # "" is the model itself
     if name in modules:
         return name, modules[name]
+    layers = decoder_layers(model)
+    if name.isdecimal() and int(name) < len(layers):
+        return list(layers.items())[int(name)]
     first, *_, last = layers
     near = difflib.get_close_matches(name, modules, 1)
     hint = f"; did you mean {near[0]}?" if near and near[0] not in layers else ""

@@ -6,6 +6,7 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from common.memory import is_out_of_memory
 
@@ -20,12 +21,16 @@ class UnsupportedModelError(ValueError):
 
 @contextmanager
 def hooked(*hooks: tuple[Callable, Callable]) -> Iterator[None]:
-    """Installs hooks, pairs of (module.register_..., hook), and removes every one of them, whatever happens."""
+    """Installs hooks, pairs of (module.register_..., hook), and removes every one of them, whatever happens.
+
+    What `torch.compile` has compiled runs as it was written: compiled code may pass over hooks.
+    """
     handles = []
     try:
         for register, hook in hooks:
             handles.append(register(hook))
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -34,15 +39,74 @@ def hooked(*hooks: tuple[Callable, Callable]) -> Iterator[None]:
 def edit_stream(edit: Callable[[Tensor], Tensor]) -> Callable:
     """A forward hook that replaces the residual stream h leaving a decoder layer by edit(h).
 
-    Decoder layers return h alone or a tuple that begins with it, by architecture and version.
+    Decoder layers return h alone, or a tuple or list that begins with it, by architecture and version.
     """
 
     def hook(module: nn.Module, args: tuple, output):
-        if isinstance(output, tuple):
-            return (edit(output[0]), *output[1:])
-        return edit(output)
+        if not isinstance(output, tuple | list):
+            return edit(output)
+        values = (edit(output[0]), *output[1:])
+        return output._make(values) if hasattr(output, "_make") else type(output)(values)
 
     return hook
+
+
+def add_at_last(h: Tensor, delta: Tensor) -> Tensor:
+    """h (rows, tokens, d) with `delta` (d,) or (rows, 1, d) added at the last token."""
+    if h.shape[1] == 1:
+        return h + delta
+    last = h[:, -1:] + delta
+    return torch.cat([h[:, :-1].to(last), last], dim=1)
+
+
+def at_token(x: Tensor, shape: tuple[int, int], index: Tensor) -> Tensor:
+    """x (prompts, d) at one token of each prompt, of the head's input x (prompts, tokens, d).
+
+    Raises:
+        UnsupportedModelError: it is of another shape.
+    """
+    if x.ndim != 3 or x.shape[:2] != shape:
+        raise UnsupportedModelError(f"its output head is not given (prompts, tokens, d), but {tuple(x.shape)}")
+    return x[torch.arange(len(x)), index]
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside whatever is around it: an adapter, `torch.compile`, data parallelism.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise UnsupportedModelError(f"{type(model).__name__} is no model of transformers")
+
+
+@contextmanager
+def attention(model: PreTrainedModel, kind: str) -> Iterator[None]:
+    """Runs the model's attention as `kind`, where it has that choice, then gives the model its own back."""
+    if not model.is_backend_compatible() or model.config._attn_implementation == kind:
+        yield
+        return
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    own = [config._attn_implementation for config in configs]
+    model.set_attn_implementation(kind)
+    try:
+        yield
+    finally:
+        for config, its_own in zip(configs, own, strict=True):
+            config._attn_implementation_internal = its_own  # of this configuration alone, not of those inside
+
+
+@contextmanager
+def differentiated_twice() -> Iterator[None]:
+    """Raises UnsupportedModelError where torch has no derivative of a backward pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "derivative for" in str(error) and "not implemented" in str(error):
+            raise UnsupportedModelError("torch cannot differentiate its backward pass, as this needs") from error
+        raise
 
 
 def use_attention(model: nn.Module, kind: str) -> None:
@@ -85,7 +149,7 @@ def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
     require_known_tokens(model, ids)
 
     def pick_last(module: nn.Module, args: tuple) -> tuple:
-        return (args[0][torch.arange(len(ids)), lengths - 1][:, None], *args[1:])
+        return (at_token(args[0], ids.shape, lengths - 1)[:, None], *args[1:])
 
     with hooked((model.get_output_embeddings().register_forward_pre_hook, pick_last)):
         return model(ids.to(model.device), use_cache=False).logits[:, 0]
@@ -116,6 +180,45 @@ def batched_gradients(
     # `func.vmap` cannot follow a graph across devices. The older batching that the engine brings along can; it has
     # rules for fewer operations, and loops over the rows of the others.
     return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, is_grads_batched=True)
+
+
+def require_causal(model: nn.Module, ids: Tensor, lengths: Tensor) -> None:
+    """Runs prompts, ids (prompts, tokens) padded on the right, with two kinds of padding.
+
+    Nothing that a causal model computes for a token depends on what comes after it: the logits have to be the same
+    to the last bit, in every dtype. Only where other tokens change the order of the same sums (a mixture of experts,
+    which sorts the tokens of a batch by expert) they may differ by rounding, if their gradient at the padding is zero.
+
+    Raises:
+        UnsupportedModelError: they are not.
+    """
+    padding = torch.arange(ids.shape[1]) >= lengths[:, None]
+    tokens = model.get_output_embeddings().weight.shape[0]
+    other = torch.where(padding, (ids + 1) % tokens, ids)
+    first, second = (last_logits(model, some, lengths).nan_to_num() for some in (ids, other))
+    if torch.equal(first, second):
+        return
+    log_p, log_q = (logits.cpu().double().log_softmax(-1) for logits in (first, second))
+    differ = float((log_p.exp() * (log_p - log_q)).sum(-1).max())
+    if not differ <= ROUNDING_NATS[model.dtype] or _gradient_at_tokens(model, ids, lengths).cpu()[padding].any():
+        raise UnsupportedModelError("its predictions change with the padding of a batch: it is not causal")
+
+
+def _gradient_at_tokens(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
+    """The gradient (prompts, tokens, d) of a random sum of the last tokens' logits at the tokens' embeddings."""
+    embedded = []
+
+    def start(h: Tensor) -> Tensor:
+        embedded.append(h.detach().requires_grad_())
+        return embedded[0]
+
+    hook = (model.get_input_embeddings().register_forward_hook, edit_stream(start))
+    with torch.enable_grad(), hooked(hook):
+        logits = last_logits.__wrapped__(model, ids, lengths)
+        if not logits.requires_grad:
+            raise UnsupportedModelError("it lets no gradient through (is it quantised?)")
+        noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+        return torch.autograd.grad((logits * noise).sum(), embedded[0])[0]
 
 
 class Chunks:

@@ -87,7 +87,6 @@ DAMAGES = {
     "garbage as weights": (put(WEIGHTS, b"\xff" * 5000), "SafetensorError"),
     "unsafe weights": (pickled, "pickle that torch refuses as unsafe"),
     "an empty index of weights": (unknown_index, "weight_map"),
-    "no layers": (configure(num_hidden_layers=0), "no list of 0 decoder layers"),
     "layers in words": (configure(num_hidden_layers="three"), "num_hidden_layers"),
     "a list as width": (configure(hidden_size=[32]), "hidden_size"),
     "an unknown activation": (configure(hidden_act="nope"), "KeyError: 'nope'"),
@@ -128,8 +127,16 @@ def test_a_damaged_model_is_one_line_and_exit_code_2(name, chat_directory, datas
     )
     assert script(model, tmp_path / "out") == 2
     said = capsys.readouterr().err
-    assert_one_line(said, reason, f"cannot load model '{model}'" if name != "no layers" else "")
+    assert_one_line(said, reason, f"cannot load model '{model}'")
     assert reason in str(caught.value) and not logged
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_layers_is_refused(chat_directory, dataset, tmp_path, capsys):
+    configure(num_hidden_layers=0)(model := shutil.copytree(chat_directory, tmp_path / "model"))
+    assert scripts.core_experiment(model, tmp_path / "out") == 2
+    assert scripts.compute_fisher(model, dataset, tmp_path / "out") == 2
+    assert capsys.readouterr().err.count("error: LlamaForCausalLM has no list of 0 decoder layers") == 2
     assert not (tmp_path / "out").exists()
 
 
@@ -308,9 +315,9 @@ def test_a_vocabulary_of_three_tokens_works(few_tokens, dataset, tmp_path):
 def test_more_eigenvectors_than_the_matrix_has_is_said(model_directory, tmp_path, capsys, without_pictures):
     words = ["--num-sentences", "1", "--scales", "0", "1", "--layers", "1", "--num-eigenvectors", "50"]
     for k, most in (("6", 6), ("100", 32), ("all", 32)):
-        assert scripts.core_experiment(model_directory, tmp_path, *words, "--max-vocab-subset", k) == 0
+        assert scripts.core_experiment(model_directory, tmp_path / k, *words, "--max-vocab-subset", k) == 0
         assert "note: --num-eigenvectors 50 is more than a matrix of" in capsys.readouterr().out
-        results, arrays = scripts.experiment_results(tmp_path)
+        results, arrays = scripts.experiment_results(tmp_path / k)
         assert arrays["leading_eigenvectors"].shape[2] == most == results["experiment_config"]["num_eigenvectors"]
 
 

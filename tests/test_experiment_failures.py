@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from conftest import make_model_directory
 import core_experiment
 from experiment import sentences
 import fisher
-from model import loading
+from model import loading, reading
 import scripts
 from scripts import EXPERIMENT_FILES, experiment_results, experiment_words
 
@@ -62,15 +63,27 @@ def test_require_predicted_with_none_left_is_an_error(model_directory, tmp_path,
     )
 
 
-def test_an_architecture_whose_cache_misleads_is_refused(model_directory, tmp_path, capsys, monkeypatch):
-    prefill = fisher.prefill
-    monkeypatch.setattr(fisher, "prefill", lambda model, ids: prefill(model, ids.flip(0)))
+def test_a_cache_that_misleads_gives_way_to_whole_prompts(model_directory, tmp_path, capsys, monkeypatch):
+    assert scripts.core_experiment(model_directory, tmp_path / "cached") == 0
+    prefill = reading.prefill
+    monkeypatch.setattr(reading, "prefill", lambda model, ids, shared: prefill(model, ids.flip(0), shared))
+    assert "whole prompt" not in capsys.readouterr().out
+    assert scripts.core_experiment(model_directory, tmp_path / "whole") == 0
+    said = capsys.readouterr().out
+    assert "note: LlamaForCausalLM remembers more than keys and values, so every pass runs the whole prompt" in said
+    cached, whole = (experiment_results(tmp_path / name)[1] for name in ("cached", "whole"))
+    assert np.allclose(cached["eigenvalues"], whole["eigenvalues"], rtol=1e-4)
+
+
+def test_a_model_that_fisher_does_not_predict_is_refused(model_directory, dataset, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise fisher.UnsupportedModelError("a small perturbation changes its prediction 3 times as much")
+
+    monkeypatch.setattr(fisher, "check_prediction", refuse)
     assert scripts.core_experiment(model_directory, tmp_path / "out") == 2
+    assert scripts.compute_fisher(model_directory, dataset, tmp_path / "out") == 2
     said = capsys.readouterr().err
-    assert (
-        "not supported: the cached and plain predictions of LlamaForCausalLM differ by" in said
-        and said.count("\n") == 1
-    )
+    assert said.count("a small perturbation changes its prediction") == said.count("\n") == 2
     assert not (tmp_path / "out").exists()
 
 
@@ -199,9 +212,9 @@ def test_a_smaller_batch_after_running_out_of_memory_is_noted(model_directory, t
 
     monkeypatch.setattr(torch.func, "vmap", room_for_ten)
     assert scripts.core_experiment(model_directory, tmp_path, "--num-sentences", "2") == 0
-    assert "note: out of memory: going on with batches of 7" in capsys.readouterr().err
+    assert "note: out of memory: going on with batches of 10" in capsys.readouterr().err
     assert len(experiment_results(tmp_path)[0]["sentences"]) == 2
-    assert failed == [30, 15]  # the second sentence knows
+    assert failed == [20]  # the first check of the model: all that follows knows
 
 
 # --- interruptions -------------------------------------------------------------------------------

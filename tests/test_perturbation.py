@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from experiment import perturbation
-from experiment.perturbation import check_cached_path, control_directions, step_lengths, sweep
+from experiment.perturbation import control_directions, step_lengths, sweep
 import fisher
 from test_fisher import assert_close, directions, point_of
 import tiny
@@ -64,25 +63,3 @@ def test_controls_are_unit_directions_that_seed_sentence_layer_and_number_alone_
     others = [control_directions(activations, None, [0, 5, 7], 1, key)["random_0"] for key in ((11, 5), (12, 4))]
     drawn = torch.stack([*found["random_0"], *found["random_1"], *others[0], *others[1]])
     assert (drawn @ drawn.T - torch.eye(12)).abs().max() < 0.8  # all different
-
-
-@pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_the_cached_path_agrees_with_a_plain_forward_pass(name):
-    ids, point = point_of(name)
-    check_cached_path(point, ids.tolist())
-
-
-def test_a_cache_that_misleads_is_found():
-    ids, point = point_of("llama")
-    with pytest.raises(
-        fisher.UnsupportedModelError, match=r"the cached and plain predictions of \w+ differ by .* nats"
-    ):
-        check_cached_path(point, ids.flip(0).tolist())
-
-
-def test_perturbations_of_length_zero_that_change_the_prediction_are_found(monkeypatch):
-    ids, point = point_of("llama")
-    perturb = perturbation.fisher.perturb
-    monkeypatch.setattr(perturbation.fisher, "perturb", lambda p, deltas, at: perturb(p, deltas + 0.1, at))
-    with pytest.raises(fisher.UnsupportedModelError, match=r"differ by .* nats"):
-        check_cached_path(point, ids.tolist())

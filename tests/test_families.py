@@ -1,0 +1,162 @@
+"""Model families beyond those of tiny.py: each is read in a way that is right, or refused in a line."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from common.command_line import UserError
+import families
+import fisher
+from model import loading, reading
+from model.passes import edit_stream, require_causal
+from model.reading import Way, choose_way, prepare
+import tiny
+
+WAYS = {
+    "gemma4_text": Way.SHARED,
+    "got_ocr2": Way.SHARED,  # with a vision tower as deep as the decoder
+    "phimoe": Way.SHARED,  # experts, whose sums change their order with the batch
+    "deepseek_v3": Way.COPIED,  # latent attention
+    "gpt_bigcode": Way.COPIED,
+    "xmod": Way.COPIED,
+    "mamba": Way.WHOLE,
+    "rwkv": Way.WHOLE,
+    "jamba": Way.WHOLE,
+    "qwen3_next": Way.WHOLE,
+    "zaya": Way.WHOLE,  # its layers' cache is a subclass of the plain one
+    "lfm2_moe": Way.WHOLE,
+}
+
+
+@pytest.mark.parametrize("model_type", WAYS)
+def test_a_family_is_read_in_a_way_that_is_right(model_type):
+    verdict = families.examine(model_type)
+    assert verdict.way == WAYS[model_type].value
+    assert verdict.experiment < families.RIGHT and verdict.pipeline < families.RIGHT
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "xlnet", "reformer"])
+def test_a_family_that_does_not_fit_is_refused_in_a_line(model_type):
+    verdict = families.examine(model_type)
+    for said in verdict[1:]:
+        assert isinstance(said, str) and "\n" not in said
+
+
+def test_all_three_ways_agree_where_all_are_possible():
+    model, ids = tiny.shared("llama"), tiny.prompt()
+    layers, deltas, at = tiny.layers_of(model), torch.randn(3, tiny.D), torch.tensor([0, 1, 2])
+    found = [prepare(model, ids, way).perturbed_logits(layers, deltas, at) for way in Way]
+    assert torch.allclose(found[0], found[1], atol=1e-4) and torch.allclose(found[0], found[2], atol=1e-4)
+    assert choose_way(model, ids) is Way.SHARED
+
+
+def test_a_linearization_by_whole_prompts_is_that_of_a_batch():
+    model, ids = families.build("jamba"), tiny.prompt()
+    point = fisher.linearize(model, ids, [1])
+    module = list(loading.decoder_layers(model).values())[1]
+    batch = fisher.linearize_prompts(model, module, ids[None], torch.tensor([len(ids)]), last_only=True)
+    ours, theirs = fisher.top_k(point, 20).matrix[0], fisher.top_k(batch, 20).matrix[0, 0]
+    assert point.reading.way is Way.WHOLE
+    assert (ours - theirs).abs().max() <= 3e-5 * theirs.abs().max()
+
+
+def test_a_second_linearization_equals_the_first():
+    """A state that a pass had changed would show."""
+    model, ids = families.build("zaya"), tiny.prompt()
+    first, second = (fisher.linearize(model, ids).log_probs for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_longer_prompt_is_tried_anew(monkeypatch):
+    model = tiny.build("llama")
+    tried = []
+    monkeypatch.setattr(reading, "_difference", lambda model, ids, *_: tried.append(len(ids)) or 0.0)
+    for length in (5, 3, 5, 9, 8):
+        fisher.linearize(model, tiny.prompt(length))
+    assert tried == [5, 9]
+
+
+def test_a_cache_that_misleads_is_not_used(monkeypatch):
+    model, ids = tiny.build("llama"), tiny.prompt()
+    prefill = reading.prefill
+    monkeypatch.setattr(reading, "prefill", lambda model, ids, shared: prefill(model, ids.flip(0), shared))
+    point = fisher.linearize(model, ids)
+    assert point.reading.way is Way.WHOLE
+    assert torch.allclose(point.log_probs.double(), tiny.reference_log_probs("llama", ids), atol=1e-4)
+
+
+def test_a_model_that_sees_what_comes_after_a_token_is_not_causal():
+    model = families.build("xlnet")
+    with pytest.raises(fisher.UnsupportedModelError, match="it is not causal"):
+        require_causal(model, tiny.prompt()[None], torch.tensor([6]))
+
+
+# --- F against a small perturbation ---------------------------------------------------------------
+
+
+class Rounded(nn.Module):
+    """A module fed integers, as quantised activations are: their gradient is not the derivative of what it does."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module((x * 64).round() / 64)
+
+
+def check(point: fisher.Point) -> bool:
+    return fisher.check_prediction(point, lambda deltas: fisher.perturb(point, deltas, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bloom", "gpt-oss"])
+def test_a_small_perturbation_does_what_fisher_says(name, dtype):
+    told = check(fisher.linearize(tiny.shared(name, dtype), tiny.prompt()))
+    assert told or (name, dtype) == ("gemma2", torch.bfloat16)  # capped logits, whose changes its rounding drowns
+
+
+def test_rounded_activations_are_found():
+    model = tiny.build("llama")
+    for layer in tiny.layers_of(model):
+        layer.mlp = Rounded(layer.mlp)
+        layer.self_attn.v_proj = Rounded(layer.self_attn.v_proj)
+    with pytest.raises(fisher.UnsupportedModelError, match="times as much as its gradients say"):
+        check(fisher.linearize(model, tiny.prompt()))
+
+
+def test_a_certain_prediction_is_not_held_against_a_model():
+    model = tiny.build("llama")
+    model.lm_head.weight *= 1e4
+    assert check(fisher.linearize(model, tiny.prompt())) is False
+
+
+# --- finding things -------------------------------------------------------------------------------
+
+
+def test_a_vision_tower_as_deep_as_the_decoder_is_not_taken_for_it():
+    for model_type in ("llava", "git", "phi4_multimodal"):
+        assert "vision" not in next(iter(loading.decoder_layers(families.build(model_type))))
+
+
+def test_a_module_of_a_model_without_a_list_of_layers_is_found_by_its_path():
+    model = tiny.build("llama")
+    model.config.num_hidden_layers = 7
+    assert loading.find_module(model, "model.layers.1") == ("model.layers.1", model.model.layers[1])
+    with pytest.raises(UserError, match="no list of 7 decoder layers"):
+        loading.find_module(model, "1")
+
+
+class Output(NamedTuple):
+    h: torch.Tensor
+    rest: str
+
+
+@pytest.mark.parametrize("kind", [lambda *v: v, lambda *v: list(v), Output], ids=["tuple", "list", "named tuple"])
+def test_what_a_layer_returns_keeps_its_kind(kind):
+    output = kind(torch.ones(1, 2, 3), "rest")
+    edited = edit_stream(lambda h: h + 1)(nn.Identity(), (), output)
+    assert type(edited) is type(output) and edited[1] == "rest"
+    assert torch.equal(edited[0], torch.full((1, 2, 3), 2.0))
