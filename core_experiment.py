@@ -159,7 +159,8 @@ def leave_out(model: torch.nn.Module, results: Results, context: Context, error:
     """
     layer = getattr(error, "layer", None)
     where = "" if layer is None else f" at layer {results.layers[layer]}"
-    reason = f"{first_line(error)}{where} of sentence {context.sentence!r}{dtype_advice(model)}"
+    sentence = excerpt(context.sentence, 60)
+    reason = f"{first_line(error)}{where} of sentence {sentence!r}{dtype_advice(model)}"
     results.failed.append({"sentence": context.sentence, "reason": reason})
     failed, tried = len(results.failed), len(results.failed) + len(results)
     if too_many(failed, tried):
@@ -192,13 +193,13 @@ def linearize_each(
 
 
 def with_other_activations(
-    settings: Settings, points: Iterator[tuple[Context, fisher.Point]], results: Results
+    points: Iterator[tuple[Context, fisher.Point]], results: Results
 ) -> Iterator[tuple[Context, fisher.Point, torch.Tensor | None]]:
     """Each sentence's, with the activations (layers, d) of another: the one finished last, or else the next one."""
     point = next(points, None)
     while point is not None:
         other, following = results.last_activations, None
-        if other is None and settings.num_sentences > 1:
+        if other is None and results.config["num_sentences"] > 1:
             following = next(points, None)
             other = following and following[1].activations
         yield *point, other
@@ -285,7 +286,7 @@ def perturb_all(
     points = linearize_each(settings, model, contexts, results, clock)
     total = min(settings.num_sentences, len(contexts))
     with tqdm(total=total, initial=len(results), desc="perturbing", unit="sentence", disable=None) as bar:
-        for context, point, other in with_other_activations(settings, points, results):
+        for context, point, other in with_other_activations(points, results):
             key = (settings.seed, len(results))
             controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
             try:

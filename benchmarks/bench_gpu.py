@@ -17,7 +17,7 @@ Results go to benchmarks/results/bench_gpu.json (--output).
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import json
 from pathlib import Path
 import time
@@ -77,16 +77,14 @@ def protocol(settings: core_experiment.Settings, subject: Subject, count: int) -
     batches = core_experiment.Batches(settings.batch_size)
 
     def run(contexts: list[Context], clock: core_experiment.Clock) -> None:
-        def linearized() -> Iterator[tuple[Context, fisher.Point]]:
-            for context in contexts:
-                with clock("prefix"):
-                    point = subject.linearize(context)
-                yield context, point
-
-        for index, (context, point, other) in enumerate(core_experiment.with_other_activations(linearized())):
+        other = None
+        for index, context in enumerate(contexts):
+            with clock("prefix"):
+                point = subject.linearize(context)
             key = (settings.seed, index)
             controls = control_directions(point.activations, other, subject.layers, settings.num_controls, key)
             core_experiment.perturb(settings, context, point, controls, batches, clock)
+            other = point.activations
 
     devices = devices_of(subject.lm)
     clock = core_experiment.Clock(devices)

@@ -148,6 +148,7 @@ def test_the_trust_panel_draws_when_rounding_hides_the_radii(known, results, tmp
     for entries in results["fisher"]:
         for layer in known:
             entries[layer]["trust_radius"] = {"step": 2.0, "nats": 0.5, "norms": 0.01, "steps": [2.0, 3.0]}
+    del results["checksum"]
     (tmp_path / "experiment_results.json").write_text(json.dumps(results))
     figures.draw(tmp_path)
     assert_is_a_picture(tmp_path / "perturbation_analysis.png", 3000, 1290)
@@ -170,6 +171,7 @@ def test_labels_hold_nothing_that_matplotlib_or_a_terminal_takes_for_an_instruct
         context["prompt"] = context["target_token"] = "$\\alpha \x1b[31m$"
     axes = panel(figures.perturbation_figure(results), "S")
     assert axes.get_title().endswith(r"“\$\\alpha \x1b[31m\$”".replace("\\\\", "\\"))
+    del results["checksum"]
     (tmp_path / "experiment_results.json").write_text(json.dumps(results))
     figures.draw(tmp_path)
     assert drawing.label("a$b\x07") == r"a\$b\x07"
