@@ -8,6 +8,8 @@ import subprocess
 from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries below are imported: no test asks the hub
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads of theirs would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, trainers
