@@ -42,19 +42,16 @@ if __name__ == "__main__":  # before the slow ones: --help need not wait for tor
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 import time
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.command_line import first_line
 from common.failures import SOME_FAILED, too_many
 from common.lock import lock_directory
-import fisher
 from model.loading import (
     describe,
     dtype_advice,
@@ -65,191 +62,16 @@ from model.loading import (
     rotation_change,
     vocabulary_size,
 )
-from model.passes import (
-    add_at_last,
-    differentiated_twice,
-    edit_stream,
-    hooked,
-    last_logits,
-    require_causal,
-    stream_width,
-    use_attention,
-)
+from model.passes import use_attention
 from pipeline import figures, processes, report
-from pipeline.block_lanczos import leading_eigenpairs
+from pipeline.batches import Subject, attention_for, check_padding, explain_failures, measure, try_first
 from pipeline.processes import Processes
-from pipeline.prompts import Encoded, Prompt, Prompts, check_template, encode, plan_batches
+from pipeline.prompts import Encoded, Prompt, Prompts, encode, plan_batches
 from pipeline.run_directory import FILES, RunDirectory
 from pipeline.store import PROMPTS, Result, Store
 
 SHARD_BATCHES = 16  # a shard is so many batches' prompts: sorted by length, they need little padding
-# Rows (tokens times cotangents) of one backward pass: more of them no longer make better use of the machine.
-BACKWARD_ROWS = 4096
-# Above this length attention runs in a fused kernel, which keeps no tokens x tokens matrix for the backward
-# pass. Below it plain attention is as fast, and many cotangents can share one backward pass.
-PLAIN_ATTENTION = 256
-# With the whole vocabulary attention stays plain, and keeps about this many such matrices a head and layer.
-MATRICES_KEPT = 6
-ATTENTION_BYTES = 4 << 30
 MAX_WAITING = 2  # batches that may wait to be written
-
-
-# --- one batch -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model under study, and the module that its residual stream is hooked at."""
-
-    model: torch.nn.Module
-    tokenizer: object
-    path: str  # of the module
-    module: torch.nn.Module
-
-
-def pad(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (prompts, tokens), each row filled up with its own last token, and lengths (prompts,)."""
-    longest = max(len(encoded.ids) for encoded in batch)
-    rows = [encoded.ids + encoded.ids[-1:] * (longest - len(encoded.ids)) for encoded in batch]
-    return torch.tensor(rows), torch.tensor([len(encoded.ids) for encoded in batch])
-
-
-@contextmanager
-def explain_failures(subject: Subject, batch: list[Encoded]) -> Iterator[None]:
-    """Turns failures of a whole batch into a line."""
-    try:
-        yield
-    except (fisher.NumericalError, torch.linalg.LinAlgError) as error:
-        first, last = batch[0].prompt.index, batch[-1].prompt.index
-        where = f"in the batch of prompts {first} to {last}"
-        raise UserError(f"{first_line(error)} {where}{dtype_advice(subject.model)}") from error
-    except fisher.UnsupportedModelError as error:
-        raise UserError(f"no Fisher matrix at {subject.path}: {error}") from error
-
-
-def attention_for(settings: Settings, batch: list[Encoded]) -> tuple[str, int]:
-    """The kind of attention a batch runs with, and how many cotangents to pull back at once."""
-    longest = max(len(encoded.ids) for encoded in batch)
-    rows = max(1, BACKWARD_ROWS // (len(batch) * longest))
-    if settings.top_k_tokens == "all":  # the block iteration differentiates the backward pass: no fused attention
-        return "eager", rows
-    return ("eager", rows) if longest <= PLAIN_ATTENTION and rows > 1 else ("sdpa", 1)
-
-
-def linearize(settings: Settings, subject: Subject, batch: list[Encoded]) -> tuple[fisher.Point, int]:
-    """The batch's prompts at their last tokens, and how many cotangents to pull back at once."""
-    kind, rows = attention_for(settings, batch)
-    use_attention(subject.model, kind)
-    last_only = settings.bias_positions == "last"
-    return fisher.linearize_prompts(subject.model, subject.module, *pad(batch), last_only), rows
-
-
-def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) -> int:
-    """The whole batch, or as many prompts as leave plain attention room for its tokens x tokens matrices."""
-    if settings.top_k_tokens != "all":
-        return len(batch)
-    config = subject.model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", None) or 1
-    longest = max(len(encoded.ids) for encoded in batch)
-    each = MATRICES_KEPT * config.num_hidden_layers * heads * longest**2 * subject.model.dtype.itemsize
-    return max(1, min(len(batch), ATTENTION_BYTES // each))
-
-
-def triplets(settings: Settings, point: fisher.Point, chunks: fisher.Chunks) -> tuple[fisher.Eigenpairs, dict]:
-    """The leading eigenpairs of each prompt's F, and columns (prompts,) that say what they leave out."""
-    r = settings.num_singular_values
-    if settings.top_k_tokens == "all":
-        with differentiated_twice():
-            found = leading_eigenpairs(point, r, chunks=chunks)
-        eigen, mass = found.eigen, torch.ones_like(found.trace_error[0])
-        errors = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
-    else:
-        top = fisher.top_k(point, settings.top_k_tokens, chunks)
-        eigen, mass, errors = top.eigenpairs(r, allow_zero=True), top.mass, {}
-    eigen = fisher.Eigenpairs(*(part[0] for part in eigen))  # of the one module
-    return eigen, {"captured_mass": mass, **errors, "trace": eigen.trace, "effective_rank": eigen.effective_rank}
-
-
-def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Result]:
-    """The results of a batch's prompts. Out of memory, it goes on with half of the batch at a time.
-
-    A prompt that leads to NaN, infinity or no convergence is taken out of the batch and recorded as failed.
-
-    Raises:
-        UserError: the module does not lead to the predictions, or an eigensolver failed.
-    """
-    start = time.perf_counter()
-
-    def measure_some(which: torch.Tensor) -> list[Result]:
-        prompts = [batch[i] for i in which.tolist()]
-        try:
-            point, rows = linearize(settings, subject, prompts)
-            eigen, columns = triplets(settings, point, fisher.Chunks(rows))
-        except fisher.NumericalError as error:
-            if error.prompt is None:
-                raise
-            others = which[torch.arange(len(which)) != error.prompt]
-            results = measure_some(others) if len(others) else []
-            results.insert(error.prompt, without_matrix(settings, subject, prompts[error.prompt], str(error)))
-            return results
-        top_probability, top_id = (column.tolist() for column in point.log_probs.exp().max(-1))
-        values, vectors = (part.cpu().numpy() for part in eigen[:2])
-        columns = {name: column.tolist() for name, column in columns.items()}
-        return [
-            Result(
-                record={
-                    **describe_prompt(encoded),
-                    "top_token": subject.tokenizer.decode([top_id[i]]),
-                    "top_probability": top_probability[i],
-                    **{name: column[i] for name, column in columns.items()},
-                    "singular_values": values[i].tolist(),
-                },
-                values=values[i],
-                vectors=vectors[i],
-            )
-            for i, encoded in enumerate(prompts)
-        ]
-
-    with explain_failures(subject, batch):
-        parts = fisher.Chunks(prompts_at_once(settings, subject, batch)).map(measure_some, torch.arange(len(batch)))
-    results = list(chain.from_iterable(parts))
-    seconds = (time.perf_counter() - start) / len(batch)
-    for result in results:
-        result.record["seconds"] = seconds
-    return results
-
-
-def describe_prompt(encoded: Encoded) -> dict:
-    return {
-        "index": encoded.prompt.index,
-        "row": encoded.prompt.row,
-        "prompt": encoded.prompt.text,
-        "tokens": len(encoded.ids),
-        "truncated": encoded.truncated,
-    }
-
-
-def without_matrix(settings: Settings, subject: Subject, encoded: Encoded, reason: str) -> Result:
-    """The result of a prompt that failed: why, and zeros."""
-    r, width = settings.num_singular_values, stream_width(subject.model, subject.module)
-    zeros = dict.fromkeys(("top_probability", "captured_mass", "trace", "effective_rank"), 0.0)
-    record = {**describe_prompt(encoded), "failed": reason, "top_token": "", **zeros, "singular_values": [0.0] * r}
-    return Result(record, np.zeros(r, np.float32), np.zeros((r, width), np.float32))
-
-
-def check_padding(subject: Subject, batch: list[Encoded]) -> None:
-    """Runs the shortest and the longest prompt of a batch, without their last tokens, with two kinds of padding.
-
-    Raises:
-        UserError: the logits differ, so that this model's results would depend on what else is in the batch.
-    """
-    by_length = sorted(batch, key=lambda encoded: len(encoded.ids))
-    ids, lengths = pad([by_length[0], by_length[-1]])
-    ids = ids if ids.shape[1] > 1 else ids.expand(-1, 2)
-    try:
-        require_causal(subject.model, ids, (lengths - 1).clamp(min=1))
-    except fisher.UnsupportedModelError as error:
-        raise UserError(f"{type(subject.model).__name__} is not supported: {error}") from error
 
 
 # --- the dataset, shard by shard -----------------------------------------------------------------
@@ -383,33 +205,6 @@ def load_subject(settings: Settings, process: Processes) -> Subject:
     device = own_device(settings.device, process)
     model, tokenizer = load(settings.model_path, settings.dtype, device, settings.trust_remote_code)
     return Subject(model, tokenizer, *find_module(model, settings.hook_layer_name))
-
-
-def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int) -> None:
-    """Takes the first prompt to its last token, so that what is wrong for all prompts is found before anything else.
-
-    Raises:
-        UserError: the template leaves no room or leaves out the text, the module does not lead to the predictions, or
-            F does not predict them.
-    """
-    check_template(subject.tokenizer)
-    batch = [encode(subject.tokenizer, first, longest)]
-
-    def moved(deltas: torch.Tensor) -> torch.Tensor:
-        def add(h: torch.Tensor) -> torch.Tensor:
-            here = deltas[:, None].to(h)
-            return add_at_last(h, here) if settings.bias_positions == "last" else h + here
-
-        with hooked((subject.module.register_forward_hook, edit_stream(add))):
-            return last_logits(subject.model, *pad(batch * len(deltas)))
-
-    try:
-        point, rows = linearize(settings, subject, batch)
-        fisher.check_prediction(point, moved, fisher.Chunks(rows))
-    except fisher.NumericalError:
-        return  # it will be recorded as failed
-    except fisher.UnsupportedModelError as error:
-        raise UserError(f"no Fisher matrix at {subject.path}: {error}") from error
 
 
 def clamp_to_model(settings: Settings, subject: Subject, tell: Callable[[str], None]) -> Settings:

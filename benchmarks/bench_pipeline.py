@@ -32,6 +32,7 @@ from common.files import write_json
 import compute_fisher
 from model.loading import decoder_layers
 from model.passes import use_attention
+from pipeline.batches import pad
 from pipeline.prompts import Encoded, Prompts, encode, plan_batches
 from pipeline.settings import Settings
 from pipeline.store import Result, write_results
@@ -51,7 +52,7 @@ def plain(lm, module, ids: list[int], k: int, r: int) -> tuple[torch.Tensor, tor
 
 def shared(lm, module, batch: list[Encoded], k: int) -> None:
     """The same over a padded batch, with one bias for all of its prompts."""
-    ids, lengths = compute_fisher.pad(batch)
+    ids, lengths = pad(batch)
     bias = torch.zeros(lm.config.hidden_size, requires_grad=True)
     handle = module.register_forward_hook(lambda module, args, h: h + bias)
     hidden = lm.model(ids, use_cache=False).last_hidden_state[torch.arange(len(ids)), lengths - 1]
@@ -74,7 +75,7 @@ def forward_passes(lm, batches: list[list[Encoded]]) -> None:
     use_attention(lm, "sdpa")
     with torch.no_grad():
         for batch in batches:
-            lm(compute_fisher.pad(batch)[0], use_cache=False, logits_to_keep=1)
+            lm(pad(batch)[0], use_cache=False, logits_to_keep=1)
 
 
 def bench(name: str, lm, tokenizer, layer: int, encoded: list[Encoded], settings: Settings) -> dict:

@@ -10,9 +10,8 @@ import pytest
 import torch
 import yaml
 
-import compute_fisher
 from model import loading
-from pipeline import load_fisher_matrices, store
+from pipeline import batches, load_fisher_matrices, store
 import scripts
 from scripts import PIPELINE_FILES, ROOT, arrays, records
 import tiny
@@ -168,12 +167,10 @@ def test_long_prompts_go_one_by_one_where_attention_keeps_its_matrices(chat_dire
     """The results are those of whole batches."""
     options = {"top_k_tokens": "all", "num_prompts": 4}
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "together", **options) == 0
-    monkeypatch.setattr(compute_fisher, "ATTENTION_BYTES", 1)
+    monkeypatch.setattr(batches, "ATTENTION_BYTES", 1)
     parts = []
-    linearize = compute_fisher.linearize
-    monkeypatch.setattr(
-        compute_fisher, "linearize", lambda s, m, batch: parts.append(len(batch)) or linearize(s, m, batch)
-    )
+    linearize = batches.linearize
+    monkeypatch.setattr(batches, "linearize", lambda s, m, batch: parts.append(len(batch)) or linearize(s, m, batch))
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "apart", **options) == 0
     assert parts == [1, 1, 1, 1, 1]  # the first is the trial of the first prompt
     together, apart = (load_fisher_matrices(tmp_path / name) for name in ("together", "apart"))
