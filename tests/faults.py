@@ -7,6 +7,7 @@ from collections import Counter
 import json
 import os
 from pathlib import Path
+import re
 import sys
 import tempfile
 
@@ -20,8 +21,8 @@ if __name__ == "__main__":
         seen = Counter()
         for line in log.read_text().splitlines():
             record = json.loads(line)
-            words = record["seen"].replace(str(folder), "…")
-            seen[record["script"], record["fault"], " ".join(words.split()[:6])] += 1
+            words = re.sub(r"(?<=process )\d+.*|(?<=_)\d+", "…", record["seen"])  # of processes and files
+            seen[record["script"], record["fault"], " ".join(words.split()[:7])] += 1
     for (script, fault, words), count in sorted(seen.items()):
         print(f"{count:4} {script:16} {fault:22} {words}")
     print(f"{sum(seen.values())} faults")

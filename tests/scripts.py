@@ -1,6 +1,7 @@
 """Both command lines on tiny models, and what they wrote."""
 
 from collections.abc import Callable
+from contextlib import suppress
 import importlib
 import json
 import multiprocessing
@@ -117,7 +118,9 @@ class Running(NamedTuple):
         assert condition() and self.process.is_alive()
 
     def send(self, number: signal.Signals) -> None:
-        os.kill(self.process.pid, number)
+        """To the process, if it has not ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
 
     def end(self) -> tuple[int, str]:
         """Its exit code (minus a signal's number), and what it wrote to stderr."""
