@@ -36,10 +36,13 @@ class Story:
     def start(self, meanwhile: Callable[[], None], name: str = "out") -> scripts.Running:
         return scripts.start(self.script, self.words, self.output.with_name(name), meanwhile)
 
-    def wait(self, running: scripts.Running) -> None:
-        """Until some moment of the run's work."""
+    def wait_for_work(self, running: scripts.Running) -> None:
         while running.process.is_alive() and not (self.output / LOCK).exists():
             time.sleep(0.01)
+
+    def wait(self, running: scripts.Running) -> None:
+        """Until some moment of the run's work."""
+        self.wait_for_work(running)
         time.sleep(self.random.uniform(0, LONGEST[self.script]))
 
     def a_file(self) -> Path | None:
@@ -76,7 +79,7 @@ def interrupted(story: Story) -> str:
 
 def started_twice(story: Story) -> str:
     first = story.start(slow_writes)
-    story.wait(first)
+    story.wait_for_work(first)
     second = story.start(slow_writes, "second")
     said = outcome(second, 2)
     outcome(first, 2)
