@@ -22,7 +22,7 @@ import zipfile
 import numpy as np
 
 from common.command_line import UserError
-from common.files import json_text, write_archive, write_json
+from common.files import json_text, remove_unfinished, write_archive, write_json
 
 if TYPE_CHECKING:  # only for annotations: whoever reads results needs no dataset library
     from pipeline.prompts import Prompt
@@ -268,7 +268,8 @@ class Store:
 
     def remove_leftovers(self, names: Sequence[str]) -> None:
         """Removes what a killed process was writing: shards, batches, and the files of these names."""
-        for path in [*self._unfinished(), *(path for name in names for path in self.directory.glob(f".{name}-*"))]:
+        remove_unfinished(self.directory, names)
+        for path in self._unfinished():
             path.unlink(missing_ok=True)
 
     def _unfinished(self) -> list[Path]:
