@@ -1,5 +1,6 @@
 """Both command lines: flags, the YAML file, help, and what is said of mistakes."""
 
+import argparse
 from dataclasses import asdict, fields
 import importlib
 import os
@@ -39,7 +40,7 @@ def other_value(key) -> str:
         try:
             if key.metadata["read"](word) != key.default:
                 return word
-        except Exception:  # not a word for this flag
+        except argparse.ArgumentTypeError:  # not a word for this flag
             continue
     raise AssertionError(f"no value for {key.name}")
 
