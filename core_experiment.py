@@ -61,6 +61,7 @@ from model.loading import (
 )
 from model.passes import devices_of, require_known_tokens
 from model.reading import Way
+from model.words import what_is_said
 
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
 # Seconds of work that a kill may cost; or more, so that saving takes no more than this share of the time.
@@ -252,7 +253,9 @@ def perturb(
         with clock("trust radius"):
             radii = trust_radii_along(point, eigen, settings.max_vocab_subset == "all", batches.perturbations)
     mass = 1.0 if settings.max_vocab_subset == "all" else float(matrix.mass)
-    return Measured(context, point, list(controls), mass, eigen, exact, radii, steps, predicted_kl, swept)
+    slopes = matrix.slopes(eigen.vectors[:, : settings.num_eigenvectors])
+    said = what_is_said(slopes, matrix.weights, matrix.tokens)
+    return Measured(context, point, list(controls), mass, eigen, said, exact, radii, steps, predicted_kl, swept)
 
 
 def fit_to_way(batches: Batches, point: fisher.Point, contexts: list[Context]) -> None:
@@ -359,8 +362,7 @@ def run(settings: Settings) -> int:
         del config["redraw"], config["overwrite"]
         about = identify(config, fingerprint(model, tokenizer), contexts)
         files = RunDirectory(directory, config, about)
-        decode = tokenizer.decode
-        results = Results(config, about, environment, settings.layers, lambda token: decode([token]), clock.seconds)
+        results = Results(config, about, environment, settings.layers, tokenizer, clock.seconds)
         if earlier := files.earlier(settings.overwrite):
             if earlier.document["complete"]:
                 return say_finished(directory, earlier.document)

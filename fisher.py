@@ -160,6 +160,41 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
     return _point(where, streams, biases, logits, **head)
 
 
+def linearize_perturbed(point: Point, deltas: Tensor, at: int | Tensor) -> Point:
+    """The model linearised again where perturbations have led: at h + delta, each row at its own layer.
+
+    The point's "layers" are one and its "..." the rows: G, F and what is made of them have the shapes (1, rows, ...).
+
+    Args:
+        point: of one prompt.
+        deltas: (rows, d) float32, added to the residual stream at the prompt's last token.
+        at: see `perturb`.
+    Raises:
+        ValueError: as `perturb` does.
+        NumericalError: logits hold NaN or infinity; `prompt` is the row.
+    """
+    at = torch.as_tensor(at).expand(len(deltas))
+    leaf, head = deltas.detach().float().clone().requires_grad_(), {}
+
+    def keep_own_rows(module: nn.Module, args: tuple) -> tuple:
+        return (args[0][-len(deltas) :], *args[1:])  # the others are unperturbed
+
+    def keep_head(module: nn.Module, args: tuple, output: Tensor) -> None:
+        head.update(x=args[0], raw_logits=output)
+
+    with (
+        torch.enable_grad(),
+        hooked(
+            (point.head.register_forward_pre_hook, keep_own_rows),
+            (point.head.register_forward_hook, keep_head),
+        ),
+    ):
+        logits = perturb.__wrapped__(point, leaf, at)
+    where = {"model": point.model, "layers": None, "modules": point.modules, "reading": point.reading}
+    streams = point.activations[at] + deltas.to(point.activations)
+    return _point(where, [streams], [leaf], logits, **head)
+
+
 def linearize_prompts(
     model: nn.Module, module: nn.Module, ids: Tensor, lengths: Tensor, last_only: bool = False
 ) -> Point:
@@ -397,6 +432,7 @@ class TopK:
     gradients: Tensor  # G (layers, ..., k, d) float32: row t is grad_h log p_t, the most probable token first
     weights: Tensor  # p (..., k) float32
     mass: Tensor  # (...) float32: probability that the k tokens hold
+    tokens: Tensor  # (..., k) int64
 
     @property
     def matrix(self) -> Tensor:
@@ -409,7 +445,14 @@ class TopK:
 
     def curvature(self, directions: Tensor) -> Tensor:
         """u^T F u (layers, ..., n) for directions u (layers, ..., n, d): s u is predicted to cost 1/2 s^2 of it."""
-        return torch.einsum("...kn,...k->...n", (self.gradients @ directions.mT) ** 2, self.weights)
+        return torch.einsum("...nk,...k->...n", self.slopes(directions) ** 2, self.weights)
+
+    def slopes(self, directions: Tensor) -> Tensor:
+        """d log p_t along directions u (layers, ..., n, d), per unit: (layers, ..., n, k), in nats.
+
+        Of an eigenvector v, each token's share of the eigenvalue is p_t slope^2 / lambda: they sum to 1.
+        """
+        return directions @ self.gradients.mT
 
 
 def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor | None = None) -> TopK:
@@ -424,7 +467,7 @@ def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor |
     p, tokens = point.log_probs.exp().topk(k)
     cotangents = point.cotangents(tokens)
     gradients = pull_back(point, cotangents, chunks) if jacobian is None else cotangents @ jacobian
-    return TopK(gradients, p, p.sum(-1))
+    return TopK(gradients, p, p.sum(-1), tokens)
 
 
 @dataclass(frozen=True)
@@ -433,7 +476,13 @@ class FullVocabulary:
 
     jacobian: Tensor  # J (layers, ..., d_head, d) float32: z @ J is J^T z for any z at x
     matrix: Tensor  # F (layers, ..., d, d) float32, nats / unit^2
-    top_gradient: Tensor  # (layers, ..., d) float32: of the most probable token's log-probability
+    head: OutputHead
+    tokens = None  # all of them, in order
+
+    @property
+    def weights(self) -> Tensor:
+        """p (..., V) float32."""
+        return self.head.p
 
     def eigenpairs(self, num: int = 1, allow_zero: bool = False) -> Eigenpairs:
         """The `num` largest eigenpairs of each F, with signs as in `eigenpairs`.
@@ -447,7 +496,8 @@ class FullVocabulary:
         places = np.ndindex(*trace.shape)
         pairs = [_largest_eigenpairs(self.matrix[place], min(num, self.matrix.shape[-1]), place) for place in places]
         values, vectors = (torch.stack(part).unflatten(0, trace.shape) for part in zip(*pairs, strict=True))
-        toward = self.top_gradient[..., None]
+        top = self.head.cotangents(self.weights.argmax(-1, keepdim=True))
+        toward = (top @ self.jacobian).mT
         vectors = fix_signs(vectors, (vectors @ toward)[..., 0], toward.norm(dim=-2))
         norm = torch.linalg.matrix_norm(self.matrix).clamp(min=torch.finfo(torch.float32).tiny)
         return Eigenpairs(values, vectors, trace, (trace / norm) ** 2)
@@ -455,6 +505,10 @@ class FullVocabulary:
     def curvature(self, directions: Tensor) -> Tensor:
         """u^T F u (layers, ..., n) for directions u (layers, ..., n, d)."""
         return ((directions @ self.matrix) * directions).sum(-1)
+
+    def slopes(self, directions: Tensor) -> Tensor:
+        """d log p_t of all tokens along directions u (layers, ..., n, d): (layers, ..., n, V), in nats per unit."""
+        return self.head.times(directions @ self.jacobian.mT)
 
 
 def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabulary:
@@ -471,9 +525,8 @@ def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabular
     fisher_at_x = head.fisher_matrix()
     identity = torch.eye(fisher_at_x.shape[-1], device=fisher_at_x.device).expand_as(fisher_at_x)
     jacobian = pull_back(point, identity, chunks)
-    top = head.cotangents(point.log_probs.argmax(-1, keepdim=True))
     matrix = torch.stack([j.mT @ (fisher_at_x @ j) for j in jacobian])  # a layer at a time: less memory
-    return FullVocabulary(jacobian, matrix, (top @ jacobian)[..., 0, :])
+    return FullVocabulary(jacobian, matrix, head)
 
 
 def full_curvature(point: Point, directions: Tensor, chunks: Chunks | None = None) -> Tensor:

@@ -4,6 +4,7 @@ import textwrap
 
 from common.command_line import excerpt_end, model_line, printable, table
 from experiment.results import RESULTS, Results, median_or_none
+from model.words import in_a_line
 
 FELT_KL = 0.05  # nats: below it a perturbation has hardly moved a prediction
 EXCERPT = 48  # characters of a prompt's end shown in a line
@@ -14,7 +15,10 @@ def heading(name: str, environment: dict, layers: tuple[int, ...]) -> str:
 
 
 def block_legend(results: Results) -> str:
-    return f"By sentence, KL in nats after the perturbation at scale {results.farthest}; * the top token changed:"
+    return (
+        f"By sentence, KL in nats after the perturbation at scale {results.farthest}; * the top token changed. By layer,\n"
+        "the tokens with the largest shares of lambda: those that lose probability along v ← → those that gain it"
+    )
 
 
 def sentence_block(results: Results, index: int) -> str:
@@ -24,6 +28,7 @@ def sentence_block(results: Results, index: int) -> str:
     target = f"{printable(context['target_token'])}: {context['target_probability']:.3f}, rank {context['target_rank']}"
     title = f"S{index}  {excerpt_end(context['prompt'], EXCERPT)}  ({target.strip()})"
     names = ["fisher", *next(iter(perturbations.values()))[far]["controls"]]
+    width = max(map(len, results.layers))
     rows = [["  lambda", *(f"{entries[layer]['eigenvalues'][0]:.2g}" for layer in results.layers)]]
     for name in names:
         cells = []
@@ -32,7 +37,8 @@ def sentence_block(results: Results, index: int) -> str:
             record = record if name == "fisher" else record["controls"][name]
             cells.append(_cell(record["kl"], ".2g") + ("*" if record["top_changed"] else ""))
         rows.append([f"  KL {name}", *cells])
-    return title + "\n" + table(["  layer", *map(str, results.layers)], rows)
+    said = [f"  layer {layer:>{width}}  {in_a_line(entries[layer]['tokens'][0])}" for layer in results.layers]
+    return "\n".join([title, table(["  layer", *results.layers], rows), *said])
 
 
 def _cell(value: float | None, form: str) -> str:

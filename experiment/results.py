@@ -1,6 +1,5 @@
 """What the experiment found, as it is written: JSON records, arrays, and their summary by layer."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 import functools
 import hashlib
@@ -19,12 +18,13 @@ from common.files import json_ready, write_json, write_npz
 from experiment.perturbation import Sweep, TrustRadii
 from experiment.sentences import Context
 from fisher import Eigenpairs, Point
+from model.words import Said, shown_by
 
 RESULTS, EIGENVECTORS = "experiment_results.json", "fisher_eigenvectors.npz"
 SPECTRUM = 10  # leading eigenvalues recorded per sentence and layer
 TOP = 5  # most probable tokens recorded for every perturbation
 MAX_SIMILARITY = 2000  # rows of the similarity matrix, whose square is written as JSON
-NESTED = ("eigenvalues", "exact", "trust_radius")  # entries of a layer that are more than a number
+NESTED = ("eigenvalues", "tokens", "exact", "trust_radius")  # entries of a layer that are more than a number
 UNCHECKED = ("experiment_config", "environment", "timings", "checksum")  # what the checksum of a run is not over
 KEYS = ("experiment_config", "sentences", "contexts", "fisher", "perturbation_results")
 
@@ -40,6 +40,7 @@ class Measured:
     controls: list[str]  # names of the directions after the first
     mass: float  # probability that the top-k tokens hold
     eigen: Eigenpairs
+    said: Said  # by the leading eigenvectors, (layers, m, said)
     exact: Eigenpairs | None  # of the whole vocabulary, if a comparison was asked for
     trust_radii: TrustRadii | None  # if asked for
     steps: Tensor  # (layers, scales without 0): signed lengths
@@ -87,12 +88,14 @@ class Results:
         run: dict,
         environment: dict,
         layers: tuple[int, ...],
-        decode: Callable[[int], str],
+        tokenizer,
         seconds: dict[str, float],
     ):
         self.config, self.run, self.environment, self.seconds = config, run, environment, seconds
         self.numbers, self.layers = layers, [str(layer) for layer in layers]
-        self.decode = functools.cache(decode)  # the same few tokens, thousands of times
+        # the same few tokens, thousands of times
+        self.decode = functools.cache(lambda token: tokenizer.decode([token]))
+        self.show = functools.cache(shown_by(tokenizer))
         self.scales = config["scales"]
         self.complete = False
         # an entry a sentence
@@ -179,6 +182,7 @@ class Results:
         for row, layer in enumerate(self.layers):
             entry = {
                 "eigenvalues": eigen.values[row, :SPECTRUM].tolist(),
+                "tokens": measured.said.records((row,), self.show),
                 "trace": eigen.trace[row].item(),
                 "captured_mass": measured.mass,
                 "effective_rank": eigen.effective_rank[row].item(),

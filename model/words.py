@@ -1,0 +1,90 @@
+"""What directions of the residual stream say: the tokens that they raise and lower, written so that a reader sees them.
+
+An eigenvalue of F is a sum over tokens, lambda = v^T F v = sum_t p_t (g_t v)^2: each token has a share of it, and the
+sign of its slope g_t v = d log p_t / ds says whether it gains or loses along v.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SAID = 8  # tokens recorded for a direction
+
+# How byte-level tokenizers (GPT-2's, and most since) write bytes: the printable ones as they are, the others from 256 on.
+_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PLAIN]
+_BYTES = {chr(byte): byte for byte in _PLAIN} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
+SPACE = "·"
+
+
+class Said(NamedTuple):
+    """The tokens with the largest shares of each direction's curvature u^T F u, the largest first."""
+
+    ids: Tensor  # (..., n, said) int64
+    shares: Tensor  # (..., n, said): all counted tokens' sum to 1, or are 0 where F has no curvature
+    slopes: Tensor  # (..., n, said): d log p_t along u, nats per unit
+
+    def records(self, place: tuple[int, ...], show: Callable[[int], str]) -> list[list[dict]]:
+        """Of each direction at one place of "...", as they are written to JSON."""
+        columns = zip(*(part[place].tolist() for part in self), strict=True)
+        return [
+            [
+                {"token": show(token), "id": token, "share": share, "slope": slope}
+                for token, share, slope in zip(*direction, strict=True)
+            ]
+            for direction in columns
+        ]
+
+
+def what_is_said(slopes: Tensor, p: Tensor, tokens: Tensor | None = None, num: int = SAID) -> Said:
+    """
+    Args:
+        slopes: (..., n, k), of the tokens that F counts.
+        p: (..., k), their probabilities.
+        tokens: (..., k) int64, which they are; None for the whole vocabulary.
+    """
+    parts = p[..., None, :] * slopes**2
+    largest, at = parts.topk(min(num, parts.shape[-1]))
+    shares = largest / parts.sum(-1, keepdim=True).clamp(min=torch.finfo(parts.dtype).tiny)
+    ids = at if tokens is None else tokens[..., None, :].expand(parts.shape).gather(-1, at)
+    return Said(ids, shares, slopes.gather(-1, at))
+
+
+def shown_by(tokenizer) -> Callable[[int], str]:
+    """Writes tokens by id so that no two that differ look alike: "·animals", "\\n", "\\xe2\\x80" (half a character).
+
+    A space is a middle dot; everything else that does not print, and the backslash, is an escape.
+    """
+
+    def show(token: int) -> str:
+        piece = tokenizer.convert_ids_to_tokens(token)
+        if piece is None:  # heads are often padded to a round number of rows
+            return f"<{token}>"
+        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        if "\ufffd" in text:  # part of a character
+            known = all(character in _BYTES for character in piece)
+            text = bytes(map(_BYTES.get, piece)).decode("utf-8", "surrogateescape") if known else piece
+        elif piece.startswith("▁") and not text.startswith(" "):  # which decoding a single token drops
+            text = " " + text
+        return "".join(map(_written, text))
+
+    return show
+
+
+def _written(character: str) -> str:
+    if character == " ":
+        return SPACE
+    if 0xDC80 <= ord(character) <= 0xDCFF:  # a byte that belongs to no whole character
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    if character in ("\\", SPACE) or not character.isprintable():
+        escape = character.encode("unicode_escape").decode()
+        return escape if escape != character else f"\\x{ord(character):02x}"
+    return character
+
+
+def in_a_line(said: list[dict], num: int = 3) -> str:
+    """The tokens that one direction moves most, "lost ← → gained" along +v; they hold no spaces themselves."""
+    sides = ([t["token"] for t in said if sign * t["slope"] > 0][:num] for sign in (-1, 1))
+    return " ← → ".join(" ".join(side) or "-" for side in sides)
