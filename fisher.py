@@ -476,6 +476,7 @@ class FullVocabulary:
 
     jacobian: Tensor  # J (layers, ..., d_head, d) float32: z @ J is J^T z for any z at x
     matrix: Tensor  # F (layers, ..., d, d) float32, nats / unit^2
+    top_gradient: Tensor  # (layers, ..., d) float32: of the most probable token's log-probability
     head: OutputHead
     tokens = None  # all of them, in order
 
@@ -496,8 +497,7 @@ class FullVocabulary:
         places = np.ndindex(*trace.shape)
         pairs = [_largest_eigenpairs(self.matrix[place], min(num, self.matrix.shape[-1]), place) for place in places]
         values, vectors = (torch.stack(part).unflatten(0, trace.shape) for part in zip(*pairs, strict=True))
-        top = self.head.cotangents(self.weights.argmax(-1, keepdim=True))
-        toward = (top @ self.jacobian).mT
+        toward = self.top_gradient[..., None]
         vectors = fix_signs(vectors, (vectors @ toward)[..., 0], toward.norm(dim=-2))
         norm = torch.linalg.matrix_norm(self.matrix).clamp(min=torch.finfo(torch.float32).tiny)
         return Eigenpairs(values, vectors, trace, (trace / norm) ** 2)
@@ -525,8 +525,9 @@ def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabular
     fisher_at_x = head.fisher_matrix()
     identity = torch.eye(fisher_at_x.shape[-1], device=fisher_at_x.device).expand_as(fisher_at_x)
     jacobian = pull_back(point, identity, chunks)
+    top = head.cotangents(point.log_probs.argmax(-1, keepdim=True))
     matrix = torch.stack([j.mT @ (fisher_at_x @ j) for j in jacobian])  # a layer at a time: less memory
-    return FullVocabulary(jacobian, matrix, head)
+    return FullVocabulary(jacobian, matrix, (top @ jacobian)[..., 0, :], head)
 
 
 def full_curvature(point: Point, directions: Tensor, chunks: Chunks | None = None) -> Tensor:

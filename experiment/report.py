@@ -16,8 +16,8 @@ def heading(name: str, environment: dict, layers: tuple[int, ...]) -> str:
 
 def block_legend(results: Results) -> str:
     return (
-        f"By sentence, KL in nats after the perturbation at scale {results.farthest}; * the top token changed. By layer,\n"
-        "the tokens with the largest shares of lambda: those that lose probability along v ← → those that gain it"
+        f"By sentence, KL in nats after the perturbation at scale {results.farthest}; * the top token changed. By\n"
+        "layer, the tokens with the largest shares of lambda: those that lose probability along v ← → that gain it:"
     )
 
 

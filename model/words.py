@@ -12,7 +12,7 @@ from torch import Tensor
 
 SAID = 8  # tokens recorded for a direction
 
-# How byte-level tokenizers (GPT-2's, and most since) write bytes: the printable ones as they are, the others from 256 on.
+# How byte-level tokenizers (GPT-2's, and most since) write bytes: printable ones as they are, the others from 256 on.
 _PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PLAIN]
 _BYTES = {chr(byte): byte for byte in _PLAIN} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
