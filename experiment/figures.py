@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 import numpy as np
 
-from common.drawing import BLACK, BLUE, DISTINCT, GREY, ORANGE, label, median_band, note_of, save
+from common.drawing import BLACK, BLUE, DISTINCT, GREEN, GREY, ORANGE, PINK, label, median_band, note_of, save
 from common.rows import evenly_spaced
 from experiment.results import read_results
 
@@ -107,14 +107,18 @@ def _within_and_between(blocks: np.ndarray) -> str:
 
 
 def perturbation_figure(results: dict) -> Figure:
-    """KL against scale by layer; top-5 overlap and flips by layer and scale; one sentence's tokens."""
+    """KL against scale by layer; top-5 overlap and flips by layer and scale; one sentence's tokens, twice."""
     layers = list(results["fisher"][0])
     shown = [layers[i] for i in evenly_spaced(len(layers), MAX_PANELS)]
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     radius = any("trust_radius" in entry for entry in results["fisher"][0].values())
-    figure = plt.figure(figsize=(16 + 4 * radius, 3.4 * rows + 5.2))
-    top, bottom = figure.subfigures(2, 1, height_ratios=[3.4 * rows, 5.2])
+    heights = [3.4 * rows, 5.2, 1.3 + 0.42 * len(shown)]
+    example_of = _best_predicted(results)
+    said = all("tokens" in entry for entry in results["fisher"][example_of].values())  # older results have no words
+    heights = heights if said else heights[:2]
+    figure = plt.figure(figsize=(16 + 4 * radius, sum(heights)))
+    top, bottom, *words = figure.subfigures(len(heights), 1, height_ratios=heights)
 
     panels = top.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for panel, layer in zip(panels.flat, shown, strict=False):
@@ -136,7 +140,9 @@ def perturbation_figure(results: dict) -> Figure:
     if trust:
         _trust_panel(trust[0], results)
         figure.get_layout_engine().set(wspace=0.06)  # its right axis has a label too
-    _example_panel(example, results)
+    _example_panel(example, results, example_of)
+    for part in words:
+        _words_panel(part.subplots(), results, example_of, shown)
     return figure
 
 
@@ -246,10 +252,15 @@ def _trust_panel(panel: Axes, results: dict) -> None:
     panel.set_xticks(shown, [layers[i] for i in shown])
 
 
-def _example_panel(panel: Axes, results: dict) -> None:
-    """Next-token probabilities across scales: the sentence that best predicts its target, the middle layer."""
+def _best_predicted(results: dict) -> int:
+    """The sentence that serves as an example: the one that best predicts its target."""
+    contexts = results["contexts"]
+    return max(range(len(contexts)), key=lambda i: contexts[i]["target_probability"])
+
+
+def _example_panel(panel: Axes, results: dict, sentence: int) -> None:
+    """Next-token probabilities across scales, at the middle layer."""
     scales, contexts = _scales(results), results["contexts"]
-    sentence = max(range(len(contexts)), key=lambda i: contexts[i]["target_probability"])
     layers = list(results["fisher"][sentence])
     layer = layers[len(layers) // 2]
     records = [results["perturbation_results"][sentence][layer][scale] for scale in scales]
@@ -272,6 +283,37 @@ def _example_panel(panel: Axes, results: dict) -> None:
     panel.set(title=f"S{sentence}, layer {layer}: “{label(prompt)}”", xlabel="scale α", ylabel="probability")
     panel.title.set_fontsize(12)
     panel.legend(frameon=False, fontsize=11, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _words_panel(panel: Axes, results: dict, sentence: int, layers: list[str]) -> None:
+    """The tokens that v raises and lowers, layers down: a bar's length is a token's share of the eigenvalue."""
+    tokens = [results["fisher"][sentence][layer]["tokens"][0] for layer in layers]
+    sides = [sum(t["share"] for t in at if sign * t["slope"] > 0) for at in tokens for sign in (-1, 1)]
+    widest = max(*sides, 0.01)
+    for row, at in enumerate(tokens):
+        ends = {1: 0.0, -1: 0.0}
+        for token in at:
+            side = 1 if token["slope"] > 0 else -1
+            shade = 0.85 * max(0.25, 1 - abs(ends[side]))
+            share = token["share"]
+            panel.barh(
+                row, side * share, left=ends[side], height=0.86,
+                color=GREEN if side > 0 else PINK, alpha=shade, edgecolor="white",
+            )  # fmt: skip
+            text = label(token["token"])
+            if share > 0.0125 * widest * len(text):  # else it has no room for its text
+                panel.text(ends[side] + side * share / 2, row, text, ha="center", va="center", fontsize=11)
+            ends[side] += side * share
+    panel.axvline(0, color="black", linewidth=1)
+    panel.set(xlim=(-1.02 * widest, 1.02 * widest), ylim=(len(layers) - 0.4, -0.6), ylabel="layer")
+    panel.set_yticks(range(len(layers)), layers)
+    panel.xaxis.set_major_formatter(lambda x, _: f"{abs(x):.0%}")
+    panel.set_xlabel("← lose probability along v     share of λ₁     gain probability along v →")
+    panel.tick_params(axis="y", length=0)
+    panel.spines["left"].set_visible(False)
+    prompt = results["contexts"][sentence]["prompt"]
+    prompt = prompt if len(prompt) <= 90 else "…" + prompt[-89:]
+    panel.set_title(f"What v says after S{sentence}, “{label(prompt)}”")
 
 
 def _token_name(token: str) -> str:
