@@ -45,6 +45,7 @@ from tqdm import tqdm
 from common.failures import SOME_FAILED, too_many
 from common.lock import lock_directory
 from experiment import figures, report
+from experiment.continuation import choose_scales, continuations
 from experiment.perturbation import control_directions, step_lengths, sweep, trust_radii_along
 from experiment.results import SPECTRUM, TOP, Measured, Results, rank
 from experiment.run_directory import FILES, RunDirectory, identify
@@ -251,8 +252,15 @@ def perturb(
     if settings.trust_radius:
         with clock("trust radius"):
             radii = trust_radii_along(point, eigen, settings.max_vocab_subset == "all", batches.perturbations)
+    continued = None
+    if settings.continue_tokens:
+        with clock("continuation"):
+            chosen = choose_scales(scales.tolist(), predicted_kl[:, 0], settings.continue_nats)
+            deltas = deltas[:, : 1 + min(1, settings.num_controls)]  # along v, and the first random one
+            tokens = settings.continue_tokens
+            continued = continuations(point, len(context.ids), deltas, chosen, tokens, batches.perturbations)
     mass = 1.0 if settings.max_vocab_subset == "all" else float(matrix.mass)
-    return Measured(context, point, list(controls), mass, eigen, exact, radii, steps, predicted_kl, swept)
+    return Measured(context, point, list(controls), mass, eigen, exact, radii, steps, predicted_kl, swept, continued)
 
 
 def fit_to_way(batches: Batches, point: fisher.Point, contexts: list[Context]) -> None:
@@ -359,8 +367,7 @@ def run(settings: Settings) -> int:
         del config["redraw"], config["overwrite"]
         about = identify(config, fingerprint(model, tokenizer), contexts)
         files = RunDirectory(directory, config, about)
-        decode = tokenizer.decode
-        results = Results(config, about, environment, settings.layers, lambda token: decode([token]), clock.seconds)
+        results = Results(config, about, environment, settings.layers, tokenizer.decode, clock.seconds)
         if earlier := files.earlier(settings.overwrite):
             if earlier.document["complete"]:
                 return say_finished(directory, earlier.document)
