@@ -45,6 +45,7 @@ from tqdm import tqdm
 from common.failures import SOME_FAILED, too_many
 from common.lock import lock_directory
 from experiment import figures, report
+from experiment.continuation import choose_scales, continuations
 from experiment.perturbation import control_directions, step_lengths, sweep, trust_radii_along
 from experiment.results import SPECTRUM, TOP, Measured, Results, rank
 from experiment.run_directory import FILES, RunDirectory, identify
@@ -252,10 +253,19 @@ def perturb(
     if settings.trust_radius:
         with clock("trust radius"):
             radii = trust_radii_along(point, eigen, settings.max_vocab_subset == "all", batches.perturbations)
+    continued = None
+    if settings.continue_:
+        with clock("continuation"):
+            chosen = choose_scales(scales.tolist(), predicted_kl[:, 0], settings.continue_nats)
+            deltas = deltas[:, : 1 + min(1, settings.num_controls)]  # along v, and the first random one
+            tokens = settings.continue_
+            continued = continuations(point, len(context.ids), deltas, chosen, tokens, batches.perturbations)
     mass = 1.0 if settings.max_vocab_subset == "all" else float(matrix.mass)
     slopes = matrix.slopes(eigen.vectors[:, : settings.num_eigenvectors])
     said = what_is_said(slopes, matrix.weights, matrix.tokens)
-    return Measured(context, point, list(controls), mass, eigen, said, exact, radii, steps, predicted_kl, swept)
+    return Measured(
+        context, point, list(controls), mass, eigen, said, exact, radii, steps, predicted_kl, swept, continued
+    )
 
 
 def fit_to_way(batches: Batches, point: fisher.Point, contexts: list[Context]) -> None:

@@ -137,6 +137,7 @@ class Parser(argparse.ArgumentParser):
                 kind = {"nargs": "?", "const": True}
             self.add_argument(
                 _flag(key.name),
+                dest=key.name,
                 type=key.metadata["read"],
                 default=MISSING,
                 metavar=key.metadata["metavar"],
@@ -160,7 +161,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")  # "continue_" is no keyword
 
 
 def read_yaml(settings: type, path: Path) -> dict:

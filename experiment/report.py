@@ -1,5 +1,6 @@
 """The experiment's tables and lines for the terminal."""
 
+import shutil
 import textwrap
 
 from common.command_line import excerpt_end, model_line, printable, table
@@ -7,6 +8,8 @@ from experiment.results import RESULTS, Results, median_or_none
 from model.words import in_a_line
 
 FELT_KL = 0.05  # nats: below it a perturbation has hardly moved a prediction
+CONTINUED = 3  # sentences whose continuations are shown: the first
+MIN_WIDTH, MAX_WIDTH = 60, 120  # characters of a line: in any terminal, and where there is none
 EXCERPT = 48  # characters of a prompt's end shown in a line
 
 
@@ -15,10 +18,18 @@ def heading(name: str, environment: dict, layers: tuple[int, ...]) -> str:
 
 
 def block_legend(results: Results) -> str:
-    return (
-        f"By sentence, KL in nats after the perturbation at scale {results.farthest}; * the top token changed. By\n"
-        "layer, the tokens with the largest shares of lambda: those that lose probability along v ← → that gain it:"
+    legend = (
+        f"By sentence, KL in nats after the perturbation at scale {results.farthest}; * the top token changed. By "
+        "layer, the tokens with the largest shares of lambda: those that lose probability along v ← → that gain it"
     )
+    if not (tokens := results.config["continue_"]):
+        return textwrap.fill(legend + ":", 110)
+    legend += (
+        f". Of the first {CONTINUED}, also the {tokens} tokens that the model goes on to say (the most probable "
+        "ones): as it is, and after a perturbation along v, with the KL in nats that is predicted for it. It is "
+        "added once, at the prompt's last token; the tokens after it are run unperturbed."
+    )
+    return textwrap.fill(legend, 110)
 
 
 def sentence_block(results: Results, index: int) -> str:
@@ -38,7 +49,34 @@ def sentence_block(results: Results, index: int) -> str:
             cells.append(_cell(record["kl"], ".2g") + ("*" if record["top_changed"] else ""))
         rows.append([f"  KL {name}", *cells])
     said = [f"  layer {layer:>{width}}  {in_a_line(entries[layer]['tokens'][0])}" for layer in results.layers]
-    return "\n".join([title, table(["  layer", *results.layers], rows), *said])
+    parts = [title, table(["  layer", *results.layers], rows), *said]
+    if results.continuations and index < CONTINUED:
+        asked = results.config["continue_"]
+        parts.append(continuation_block(results.continuations[index], results.layers, asked))
+    return "\n".join(parts)
+
+
+def continuation_block(said: dict, layers: list[str], asked: int) -> str:
+    """What the model goes on to say: as it is, and a line a layer and sign after a perturbation along v."""
+    usual, at_random = said["none"]["ids"], []
+    rows = [("  layer", "scale", "nats", ""), ("  none", "", "", _said(said["none"], asked))]
+    for layer in layers:
+        for scale, entries in said[layer].items():
+            entry, random = entries["fisher"], entries.get("random_0")
+            text = "(the same)" if entry["ids"] == usual else _said(entry, asked)
+            rows.append((f"  {layer}", scale, _cell(entry["predicted_kl"], ".2g"), text))
+            at_random += [random["ids"] == usual] if random else []
+    first, second, third, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = [f"{a:{first}}  {b:>{second}}  {c:>{third}}  {text}".rstrip() for a, b, c, text in rows]
+    if at_random:
+        lines.append(f"  random_0 of the same lengths: {sum(at_random)} of {len(at_random)} the same")
+    width = max(MIN_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 0)).columns)
+    return "\n".join(line if len(line) <= width else line[: width - 1] + "…" for line in lines)
+
+
+def _said(entry: dict, asked: int) -> str:
+    """After a bar, since it may begin with a space."""
+    return "|" + printable(entry["text"]) + (" [end]" if len(entry["ids"]) < asked else "")
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -52,6 +90,8 @@ def conclusion(results: Results, read: int) -> str:
         parts.append(f"note: {results.overflows} perturbations were too long for numbers to hold: null in {RESULTS}")
     if results.failed:
         parts.append(f"{len(results.failed)} sentences failed: `failed` in {RESULTS} says why")
+    if results.continuations:
+        parts.append(continuation_line(results))
     asked = results.config["num_sentences"]
     if results.complete and len(results) < asked:
         among = f" among the {read} that were read" if len(results) < read else ""
@@ -104,6 +144,17 @@ def trust_table(summary: dict) -> str:
     ]
     note = "Along v, KL is within 10% of its quadratic prediction up to (medians, the shorter of -v and v):\n"
     return note + table(["layer", "nats", "norms of h"], rows)
+
+
+def continuation_line(results: Results) -> str:
+    """How many of all continuations are not the unperturbed one, by direction."""
+    differ: dict[str, list[bool]] = {}
+    for said in results.continuations:
+        for by_name in (by_name for layer in results.layers for by_name in said[layer].values()):
+            for name, entry in by_name.items():
+                differ.setdefault(name, []).append(entry["ids"] != said["none"]["ids"])
+    shares = ", ".join(f"{name} {sum(answers) / len(answers):.0%}" for name, answers in differ.items())
+    return f"Share of continuations that the perturbation changed: {shares}"
 
 
 def timing_line(seconds: dict[str, float]) -> str:

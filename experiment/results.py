@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.command_line import UserError, first_line
 from common.files import json_ready, write_json, write_npz
+from experiment.continuation import Continuations
 from experiment.perturbation import Sweep, TrustRadii
 from experiment.sentences import Context
 from fisher import Eigenpairs, Point
@@ -46,6 +47,7 @@ class Measured:
     steps: Tensor  # (layers, scales without 0): signed lengths
     predicted_kl: Tensor  # (layers, directions, scales without 0), nats
     sweep: Sweep  # of the same shape
+    continuations: Continuations | None  # if asked for
 
 
 def compare_with_exact(found: Eigenpairs, exact: Eigenpairs, row: int) -> dict[str, float]:
@@ -93,6 +95,7 @@ class Results:
     ):
         self.config, self.run, self.environment, self.seconds = config, run, environment, seconds
         self.numbers, self.layers = layers, [str(layer) for layer in layers]
+        self.decode_all = tokenizer.decode
         # the same few tokens, thousands of times
         self.decode = functools.cache(lambda token: tokenizer.decode([token]))
         self.show = functools.cache(shown_by(tokenizer))
@@ -103,6 +106,7 @@ class Results:
         self.contexts: list[dict] = []
         self.fisher: list[dict] = []  # by layer
         self.perturbations: list[dict] = []  # by layer and scale
+        self.continuations: list[dict] = []  # by layer and scale; none if they were not asked for
         self.arrays: dict[str, list[np.ndarray]] = {}
         self.failed: list[dict] = []  # sentences left out, and why
 
@@ -129,6 +133,7 @@ class Results:
         """Takes in what an earlier run has finished."""
         self.sentences, self.contexts = document["sentences"], document["contexts"]
         self.fisher, self.perturbations = document["fisher"], document["perturbation_results"]
+        self.continuations = document.get("continuations", [])
         self.failed = document["failed"]
         self.arrays = {name: list(array) for name, array in arrays.items()}
         for stage, seconds in document["timings"].items():
@@ -158,6 +163,7 @@ class Results:
         eigen = Eigenpairs(*(part.cpu() for part in measured.eigen))
         fisher = self._fisher(measured, eigen)
         perturbations = self._perturbations(measured, unperturbed)
+        continued = [] if measured.continuations is None else [json_ready(self._continued(measured))]
         count = self.config["num_eigenvectors"]
         arrays = {
             "eigenvectors": eigen.vectors[:, 0],  # (layers, d)
@@ -174,6 +180,7 @@ class Results:
         self.contexts.append(described)
         self.fisher.append(fisher)
         self.perturbations.append(perturbations)
+        self.continuations += continued
         for name, array in arrays.items():
             self.arrays.setdefault(name, []).append(array.numpy())
 
@@ -222,6 +229,21 @@ class Results:
                 controls = dict(zip(names[1:], records[1:], strict=True))
                 layers[layer][f"{scale:g}"] = {**records[0], "controls": controls}
         return layers
+
+    def _continued(self, measured: Measured) -> dict:
+        names, scales = ["fisher", *measured.controls], [scale for scale in self.scales if scale]
+        entries = {"none": self._said(measured.continuations.unperturbed)}
+        for row, column, direction, ids in measured.continuations.perturbed:
+            at_scale = entries.setdefault(self.layers[row], {}).setdefault(f"{scales[column]:g}", {})
+            at_scale[names[direction]] = {
+                "step": number_or_none(measured.steps[row, column].item()),
+                "predicted_kl": number_or_none(measured.predicted_kl[row, direction, column].item()),
+                **self._said(ids),
+            }
+        return entries
+
+    def _said(self, ids: list[int]) -> dict:
+        return {"ids": ids, "text": self.decode_all(ids)}
 
     # after a perturbation so long that the logits overflowed
     _nothing = dict.fromkeys(("step", "kl", "predicted_kl", "top_changed", "target_prob")) | {
@@ -275,6 +297,7 @@ class Results:
             "contexts": self.contexts,
             "fisher": self.fisher,
             "perturbation_results": self.perturbations,
+            **({"continuations": self.continuations} if self.continuations else {}),
             "similarity_labels": labels,
             "similarity_matrix": similarity,
             "summary": self.summary(),

@@ -13,6 +13,7 @@ from experiment.results import EIGENVECTORS, RESULTS, Arrays, Results, read_arra
 from experiment.sentences import Context
 
 FILES = (RESULTS, EIGENVECTORS, *figures.FILES)
+LATER = {"continue_": 0, "continue_nats": 2.0}  # options that runs of older versions lack, with what those did
 INCIDENTAL = ("output_dir", "device", "trust_remote_code")  # options that may differ when a run goes on
 
 
@@ -27,7 +28,8 @@ def identify(config: dict, model_fingerprint: str, contexts: list[Context]) -> d
     """What makes two runs one: options, model and sentences; the `run` of the results, with an `id` of them all."""
     sentences = _hash([[context.ids, context.target_id] for context in contexts])
     about = {"model_fingerprint": model_fingerprint, "sentences_fingerprint": sentences}
-    return {"id": _hash([about, {key: value for key, value in config.items() if key not in INCIDENTAL}]), **about}
+    counted = {k: v for k, v in config.items() if k not in INCIDENTAL and not (k in LATER and v == LATER[k])}
+    return {"id": _hash([about, counted]), **about}
 
 
 def _hash(value) -> str:
@@ -68,7 +70,7 @@ class RunDirectory:
         return Earlier(document, arrays)
 
     def _require_same_run(self, document: dict) -> None:
-        then, run = document.get("experiment_config", {}), document.get("run", {})
+        then, run = {**LATER, **document.get("experiment_config", {})}, document.get("run", {})
         if run == self.run:
             return
         differing = [key for key in self.config if key not in INCIDENTAL and then.get(key) != self.config[key]]

@@ -60,6 +60,12 @@ class Settings:
         False, switch, "true", "also how far along v 1/2 lambda s² holds to 10%% (about twice as slow)"
     )
     num_controls: int = option(1, count, "N", "random directions per layer (1)")
+    continue_: int = option(
+        0, count, "N", "tokens that the model goes on to say, greedily, after perturbations at every layer (0)"
+    )
+    continue_nats: float = option(
+        2.0, finite, "X", "the KL predicted at most of those: of either sign, the farthest of --scales within it (2)"
+    )
     batch_size: int = option(256, positive, "N", "perturbations in one pass, and 4 times as many gradients (256)")
     dtype: str = option(
         "auto", dtype_name, "TYPE", "float64, float32, bfloat16, float16 (bfloat16 on CUDA, else float32)"

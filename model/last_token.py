@@ -4,6 +4,7 @@ The tokens before the last one are run once, into a key-value cache that nothing
 the last token alone, in one row or in many, with or without gradients.
 """
 
+from copy import copy
 from inspect import signature
 from types import MethodType
 
@@ -135,4 +136,15 @@ def prefill(model: nn.Module, ids: Tensor, shared: bool) -> DynamicCache | None:
             raise UnsupportedModelError(f"a cache of {type(layer).__name__} holds more than keys and values")
         if layer.keys is not None:  # else the layer has none, or uses another's
             layer.update = MethodType(_carry_prefix if shared else _copy_prefix, layer)
+    return cache
+
+
+def growing_copy(prefix: DynamicCache, rows: int) -> DynamicCache:
+    """The cache of `prefill` once more, as a cache that grows with every pass over the same `rows`."""
+    cache = copy(prefix)
+    cache.layers = [copy(layer) for layer in prefix.layers]
+    for layer in cache.layers:
+        if layer.keys is not None:
+            del layer.update  # its class's own, which puts new tensors in place of these
+            layer.keys, layer.values = (part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
     return cache

@@ -25,7 +25,7 @@ OTHER_FLAGS = {"core_experiment": [], "compute_fisher": ["--config", "--overwrit
 
 
 def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def parse(script: str, words: list[str]):
