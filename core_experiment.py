@@ -49,7 +49,8 @@ from experiment.continuation import choose_scales, continuations
 from experiment.perturbation import control_directions, step_lengths, sweep, trust_radii_along
 from experiment.results import SPECTRUM, TOP, Measured, Results, rank
 from experiment.run_directory import FILES, RunDirectory, identify
-from experiment.sentences import Context, diverse_order, locate, read_sentences
+from experiment.sentences import Context, diverse_order, locate, read_sentences, token_of
+from experiment.steering import TOKENS, steer
 import fisher
 from model.loading import (
     decoder_layers,
@@ -88,9 +89,10 @@ class Clock:
 class Batches:
     """How many rows go through the model in one pass; halved, they stay so for all sentences."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, layers: int):
         self.gradients = fisher.Chunks(4 * size)  # more of them: they carry no vocabulary along
         self.perturbations = fisher.Chunks(size)
+        self.steering = fisher.Chunks(max(1, 4 * size // layers))  # a row for each layer
 
 
 # --- what is asked for, and what the model has ---------------------------------------------------
@@ -150,7 +152,9 @@ def find_contexts(settings: Settings, model: torch.nn.Module, tokenizer, texts: 
             f"the model has positions for {longest} tokens, and every sentence has more before "
             f"{settings.target_word!r}, {least} at least: give it shorter ones, or choose another model"
         )
-    return [contexts[index] for index in diverse_order([context.prompt for context in contexts])]
+    steer_id = token_of(tokenizer, settings.steer_token) if settings.steer_token else None
+    order = diverse_order([context.prompt for context in contexts])
+    return [replace(contexts[index], steer_id=steer_id) for index in order]
 
 
 def leave_out(model: torch.nn.Module, results: Results, context: Context, error: Exception) -> None:
@@ -260,11 +264,22 @@ def perturb(
             deltas = deltas[:, : 1 + min(1, settings.num_controls)]  # along v, and the first random one
             tokens = settings.continue_
             continued = continuations(point, len(context.ids), deltas, chosen, tokens, batches.perturbations)
+    steered = None
+    if settings.steer:
+        with clock("steering"):
+            others = {name: controls[name] for name in controls if name == "difference"}
+            others["fisher"] = eigen.vectors[:, 0]
+            target = context.target_id if context.steer_id is None else context.steer_id
+            tokens = TOKENS if settings.max_vocab_subset == "all" else settings.max_vocab_subset
+            steered = steer(
+                point, others, target, tokens, settings.steer_steps, settings.steer_damping, batches.steering,
+                batches.perturbations,
+            )  # fmt: skip
     mass = 1.0 if settings.max_vocab_subset == "all" else float(matrix.mass)
     slopes = matrix.slopes(eigen.vectors[:, : settings.num_eigenvectors])
     said = what_is_said(slopes, matrix.weights, matrix.tokens)
     return Measured(
-        context, point, list(controls), mass, eigen, said, exact, radii, steps, predicted_kl, swept, continued
+        context, point, list(controls), mass, eigen, said, exact, radii, steps, predicted_kl, swept, continued, steered
     )
 
 
@@ -273,7 +288,7 @@ def fit_to_way(batches: Batches, point: fisher.Point, contexts: list[Context]) -
     if point.reading.way is not Way.WHOLE:
         return
     lengths = [len(context.ids) for context in contexts]
-    for chunks in (batches.gradients, batches.perturbations):
+    for chunks in (batches.gradients, batches.perturbations, batches.steering):
         chunks.size = max(1, chunks.size // max(lengths))
     tqdm.write(
         f"note: {type(point.model).__name__} remembers more than keys and values, so every pass runs the whole prompt: "
@@ -294,7 +309,7 @@ def perturb_all(
     Raises:
         UserError: no sentence qualifies, or too many fail.
     """
-    batches, fitted, checked = Batches(settings.batch_size), False, False
+    batches, fitted, checked = Batches(settings.batch_size, len(settings.layers)), False, False
     due = time.perf_counter() + SAVE_EVERY
     points = linearize_each(settings, model, contexts, results, clock)
     total = min(settings.num_sentences, len(contexts))

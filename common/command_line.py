@@ -55,6 +55,13 @@ def finite(text: str) -> float:
     return value + 0.0  # -0.0 becomes 0.0
 
 
+def positive_number(text: str) -> float:
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not above 0")
+    return value
+
+
 def _shown(text: str) -> str:
     return excerpt(repr(text), 40)
 

@@ -18,6 +18,7 @@ from common.files import json_ready, write_json, write_npz
 from experiment.continuation import Continuations
 from experiment.perturbation import Sweep, TrustRadii
 from experiment.sentences import Context
+from experiment.steering import GOALS, Steered, least_kl
 from fisher import Eigenpairs, Point
 from model.words import Said, shown_by
 
@@ -48,6 +49,7 @@ class Measured:
     predicted_kl: Tensor  # (layers, directions, scales without 0), nats
     sweep: Sweep  # of the same shape
     continuations: Continuations | None  # if asked for
+    steered: Steered | None  # if asked for
 
 
 def compare_with_exact(found: Eigenpairs, exact: Eigenpairs, row: int) -> dict[str, float]:
@@ -107,6 +109,7 @@ class Results:
         self.fisher: list[dict] = []  # by layer
         self.perturbations: list[dict] = []  # by layer and scale
         self.continuations: list[dict] = []  # by layer and scale; none if they were not asked for
+        self.steering: list[dict] = []  # by layer, direction and goal; none if it was not asked for
         self.arrays: dict[str, list[np.ndarray]] = {}
         self.failed: list[dict] = []  # sentences left out, and why
 
@@ -133,7 +136,7 @@ class Results:
         """Takes in what an earlier run has finished."""
         self.sentences, self.contexts = document["sentences"], document["contexts"]
         self.fisher, self.perturbations = document["fisher"], document["perturbation_results"]
-        self.continuations = document.get("continuations", [])
+        self.continuations, self.steering = document.get("continuations", []), document.get("steering", [])
         self.failed = document["failed"]
         self.arrays = {name: list(array) for name, array in arrays.items()}
         for stage, seconds in document["timings"].items():
@@ -164,6 +167,7 @@ class Results:
         fisher = self._fisher(measured, eigen)
         perturbations = self._perturbations(measured, unperturbed)
         continued = [] if measured.continuations is None else [json_ready(self._continued(measured))]
+        steered = [] if measured.steered is None else [json_ready(self._steered(measured))]
         count = self.config["num_eigenvectors"]
         arrays = {
             "eigenvectors": eigen.vectors[:, 0],  # (layers, d)
@@ -174,6 +178,12 @@ class Results:
             arrays["leading_eigenvectors"] = eigen.vectors[:, :count]  # (layers, m, d)
             arrays["leading_eigenvalues"] = eigen.values[:, :count]  # (layers, m)
 
+        if measured.steered is not None:
+            deltas = measured.steered.deltas.cpu()
+            known = deltas.new_full((len(deltas), len(GOALS), deltas.shape[-1]), math.nan)
+            known[:, len(GOALS) - deltas.shape[1] :] = deltas  # it exceeds the lowest goals without them
+            arrays["steering_deltas"] = known  # (layers, goals, d)
+
         # rounded as they are written, so that a run that goes on ends with the same bytes
         described, fisher, perturbations = map(json_ready, (described, fisher, perturbations))
         self.sentences.append(context.sentence)
@@ -181,6 +191,7 @@ class Results:
         self.fisher.append(fisher)
         self.perturbations.append(perturbations)
         self.continuations += continued
+        self.steering += steered
         for name, array in arrays.items():
             self.arrays.setdefault(name, []).append(array.numpy())
 
@@ -245,6 +256,34 @@ class Results:
     def _said(self, ids: list[int]) -> dict:
         return {"ids": ids, "text": self.decode_all(ids)}
 
+    def _steered(self, measured: Measured) -> dict:
+        """By layer, direction and goal what it costs; None where the goal is not reached."""
+        steered, before = measured.steered, measured.point.log_probs[measured.steered.target].exp().item()
+        columns = [part.tolist() for part in (steered.log_prob, steered.kl, steered.norms)]
+
+        def entry(row: int, direction: int, goal: int) -> dict | None:
+            log_prob, kl, norms = (column[row][direction][goal] for column in columns)
+            if not math.isfinite(kl):
+                return None
+            least = least_kl(before, after := math.exp(log_prob))
+            return {
+                "probability": after,
+                "kl": kl,
+                "least_kl": least,
+                "ratio": kl / least,
+                "others_kl": max(0.0, kl - least) / (1 - before),  # the rest of KL, by its chain rule
+                "norms": norms,
+            }
+
+        layers = {
+            layer: {
+                name: {f"{goal:g}": entry(row, i, j) for j, goal in enumerate(steered.goals)}
+                for i, name in enumerate(steered.names)
+            }
+            for row, layer in enumerate(self.layers)
+        }
+        return {"token": self.show(steered.target), "id": steered.target, "probability": before, "layers": layers}
+
     # after a perturbation so long that the logits overflowed
     _nothing = dict.fromkeys(("step", "kl", "predicted_kl", "top_changed", "target_prob")) | {
         "top_ids": [], "top_tokens": [], "top_probs": [],
@@ -298,6 +337,7 @@ class Results:
             "fisher": self.fisher,
             "perturbation_results": self.perturbations,
             **({"continuations": self.continuations} if self.continuations else {}),
+            **({"steering": self.steering} if self.steering else {}),
             "similarity_labels": labels,
             "similarity_matrix": similarity,
             "summary": self.summary(),

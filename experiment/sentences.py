@@ -11,6 +11,7 @@ import scipy.sparse
 
 from common.command_line import UserError, excerpt, first_line
 from common.rows import JUDGED, choose_column, parse_json, read_rows, text_of
+from model.words import shown_by
 
 TEXT_COLUMNS = ("text", "sentence", "content")  # recognised when --text-column is not given
 # Enough to choose from: a dataset is read until it has given so many sentences with the word, or as many as are wanted.
@@ -158,6 +159,7 @@ class Context:
     prompt: str  # the sentence up to the target word
     ids: list[int]  # the prompt's tokens, as they stand in the tokenized sentence
     target_id: int  # the next token: the first of the target word
+    steer_id: int | None = None  # the token that steering raises, if it is another
 
     @property
     def position(self) -> int:
@@ -180,3 +182,18 @@ def locate(tokenizer, sentence: str, word: str) -> Context | None:
         if index is not None and any(end > begin for begin, end in offsets[:index]):
             return Context(sentence, sentence[:start].rstrip(), ids[:index], ids[index])
     return None
+
+
+def token_of(tokenizer, text: str) -> int:
+    """The token that `text` is, as a word of its own if there is such a token.
+
+    Raises:
+        UserError: it is none, or several.
+    """
+    written = (f" {text}", text)  # a tokenizer that puts a space before every word makes two of the first
+    found = [tokenizer(words, add_special_tokens=False)["input_ids"] for words in written]
+    for ids in found:
+        if len(ids) == 1:
+            return ids[0]
+    pieces = " ".join(map(shown_by(tokenizer), found[0]))
+    raise UserError(f"--steer-token {text!r} has to be one token, and is {len(found[0])}: {pieces}")

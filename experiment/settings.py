@@ -15,6 +15,7 @@ from common.command_line import (
     or_all,
     path,
     positive,
+    positive_number,
     switch,
 )
 
@@ -65,6 +66,12 @@ class Settings:
     )
     continue_nats: float = option(
         2.0, finite, "X", "the KL predicted at most of those: of either sign, the farthest of --scales within it (2)"
+    )
+    steer: bool = option(False, switch, "true", "also raise the target's probability at the least cost, at every layer")
+    steer_token: str | None = option(None, nonempty, "TEXT", "raise this token, not the target word's first one")
+    steer_steps: int = option(8, positive, "N", "steps to a probability of 1/2, each linearised anew (8)")
+    steer_damping: float = option(
+        0.003, positive_number, "X", "of the natural gradient in one step, in units of lambda (0.003)"
     )
     batch_size: int = option(256, positive, "N", "perturbations in one pass, and 4 times as many gradients (256)")
     dtype: str = option(

@@ -54,7 +54,7 @@ def assert_is_a_picture(path: Path, width: int, height: int):
 
 def test_the_experiments_pictures_are_of_a_readable_size(finished_experiment):
     assert_is_a_picture(finished_experiment / "fisher_similarity_matrix.png", 2250, 1110)
-    assert_is_a_picture(finished_experiment / "perturbation_analysis.png", 2400, 1290)
+    assert_is_a_picture(finished_experiment / "perturbation_analysis.png", 2400, 1611)
 
 
 def test_the_similarity_picture_shows_all_pairs_and_their_means_by_layer(results):
@@ -151,7 +151,7 @@ def test_the_trust_panel_draws_when_rounding_hides_the_radii(known, results, tmp
     del results["checksum"]
     (tmp_path / "experiment_results.json").write_text(json.dumps(results))
     figures.draw(tmp_path)
-    assert_is_a_picture(tmp_path / "perturbation_analysis.png", 3000, 1290)
+    assert_is_a_picture(tmp_path / "perturbation_analysis.png", 3000, 1611)
     axes = panel(figures.perturbation_figure(results), "½ λ s² holds to 10% up to")
     if known:
         assert np.isfinite(axes.lines[0].get_ydata()).tolist() == [False, True]
@@ -163,7 +163,7 @@ def test_in_bfloat16_a_run_with_trust_radii_ends_with_its_pictures(model_directo
     """Steps of a bfloat16 model are mostly rounded away: no radius may be visible at all."""
     words = ["--trust-radius", "--dtype", "bfloat16", "--num-sentences", "2"]
     assert scripts.core_experiment(model_directory, tmp_path, *words) == 0
-    assert_is_a_picture(tmp_path / "perturbation_analysis.png", 3000, 1290)
+    assert_is_a_picture(tmp_path / "perturbation_analysis.png", 3000, 1611)
 
 
 def test_labels_hold_nothing_that_matplotlib_or_a_terminal_takes_for_an_instruction(results, tmp_path):

@@ -1,0 +1,262 @@
+"""Steering: how much a chosen token's probability can be raised, and at which cost in KL.
+
+Whatever is done to a model, raising a token from probability p0 to p costs at least
+
+    KL >= p0 ln(p0 / p) + (1 - p0) ln((1 - p0) / (1 - p))
+
+which is reached if all other tokens keep their proportions. The direction that raises it most per nat of a small KL is
+the natural gradient, n = (F + damping lambda_1)^-1 grad log-odds (Amari, "Natural gradient works efficiently in
+learning", 1998). In steps, each from where the last one led, F and the gradients are taken anew, and n is joined by
+the step that undoes what was lost on the way: Gauss-Newton steps for the least KL at given log-odds.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from experiment.perturbation import Sweep, sweep
+import fisher
+from fisher import Chunks, Point
+
+GOALS = (0.1, 0.25, 0.5, 0.9)  # probabilities of the target
+PACED = 0.5  # the goal that is reached in the number of steps asked for
+IN_STEPS = ("natural_steps", "gradient_steps")
+TOKENS = 200  # that F counts, where all are asked for: with the rest as one more, all of them measured no better
+DAMPINGS = (0.1, 0.02, 0.005, 0.001)  # of lambda_1, tried at each of several steps
+LENGTHS = (3e-3, 1e1, 17)  # tried along a straight direction: shortest and longest, in norms of h, and how many
+MULTIPLES = (0.4, 0.7, 0.9, 1.0, 1.15, 1.5, 2.0)  # of a step, which does not quite do what its gradient says
+CUTS = 6  # of the interval in which a goal is reached
+
+
+class Steered(NamedTuple):
+    """What the first perturbations that reach each goal do; NaN where there is none."""
+
+    target: int
+    names: list[str]  # of the directions
+    goals: list[float]  # probabilities, ascending: those of GOALS that the target does not exceed unperturbed
+    log_prob: Tensor  # (layers, directions, goals) float32, nats, of the target: just above the goal's
+    kl: Tensor  # the same, nats
+    norms: Tensor  # the same: |delta| in units of |h|
+    deltas: Tensor  # (layers, goals, d) float32, of the natural gradient in steps
+
+
+def least_kl(before: float, after: float) -> float:
+    """Nats that it costs at least to bring a token from one probability in (0, 1) to another."""
+    return before * math.log(before / after) + (1 - before) * math.log((1 - before) / (1 - after))
+
+
+def steer(
+    point: Point,
+    directions: dict[str, Tensor],
+    target: int,
+    tokens: int,
+    steps: int,
+    damping: float,
+    gradients: Chunks,
+    perturbations: Chunks,
+) -> Steered:
+    """Raises the target along straight directions and in steps, at every layer of a point.
+
+    Args:
+        directions: (layers, d) by name, to compare with; each is turned so that it raises the target.
+        tokens: the most probable ones, that F counts.
+        damping: of the straight natural gradient, in units of lambda_1.
+    """
+    probability = point.log_probs[target].exp().item()
+    goals = [goal for goal in GOALS if goal > probability]
+    if not goals:
+        nothing = point.activations.new_empty(len(point.activations), 0, 0)
+        deltas = point.activations[:, None][:, :0]
+        return Steered(target, [], [], nothing, nothing, nothing, deltas)
+    here = _Here(point, torch.zeros_like(point.activations), target, tokens, gradients)
+    straight = {"natural": here.solve(here.rise, damping), "gradient": here.rise}
+    straight |= {name: u.to(here.rise) for name, u in directions.items()}
+    along = torch.stack(list(straight.values()), dim=1)  # (layers, n, d)
+    uphill = torch.einsum("lnd,ld->ln", along, here.rise) < 0
+    along = torch.nn.functional.normalize(torch.where(uphill[..., None], -along, along), dim=-1)
+
+    found = [_along(point, along.to(point.activations), goals, target, perturbations)]
+    way = waypoints(probability, goals, steps)
+    for natural in (True, False):
+        found.append(_in_steps(point, way, goals, target, tokens if natural else 1, natural, gradients, perturbations))
+    log_prob, kl, norms = (torch.cat(part, dim=1) for part in zip(*(f[:3] for f in found), strict=True))
+    norms = norms / point.activations.norm(dim=-1)[:, None, None]
+    return Steered(target, [*straight, *IN_STEPS], goals, log_prob, kl, norms, found[1].deltas[:, 0])
+
+
+class _Found(NamedTuple):
+    log_prob: Tensor  # (layers, n, goals)
+    kl: Tensor
+    length: Tensor
+    deltas: Tensor  # (layers, n, goals, d)
+
+
+def log_odds(log_prob: Tensor) -> Tensor:
+    return log_prob - torch.log1p(-log_prob.exp().clamp(max=1 - 1e-7))
+
+
+def _odds_of(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+# --- along a straight direction ------------------------------------------------------------------
+
+
+def crossing(steps: Tensor, odds: Tensor, wanted: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(low, high, index): of ascending steps (..., m) the first whose log-odds reach `wanted`, and the one before it.
+
+    Args:
+        before: (...): what stands before the first step.
+    """
+    index = (odds >= wanted[..., None]).int().argmax(-1, keepdim=True)
+    low = steps.gather(-1, (index - 1).clamp(min=0))[..., 0]
+    return torch.where(index[..., 0] > 0, low, before), steps.gather(-1, index)[..., 0], index[..., 0]
+
+
+def at_crossing(values: Tensor, odds: Tensor, wanted: Tensor, index: Tensor) -> Tensor:
+    """`values` (...), interpolated between place `index` - 1 and place `index` to where the log-odds are `wanted`."""
+    ends = [torch.stack([(index - 1).clamp(min=0), index], dim=-1)]
+    (x0, x1), (y0, y1) = (part.gather(-1, *ends).unbind(-1) for part in (odds, values))
+    share = torch.where(index > 0, ((wanted - x0) / (x1 - x0)).clamp(0, 1), torch.ones_like(x0))
+    return y0 + (y1 - y0) * share
+
+
+def _along(point: Point, along: Tensor, goals: list[float], target: int, chunks: Chunks) -> _Found:
+    """The shortest steps along unit vectors (layers, n, d) that reach each goal."""
+
+    def swept(steps: Tensor) -> tuple[Tensor, Sweep]:  # (layers, n, ..., m)
+        shape = (*along.shape[:2], *(1 for _ in steps.shape[2:]), -1)
+        found = sweep(point, along.reshape(shape) * steps[..., None], target, 1, chunks)
+        return log_odds(found.target_log_prob), found
+
+    shortest, longest, count = LENGTHS
+    lengths = torch.logspace(math.log10(shortest), math.log10(longest), count, device=along.device)
+    lengths = (point.activations.norm(dim=-1)[:, None, None] * lengths).expand(-1, along.shape[1], -1)
+    odds, _ = swept(lengths)
+    wanted = torch.tensor([_odds_of(goal) for goal in goals], device=along.device)
+    wanted = wanted.expand(*along.shape[:2], -1)  # (layers, n, goals)
+    nowhere = ~(odds[:, :, None] >= wanted[..., None]).any(-1)
+    lengths, odds = (part[:, :, None].expand(-1, -1, len(goals), -1) for part in (lengths, odds))
+    low, high, _ = crossing(lengths, odds, wanted, torch.zeros_like(wanted))
+
+    cuts = low[..., None] + (high - low)[..., None] * torch.linspace(0, 1, CUTS + 1, device=along.device)
+    odds, _ = swept(cuts)
+    _, _, index = crossing(cuts, odds, wanted, low)
+    length = at_crossing(cuts, odds, wanted, index)
+    _, found = swept(length[..., None])  # interpolated, so see what is there
+    parts = (found.target_log_prob[..., 0], found.kl[..., 0], length)
+    log_prob, kl, length = (part.masked_fill(nowhere, math.nan) for part in parts)
+    return _Found(log_prob, kl, length, along[:, :, None] * length[..., None])
+
+
+# --- in steps ------------------------------------------------------------------------------------
+
+
+def waypoints(probability: float, goals: list[float], steps: int) -> list[float]:
+    """Probabilities on the way to all goals, which are among them: `steps` of them to PACED, and on at that pace.
+
+    They are evenly spaced in arcsin sqrt p, the distance in the Fisher metric of two outcomes.
+    """
+    start, paced = (math.asin(math.sqrt(p)) for p in (probability, PACED))
+    pace = max(paced - start, 0.1) / steps
+    way, here = [], start
+    for goal in goals:
+        end = math.asin(math.sqrt(goal))
+        count = max(1, round((end - here) / pace))
+        way += [math.sin(here + (end - here) * i / count) ** 2 for i in range(1, count)] + [goal]
+        here = end
+    return way
+
+
+class _Here:
+    """The model linearised where perturbations (layers, d) have led, one at each layer."""
+
+    def __init__(self, point: Point, deltas: Tensor, target: int, tokens: int, chunks: Chunks):
+        layers = len(deltas)
+        here = fisher.linearize_perturbed(point, deltas, torch.arange(layers))
+        head, p = here.output_head(), here.log_probs.exp()
+        weights, ids = p.topk(min(tokens, p.shape[-1]))
+        asked = torch.full_like(ids[:, :1], target)
+        unperturbed = point.log_probs.exp().expand(layers, 1, -1)
+        rows = torch.cat([head.cotangents(ids), head.cotangents(asked), -head.combine(unperturbed)], dim=1)
+        gradients = fisher.float64(fisher.pull_back(here, rows, chunks)[0])  # (layers, tokens + 2, d)
+        gradients, target_gradient, self.loss = gradients[:, :-2], gradients[:, -2], gradients[:, -1]
+        weights = weights.to(gradients)
+
+        # All other tokens as one: its gradient follows, since the expectation of all is zero.
+        rest = (1 - weights.sum(-1, keepdim=True)).clamp(min=1e-9)
+        others = -(weights[..., None] * gradients).sum(1) / rest
+        gradients = torch.cat([gradients, others[:, None]], dim=1)
+        self.root = gradients * torch.cat([weights, rest], dim=1).sqrt()[..., None]  # F = root^T root
+        self.values, self.vectors = torch.linalg.eigh(self.root @ self.root.mT)
+        log_prob = here.log_probs[:, target].to(gradients)
+        self.odds = log_odds(log_prob)  # (layers,)
+        # At given log-odds the Hessian of KL is that of the other tokens' own KL times their unperturbed probability,
+        # while F weighs it with their present one. (F also differs along the rise, where the step is given.)
+        other = (1 - log_prob.exp()).clamp(min=1e-7)
+        self.shrink = (other / (1 - point.log_probs[target].exp().to(other)))[:, None]
+        self.rise = target_gradient / (1 - log_prob.exp()).clamp(min=1e-7)[:, None]  # (layers, d): grad log-odds
+
+    def solve(self, b: Tensor, damping: float) -> Tensor:
+        """(F + damping lambda_1)^-1 b (layers, d), through the Gram matrix of F's factor."""
+        shift = damping * self.values[:, -1:]
+        inner = (self.root @ b[..., None]).squeeze(-1)
+        inner = (self.vectors.mT @ inner[..., None]).squeeze(-1) / (self.values + shift)
+        inner = (self.vectors @ inner[..., None]).squeeze(-1)
+        return (b - (self.root.mT @ inner[..., None]).squeeze(-1)) / shift
+
+    def natural_steps(self, wanted: float) -> tuple[Tensor, Tensor]:
+        """(back, on), both (layers, dampings, d): they lead to the wanted log-odds, to first order, at the least KL."""
+        back = torch.stack([-self.shrink * self.solve(self.loss, damping) for damping in DAMPINGS], dim=1)
+        on = torch.stack([self.solve(self.rise, damping) for damping in DAMPINGS], dim=1)
+        missing = wanted - self.odds[:, None] - torch.einsum("lnd,ld->ln", back, self.rise)
+        return back, on * (missing / torch.einsum("lnd,ld->ln", on, self.rise))[..., None]
+
+    def gradient_step(self, wanted: float) -> tuple[Tensor, Tensor]:
+        on = self.rise * ((wanted - self.odds) / self.rise.pow(2).sum(-1))[:, None]
+        return torch.zeros_like(on)[:, None], on[:, None]
+
+
+def _in_steps(
+    point: Point,
+    way: list[float],
+    goals: list[float],
+    target: int,
+    tokens: int,
+    natural: bool,
+    gradients: Chunks,
+    perturbations: Chunks,
+) -> _Found:
+    """What the perturbations do that are reached in steps, each linearised where the last one led."""
+    deltas, layers = torch.zeros_like(point.activations), torch.arange(len(point.activations))
+    multiples = torch.tensor(MULTIPLES, device=deltas.device)
+    parts = torch.linspace(0, 1, CUTS + 1, device=deltas.device)
+    found = []
+    for goal in way:
+        here, wanted = _Here(point, deltas, target, tokens, gradients), _odds_of(goal)
+        back, on = (part.to(deltas) for part in (here.natural_steps if natural else here.gradient_step)(wanted))
+        back = deltas[:, None] + back
+        swept = sweep(point, back[:, :, None] + on[:, :, None] * multiples[:, None], target, 1, perturbations)
+        odds = log_odds(swept.target_log_prob).nan_to_num(nan=-math.inf)  # (layers, n, multiples)
+        reached, wanted = (odds >= wanted).any(-1), torch.full_like(odds[..., 0], wanted)
+        low, high, index = crossing(multiples.expand(odds.shape), odds, wanted, torch.zeros_like(wanted))
+        # of several dampings the one that costs least where it reaches the goal; of none that does, the one nearest
+        cost = at_crossing(swept.kl, odds, wanted, index).masked_fill(~reached, math.inf).nan_to_num(nan=math.inf)
+        best = torch.where(cost.isfinite().any(-1), cost.argmin(-1), odds.amax(-1).argmax(-1))
+        odds, reached, wanted, back, on, low, high = (
+            part[layers, best] for part in (odds, reached, wanted, back, on, low, high)
+        )
+
+        cuts = low[:, None] + (high - low)[:, None] * parts
+        there = log_odds(sweep(point, back[:, None] + on[:, None] * cuts[..., None], target, 1, perturbations)[-1])
+        _, _, index = crossing(cuts, there, wanted, low)
+        length = torch.where(reached, at_crossing(cuts, there, wanted, index), multiples[odds.argmax(-1)])
+        deltas = back + on * length[:, None]
+        if goal in goals:
+            swept = sweep(point, deltas[:, None], target, 1, perturbations)
+            column = (swept.target_log_prob[:, 0], swept.kl[:, 0], deltas.norm(dim=-1))
+            column = [part.masked_fill(~reached, math.nan) for part in column]
+            found.append((*column, deltas.masked_fill(~reached[:, None], math.nan)))
+    return _Found(*(torch.stack(part, dim=1)[:, None] for part in zip(*found, strict=True)))
