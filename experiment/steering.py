@@ -26,7 +26,7 @@ IN_STEPS = ("natural_steps", "gradient_steps")
 TOKENS = 200  # that F counts, where all are asked for: with the rest as one more, all of them measured no better
 DAMPINGS = (0.1, 0.02, 0.005, 0.001)  # of lambda_1, tried at each of several steps
 LENGTHS = (3e-3, 1e1, 17)  # tried along a straight direction: shortest and longest, in norms of h, and how many
-MULTIPLES = (0.4, 0.7, 0.9, 1.0, 1.15, 1.5, 2.0)  # of a step, which does not quite do what its gradient says
+MULTIPLES = (0.6, 0.85, 1.0, 1.25, 1.8)  # of a step, which does not quite do what its gradient says
 CUTS = 6  # of the interval in which a goal is reached
 
 
@@ -70,7 +70,7 @@ def steer(
         nothing = point.activations.new_empty(len(point.activations), 0, 0)
         deltas = point.activations[:, None][:, :0]
         return Steered(target, [], [], nothing, nothing, nothing, deltas)
-    here = _Here(point, torch.zeros_like(point.activations), target, tokens, gradients)
+    here = Linearised(point, torch.zeros_like(point.activations), target, tokens, gradients)
     straight = {"natural": here.solve(here.rise, damping), "gradient": here.rise}
     straight |= {name: u.to(here.rise) for name, u in directions.items()}
     along = torch.stack(list(straight.values()), dim=1)  # (layers, n, d)
@@ -164,13 +164,13 @@ def waypoints(probability: float, goals: list[float], steps: int) -> list[float]
     way, here = [], start
     for goal in goals:
         end = math.asin(math.sqrt(goal))
-        count = max(1, round((end - here) / pace))
+        count = max(1, round((end - start) / pace) - len(way))
         way += [math.sin(here + (end - here) * i / count) ** 2 for i in range(1, count)] + [goal]
         here = end
     return way
 
 
-class _Here:
+class Linearised:
     """The model linearised where perturbations (layers, d) have led, one at each layer."""
 
     def __init__(self, point: Point, deltas: Tensor, target: int, tokens: int, chunks: Chunks):
@@ -180,16 +180,14 @@ class _Here:
         weights, ids = p.topk(min(tokens, p.shape[-1]))
         asked = torch.full_like(ids[:, :1], target)
         unperturbed = point.log_probs.exp().expand(layers, 1, -1)
-        rows = torch.cat([head.cotangents(ids), head.cotangents(asked), -head.combine(unperturbed)], dim=1)
-        gradients = fisher.float64(fisher.pull_back(here, rows, chunks)[0])  # (layers, tokens + 2, d)
-        gradients, target_gradient, self.loss = gradients[:, :-2], gradients[:, -2], gradients[:, -1]
-        weights = weights.to(gradients)
-
+        rows = head.cotangents(ids)
         # All other tokens as one: its gradient follows, since the expectation of all is zero.
         rest = (1 - weights.sum(-1, keepdim=True)).clamp(min=1e-9)
-        others = -(weights[..., None] * gradients).sum(1) / rest
-        gradients = torch.cat([gradients, others[:, None]], dim=1)
-        self.root = gradients * torch.cat([weights, rest], dim=1).sqrt()[..., None]  # F = root^T root
+        others = -(weights[..., None] * rows).sum(1, keepdim=True) / rest[..., None]
+        rows = torch.cat([rows, others], dim=1) * torch.cat([weights, rest], dim=1).sqrt()[..., None]
+        rows = torch.cat([rows, head.cotangents(asked), -head.combine(unperturbed)], dim=1)
+        gradients = fisher.float64(fisher.pull_back(here, rows, chunks)[0])  # (layers, tokens + 3, d)
+        self.root, target_gradient, self.loss = gradients[:, :-2], gradients[:, -2], gradients[:, -1]
         self.values, self.vectors = torch.linalg.eigh(self.root @ self.root.mT)
         log_prob = here.log_probs[:, target].to(gradients)
         self.odds = log_odds(log_prob)  # (layers,)
@@ -235,7 +233,7 @@ def _in_steps(
     parts = torch.linspace(0, 1, CUTS + 1, device=deltas.device)
     found = []
     for goal in way:
-        here, wanted = _Here(point, deltas, target, tokens, gradients), _odds_of(goal)
+        here, wanted = Linearised(point, deltas, target, tokens, gradients), _odds_of(goal)
         back, on = (part.to(deltas) for part in (here.natural_steps if natural else here.gradient_step)(wanted))
         back = deltas[:, None] + back
         swept = sweep(point, back[:, :, None] + on[:, :, None] * multiples[:, None], target, 1, perturbations)
