@@ -55,7 +55,7 @@ def what_is_said(slopes: Tensor, p: Tensor, tokens: Tensor | None = None, num: i
 
 
 def shown_by(tokenizer) -> Callable[[int], str]:
-    """Writes tokens by id so that no two of different text look alike: "·animals", "\\n", "\\xe2" (part of a character).
+    """Writes tokens by id so that no two of different text look alike: "·animals", "\\n", "\\xe2" (half a character).
 
     A space is a middle dot; everything else that does not print, and the backslash, is an escape. So is a mark at the
     beginning, which would print on what stands before it.
