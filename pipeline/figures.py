@@ -7,6 +7,7 @@ import warnings
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
+from matplotlib.transforms import Bbox, TransformedBbox
 import numpy as np
 
 from common.command_line import UserError, excerpt, first_line
@@ -143,6 +144,8 @@ def spectra_figure(prompts: dict) -> Figure:
 def _names_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
     """A line for each prompt that stands out, and beside it what its first direction says."""
     known = any(prompts["said"].values())
+    length, end = (72, 0.53) if known else (140, 1)
+    room = TransformedBbox(Bbox([[0, -1], [end, NAMED]]), panel.transData)
     panel.axis("off")
     panel.set(xlim=(0, 1), ylim=(NAMED - 0.5, -0.5))
     panel.set_title("Prompts that stand out, and their scores", loc="left")
@@ -150,7 +153,8 @@ def _names_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
         panel.plot(0.005, row, "o", color=colours[index], markersize=10)
         for x, number in ((0.035, str(index)), (0.06, f"{prompts['outlier_score'][index]:.1f}")):
             panel.text(x, row, number, va="center", ha="right")
-        panel.text(0.07, row, label(excerpt(text, 80 if known else 140)), va="center")
+        name = panel.text(0.07, row, label(excerpt(text, length)), va="center", clip_on=True)
+        name.set_clip_box(room)  # its letters may be wide
     if not known:
         return
     bars = panel.inset_axes([0.54, 0, 0.46, 1], sharey=panel)
