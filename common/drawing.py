@@ -65,6 +65,25 @@ def label(text: str) -> str:
     return printable(text).replace("$", r"\$")
 
 
+def token_bar(panel: Axes, height: float, said: list[dict], colours: tuple[str, str], character: float) -> None:
+    """The tokens of a direction as one bar: those that it lowers to the left of 0, those that it raises to the right.
+
+    Args:
+        said: the tokens, the largest share first: a token's length in the bar.
+        colours: of either side; the tokens further out are paler.
+        character: share as wide as a character; a token with less room is drawn without its text.
+    """
+    for sign, colour in zip((-1, 1), colours, strict=True):
+        end = 0.0
+        for place, token in enumerate(t for t in said if sign * t["slope"] > 0):
+            share, text = token["share"], label(token["token"])
+            alpha = max(0.5 - 0.1 * place, 0.2)
+            panel.barh(height, sign * share, 0.8, sign * end, color=colour, alpha=alpha, edgecolor="white")
+            if share > character * (len(text) + 1):
+                panel.text(sign * (end + share / 2), height, text, ha="center", va="center", fontsize=11)
+            end += share
+
+
 def median_band(panel: Axes, x: np.ndarray, samples: list, colour: str, floor: float = 0.0, **line) -> None:
     """The median of each of `samples` against x as a line, and their quartiles as a band around it; NaN is left out."""
     quartiles = [np.nanpercentile(values, [25, 50, 75]) for values in samples]

@@ -6,6 +6,7 @@ sign of its slope g_t v = d log p_t / ds says whether it gains or loses along v.
 
 from collections.abc import Callable
 from typing import NamedTuple
+import unicodedata
 
 import torch
 from torch import Tensor
@@ -27,12 +28,13 @@ class Said(NamedTuple):
     slopes: Tensor  # (..., n, said): d log p_t along u, nats per unit
 
     def records(self, place: tuple[int, ...], show: Callable[[int], str]) -> list[list[dict]]:
-        """Of each direction at one place of "...", as they are written to JSON."""
+        """Of each direction at one place of "...", as they are written to JSON; without tokens that have no share."""
         columns = zip(*(part[place].tolist() for part in self), strict=True)
         return [
             [
                 {"token": show(token), "id": token, "share": share, "slope": slope}
                 for token, share, slope in zip(*direction, strict=True)
+                if share > 0
             ]
             for direction in columns
         ]
@@ -53,35 +55,48 @@ def what_is_said(slopes: Tensor, p: Tensor, tokens: Tensor | None = None, num: i
 
 
 def shown_by(tokenizer) -> Callable[[int], str]:
-    """Writes tokens by id so that no two that differ look alike: "·animals", "\\n", "\\xe2\\x80" (half a character).
+    """Writes tokens by id so that no two of different text look alike: "·animals", "\\n", "\\xe2" (half a character).
 
-    A space is a middle dot; everything else that does not print, and the backslash, is an escape.
+    A space is a middle dot; everything else that does not print, and the backslash, is an escape. So is a mark at the
+    beginning, which would print on what stands before it.
     """
 
     def show(token: int) -> str:
-        piece = tokenizer.convert_ids_to_tokens(token)
-        if piece is None:  # heads are often padded to a round number of rows
+        piece = _piece(tokenizer, token)
+        if not piece:  # heads are often padded to a round number of rows
             return f"<{token}>"
-        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        text = tokenizer.decode([token], clean_up_tokenization_spaces=False) or piece
         if "\ufffd" in text:  # part of a character
             known = all(character in _BYTES for character in piece)
             text = bytes(map(_BYTES.get, piece)).decode("utf-8", "surrogateescape") if known else piece
-        elif piece.startswith("▁") and not text.startswith(" "):  # which decoding a single token drops
-            text = " " + text
-        return "".join(map(_written, text))
+        elif piece.startswith("▁"):  # decoding a single token drops its first space
+            text = piece.replace("▁", " ")
+        is_mark = unicodedata.category(text[0]).startswith("M")
+        return (_escaped(text[0]) if is_mark else _written(text[0])) + "".join(map(_written, text[1:]))
 
     return show
+
+
+def _piece(tokenizer, token: int) -> str | None:
+    """How the vocabulary writes a token; None if it has none of this id."""
+    try:
+        return tokenizer.convert_ids_to_tokens(token)
+    except (IndexError, KeyError):  # what tokenizers written in Python do
+        return None
 
 
 def _written(character: str) -> str:
     if character == " ":
         return SPACE
-    if 0xDC80 <= ord(character) <= 0xDCFF:  # a byte that belongs to no whole character
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    if character in ("\\", SPACE) or not character.isprintable():
-        escape = character.encode("unicode_escape").decode()
-        return escape if escape != character else f"\\x{ord(character):02x}"
-    return character
+    return character if character.isprintable() and character not in ("\\", SPACE) else _escaped(character)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that belongs to no whole character
+        return f"\\x{code - 0xDC00:02x}"
+    # the whole character of such a code is not that byte
+    return f"\\u{code:04x}" if 0x80 <= code <= 0xFF else character.encode("unicode_escape").decode()
 
 
 def in_a_line(said: list[dict], num: int = 3) -> str:

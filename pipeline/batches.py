@@ -1,8 +1,9 @@
 """One batch of prompts: the model linearised at their last tokens, the triplets of each F, and what may go wrong."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import chain
 import time
 
@@ -22,6 +23,7 @@ from model.passes import (
     stream_width,
     use_attention,
 )
+from model.words import Said, shown_by, what_is_said
 from pipeline.block_lanczos import leading_eigenpairs
 from pipeline.prompts import Encoded, Prompt, check_template, encode
 from pipeline.settings import Settings
@@ -35,6 +37,8 @@ PLAIN_ATTENTION = 256
 # With the whole vocabulary attention stays plain, and keeps about this many such matrices a head and layer.
 MATRICES_KEPT = 6
 ATTENTION_BYTES = 4 << 30
+# Of so many leading directions, so many tokens are recorded: a few hold most of the share, and records stay small.
+DIRECTIONS, TOKENS = 3, 6
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class Subject:
     tokenizer: object
     path: str  # of the module
     module: torch.nn.Module
+
+    @cached_property
+    def show(self) -> Callable[[int], str]:
+        """Writes a token: the same few, thousands of times."""
+        return cache(shown_by(self.tokenizer))
 
 
 def pad(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,19 +104,24 @@ def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) 
     return max(1, min(len(batch), ATTENTION_BYTES // each))
 
 
-def triplets(settings: Settings, point: fisher.Point, chunks: fisher.Chunks) -> tuple[fisher.Eigenpairs, dict]:
-    """The leading eigenpairs of each prompt's F, and columns (prompts,) that say what they leave out."""
+def triplets(settings: Settings, point: fisher.Point, chunks: fisher.Chunks) -> tuple[fisher.Eigenpairs, Said, dict]:
+    """The leading eigenpairs of each prompt's F, what they say, and columns (prompts,) of what they leave out."""
     r = settings.num_singular_values
     if settings.top_k_tokens == "all":
         with differentiated_twice():
             found = leading_eigenpairs(point, r, chunks=chunks)
         eigen, mass = found.eigen, torch.ones_like(found.trace_error[0])
+        slopes = point.output_head().times(found.pushed[..., :DIRECTIONS, :])
+        said = what_is_said(slopes[0], point.log_probs.exp(), num=TOKENS)
         errors = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
     else:
         top = fisher.top_k(point, settings.top_k_tokens, chunks)
         eigen, mass, errors = top.eigenpairs(r, allow_zero=True), top.mass, {}
+        slopes = top.slopes(eigen.vectors[..., :DIRECTIONS, :])
+        said = what_is_said(slopes[0], top.weights, top.tokens, TOKENS)
     eigen = fisher.Eigenpairs(*(part[0] for part in eigen))  # of the one module
-    return eigen, {"captured_mass": mass, **errors, "trace": eigen.trace, "effective_rank": eigen.effective_rank}
+    columns = {"captured_mass": mass, **errors, "trace": eigen.trace, "effective_rank": eigen.effective_rank}
+    return eigen, said, columns
 
 
 def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Result]:
@@ -124,7 +138,7 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
         prompts = [batch[i] for i in which.tolist()]
         try:
             point, rows = linearize(settings, subject, prompts)
-            eigen, columns = triplets(settings, point, fisher.Chunks(rows))
+            eigen, said, columns = triplets(settings, point, fisher.Chunks(rows))
         except fisher.NumericalError as error:
             if error.prompt is None:
                 raise
@@ -134,6 +148,7 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
             return results
         top_probability, top_id = (column.tolist() for column in point.log_probs.exp().max(-1))
         values, vectors = (part.cpu().numpy() for part in eigen[:2])
+        said = Said(*(part.cpu() for part in said))
         columns = {name: column.tolist() for name, column in columns.items()}
         return [
             Result(
@@ -143,6 +158,7 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
                     "top_probability": top_probability[i],
                     **{name: column[i] for name, column in columns.items()},
                     "singular_values": values[i].tolist(),
+                    "directions": said.records((i,), subject.show),
                 },
                 values=values[i],
                 vectors=vectors[i],
@@ -173,7 +189,8 @@ def without_matrix(settings: Settings, subject: Subject, encoded: Encoded, reaso
     """The result of a prompt that failed: why, and zeros."""
     r, width = settings.num_singular_values, stream_width(subject.model, subject.module)
     zeros = dict.fromkeys(("top_probability", "captured_mass", "trace", "effective_rank"), 0.0)
-    record = {**describe_prompt(encoded), "failed": reason, "top_token": "", **zeros, "singular_values": [0.0] * r}
+    lists = {"singular_values": [0.0] * r, "directions": []}
+    record = {**describe_prompt(encoded), "failed": reason, "top_token": "", **zeros, **lists}
     return Result(record, np.zeros(r, np.float32), np.zeros((r, width), np.float32))
 
 

@@ -35,6 +35,7 @@ class Leading(NamedTuple):
     """The leading part of the spectrum, and how well it is known. "..." begins with the layers."""
 
     eigen: Eigenpairs  # its trace and effective rank are estimates
+    pushed: Tensor  # (..., m, d_head) float32: J v, what the eigenvectors do to x
     residuals: Tensor  # (..., m) float32: |F v - lambda v| / lambda_1, measured
     trace_error: Tensor  # (...) float32: standard error of the trace, same units
 
@@ -104,7 +105,8 @@ def leading_eigenpairs(point: Point, num: int, tolerance: float = 1e-3, chunks: 
         basis.add(y.movedim(0, -3).flatten(-3, -2))
         found = _rayleigh_ritz(v, (y @ basis.cw.mT) @ basis.g, y @ top[..., :1, :].mT)
         trace, rank, error = _estimates(basis, probes, pulled)
-        new = Leading(Eigenpairs(*found[:2], trace, rank), found[2], error)
+        pushed = (found[1] @ v.mT) @ y
+        new = Leading(Eigenpairs(*found[:2], trace, rank), pushed, found[2], error)
         done = new if done is None else _keep_finished(done, new, tolerance)
         if (done.residuals <= tolerance).all():
             return done
@@ -121,7 +123,7 @@ def _keep_finished(done: Leading, new: Leading, tolerance: float) -> Leading:
         return torch.where(finished.reshape(finished.shape + (1,) * (old.ndim - finished.ndim)), old, now)
 
     eigen = Eigenpairs(*map(keep, done.eigen, new.eigen))
-    return Leading(eigen, keep(done.residuals, new.residuals), keep(done.trace_error, new.trace_error))
+    return Leading(eigen, *map(keep, done[1:], new[1:]))
 
 
 def _rayleigh_ritz(v: Tensor, fv: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,16 +7,18 @@ import warnings
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
+from matplotlib.transforms import Bbox, TransformedBbox
 import numpy as np
 
 from common.command_line import UserError, excerpt, first_line
-from common.drawing import DISTINCT, label, save
+from common.drawing import DISTINCT, label, save, token_bar
 from common.rows import evenly_spaced, parse_json
 from pipeline.store import PROMPTS, is_number
 
 SPECTRA = "fisher_spectra.png"
 NAMED = 6  # prompts that stand out: drawn in colour and named
 MAX_POINTS = 20_000  # of more prompts, evenly spaced ones are drawn beside those that stand out
+CHARACTERS = 85  # that the bars beside their names have room for
 OUTLIER = 3.5  # robust standard deviations, the usual threshold (Iglewicz and Hoaglin, 1993)
 
 
@@ -34,7 +36,7 @@ LISTS = ("singular_values", "principal_coordinates")
 
 
 def _read_prompts(path: Path) -> dict:
-    """The numbers of all prompts as columns, and the texts of the NAMED that stand out most, by index."""
+    """The numbers of all prompts as columns; of the NAMED that stand out most, texts and first directions by index."""
     columns, leading = {key: [] for key in (*NUMBERS, *LISTS)}, []
     try:
         with open(path, encoding="utf-8") as file:
@@ -44,14 +46,15 @@ def _read_prompts(path: Path) -> dict:
                     columns[key].append(record[key])
                 for key in LISTS:
                     columns[key].append(np.array(record[key], dtype=np.float32))
-                leading.append((record["outlier_score"], -index, record["prompt"]))
+                leading.append((record["outlier_score"], -index, record["prompt"], _first_direction(record, index + 1)))
                 leading = heapq.nlargest(NAMED, leading)
     except (OSError, ValueError) as error:
         raise UserError(f"no readable {path.name} in {path.parent}: {first_line(error)}") from error
     if not leading:
         raise UserError(f"{path} holds no prompts")
     arrays = {key: np.array(values) for key, values in columns.items()}
-    return {**arrays, "texts": {-place: text for _, place, text in leading}}
+    texts, said = ({-prompt[1]: prompt[part] for prompt in leading} for part in (2, 3))
+    return {**arrays, "texts": texts, "said": said}
 
 
 def _checked(record, before: dict[str, list]) -> dict:
@@ -75,10 +78,32 @@ def _checked(record, before: dict[str, list]) -> dict:
     return record
 
 
+def _first_direction(record: dict, line: int) -> list[dict]:
+    """The tokens of a prompt's first direction; none if it has no direction, or if an earlier version wrote it.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    directions = record.get("directions", [])
+    if directions == []:
+        return []
+    said = directions[0] if isinstance(directions, list) else None
+    if not isinstance(said, list) or not all(map(_is_token, said)):
+        raise ValueError(f"directions are no lists of tokens (line {line})")
+    return said
+
+
+def _is_token(value) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("token"), str):
+        return False
+    share, slope = value.get("share"), value.get("slope")
+    return is_number(share) and 0 <= share <= 1.001 and is_number(slope)
+
+
 def spectra_figure(prompts: dict) -> Figure:
-    """Spectra, outlier scores, a map of the prompts, three distributions, and the prompts that stand out by name."""
-    figure = plt.figure(figsize=(20, 12.5))
-    grid = figure.add_gridspec(3, 3, height_ratios=[1.2, 1, 0.5])
+    """Spectra, outlier scores, a map of the prompts, three distributions, and by name the prompts that stand out."""
+    figure = plt.figure(figsize=(20, 13))
+    grid = figure.add_gridspec(3, 3, height_ratios=[1.2, 1, 0.6])
     colours = dict(zip(prompts["texts"], [*DISTINCT[1:], DISTINCT[0]], strict=False))
     _spectra_panel(figure.add_subplot(grid[0, 0]), prompts, colours)
     _outlier_panel(figure.add_subplot(grid[0, 1]), prompts, colours)
@@ -112,17 +137,37 @@ def spectra_figure(prompts: dict) -> Figure:
     panel.set(title="Sensitivity by length", xlabel="tokens", ylabel="λ₁ (nats per unit²)", xscale="log")
     panel.set_yscale("log" if len(positive) else "linear")
 
-    panel = figure.add_subplot(grid[2, :])
+    _names_panel(figure.add_subplot(grid[2, :]), prompts, colours)
+    return figure
+
+
+def _names_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
+    """A line for each prompt that stands out, and beside it what its first direction says."""
+    known = any(prompts["said"].values())
+    length, end = (72, 0.53) if known else (140, 1)
+    room = TransformedBbox(Bbox([[0, -1], [end, NAMED]]), panel.transData)
     panel.axis("off")
+    panel.set(xlim=(0, 1), ylim=(NAMED - 0.5, -0.5))
     panel.set_title("Prompts that stand out, and their scores", loc="left")
     for row, (index, text) in enumerate(prompts["texts"].items()):
-        height = 0.92 - row / NAMED
-        panel.plot(0.005, height, "o", color=colours[index], markersize=10, transform=panel.transAxes)
+        panel.plot(0.005, row, "o", color=colours[index], markersize=10)
         for x, number in ((0.035, str(index)), (0.06, f"{prompts['outlier_score'][index]:.1f}")):
-            panel.text(x, height, number, transform=panel.transAxes, va="center", ha="right")
-        panel.text(0.07, height, label(excerpt(text, 140)), transform=panel.transAxes, va="center")
-    panel.set(xlim=(0, 1), ylim=(0, 1))
-    return figure
+            panel.text(x, row, number, va="center", ha="right")
+        name = panel.text(0.07, row, label(excerpt(text, length)), va="center", clip_on=True)
+        name.set_clip_box(room)  # its letters may be wide
+    if not known:
+        return
+    bars = panel.inset_axes([0.54, 0, 0.46, 1], sharey=panel)
+    every = prompts["said"].items()
+    left, right = (max(sum(t["share"] for t in s if sign * t["slope"] > 0) for _, s in every) for sign in (-1, 1))
+    for row, (index, said) in enumerate(every):
+        token_bar(bars, row, said, (colours[index],) * 2, character=(left + right) / CHARACTERS)
+    bars.axis("off")
+    bars.axvline(0, color="black", linewidth=1)
+    bars.set(
+        xlim=(-max(left, 0.1), max(right, 0.1)),
+        title="Tokens that lose ← → gain probability along the first singular vector, by share of λ₁",
+    )
 
 
 def _dots(panel: Axes, x: np.ndarray, y: np.ndarray, colours: dict[int, str]) -> None:

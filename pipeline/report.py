@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common.command_line import excerpt, table
+from model.words import in_a_line
 
 NAMED = 5  # prompts named at the end
 EXCERPT = 60  # characters of a prompt shown in a line
@@ -69,11 +70,17 @@ def final_table(records: Path, statistics: dict) -> str:
         leading = heapq.nlargest(NAMED, map(json.loads, file), key=lambda record: record["outlier_score"])
     cells = [
         [str(r["index"]), f"{r['outlier_score']:.1f}", f"{r['z_log_lambda']:+.1f}", f"{r['z_subspace']:+.1f}",
-         f"{r['z_principal']:.1f}", "  " + excerpt(r["prompt"], EXCERPT)]
+         f"{r['z_principal']:.1f}"]
         for r in leading
     ]  # fmt: skip
-    lines.append("Prompts that stand out, in robust standard deviations:")
-    header = ["prompt", "score", "lambda 1", "subspace", "principal"]
-    title, *numbers = table(header, [row[:-1] for row in cells]).splitlines()
-    lines += [title, *(line + row[-1] for line, row in zip(numbers, cells, strict=True))]
+    lines.append(
+        "Prompts that stand out, in robust standard deviations. Below each, the tokens with the largest shares of its\n"
+        "lambda 1: those that lose probability along its first singular vector ← → that gain it:"
+    )
+    title, *numbers = table(["prompt", "score", "lambda 1", "subspace", "principal"], cells).splitlines()
+    lines.append(title)
+    for line, record in zip(numbers, leading, strict=True):
+        lines.append(f"{line}  {excerpt(record['prompt'], EXCERPT)}")
+        if said := record.get("directions"):  # a prompt that failed has none, nor has one of an earlier version
+            lines.append(" " * (len(line) + 2) + excerpt(in_a_line(said[0]), EXCERPT))
     return "\n".join(lines)

@@ -190,7 +190,7 @@ def dots(axes: Axes) -> np.ndarray:
 
 
 def test_the_pipelines_picture_is_of_a_readable_size(finished_pipeline):
-    assert_is_a_picture(finished_pipeline / "fisher_spectra.png", 3000, 1875)
+    assert_is_a_picture(finished_pipeline / "fisher_spectra.png", 3000, 1950)
 
 
 def test_the_spectra_are_shown_as_quantiles_and_those_that_stand_out_as_lines(finished_pipeline):
@@ -228,6 +228,31 @@ def test_the_prompts_that_stand_out_are_named(finished_pipeline):
         assert {str(record["index"]), f"{record['outlier_score']:.1f}", record["prompt"]} <= set(texts)
 
 
+def test_beside_each_of_them_stand_the_tokens_of_its_first_direction(finished_pipeline):
+    figure, records = spectra_figure(finished_pipeline)
+    (bars,) = panel(figure, "Prompts that stand out").child_axes
+    left = [bar.get_x() + min(bar.get_width(), 0) for bar in bars.patches]
+    texts = {text.get_text() for text in bars.texts}
+    for row, record in enumerate(sorted(records, key=lambda record: -record["outlier_score"])[:6]):
+        said = record["directions"][0]
+        widths = [bar.get_width() for bar in bars.patches if round(bar.get_y() + 0.4) == row]
+        expected = [np.copysign(token["share"], token["slope"]) for token in said]
+        assert sorted(widths) == pytest.approx(sorted(expected))
+        at = [x for x, bar in zip(left, bars.patches, strict=True) if round(bar.get_y() + 0.4) == row]
+        assert min(at) == pytest.approx(sum(width for width in widths if width < 0), abs=1e-9)
+        assert drawing.label(said[0]["token"]) in texts  # the largest has room for its text
+
+
+def test_results_of_an_earlier_version_without_directions_are_drawn(finished_pipeline, tmp_path):
+    found = scripts.records(finished_pipeline)
+    for missing in (found[0:1], found):  # of a run that went on, and of a whole one
+        for record in missing:
+            record.pop("directions", None)
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+        spectra.draw(tmp_path)
+        assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1950)
+
+
 @pytest.mark.parametrize("zero", [slice(0, 3), slice(None)], ids=["some", "all"])
 def test_matrices_that_are_zero_are_survived_by_the_log_scales(zero, finished_pipeline, tmp_path):
     found = scripts.records(finished_pipeline)
@@ -235,7 +260,7 @@ def test_matrices_that_are_zero_are_survived_by_the_log_scales(zero, finished_pi
         record["singular_values"] = [0.0] * 4
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
     spectra.draw(tmp_path)
-    assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1875)
+    assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1950)
 
 
 def test_more_prompts_than_can_be_told_apart_are_thinned_out(finished_pipeline, monkeypatch):

@@ -80,11 +80,16 @@ def test_the_final_table_names_the_prompts_that_stand_out(finished_pipeline, cha
         (line,) = [line for line in shown.splitlines() if line.startswith(label)]
         numbers = [float(word) for word in line.removeprefix(label).split()]
         assert numbers == pytest.approx([np.median(values), min(values), max(values)], rel=1e-3)
-    *_, leading = shown.partition("Prompts that stand out, in robust standard deviations:\n")
-    rows = [line.split() for line in leading.splitlines()[1:6]]
+    *_, leading = shown.partition("Prompts that stand out, in robust standard deviations")
+    rows = [line.split() for line in leading.splitlines()[3:13]]
     expected = sorted(found, key=lambda record: -record["outlier_score"])[:5]
-    assert [int(row[0]) for row in rows] == [record["index"] for record in expected]
-    assert [" ".join(row[5:]) for row in rows] == [record["prompt"] for record in expected]
+    assert [int(row[0]) for row in rows[::2]] == [record["index"] for record in expected]
+    assert [" ".join(row[5:]) for row in rows[::2]] == [record["prompt"] for record in expected]
+    for words, record in zip(rows[1::2], expected, strict=True):
+        lowered, raised = words[: words.index("←")], words[words.index("→") + 1 :]
+        first = record["directions"][0][0]
+        assert first["token"] == (raised if first["slope"] > 0 else lowered)[0]
+    assert max(map(len, leading.splitlines()[:13])) <= 120
 
 
 def test_results_are_read_without_torch_or_matplotlib(finished_pipeline):

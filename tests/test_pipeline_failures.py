@@ -67,6 +67,33 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(chat_directory, data
     assert_same_results(output, finished_pipeline)
 
 
+@pytest.mark.usefixtures("without_pictures")
+def test_a_run_of_an_earlier_version_without_directions_goes_on(
+    chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch, capsys
+):
+    output, measure = tmp_path / "out", compute_fisher.measure
+
+    def earlier(settings, subject, batch):
+        if any((tmp_path / "out" / "shards").glob("shard_*")):
+            sys.exit(9)
+        results = measure(settings, subject, batch)
+        for result in results:
+            del result.record["directions"]
+        return results
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compute_fisher, "measure", earlier)
+        with pytest.raises(SystemExit):
+            scripts.compute_fisher(chat_directory, dataset, output)
+    assert scripts.compute_fisher(chat_directory, dataset, output) == 0
+    assert "Prompts that stand out" in capsys.readouterr().out
+    found, expected = records(output), records(finished_pipeline)
+    assert {"directions" in record for record in found} == {True, False}
+    for ours, whole in zip(found, expected, strict=True):
+        assert ours == {key: whole[key] for key in whole if key in ours or key != "directions"}
+    assert all(arrays(output)[name].tobytes() == array.tobytes() for name, array in arrays(finished_pipeline).items())
+
+
 @pytest.mark.parametrize("moment", ["close", "write_metadata", "remove"])
 def test_stopped_while_it_finishes_it_can_finish_again(
     moment, chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch
@@ -357,6 +384,7 @@ def test_a_prompt_that_fails_is_recorded_and_the_run_goes_on(
     for index, record in enumerate(records(tmp_path / "out")):
         if index in failed:
             assert record["failed"] == "the logits hold NaN or infinity" and record["outlier_score"] == 0
+            assert record["directions"] == []
             assert not matrices[index].S.any() and matrices[index].U.shape == whole[index].U.shape
         else:
             assert np.allclose(matrices[index].S, whole[index].S, rtol=1e-4)

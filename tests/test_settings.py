@@ -351,6 +351,8 @@ def finished_copy(finished_pipeline, tmp_path) -> Path:
         ({"singular_values": [1.0]}, "1 singular_values, and 4 of the prompts before (line 2)"),
         ({"principal_coordinates": 1}, "principal_coordinates is no list of numbers (line 2)"),
         ({"prompt": None}, "no record of a prompt (line 2)"),
+        ({"directions": "three"}, "directions are no lists of tokens (line 2)"),
+        ({"directions": [[{"token": "a", "share": 0.5}]]}, "directions are no lists of tokens (line 2)"),
     ],
 )
 def test_records_of_another_form_are_one_line_that_says_where(changes, said, finished_copy, capsys):
