@@ -47,8 +47,8 @@ from common.lock import lock_directory
 from experiment import figures, report
 from experiment.continuation import choose_scales, continuations
 from experiment.perturbation import control_directions, step_lengths, sweep, trust_radii_along
-from experiment.results import SPECTRUM, TOP, Measured, Results, rank
-from experiment.run_directory import FILES, RunDirectory, identify
+from experiment.results import SPECTRUM, TOP, Measured, Results, rank, read_results
+from experiment.run_directory import RunDirectory, identify
 from experiment.sentences import Context, diverse_order, locate, read_sentences, token_of
 from experiment.steering import TOKENS, steer
 import fisher
@@ -355,7 +355,7 @@ def redraw(directory: Path) -> int:
         figures.draw(directory)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"the results in {directory} are of another form: {excerpt(repr(error), 80)}") from error
-    print(f"Drawn in {printable(str(directory))}: {', '.join(figures.FILES)}")
+    print(f"Drawn in {printable(str(directory))}: {', '.join(figures.drawn_of(read_results(directory)))}")
     return 0
 
 
@@ -430,7 +430,7 @@ def measure(
                 )
             figures.draw(files.path)
         print(report.conclusion(results, len(contexts)))
-        print(f"Written to {printable(str(files.path))}: {', '.join(FILES)}")
+        print(f"Written to {printable(str(files.path))}: {', '.join(files.written(results))}")
     if stopped:
         raise stopped
 

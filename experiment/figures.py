@@ -1,5 +1,6 @@
-"""The experiment's two pictures, drawn from its JSON file."""
+"""The experiment's pictures, drawn from its JSON file."""
 
+from functools import partial
 from pathlib import Path
 import warnings
 
@@ -10,13 +11,36 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 import numpy as np
 
-from common.drawing import BLACK, BLUE, DISTINCT, GREEN, GREY, ORANGE, PINK, label, median_band, note_of, save
+from common.drawing import (
+    BLACK,
+    BLUE,
+    DISTINCT,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    label,
+    median_band,
+    note_of,
+    save,
+    token_bar,
+)
 from common.rows import evenly_spaced
 from experiment.results import read_results
+from experiment.steering import least_kl
 
-SIMILARITY, PERTURBATION = FILES = "fisher_similarity_matrix.png", "perturbation_analysis.png"
+SIMILARITY, PERTURBATION, STEERING = "fisher_similarity_matrix.png", "perturbation_analysis.png", "steering.png"
+FILES = SIMILARITY, PERTURBATION, STEERING
 # a line style each, for print without colour
 KINDS = {"fisher": (ORANGE, "-", "o"), "difference": (BLUE, "-", "s"), "random": (GREY, "-", "^")}
+STEERED = {  # by direction: colour, line, marker, name
+    "natural_steps": (ORANGE, "-", "o", "natural gradient, in steps"),
+    "natural": (ORANGE, "--", "o", "natural gradient, one step"),
+    "gradient_steps": (BLUE, "-", "s", "gradient, in steps"),
+    "gradient": (BLUE, "--", "s", "gradient, one step"),
+    "difference": (GREEN, "--", "D", "difference of activations"),
+    "fisher": (GREY, "--", "^", "Fisher eigenvector"),
+}
 NAMES = {"fisher": "Fisher eigenvector", "difference": "towards another sentence", "random": "random"}
 # the square root keeps small cosines, where most of the pairs are, apart
 COSINE = {"cmap": "viridis", "norm": PowerNorm(0.5, vmin=0, vmax=1)}
@@ -26,21 +50,27 @@ KL_FLOOR = 1e-11  # nats: below it, rounding of the logits
 
 
 def draw(directory: Path) -> None:
-    """Draws both pictures of the results in `directory`.
+    """Draws the pictures of the results in `directory`.
 
     Raises:
         UserError: no readable results there, or it cannot be written to.
     """
     results = read_results(directory)
-    drawn = {SIMILARITY: lambda: similarity_figure(results), PERTURBATION: lambda: perturbation_figure(results)}
+    figures = {SIMILARITY: similarity_figure, PERTURBATION: perturbation_figure, STEERING: steering_figure}
+    drawn = {name: partial(figures[name], results) for name in drawn_of(results)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN|Mean of empty")  # perturbations that overflowed
         save(directory, drawn, note=results.get("checksum"))
 
 
+def drawn_of(results: dict) -> tuple[str, ...]:
+    """The pictures that there are of these results."""
+    return FILES if results.get("steering") else (SIMILARITY, PERTURBATION)
+
+
 def are_of(directory: Path, results: dict) -> bool:
-    """Whether both pictures are there, whole, and drawn from `results`."""
-    return all(note_of(directory / name) == results.get("checksum") for name in FILES)
+    """Whether the pictures are there, whole, and drawn from `results`."""
+    return all(note_of(directory / name) == results.get("checksum") for name in drawn_of(results))
 
 
 # --- similarity of the eigenvectors --------------------------------------------------------------
@@ -291,19 +321,7 @@ def _words_panel(panel: Axes, results: dict, sentence: int, layers: list[str]) -
     sides = [sum(t["share"] for t in at if sign * t["slope"] > 0) for at in tokens for sign in (-1, 1)]
     widest = max(*sides, 0.01)
     for row, at in enumerate(tokens):
-        ends = {1: 0.0, -1: 0.0}
-        for token in at:
-            side = 1 if token["slope"] > 0 else -1
-            shade = 0.85 * max(0.25, 1 - abs(ends[side]))
-            share = token["share"]
-            panel.barh(
-                row, side * share, left=ends[side], height=0.86,
-                color=GREEN if side > 0 else PINK, alpha=shade, edgecolor="white",
-            )  # fmt: skip
-            text = label(token["token"])
-            if share > 0.0125 * widest * len(text):  # else it has no room for its text
-                panel.text(ends[side] + side * share / 2, row, text, ha="center", va="center", fontsize=11)
-            ends[side] += side * share
+        token_bar(panel, row, at, (PINK, GREEN), character=0.0125 * widest)
     panel.axvline(0, color="black", linewidth=1)
     panel.set(xlim=(-1.02 * widest, 1.02 * widest), ylim=(len(layers) - 0.4, -0.6), ylabel="layer")
     panel.set_yticks(range(len(layers)), layers)
@@ -314,6 +332,64 @@ def _words_panel(panel: Axes, results: dict, sentence: int, layers: list[str]) -
     prompt = results["contexts"][sentence]["prompt"]
     prompt = prompt if len(prompt) <= 90 else "…" + prompt[-89:]
     panel.set_title(f"What v says after S{sentence}, “{label(prompt)}”")
+
+
+# --- steering ------------------------------------------------------------------------------------
+
+
+def steering_figure(results: dict) -> Figure:
+    """KL by goal at the middle layer; its ratio to the least KL, and how often the goal is reached, by layer."""
+    layers = list(results["fisher"][0])
+    middle = layers[len(layers) // 2]
+    figure, (costs, ratios, shares) = plt.subplots(1, 3, figsize=(19, 6.2))
+    goals = sorted({goal for s in results["steering"] for goal in _any_direction(s, middle)}, key=float)
+    middle_goal = "0.5" if "0.5" in goals else goals[-1]
+    x, least = [float(goal) for goal in goals], []
+    for goal in goals:
+        before = [s["probability"] for s in results["steering"] if goal in _any_direction(s, middle)]
+        least.append(np.median([least_kl(p, float(goal)) for p in before]))
+    for name, (colour, line, marker, text) in STEERED.items():
+        style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 6}
+        costs.plot(x, [_median(results, middle, name, goal, "kl") for goal in goals], **style, label=text)
+        ratios.plot([_median(results, layer, name, middle_goal, "ratio") for layer in layers], **style)
+        found = [_entries(results, layer, name, middle_goal) for layer in layers]
+        shares.plot([np.mean([e is not None for e in at]) if at else np.nan for at in found], **style)
+    costs.plot(x, least, color=BLACK, linewidth=2, label="least of any perturbation")
+    token = label(results["steering"][0]["token"])
+    costs.set(
+        title=f"Cost of raising “{token}”, layer {middle}", xlabel="probability reached", yscale="log",
+        ylabel="KL(original ‖ perturbed), nats",
+    )  # fmt: skip
+    costs.set_xticks(x, goals)
+    ratios.axhline(1, color=BLACK, linewidth=2)
+    ratios.set(title=f"KL over the least, to probability {middle_goal}", xlabel="layer", yscale="log", ylabel="ratio")
+    ratios.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    ratios.yaxis.set_major_formatter("{x:g}")
+    ratios.yaxis.set_minor_locator(NullLocator())
+    shares.set(title=f"Sentences where {middle_goal} is reached", xlabel="layer", ylim=(-0.03, 1.03))
+    shares.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    for panel in (ratios, shares):
+        shown = evenly_spaced(len(layers), MAX_TICKS)
+        panel.set_xticks(shown, [layers[i] for i in shown])
+    figure.legend(loc="outside upper center", ncols=len(STEERED) + 1, frameon=False, fontsize=11)
+    return figure
+
+
+def _any_direction(steered: dict, layer: str) -> dict:
+    return next(iter(steered["layers"][layer].values()), {})
+
+
+def _entries(results: dict, layer: str, name: str, goal: str) -> list[dict | None]:
+    """What a direction cost, by sentence whose target is below the goal; None where it was not reached."""
+    directions = (sentence["layers"][layer].get(name, {}) for sentence in results["steering"])
+    return [direction[goal] for direction in directions if goal in direction]
+
+
+def _median(results: dict, layer: str, name: str, goal: str, key: str) -> float:
+    """Over sentences; NaN where it is infinite, since at most half of them reach the goal."""
+    values = [np.inf if entry is None else entry[key] for entry in _entries(results, layer, name, goal)]
+    median = np.median(values) if values else np.nan
+    return median if np.isfinite(median) else np.nan
 
 
 def _token_name(token: str) -> str:

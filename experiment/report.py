@@ -121,7 +121,29 @@ def layer_table(results: Results) -> str:
         parts.append(exact_table(summary))
     if results.config["trust_radius"]:
         parts.append(trust_table(summary))
+    if "steering" in summary:
+        parts.append(steering_table(results, summary["steering"]))
     return "\n".join(parts)
+
+
+def steering_table(results: Results, by_layer: dict) -> str:
+    """What it costs to make the target probable, over the least that it costs whatever is done."""
+    tokens = " ".join(sorted({entry["token"] for entry in results.steering})[:3])
+    goal = max((g for names in by_layer.values() for goals in names.values() for g in goals if float(g) <= 0.5),
+               key=float, default=None)  # fmt: skip
+    if goal is None:
+        return f"Steering: {tokens} is more probable than 1/2 in all sentences."
+    names = list(dict.fromkeys(name for layer in by_layer.values() for name in layer))
+
+    def cell(found: dict | None) -> str:
+        return "-" if found is None else f"{_cell(found['ratio_median'], '.3g')} ({found['reached']:.0%})"
+
+    rows = [[layer, *(cell(found[name].get(goal)) for name in names)] for layer, found in by_layer.items()]
+    note = (
+        f"To bring {tokens} to a probability of {goal}: KL over the least that any perturbation costs (median, and the "
+        "share of sentences where it is reached):"
+    )
+    return textwrap.fill(note, 100) + "\n" + table(["layer", *(name.replace("_", ", ") for name in names)], rows)
 
 
 def exact_table(summary: dict) -> str:

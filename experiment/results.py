@@ -375,7 +375,8 @@ class Results:
                 "kl_median": {kind: median_or_none([r["kl"] for r in records]) for kind, records in kinds.items()},
                 "flips": {kind: _share([r["top_changed"] for r in records]) for kind, records in kinds.items()},
             }
-        return {"at_scale": far, "layers": layers}
+        steering = {"steering": steering_summary(self.steering, self.layers)} if self.steering else {}
+        return {"at_scale": far, "layers": layers, **steering}
 
     def _farthest_by_kind(self, layer: str, far: float) -> dict[str, list[dict]]:
         """The records of the longest perturbations at a layer, by kind of direction."""
@@ -386,6 +387,32 @@ class Results:
                 for name, other in {"fisher": record, **record["controls"]}.items():
                     kinds.setdefault(name.partition("_")[0], []).append(other)
         return kinds
+
+
+def steering_summary(steering: list[dict], layers: list[str]) -> dict:
+    """By layer, direction and goal: the median ratio of KL to the least (None if it is not finite), and the share of
+    sentences where the goal is reached."""
+
+    def over_sentences(layer: str, name: str, goal: str) -> dict:
+        found = [s["layers"][layer][name][goal] for s in steering if goal in s["layers"][layer].get(name, ())]
+        ratio = statistics.median([math.inf if entry is None else entry["ratio"] for entry in found])
+        return {"ratio_median": number_or_none(ratio), "reached": statistics.fmean(e is not None for e in found)}
+
+    return {
+        layer: {
+            name: {goal: over_sentences(layer, name, goal) for goal in sorted(goals, key=float)}
+            for name, goals in _goals_by_direction(steering, layer).items()
+        }
+        for layer in layers
+    }
+
+
+def _goals_by_direction(steering: list[dict], layer: str) -> dict[str, set[str]]:
+    goals: dict[str, set[str]] = {}
+    for sentence in steering:
+        for name, by_goal in sentence["layers"][layer].items():
+            goals.setdefault(name, set()).update(by_goal)
+    return goals
 
 
 def _share(answers: list) -> float | None:

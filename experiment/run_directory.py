@@ -107,3 +107,7 @@ class RunDirectory:
                     (self.path / name).unlink(missing_ok=True)
             self._of_this_run = True
         results.save(self.path)
+
+    def written(self, results: Results) -> tuple[str, ...]:
+        """The names of the files that there are of these results."""
+        return (RESULTS, EIGENVECTORS, *figures.drawn_of({"steering": results.steering}))
