@@ -20,7 +20,7 @@ class Trial(NamedTuple):
 
     contexts: list[Context]  # the longest last
     first: float  # seconds of the first round, which has to warm up
-    seconds: list[float]  # of each sentence in the second
+    seconds: list[float]  # of each sentence, in the shorter of the two rounds
     linearizing: float  # of those, how many went into the linearisation of a sentence
     results: Results  # of the second
 

@@ -9,10 +9,12 @@ import yaml
 
 from common.amounts import duration, size
 from common.lock import lock_directory
+import compute_fisher
 import core_experiment
 from experiment import estimate as of_experiment
 from experiment.sentences import Context
 from pipeline import estimate as of_pipeline
+from pipeline.processes import Processes
 from pipeline.prompts import Encoded, Prompt
 from pipeline.settings import parse
 import scripts
@@ -27,8 +29,6 @@ def tree(folder: Path) -> dict:
 
 def say(script: str, words: list[str], capsys) -> tuple[int, str, str]:
     """The exit code of a dry run, and what it prints."""
-    import compute_fisher
-
     module = {"core_experiment": core_experiment, "compute_fisher": compute_fisher}[script]
     capsys.readouterr()
     code = module.main(module.parse([*words, "--dry-run"]))
@@ -205,8 +205,6 @@ def test_a_dry_pipeline_says_what_an_earlier_run_has_left(
     assert "holds a run with other settings (top_k_tokens was 6 and is 5)" in refusal
     assert tree(tmp_path) == before
 
-    import compute_fisher
-
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -241,6 +239,14 @@ def test_a_dry_pipeline_fails_as_the_run_does(mistake, chat_directory, dataset, 
     assert code == scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", **options) == 2
     assert error == capsys.readouterr().err and error.count("\n") == 1 and what in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_processes_the_first_alone_works_and_counts_them(chat_directory, dataset, tmp_path, capsys):
+    command = parse([*pipeline_words(chat_directory, dataset, tmp_path / "out"), "--dry-run"])
+    assert compute_fisher.dry_run(command, Processes(1, 2, 1)) == 0
+    assert capsys.readouterr().out == ""
+    assert compute_fisher.dry_run(command, Processes(0, 2, 0)) == 0
+    assert "tokens/s, by 2 processes as fast as this one;" in capsys.readouterr().out
 
 
 def test_the_pipelines_seconds_follow_the_sizes_of_its_batches():
