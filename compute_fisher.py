@@ -45,13 +45,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+import os
 import time
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from common.amounts import peak_memory
 from common.failures import SOME_FAILED, too_many
-from common.lock import lock_directory
+from common.lock import lock_directory, require_unlocked
 from model.loading import (
     describe,
     dtype_advice,
@@ -59,14 +62,13 @@ from model.loading import (
     fingerprint,
     load,
     longest_prompt,
-    rotation_change,
     vocabulary_size,
 )
-from model.passes import use_attention
-from pipeline import figures, processes, report
-from pipeline.batches import Subject, attention_for, check_padding, explain_failures, measure, try_first
+from model.passes import devices_of
+from pipeline import estimate, figures, processes, report
+from pipeline.batches import Subject, check_once, into_batches, measure, try_first
 from pipeline.processes import Processes
-from pipeline.prompts import Encoded, Prompt, Prompts, encode, plan_batches
+from pipeline.prompts import Encoded, Prompt, Prompts, encode
 from pipeline.run_directory import FILES, RunDirectory
 from pipeline.store import PROMPTS, Result, Store
 
@@ -114,12 +116,7 @@ def plan_shard(
     if store.has_shard(number, window):
         return Shard(number, numbers, {}, closed=True)
     encoded = [encode(subject.tokenizer, prompt, longest) for prompt in window]
-    # a model that turns its positions in another way for long batches has no batch of both kinds
-    change = rotation_change(subject.model)
-    batches = []
-    for kind in ([e for e in encoded if len(e.ids) > change], [e for e in encoded if len(e.ids) <= change]):
-        batches += [[kind[j] for j in batch] for batch in plan_batches([len(e.ids) for e in kind], settings.batch_size)]
-    todo = dict(enumerate(batches))
+    todo = dict(enumerate(into_batches(settings, subject, encoded)))
     for i in [i for i in todo if store.has_batch(number, i, [e.prompt for e in todo[i]])]:
         del todo[i]
     return Shard(number, numbers, todo)
@@ -160,12 +157,7 @@ def compute(settings: Settings, subject: Subject, shards: Iterator[Shard], store
             ahead = reader.submit(next, shards, None)
             bar.update(len(shard.prompts) - sum(map(len, shard.todo.values())))
             for number, batch in shard.todo.items():
-                kind = attention_for(settings, batch)[0]
-                if kind not in checked:
-                    use_attention(subject.model, kind)
-                    with explain_failures(subject, batch):
-                        check_padding(subject, batch)
-                    checked.add(kind)
+                check_once(settings, subject, batch, checked)
                 results = measure(settings, subject, batch)
                 pending.append(writer.submit(store.write_batch, shard.number, number, results))
                 while len(pending) > MAX_WAITING:  # raises what a write that failed has raised
@@ -221,46 +213,79 @@ def clamp_to_model(settings: Settings, subject: Subject, tell: Callable[[str], N
     return replace(settings, top_k_tokens=k, num_singular_values=r)
 
 
+def open_dataset(settings: Settings) -> tuple[Prompts, Iterator[Prompt], Prompt]:
+    """The dataset; the prompts to take, one by one; and the first: what is wrong is said before the model is loaded."""
+    prompts = Prompts(
+        settings.dataset, settings.dataset_split, settings.prompt_column, settings.dataset_config, settings.seed
+    )
+    wanted = None if settings.num_prompts == "all" else settings.num_prompts
+    source = iter(prompts)
+    first = next(source)
+    return prompts, islice(chain([first], source), wanted), first
+
+
+class Prepared(NamedTuple):
+    """What a run has before its first batch."""
+
+    subject: Subject
+    settings: Settings  # as far as the model has what they ask for
+    longest: int  # tokens of a prompt
+    environment: dict
+    identity: dict
+
+
+def prepare(settings: Settings, first: Prompt, process: Processes, tell: Callable[[str], None]) -> Prepared:
+    """Loads the model, and tries the first prompt.
+
+    Raises:
+        UserError: the settings do not fit the model, or the model is not supported.
+    """
+    subject = load_subject(settings, process)
+    longest = min(settings.max_length, longest_prompt(subject.model) or settings.max_length)
+    clamped = clamp_to_model(settings, subject, tell)
+    try_first(clamped, subject, first, longest)
+    identity = {"hook_layer": subject.path, "model_fingerprint": fingerprint(subject.model, subject.tokenizer)}
+    return Prepared(subject, clamped, longest, describe(subject.model), identity)
+
+
+def heading(settings: Settings, ready: Prepared) -> str:
+    return model_line(settings.model_path, ready.environment) + f"; hooked at {ready.subject.path}"
+
+
+def finished(settings: Settings) -> str:
+    return f"{printable(settings.output_dir)} is finished: nothing to do (--overwrite starts anew)"
+
+
+def too_few(wanted: int, count: int) -> str:
+    return f"note: {wanted} prompts were asked for, only {count} are available"
+
+
 def run(command: Command, process: Processes) -> int:
     settings = command.settings
     tell = print if process.first else lambda text: None
     directory = RunDirectory(settings)
-    done = f"{printable(settings.output_dir)} is finished: nothing to do (--overwrite starts anew)"
-    wanted = None if settings.num_prompts == "all" else settings.num_prompts
     with ExitStack() as stack:
         process.ask_first(lambda: stack.enter_context(lock_directory(directory.path)))
         if process.ask_first(lambda: directory.is_finished(command.overwrite)):
             if process.first:
                 directory.clean_up()
-            tell(done)
+            tell(finished(settings))
             return 0
-        prompts = Prompts(
-            settings.dataset, settings.dataset_split, settings.prompt_column, settings.dataset_config, settings.seed
-        )
-        source = iter(prompts)
-        first = next(source)  # what is wrong with the dataset is said before the model is loaded
-
-        subject = load_subject(settings, process)
-        longest = min(settings.max_length, longest_prompt(subject.model) or settings.max_length)
-        clamped = clamp_to_model(settings, subject, tell)
-        try_first(clamped, subject, first, longest)
-        environment = describe(subject.model)
-        identity = {"hook_layer": subject.path, "model_fingerprint": fingerprint(subject.model, subject.tokenizer)}
-        if process.ask_first(lambda: directory.begin(identity, environment, command.overwrite)):
-            tell(done)
+        prompts, source, first = open_dataset(settings)
+        ready = prepare(settings, first, process, tell)
+        if process.ask_first(lambda: directory.begin(ready.identity, ready.environment, command.overwrite)):
+            tell(finished(settings))
             return 0
-        tell(model_line(settings.model_path, environment) + f"; hooked at {subject.path}")
+        tell(heading(settings, ready))
 
         try:
             with progress_bar(settings, process) as bar:
-                source = islice(chain([first], source), wanted)
-                shards = plan(settings, source, subject, longest, directory.store, process)
-                compute(clamped, subject, shards, directory.store, bar)
+                shards = plan(settings, source, ready.subject, ready.longest, directory.store, process)
+                compute(ready.settings, ready.subject, shards, directory.store, bar)
             process.wait_for_all()
-            count = min(prompts.usable, wanted or prompts.usable)
-            if wanted and count < wanted:
-                tell(f"note: {wanted} prompts were asked for, only {count} are available")
-            return finish(directory, count, prompts.skipped) if process.first else 0
+            if settings.num_prompts != "all" and prompts.usable < settings.num_prompts:
+                tell(too_few(settings.num_prompts, prompts.usable))
+            return finish(directory, prompts.usable, prompts.skipped) if process.first else 0
         except KeyboardInterrupt:
             print("Interrupted: finished batches are saved; the same command does the rest.", file=sys.stderr)
             return INTERRUPTED
@@ -274,6 +299,69 @@ def finish(directory: RunDirectory, count: int, skipped: int) -> int:
     return SOME_FAILED if statistics["failed_prompts"] else 0
 
 
+# --- a dry run -----------------------------------------------------------------------------------
+
+
+def dry_run(command: Command, process: Processes) -> int:
+    """Says what a run would do, and takes a few batches through it to say how long. Writes nothing.
+
+    Of several processes the first works alone, as it would on its own device.
+    """
+    settings = replace(command.settings, device=own_device(command.settings.device, process))
+    if not process.first:
+        return 0
+    directory = RunDirectory(settings)
+    require_unlocked(directory.path)
+    if directory.is_finished(command.overwrite):
+        print(finished(settings))
+        return 0
+    prompts, source, first = open_dataset(settings)
+    start = time.perf_counter()
+    ready = prepare(settings, first, Processes(), print)
+    loading = time.perf_counter() - start
+    if directory.is_done(ready.identity, command.overwrite):
+        print(finished(settings))
+        return 0
+    print(heading(settings, ready))
+    if command.overwrite and directory.is_begun():
+        print(f"An earlier run in {printable(settings.output_dir)} would be replaced.")
+
+    size = SHARD_BATCHES * settings.batch_size
+    store = None if command.overwrite else directory.store
+    found = estimate.survey(settings, source, size, store, os.path.isfile(settings.dataset))
+    print(estimate.describe_prompts(settings, prompts, found))
+    if settings.num_prompts != "all" and found.taken < settings.num_prompts:
+        print(too_few(settings.num_prompts, found.taken))
+    encoded = [encode(ready.subject.tokenizer, prompt, ready.longest) for prompt in found.sample]
+    print(estimate.describe_tokens(settings, encoded))
+    shards = [encoded[start : start + size] for start in range(0, len(encoded), size)]
+    batches = list(chain.from_iterable(into_batches(settings, ready.subject, shard) for shard in shards))
+    trial = try_some(ready.settings, ready.subject, batches)
+    memory = peak_memory(devices_of(ready.subject.model))
+    print(estimate.describe_costs(settings, found, trial, batches, loading, memory, process.size))
+    print("Nothing was written: a dry run.")
+    return 0
+
+
+def try_some(settings: Settings, subject: Subject, batches: list[list[Encoded]]) -> estimate.Trial:
+    """A few of these batches for their time, after a prompt with each kind of attention to warm up.
+
+    Raises:
+        UserError: the model is not supported, or too many prompts fail.
+    """
+    checked, failures = set(), Failures(dtype_advice(subject.model))
+    for batch in sorted(batches, key=estimate.padded):
+        if check_once(settings, subject, batch, checked):
+            measure(settings, subject, batch[-1:])
+    chosen, seconds, found = estimate.representatives(batches), [], []
+    for batch in chosen:
+        results = measure(settings, subject, batch)
+        failures.count(results)
+        seconds.append(sum(result.record["seconds"] for result in results))
+        found += results
+    return estimate.Trial(chosen, seconds, found)
+
+
 def main(command: Command) -> int:
     def run_or_redraw() -> int:
         if command.redraw:
@@ -281,7 +369,7 @@ def main(command: Command) -> int:
             print(f"Drawn in {printable(str(command.redraw))}: {figures.SPECTRA}")
             return 0
         with processes.join() as process:
-            return run(command, process)
+            return dry_run(command, process) if command.dry_run else run(command, process)
 
     advice = "a smaller --max-length or --top-k-tokens, --dtype bfloat16, or a smaller model"
     return exit_code(PROGRAM, run_or_redraw, advice)

@@ -36,20 +36,23 @@ if __name__ == "__main__":  # before the slow ones: --help need not wait for tor
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+import itertools
 import math
 import time
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from common.amounts import peak_memory
 from common.failures import SOME_FAILED, too_many
-from common.lock import lock_directory
-from experiment import figures, report
+from common.lock import lock_directory, require_unlocked
+from experiment import estimate, figures, report
 from experiment.continuation import choose_scales, continuations
 from experiment.perturbation import control_directions, step_lengths, sweep, trust_radii_along
 from experiment.results import SPECTRUM, TOP, Measured, Results, rank, read_results
-from experiment.run_directory import RunDirectory, identify
-from experiment.sentences import Context, diverse_order, locate, read_sentences, token_of
+from experiment.run_directory import Earlier, RunDirectory, identify
+from experiment.sentences import Context, Found, diverse_order, find_sentences, locate, token_of
 from experiment.steering import TOKENS, steer
 import fisher
 from model.loading import (
@@ -87,9 +90,13 @@ class Clock:
 
 
 class Batches:
-    """How many rows go through the model in one pass; halved, they stay so for all sentences."""
+    """How many rows go through the model in one pass; halved, they stay so for all sentences.
+
+    Before the first sentence they are fitted to the way in which the model is read, and a prediction is checked.
+    """
 
     def __init__(self, size: int, layers: int):
+        self.fitted, self.checked = False, False
         self.gradients = fisher.Chunks(4 * size)  # more of them: they carry no vocabulary along
         self.perturbations = fisher.Chunks(size)
         self.steering = fisher.Chunks(max(1, 4 * size // layers))  # a row for each layer
@@ -296,6 +303,47 @@ def fit_to_way(batches: Batches, point: fisher.Point, contexts: list[Context]) -
     )
 
 
+@contextmanager
+def explain_unsupported() -> Iterator[None]:
+    try:
+        yield
+    except fisher.UnsupportedModelError as error:
+        raise UserError(f"this model is not supported: {error}") from error
+
+
+def perturb_each(
+    settings: Settings,
+    contexts: list[Context],
+    points: Iterator[tuple[Context, fisher.Point]],
+    results: Results,
+    batches: Batches,
+    clock: Clock,
+) -> Iterator[None]:
+    """Takes sentence after sentence through `perturb` into `results`; yields after each.
+
+    Args:
+        contexts: all that there are.
+        points: those to take, linearised.
+    Raises:
+        UnsupportedModelError: the model is not.
+        UserError: too many sentences fail.
+    """
+    for context, point, other in with_other_activations(points, results):
+        key = (settings.seed, len(results))
+        controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
+        try:
+            if not batches.fitted:
+                fit_to_way(batches, point, contexts)
+                batches.fitted = True
+            moved = partial(fisher.perturb, point, at=0)
+            batches.checked = batches.checked or fisher.check_prediction(point, moved, batches.gradients)
+            results.add(perturb(settings, context, point, controls, batches, clock))
+        except FAILURES as error:
+            leave_out(point.model, results, context, error)
+            continue
+        yield
+
+
 def perturb_all(
     settings: Settings,
     model: torch.nn.Module,
@@ -304,29 +352,18 @@ def perturb_all(
     save: Callable[[Results], None],
     clock: Clock,
 ) -> None:
-    """Takes sentence after sentence through `perturb` into `results`, saving what there is now and then.
+    """All that is not in `results` yet, saving what there is now and then.
 
     Raises:
-        UserError: no sentence qualifies, or too many fail.
+        UserError: the model is not supported, no sentence qualifies, or too many fail.
     """
-    batches, fitted, checked = Batches(settings.batch_size, len(settings.layers)), False, False
     due = time.perf_counter() + SAVE_EVERY
     points = linearize_each(settings, model, contexts, results, clock)
+    steps = perturb_each(settings, contexts, points, results, Batches(settings.batch_size, len(settings.layers)), clock)
     total = min(settings.num_sentences, len(contexts))
-    with tqdm(total=total, initial=len(results), desc="perturbing", unit="sentence", disable=None) as bar:
-        for context, point, other in with_other_activations(points, results):
-            key = (settings.seed, len(results))
-            controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
-            try:
-                if not fitted:
-                    fit_to_way(batches, point, contexts)
-                    fitted = True
-                moved = partial(fisher.perturb, point, at=0)
-                checked = checked or fisher.check_prediction(point, moved, batches.gradients)
-                results.add(perturb(settings, context, point, controls, batches, clock))
-            except FAILURES as error:
-                leave_out(model, results, context, error)
-                continue
+    bar = tqdm(total=total, initial=len(results), desc="perturbing", unit="sentence", disable=None)
+    with explain_unsupported(), bar:
+        for _ in steps:
             tqdm.write(report.sentence_block(results, len(results) - 1))
             bar.update()
             if len(results) == settings.num_sentences:
@@ -359,49 +396,81 @@ def redraw(directory: Path) -> int:
     return 0
 
 
+class Prepared(NamedTuple):
+    """What a run has before its first sentence."""
+
+    settings: Settings  # as far as the model has what they ask for
+    model: torch.nn.Module
+    found: Found
+    contexts: list[Context]
+    files: RunDirectory
+    new_results: Callable[[dict[str, float]], Results]  # from the clock's seconds
+    earlier: Earlier | None
+    clock: Clock
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Reads the sentences, loads the model, looks at what an earlier run has left. Writes nothing.
+
+    Raises:
+        UserError: one of them is not as it has to be.
+    """
+    found = find_sentences(
+        settings.data,
+        settings.target_word,
+        settings.text_column,
+        settings.data_config,
+        settings.data_split,
+        settings.num_sentences,
+    )
+    clock = Clock()
+    with clock("load"):
+        model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
+    clock.devices = devices_of(model)
+    if not tokenizer.is_fast:
+        raise UserError(f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word")
+    settings = clamp_to_model(settings, model)
+    environment = describe(model)
+    print(report.heading(settings.model_name, environment, settings.layers))
+    contexts = find_contexts(settings, model, tokenizer, found.sentences)
+
+    config = {**asdict(settings), "data_file": settings.data_file or BUNDLED}
+    for key in ("redraw", "overwrite", "dry_run"):
+        del config[key]
+    about = identify(config, fingerprint(model, tokenizer), contexts)
+    files = RunDirectory(Path(settings.output_dir), config, about)
+    new_results = partial(Results, config, about, environment, settings.layers, tokenizer)
+    return Prepared(settings, model, found, contexts, files, new_results, files.earlier(settings.overwrite), clock)
+
+
 def run(settings: Settings) -> int:
     directory = Path(settings.output_dir)
     with lock_directory(directory):
-        texts = read_sentences(
-            settings.data,
-            settings.target_word,
-            settings.text_column,
-            settings.data_config,
-            settings.data_split,
-            settings.num_sentences,
-        )
-        clock = Clock()
-        with clock("load"):
-            model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
-        clock.devices = devices_of(model)
-        if not tokenizer.is_fast:
-            raise UserError(
-                f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word"
-            )
-        settings = clamp_to_model(settings, model)
-        environment = describe(model)
-        print(report.heading(settings.model_name, environment, settings.layers))
-        contexts = find_contexts(settings, model, tokenizer, texts)
-
-        config = {**asdict(settings), "data_file": settings.data_file or BUNDLED}
-        del config["redraw"], config["overwrite"]
-        about = identify(config, fingerprint(model, tokenizer), contexts)
-        files = RunDirectory(directory, config, about)
-        results = Results(config, about, environment, settings.layers, tokenizer, clock.seconds)
-        if earlier := files.earlier(settings.overwrite):
+        settings, model, _, contexts, files, new_results, earlier, clock = prepare(settings)
+        files.remove_leftovers()
+        results = new_results(clock.seconds)
+        if earlier:
             if earlier.document["complete"]:
                 return say_finished(directory, earlier.document)
             results.go_on_from(*earlier)
-            print(f"Going on after the {len(results)} sentences that are finished.")
+            print(going_on(results))
         print(report.block_legend(results))
         measure(settings, model, contexts, results, files, clock)
     return SOME_FAILED if results.failed else 0
 
 
+def going_on(results: Results) -> str:
+    return f"Going on after the {len(results)} sentences that are finished."
+
+
+def finished(directory: Path) -> str:
+    return f"{printable(str(directory))} is finished: nothing to do (--overwrite starts anew)"
+
+
 def say_finished(directory: Path, document: dict) -> int:
     if not figures.are_of(directory, document):
         figures.draw(directory)
-    print(f"{printable(str(directory))} is finished: nothing to do (--overwrite starts anew)")
+    print(finished(directory))
     return 0
 
 
@@ -417,8 +486,6 @@ def measure(
     stopped = None
     try:
         perturb_all(settings, model, contexts, results, files.save, clock)
-    except fisher.UnsupportedModelError as error:
-        stopped = UserError(f"this model is not supported: {error}")
     except BaseException as error:
         stopped = error
     if len(results):
@@ -435,9 +502,74 @@ def measure(
         raise stopped
 
 
+# --- a dry run -----------------------------------------------------------------------------------
+
+
+def dry_run(settings: Settings) -> int:
+    """Says what a run would do, and takes one or two sentences through it to say how long. Writes nothing."""
+    directory = Path(settings.output_dir)
+    require_unlocked(directory)
+    settings, model, found, contexts, files, new_results, earlier, clock = prepare(settings)
+    results = new_results({})
+    if earlier:
+        if earlier.document["complete"]:
+            print(finished(directory))
+            return 0
+        results.go_on_from(*earlier)
+        print(going_on(results))
+    elif files.is_begun():
+        print(f"An earlier run in {printable(str(directory))} would be replaced.")
+    left = [context for context in contexts if context.sentence not in results]
+    todo = left[: settings.num_sentences - len(results)]
+    most = "at most " if settings.require_predicted else ""
+    print(estimate.describe_sentences(settings.target_word, found, contexts, todo, most))
+    if todo:
+        trial = try_some(settings, model, contexts, todo, new_results)
+        others = len(left) - len(todo) if settings.require_predicted else 0
+        seconds = estimate.total_seconds(trial, todo, others)
+        memory, count = peak_memory(clock.devices), len(results) + len(todo)
+        print(estimate.describe_costs(trial, seconds, clock.seconds["load"], memory, count, most))
+    print("Nothing was written: a dry run.")
+    return 0
+
+
+def try_some(
+    settings: Settings,
+    model: torch.nn.Module,
+    contexts: list[Context],
+    todo: list[Context],
+    new_results: Callable[[dict[str, float]], Results],
+) -> estimate.Trial:
+    """The sentences of median and of the longest length, twice: the first round has to warm up.
+
+    Raises:
+        UserError: the model is not supported, or both fail.
+    """
+    batches, chosen = Batches(settings.batch_size), estimate.representatives(todo)
+    settings = replace(settings, require_predicted=False)  # these two count, whatever they predict
+    rounds = []
+    for _ in range(2):
+        clock = Clock(devices_of(model))
+        results = new_results(clock.seconds)
+        with explain_unsupported():
+            points = list(linearize_each(settings, model, chosen, results, clock))
+            times = [time.perf_counter()]
+            for _ in perturb_each(settings, contexts, iter(points), results, batches, clock):
+                times.append(time.perf_counter())
+        if not len(results):
+            raise UserError(results.failed[0]["reason"])
+        linearizing = clock.seconds["prefix"] / len(points)
+        rounds.append([linearizing + end - start for start, end in itertools.pairwise(times)])
+    tried = [context for context in chosen if context.sentence in results.sentences]
+    seconds = list(map(min, *rounds))  # what else the machine did meanwhile only adds to them
+    return estimate.Trial(tried, sum(rounds[0]), seconds, linearizing, results)
+
+
 def main(settings: Settings) -> int:
     advice = "fewer --layers, a smaller --max-vocab-subset, --dtype bfloat16, or a smaller model"
-    task = partial(redraw, Path(settings.redraw)) if settings.redraw else partial(run, settings)
+    task = partial(dry_run if settings.dry_run else run, settings)
+    if settings.redraw:
+        task = partial(redraw, Path(settings.redraw))
     return exit_code(PROGRAM, task, advice)
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 
 from common.command_line import UserError
-from common.files import made
+from common.files import check_writable, made
 
 try:
     import fcntl
@@ -39,11 +39,27 @@ def lock_directory(directory: Path) -> Iterator[None]:
     path = directory / LOCK
     with made(directory):
         try:
-            descriptor = _acquire(path)
+            descriptor = _acquire(path, os.O_CREAT)
         except OSError as error:
-            raise UserError(f"cannot lock {path}: {error.strerror} (choose another --output-dir)") from error
+            raise _cannot_lock(path, error) from error
         with _held(descriptor, path):
             yield
+
+
+def require_unlocked(directory: Path) -> None:
+    """Raises UserError where `lock_directory` would; leaves nothing behind."""
+    check_writable(directory)
+    path = directory / LOCK
+    try:
+        os.close(_acquire(path, 0))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _cannot_lock(path, error) from error
+
+
+def _cannot_lock(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot lock {path}: {error.strerror} (choose another --output-dir)")
 
 
 @contextmanager
@@ -61,10 +77,10 @@ def _held(descriptor: int, path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, create: int) -> int:
     """A descriptor of the locked file. Raises UserError: another process holds it, or it is another program's file."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        descriptor = os.open(path, os.O_RDWR | create | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             if not _is_ours(descriptor):
                 raise UserError(f"{path} is of another program: choose another --output-dir")

@@ -46,7 +46,7 @@ class RunDirectory:
         self._of_this_run = False  # whether all files in it are
 
     def earlier(self, overwrite: bool) -> Earlier | None:
-        """What there is to go on with; None if the run starts anew.
+        """What there is to go on with; None if the run starts anew. Only reads.
 
         Raises:
             UserError: the directory holds another run, or results of an unknown one, and may not be overwritten.
@@ -54,7 +54,6 @@ class RunDirectory:
         for name in FILES:
             if (self.path / name).is_dir():
                 raise UserError(f"cannot write {self.path / name}: a directory has its place")
-        remove_unfinished(self.path, FILES)
         there = [name for name in FILES if (self.path / name).exists()]
         # killed between its first two files, a run has left the arrays alone
         if overwrite or not there or (RESULTS not in there and self._arrays(0) is not None):
@@ -94,6 +93,14 @@ class RunDirectory:
         del arrays["layers"]
         enough = all(array.ndim > 1 and len(array) >= sentences for array in arrays.values())
         return {name: array[:sentences] for name, array in arrays.items()} if arrays and enough else None
+
+    def is_begun(self) -> bool:
+        """Whether there is a file of a run."""
+        return any((self.path / name).exists() for name in FILES)
+
+    def remove_leftovers(self) -> None:
+        """Removes what a killed process was writing."""
+        remove_unfinished(self.path, FILES)
 
     def save(self, results: Results) -> None:
         """Writes what is finished, in place of an earlier run.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 import re
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -22,15 +23,22 @@ SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]]))\s+|\n+""")
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read_sentences(
+class Found(NamedTuple):
+    """The sentences that contain a word, in order, none twice."""
+
+    sentences: list[str]
+    read: int  # how many sentences they were found among
+
+
+def find_sentences(
     source: str,
     word: str,
     text_column: str | None = None,
     config: str | None = None,
     split: str = "train",
     num: int = 0,
-) -> list[str]:
-    """The sentences of a file or hub dataset that contain `word`, in order, none twice.
+) -> Found:
+    """The sentences of a file or hub dataset that contain `word`.
 
     Args:
         source: a .json file {word: [sentences]}, a .txt file with a sentence a line, a .jsonl, .csv or
@@ -51,7 +59,12 @@ def read_sentences(
         raise UserError(f"{source} holds no sentences")
     if not found:
         raise UserError(f"none of the {read} sentences of {source} has {word!r} as a whole word after another word")
-    return list(found)
+    return Found(list(found), read)
+
+
+def read_sentences(*source, **options) -> list[str]:
+    """The sentences that `find_sentences` finds."""
+    return find_sentences(*source, **options).sentences
 
 
 def _texts(source: str, word: str, column: str | None, config: str | None, split: str) -> Iterator[str]:

@@ -82,6 +82,7 @@ class Settings:
     trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along")
     output_dir: str = option("experiment_results", path, "DIR", "for the four files (experiment_results)")
     overwrite: bool = option(False, switch, "true", "replace what an earlier run left in --output-dir")
+    dry_run: bool = option(False, switch, "true", "only say what a run would do, and in what time and memory")
     redraw: str | None = option(None, path, "DIR", "only draw the pictures of the results in DIR again")
 
     @property
@@ -98,4 +99,6 @@ def parse(argv: list[str]) -> Settings:
     scales = tuple(sorted({float(f"{scale:g}") for scale in settings.scales}))
     if not any(scales):
         parser.error("argument --scales: at least one must not be 0")
+    if settings.dry_run and settings.redraw:
+        parser.error("argument --dry-run: it writes nothing, and --redraw does")
     return replace(settings, scales=scales)

@@ -12,7 +12,7 @@ import torch
 
 from common.command_line import UserError, first_line
 import fisher
-from model.loading import dtype_advice
+from model.loading import dtype_advice, rotation_change
 from model.passes import (
     add_at_last,
     differentiated_twice,
@@ -25,7 +25,7 @@ from model.passes import (
 )
 from model.words import Said, shown_by, what_is_said
 from pipeline.block_lanczos import leading_eigenpairs
-from pipeline.prompts import Encoded, Prompt, check_template, encode
+from pipeline.prompts import Encoded, Prompt, check_template, encode, plan_batches
 from pipeline.settings import Settings
 from pipeline.store import Result
 
@@ -61,6 +61,16 @@ def pad(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(len(encoded.ids) for encoded in batch)
     rows = [encoded.ids + encoded.ids[-1:] * (longest - len(encoded.ids)) for encoded in batch]
     return torch.tensor(rows), torch.tensor([len(encoded.ids) for encoded in batch])
+
+
+def into_batches(settings: Settings, subject: Subject, encoded: list[Encoded]) -> list[list[Encoded]]:
+    """The prompts of a shard in batches: of like length, so that little is padded."""
+    # a model that turns its positions in another way for long batches has no batch of both kinds
+    change = rotation_change(subject.model)
+    batches = []
+    for kind in ([e for e in encoded if len(e.ids) > change], [e for e in encoded if len(e.ids) <= change]):
+        batches += [[kind[j] for j in batch] for batch in plan_batches([len(e.ids) for e in kind], settings.batch_size)]
+    return batches
 
 
 @contextmanager
@@ -207,6 +217,18 @@ def check_padding(subject: Subject, batch: list[Encoded]) -> None:
         require_causal(subject.model, ids, (lengths - 1).clamp(min=1))
     except fisher.UnsupportedModelError as error:
         raise UserError(f"{type(subject.model).__name__} is not supported: {error}") from error
+
+
+def check_once(settings: Settings, subject: Subject, batch: list[Encoded], checked: set[str]) -> bool:
+    """`check_padding` with the first batch of every kind of attention, of which `checked` were; whether this is one."""
+    kind = attention_for(settings, batch)[0]
+    if kind in checked:
+        return False
+    use_attention(subject.model, kind)
+    with explain_failures(subject, batch):
+        check_padding(subject, batch)
+    checked.add(kind)
+    return True
 
 
 # --- before the first one ---------------------------------------------------------------------------

@@ -57,11 +57,13 @@ class RunDirectory:
             raise UserError(f"the dataset has changed since the run in {self.path} ended: --overwrite starts anew")
         return sources.get("model") == self._sources["model"] and not self._damaged(found)
 
-    def begin(self, identity: dict, environment: dict, overwrite: bool) -> bool:
-        """Makes the directory ready: emptied of an earlier run, or checked to be of the same model.
+    def is_begun(self) -> bool:
+        """Whether there is anything of a run."""
+        return bool(self._names())
 
-        Returns:
-            Whether all is done already: the run is complete, and its files are as it left them.
+    def is_done(self, identity: dict, overwrite: bool) -> bool:
+        """Whether the run is complete, and its files are as it left them. Only reads.
+
         Raises:
             UserError: it holds results of another model.
         """
@@ -71,8 +73,14 @@ class RunDirectory:
                 if found[key] != now:
                     change = f"{key} was {_shown(found[key])} and is {_shown(now)}"
                     raise UserError(f"{self.path} holds a run of another model ({change}): --overwrite removes it")
-            if found["complete"] and not self._damaged(found):
-                return True
+            return found["complete"] and not self._damaged(found)
+        return False
+
+    def begin(self, identity: dict, environment: dict, overwrite: bool) -> bool:
+        """Makes the directory ready, emptied of an earlier run if it may be, unless all is done: returns `is_done`."""
+        if self.is_done(identity, overwrite):
+            return True
+        found = self._metadata(overwrite)
         if found is not None and (overwrite or found["complete"]):
             # Killed in between, the directory is still this script's, and unfinished.
             self._write_metadata({**found, "complete": False})

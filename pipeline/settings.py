@@ -75,6 +75,7 @@ class Command:
 
     settings: Settings
     overwrite: bool = False
+    dry_run: bool = False  # say what a run would do, and nothing else
     redraw: Path | None = None  # draw the picture of the results there again, and nothing else
 
 
@@ -89,7 +90,10 @@ def parse(argv: list[str]) -> Command:
     add = parser.add_argument
     add("--config", metavar="FILE", type=path, default=CONFIG, help="YAML file of the keys above (config.yaml)")
     add("--overwrite", action="store_true", help="replace what an earlier run left in --output-dir")
+    add("--dry-run", action="store_true", help="only say what a run would do, and in what time and memory")
     add("--redraw", metavar="DIR", type=path, help="only draw the picture of the results in DIR again")
     given, flags = parser.read(argv)
+    if flags.dry_run and flags.redraw:
+        parser.error("argument --dry-run: it writes nothing, and --redraw does")
     settings = Settings(**{**read_yaml(Settings, Path(flags.config)), **given})
-    return Command(settings, flags.overwrite, flags.redraw and Path(flags.redraw))
+    return Command(settings, flags.overwrite, flags.dry_run, flags.redraw and Path(flags.redraw))

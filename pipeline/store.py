@@ -10,7 +10,7 @@ holds `records.jsonl`, a line of JSON for each of its prompts.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import chain
 import json
 from pathlib import Path
@@ -73,6 +73,11 @@ def _members(result: Result, store: str) -> Iterator[tuple[str, np.ndarray]]:
 
 def _lines(records: Iterable[dict]) -> bytes:
     return b"".join(map(json_text, records))
+
+
+def stored_size(result: Result, store: str) -> tuple[int, int]:
+    """Bytes of one prompt's arrays, and of its record."""
+    return sum(array.nbytes for _, array in _members(result, store)), len(_lines([result.record]))
 
 
 def write_results(path: Path, results: Sequence[Result], store: str) -> None:
@@ -203,6 +208,21 @@ class Store:
         """The same for a batch's file."""
         return self._is_whole(self.batch(number, batch), prompts)
 
+    def finished(self, number: int, prompts: Sequence["Prompt"]) -> int:
+        """How many of a shard's prompts are in files that are whole. Only reads.
+
+        Raises:
+            UserError: a file is of other prompts.
+        """
+        expected, done = {prompt.index: prompt.text for prompt in prompts}, set()
+        for path in filter(Path.exists, [self.shard(number), *self.batches(number).values()]):
+            with suppress(DamagedFileError):
+                found = {record["index"]: record["prompt"] for record in read_records(path)}
+                whole = path == self.shard(number)
+                self._require_same(found, expected if whole else {index: expected.get(index) for index in found})
+                done |= found.keys()
+        return len(done)
+
     def _is_whole(self, path: Path, prompts: Sequence["Prompt"]) -> bool:
         if not path.exists():
             return False
@@ -212,20 +232,26 @@ class Store:
             warnings.warn(f"{path} is damaged: computing it again", stacklevel=2)
             path.unlink()
             return False
-        expected = {prompt.index: prompt.text for prompt in prompts}
+        self._require_same(found, {prompt.index: prompt.text for prompt in prompts})
+        return True
+
+    def _require_same(self, found: dict[int, str], expected: dict[int, str]) -> None:
         if found != expected:
             differing = min(i for i in found.keys() | expected.keys() if found.get(i) != expected.get(i))
             raise self._changed(f"first at prompt {differing}")
-        return True
 
     def _changed(self, where: str) -> UserError:
         return UserError(
             f"the dataset has changed since the run in {self.directory} began, {where}: --overwrite starts anew"
         )
 
+    def started(self) -> int:
+        """How many shards the files reach to."""
+        return max((int(re.search(r"\d+", path.name)[0]) + 1 for path in self.files()), default=0)
+
     def require_no_more_than(self, shards: int) -> None:
         """Raises UserError: there are files of more shards than the dataset has."""
-        if any(int(re.search(r"\d+", path.name)[0]) >= shards for path in self.files()):
+        if self.started() > shards:
             raise self._changed("which had more prompts")
 
     def write_batch(self, number: int, batch: int, results: Sequence[Result]) -> None:

@@ -21,7 +21,7 @@ from scripts import ROOT
 
 # each script's dataclass of options, and its flags that are none
 OPTIONS = {"core_experiment": core_experiment.Settings, "compute_fisher": settings.Settings}
-OTHER_FLAGS = {"core_experiment": [], "compute_fisher": ["--config", "--overwrite", "--redraw"]}
+OTHER_FLAGS = {"core_experiment": [], "compute_fisher": ["--config", "--overwrite", "--dry-run", "--redraw"]}
 
 
 def flag(name: str) -> str:
