@@ -33,7 +33,7 @@ if __name__ == "__main__":  # before the slow ones: --help need not wait for tor
     except UserError as error:
         sys.exit(end_with_error(PROGRAM, error))
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 import itertools
@@ -48,12 +48,11 @@ from common.amounts import peak_memory
 from common.failures import SOME_FAILED, too_many
 from common.lock import lock_directory, require_unlocked
 from experiment import estimate, figures, report
-from experiment.continuation import choose_scales, continuations
-from experiment.perturbation import control_directions, step_lengths, sweep, trust_radii_along
-from experiment.results import SPECTRUM, TOP, Measured, Results, rank, read_results
+from experiment.measurement import Batches, Clock, fit_to_way, perturb
+from experiment.perturbation import control_directions
+from experiment.results import Results, rank, read_results
 from experiment.run_directory import Earlier, RunDirectory, identify
 from experiment.sentences import Context, Found, diverse_order, find_sentences, locate, token_of
-from experiment.steering import TOKENS, steer
 import fisher
 from model.loading import (
     decoder_layers,
@@ -65,41 +64,10 @@ from model.loading import (
     vocabulary_size,
 )
 from model.passes import devices_of, require_known_tokens
-from model.reading import Way
-from model.words import what_is_said
 
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
 # Seconds of work that a kill may cost; or more, so that saving takes no more than this share of the time.
 SAVE_EVERY, SAVE_SHARE = 30.0, 0.05
-
-
-class Clock:
-    """Seconds by stage."""
-
-    def __init__(self, devices: Iterable[torch.device] = ()):
-        self.seconds, self.devices = {}, devices  # the devices that the stages run on
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        for device in self.devices:
-            if device.type == "cuda":  # kernels run on after the call that asked for them
-                torch.cuda.synchronize(device)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-class Batches:
-    """How many rows go through the model in one pass; halved, they stay so for all sentences.
-
-    Before the first sentence they are fitted to the way in which the model is read, and a prediction is checked.
-    """
-
-    def __init__(self, size: int, layers: int):
-        self.fitted, self.checked = False, False
-        self.gradients = fisher.Chunks(4 * size)  # more of them: they carry no vocabulary along
-        self.perturbations = fisher.Chunks(size)
-        self.steering = fisher.Chunks(max(1, 4 * size // layers))  # a row for each layer
 
 
 # --- what is asked for, and what the model has ---------------------------------------------------
@@ -217,90 +185,6 @@ def with_other_activations(
             other = following and following[1].activations
         yield *point, other
         point = following or next(points, None)
-
-
-def fisher_matrices(
-    settings: Settings, point: fisher.Point, chunks: fisher.Chunks, clock: Clock
-) -> tuple[fisher.TopK | fisher.FullVocabulary, fisher.Eigenpairs, fisher.Eigenpairs | None]:
-    """F of the tokens asked for at every layer, its eigenpairs; and those of the exact F, if it is to be compared.
-
-    With both, one backward sweep serves the two.
-    """
-    num = max(SPECTRUM, settings.num_eigenvectors)
-    exact, full = None, settings.max_vocab_subset == "all"
-    if full or settings.compare_exact:
-        with clock("gradients"):
-            matrix = fisher.full_vocabulary(point, chunks)
-        with clock("eigen"):
-            exact = matrix.eigenpairs(num)
-    if full:
-        return matrix, exact, exact if settings.compare_exact else None
-    with clock("gradients"):
-        jacobian = matrix.jacobian if settings.compare_exact else None
-        top = fisher.top_k(point, settings.max_vocab_subset, chunks, jacobian)
-    with clock("eigen"):
-        return top, top.eigenpairs(num), exact
-
-
-def perturb(
-    settings: Settings,
-    context: Context,
-    point: fisher.Point,
-    controls: dict[str, torch.Tensor],
-    batches: Batches,
-    clock: Clock,
-) -> Measured:
-    """One sentence at all layers: the Fisher matrix, its top eigenvector, and every perturbation."""
-    matrix, eigen, exact = fisher_matrices(settings, point, batches.gradients, clock)
-    directions = torch.stack([eigen.vectors[:, 0], *controls.values()], dim=1)  # (layers, n, d)
-    scales = torch.tensor([scale for scale in settings.scales if scale], device=directions.device)
-    steps = step_lengths(settings.scale_unit, scales, eigen.values[:, 0], point.activations.norm(dim=-1))
-    predicted_kl = 0.5 * steps[:, None] ** 2 * matrix.curvature(directions)[:, :, None]  # (layers, n, scales)
-
-    deltas = directions[:, :, None] * steps[:, None, :, None]  # (layers, n, scales, d)
-    with clock("sweep"):
-        swept = sweep(point, deltas, context.target_id, TOP, batches.perturbations)
-    radii = None
-    if settings.trust_radius:
-        with clock("trust radius"):
-            radii = trust_radii_along(point, eigen, settings.max_vocab_subset == "all", batches.perturbations)
-    continued = None
-    if settings.continue_:
-        with clock("continuation"):
-            chosen = choose_scales(scales.tolist(), predicted_kl[:, 0], settings.continue_nats)
-            deltas = deltas[:, : 1 + min(1, settings.num_controls)]  # along v, and the first random one
-            tokens = settings.continue_
-            continued = continuations(point, len(context.ids), deltas, chosen, tokens, batches.perturbations)
-    steered = None
-    if settings.steer:
-        with clock("steering"):
-            others = {name: controls[name] for name in controls if name == "difference"}
-            others["fisher"] = eigen.vectors[:, 0]
-            target = context.target_id if context.steer_id is None else context.steer_id
-            tokens = TOKENS if settings.max_vocab_subset == "all" else settings.max_vocab_subset
-            steered = steer(
-                point, others, target, tokens, settings.steer_steps, settings.steer_damping, batches.steering,
-                batches.perturbations,
-            )  # fmt: skip
-    mass = 1.0 if settings.max_vocab_subset == "all" else float(matrix.mass)
-    slopes = matrix.slopes(eigen.vectors[:, : settings.num_eigenvectors])
-    said = what_is_said(slopes, matrix.weights, matrix.tokens)
-    return Measured(
-        context, point, list(controls), mass, eigen, said, exact, radii, steps, predicted_kl, swept, continued, steered
-    )
-
-
-def fit_to_way(batches: Batches, point: fisher.Point, contexts: list[Context]) -> None:
-    """Where a row of a pass is a whole prompt, in place of its last token, fewer go together; and it is said."""
-    if point.reading.way is not Way.WHOLE:
-        return
-    lengths = [len(context.ids) for context in contexts]
-    for chunks in (batches.gradients, batches.perturbations, batches.steering):
-        chunks.size = max(1, chunks.size // max(lengths))
-    tqdm.write(
-        f"note: {type(point.model).__name__} remembers more than keys and values, so every pass runs the whole prompt: "
-        f"about {sum(lengths) / len(lengths):.0f} times as much work"
-    )
 
 
 @contextmanager
@@ -545,7 +429,7 @@ def try_some(
     Raises:
         UserError: the model is not supported, or both fail.
     """
-    batches, chosen = Batches(settings.batch_size), estimate.representatives(todo)
+    batches, chosen = Batches(settings.batch_size, len(settings.layers)), estimate.representatives(todo)
     settings = replace(settings, require_predicted=False)  # these two count, whatever they predict
     rounds = []
     for _ in range(2):

@@ -27,7 +27,7 @@ from common.drawing import (
 )
 from common.rows import evenly_spaced
 from experiment.results import read_results
-from experiment.steering import least_kl
+from experiment.steering import entries_of, least_kl, median_of
 
 SIMILARITY, PERTURBATION, STEERING = "fisher_similarity_matrix.png", "perturbation_analysis.png", "steering.png"
 FILES = SIMILARITY, PERTURBATION, STEERING
@@ -352,7 +352,7 @@ def steering_figure(results: dict) -> Figure:
         style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 6}
         costs.plot(x, [_median(results, middle, name, goal, "kl") for goal in goals], **style, label=text)
         ratios.plot([_median(results, layer, name, middle_goal, "ratio") for layer in layers], **style)
-        found = [_entries(results, layer, name, middle_goal) for layer in layers]
+        found = [entries_of(results["steering"], layer, name, middle_goal) for layer in layers]
         shares.plot([np.mean([e is not None for e in at]) if at else np.nan for at in found], **style)
     costs.plot(x, least, color=BLACK, linewidth=2, label="least of any perturbation")
     token = label(results["steering"][0]["token"])
@@ -379,16 +379,9 @@ def _any_direction(steered: dict, layer: str) -> dict:
     return next(iter(steered["layers"][layer].values()), {})
 
 
-def _entries(results: dict, layer: str, name: str, goal: str) -> list[dict | None]:
-    """What a direction cost, by sentence whose target is below the goal; None where it was not reached."""
-    directions = (sentence["layers"][layer].get(name, {}) for sentence in results["steering"])
-    return [direction[goal] for direction in directions if goal in direction]
-
-
 def _median(results: dict, layer: str, name: str, goal: str, key: str) -> float:
-    """Over sentences; NaN where it is infinite, since at most half of them reach the goal."""
-    values = [np.inf if entry is None else entry[key] for entry in _entries(results, layer, name, goal)]
-    median = np.median(values) if values else np.nan
+    """Over sentences; NaN where it is infinite."""
+    median = median_of(entries_of(results["steering"], layer, name, goal), key)
     return median if np.isfinite(median) else np.nan
 
 

@@ -18,7 +18,7 @@ from common.files import json_ready, write_json, write_npz
 from experiment.continuation import Continuations
 from experiment.perturbation import Sweep, TrustRadii
 from experiment.sentences import Context
-from experiment.steering import GOALS, Steered, least_kl
+from experiment.steering import GOALS, Steered, steering_record, steering_summary
 from fisher import Eigenpairs, Point
 from model.words import Said, shown_by
 
@@ -167,7 +167,9 @@ class Results:
         fisher = self._fisher(measured, eigen)
         perturbations = self._perturbations(measured, unperturbed)
         continued = [] if measured.continuations is None else [json_ready(self._continued(measured))]
-        steered = [] if measured.steered is None else [json_ready(self._steered(measured))]
+        steered = (
+            [] if measured.steered is None else [json_ready(steering_record(measured.steered, self.layers, self.show))]
+        )
         count = self.config["num_eigenvectors"]
         arrays = {
             "eigenvectors": eigen.vectors[:, 0],  # (layers, d)
@@ -255,34 +257,6 @@ class Results:
 
     def _said(self, ids: list[int]) -> dict:
         return {"ids": ids, "text": self.decode_all(ids)}
-
-    def _steered(self, measured: Measured) -> dict:
-        """By layer, direction and goal what it costs; None where the goal is not reached."""
-        steered, before = measured.steered, measured.point.log_probs[measured.steered.target].exp().item()
-        columns = [part.tolist() for part in (steered.log_prob, steered.kl, steered.norms)]
-
-        def entry(row: int, direction: int, goal: int) -> dict | None:
-            log_prob, kl, norms = (column[row][direction][goal] for column in columns)
-            if not math.isfinite(kl):
-                return None
-            least = least_kl(before, after := math.exp(log_prob))
-            return {
-                "probability": after,
-                "kl": kl,
-                "least_kl": least,
-                "ratio": kl / least,
-                "others_kl": max(0.0, kl - least) / (1 - before),  # the rest of KL, by its chain rule
-                "norms": norms,
-            }
-
-        layers = {
-            layer: {
-                name: {f"{goal:g}": entry(row, i, j) for j, goal in enumerate(steered.goals)}
-                for i, name in enumerate(steered.names)
-            }
-            for row, layer in enumerate(self.layers)
-        }
-        return {"token": self.show(steered.target), "id": steered.target, "probability": before, "layers": layers}
 
     # after a perturbation so long that the logits overflowed
     _nothing = dict.fromkeys(("step", "kl", "predicted_kl", "top_changed", "target_prob")) | {
@@ -387,32 +361,6 @@ class Results:
                 for name, other in {"fisher": record, **record["controls"]}.items():
                     kinds.setdefault(name.partition("_")[0], []).append(other)
         return kinds
-
-
-def steering_summary(steering: list[dict], layers: list[str]) -> dict:
-    """By layer, direction and goal: the median ratio of KL to the least (None if it is not finite), and the share of
-    sentences where the goal is reached."""
-
-    def over_sentences(layer: str, name: str, goal: str) -> dict:
-        found = [s["layers"][layer][name][goal] for s in steering if goal in s["layers"][layer].get(name, ())]
-        ratio = statistics.median([math.inf if entry is None else entry["ratio"] for entry in found])
-        return {"ratio_median": number_or_none(ratio), "reached": statistics.fmean(e is not None for e in found)}
-
-    return {
-        layer: {
-            name: {goal: over_sentences(layer, name, goal) for goal in sorted(goals, key=float)}
-            for name, goals in _goals_by_direction(steering, layer).items()
-        }
-        for layer in layers
-    }
-
-
-def _goals_by_direction(steering: list[dict], layer: str) -> dict[str, set[str]]:
-    goals: dict[str, set[str]] = {}
-    for sentence in steering:
-        for name, by_goal in sentence["layers"][layer].items():
-            goals.setdefault(name, set()).update(by_goal)
-    return goals
 
 
 def _share(answers: list) -> float | None:

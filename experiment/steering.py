@@ -10,7 +10,9 @@ learning", 1998). In steps, each from where the last one led, F and the gradient
 the step that undoes what was lost on the way: Gauss-Newton steps for the least KL at given log-odds.
 """
 
+from collections.abc import Callable
 import math
+import statistics
 from typing import NamedTuple
 
 import torch
@@ -34,6 +36,7 @@ class Steered(NamedTuple):
     """What the first perturbations that reach each goal do; NaN where there is none."""
 
     target: int
+    before: float  # its probability, unperturbed
     names: list[str]  # of the directions
     goals: list[float]  # probabilities, ascending: those of GOALS that the target does not exceed unperturbed
     log_prob: Tensor  # (layers, directions, goals) float32, nats, of the target: just above the goal's
@@ -69,7 +72,7 @@ def steer(
     if not goals:
         nothing = point.activations.new_empty(len(point.activations), 0, 0)
         deltas = point.activations[:, None][:, :0]
-        return Steered(target, [], [], nothing, nothing, nothing, deltas)
+        return Steered(target, probability, [], [], nothing, nothing, nothing, deltas)
     here = Linearised(point, torch.zeros_like(point.activations), target, tokens, gradients)
     straight = {"natural": here.solve(here.rise, damping), "gradient": here.rise}
     straight |= {name: u.to(here.rise) for name, u in directions.items()}
@@ -83,7 +86,7 @@ def steer(
         found.append(_in_steps(point, way, goals, target, tokens if natural else 1, natural, gradients, perturbations))
     log_prob, kl, norms = (torch.cat(part, dim=1) for part in zip(*(f[:3] for f in found), strict=True))
     norms = norms / point.activations.norm(dim=-1)[:, None, None]
-    return Steered(target, [*straight, *IN_STEPS], goals, log_prob, kl, norms, found[1].deltas[:, 0])
+    return Steered(target, probability, [*straight, *IN_STEPS], goals, log_prob, kl, norms, found[1].deltas[:, 0])
 
 
 class _Found(NamedTuple):
@@ -258,3 +261,64 @@ def _in_steps(
             column = [part.masked_fill(~reached, math.nan) for part in column]
             found.append((*column, deltas.masked_fill(~reached[:, None], math.nan)))
     return _Found(*(torch.stack(part, dim=1)[:, None] for part in zip(*found, strict=True)))
+
+
+# --- as it is written ----------------------------------------------------------------------------
+
+
+def steering_record(steered: Steered, layers: list[str], show: Callable[[int], str]) -> dict:
+    """By layer, direction and goal what it costs; None where the goal is not reached."""
+    columns, before = [part.tolist() for part in (steered.log_prob, steered.kl, steered.norms)], steered.before
+
+    def entry(row: int, direction: int, goal: int) -> dict | None:
+        log_prob, kl, norms = (column[row][direction][goal] for column in columns)
+        if not math.isfinite(kl):
+            return None
+        least = least_kl(before, after := math.exp(log_prob))
+        others = max(0.0, kl - least) / (1 - before)  # the rest of KL, by its chain rule
+        found = {"probability": after, "kl": kl, "least_kl": least, "ratio": kl / least}
+        return {**found, "others_kl": others, "norms": norms}
+
+    by_layer = {
+        layer: {
+            name: {f"{goal:g}": entry(row, i, j) for j, goal in enumerate(steered.goals)}
+            for i, name in enumerate(steered.names)
+        }
+        for row, layer in enumerate(layers)
+    }
+    return {"token": show(steered.target), "id": steered.target, "probability": before, "layers": by_layer}
+
+
+def steering_summary(records: list[dict], layers: list[str]) -> dict:
+    """By layer, direction and goal, of the sentences below the goal: the median `ratio` of KL to the least, None if it
+    is not finite, and the share that reach it."""
+
+    def over_sentences(layer: str, name: str, goal: str) -> dict | None:
+        found = entries_of(records, layer, name, goal)
+        if not found:
+            return None
+        ratio = median_of(found, "ratio")
+        reached = sum(entry is not None for entry in found) / len(found)
+        return {"ratio_median": ratio if math.isfinite(ratio) else None, "reached": reached}
+
+    names = {layer: dict.fromkeys(name for record in records for name in record["layers"][layer]) for layer in layers}
+    goals = [f"{goal:g}" for goal in GOALS]
+    return {
+        layer: {
+            name: {goal: found for goal in goals if (found := over_sentences(layer, name, goal))}
+            for name in names[layer]
+        }
+        for layer in layers
+    }
+
+
+def entries_of(records: list[dict], layer: str, name: str, goal: str) -> list[dict | None]:
+    """What a direction costs, by sentence whose target is below the goal; None where it does not reach it."""
+    directions = (record["layers"][layer].get(name, {}) for record in records)
+    return [direction[goal] for direction in directions if goal in direction]
+
+
+def median_of(entries: list[dict | None], key: str) -> float:
+    """Infinite where at most half of them reach the goal; NaN of none."""
+    values = [math.inf if entry is None else entry[key] for entry in entries]
+    return statistics.median(values) if values else math.nan
