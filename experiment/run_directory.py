@@ -76,7 +76,9 @@ class RunDirectory:
             return
         differing = [key for key in self.config if key not in INCIDENTAL and then.get(key) != self.config[key]]
         if differing:
-            changes = ", ".join(f"{key} was {then.get(key)!r} and is {self.config[key]!r}" for key in differing)
+            changes = ", ".join(
+                f"{key.rstrip('_')} was {then.get(key)!r} and is {self.config[key]!r}" for key in differing
+            )
             raise UserError(f"{self.path} holds a run with other settings ({changes}): --overwrite replaces it")
         of_model = run.get("model_fingerprint") == self.run["model_fingerprint"]
         what = "other sentences" if of_model else "another model"

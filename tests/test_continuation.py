@@ -201,7 +201,7 @@ def test_stopped_and_gone_on_with_it_ends_as_if_never_stopped(model_directory, b
         assert scripts.core_experiment(model_directory, tmp_path, *WORDS, *CONTINUE) == 130
     assert len(experiment_results(tmp_path)[0]["continuations"]) == 2
     assert scripts.core_experiment(model_directory, tmp_path, *WORDS) == 2
-    assert "(continue_ was 6 and is 0): --overwrite replaces it" in capsys.readouterr().err
+    assert "(continue was 6 and is 0): --overwrite replaces it" in capsys.readouterr().err
     assert scripts.core_experiment(model_directory, tmp_path, *WORDS, *CONTINUE) == 0
     texts = []
     for output in (tmp_path, both[1]):

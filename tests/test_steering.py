@@ -1,0 +1,218 @@
+"""Raising a token at the least cost: gradients where perturbations have led, and what is said of every perturbation."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common.command_line import UserError
+from experiment.sentences import token_of
+from experiment.steering import GOALS, Linearised, Steered, least_kl, steer, steering_record, waypoints
+import families
+import fisher
+from model.embedded import EMBEDDED
+from model.loading import decoder_layers, load
+from model.reading import Way
+import scripts
+from scripts import experiment_results
+import tiny
+
+TARGET = 11
+WAYS = {"llama": Way.SHARED, "gemma2": Way.SHARED, "bloom": Way.COPIED, "mamba": Way.WHOLE}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32):
+    if name in tiny.CONFIGS:
+        return tiny.shared(name, dtype)
+    return families.build(name)  # of which some cannot be run in float64
+
+
+def layers_of(model) -> list:
+    return list(decoder_layers(model).values())
+
+
+def random_deltas(point: fisher.Point, rows: int, share: float = 0.2) -> Tensor:
+    u = torch.randn(rows, tiny.D, generator=torch.Generator().manual_seed(3))
+    return share * u * point.activations.norm(dim=-1).mean() / tiny.D**0.5
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_where_a_perturbation_has_led_gradients_are_those_of_float64(name):
+    """Two rows at the first layer and one at the last, each with derivatives of its own."""
+    model, reference, ids = build(name), build(name, torch.float64), tiny.prompt()
+    point = fisher.linearize(model, ids)
+    assert point.reading.way is WAYS[name]
+    at = torch.tensor([0, 0, len(point.modules) - 1])
+    deltas = random_deltas(point, 3)
+    here = fisher.linearize_perturbed(point, deltas, at)
+    tokens = torch.tensor([3, TARGET, 40]).expand(3, -1)
+    gradients = fisher.pull_back(here, here.cotangents(tokens))
+    assert gradients.shape == (1, 3, 3, tiny.D)
+    for row, layer in enumerate(at.tolist()):
+        module = layers_of(reference)[layer]
+
+        def log_probs(delta: Tensor, module=module) -> Tensor:
+            return tiny.plain_log_probs(reference, ids, module, delta)
+
+        delta = deltas[row].to(reference.dtype)
+        assert torch.allclose(here.log_probs[row].to(delta), log_probs(delta), atol=1e-4)
+        expected = torch.autograd.functional.jacobian(log_probs, delta)[[3, TARGET, 40]]
+        assert (gradients[0, row].to(delta) - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_the_least_kl_is_that_of_the_tilted_distribution_and_no_other_costs_less():
+    p = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
+    for goal in GOALS:
+        odds = goal / (1 - goal) / (p[7] / (1 - p[7]))
+        q = p.clone()
+        q[7] *= odds
+        q /= q.sum()
+        kl = (p * (p / q).log()).sum().item()
+        assert math.isclose(q[7], goal) and math.isclose(kl, least_kl(p[7].item(), goal), rel_tol=1e-9)
+
+
+def test_the_way_ends_at_the_goals_and_takes_the_steps_asked_for():
+    for probability in (1e-6, 0.003, 0.09, 0.2, 0.4):
+        goals = [goal for goal in GOALS if goal > probability]
+        way = waypoints(probability, goals, 8)
+        assert way == sorted(way) and set(goals) <= set(way) and way[0] > probability
+        assert way.index(0.5) + 1 == 8
+    assert waypoints(0.6, [0.9], 8)[-1] == 0.9
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_natural_gradient_solves_with_f_and_its_damping(name):
+    """All tokens counted, against the dense float64 system; and at the point reached, as well as unperturbed."""
+    ids, layer = tiny.prompt(), 1
+    point = fisher.linearize(build(name), ids, [layer])
+    reference = build(name, torch.float64)
+    module = layers_of(reference)[layer]
+    for delta in (torch.zeros(1, tiny.D), random_deltas(point, 1)):
+        here = Linearised(point, delta, TARGET, tiny.VOCABULARY, fisher.Chunks())
+
+        def log_probs(delta: Tensor) -> Tensor:
+            return tiny.plain_log_probs(reference, ids, module, delta)
+
+        rows = torch.autograd.functional.jacobian(log_probs, delta[0].double())
+        p = log_probs(delta[0].double()).exp()
+        matrix = rows.mT @ (p[:, None] * rows)
+        rise = rows[TARGET] / (1 - p[TARGET])
+        assert torch.allclose(here.rise[0], rise, rtol=1e-3, atol=1e-5)
+        damped = matrix + 0.01 * torch.linalg.eigvalsh(matrix)[-1] * torch.eye(tiny.D)
+        expected = torch.linalg.solve(damped, rise)
+        found = here.solve(here.rise, 0.01)[0]
+        assert (found - expected).norm() <= 1e-3 * expected.norm()
+        before = tiny.plain_log_probs(reference, ids).exp()  # d KL(before || here) / d delta
+        assert torch.allclose(here.loss[0], -before @ rows, atol=1e-5)
+
+
+def steered_at_all_layers(name: str) -> tuple[fisher.Point, Steered]:
+    point = fisher.linearize(build(name), tiny.prompt())
+    v = fisher.top_k(point, 30).eigenpairs().vectors[:, 0]
+    target = int(point.log_probs.argsort(descending=True)[12])
+    return point, steer(point, {"fisher": v}, target, 60, 8, 0.003, fisher.Chunks(7), fisher.Chunks(50))
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "mamba"])
+def test_every_figure_is_what_the_perturbation_does(name):
+    point, steered = steered_at_all_layers(name)
+    assert steered.names == ["natural", "gradient", "fisher", "natural_steps", "gradient_steps"]
+    layers = [str(layer) for layer in point.layers]
+    record = json.loads(json.dumps(steering_record(steered, layers, str)))
+    assert record["token"] == str(steered.target) and record["probability"] == steered.before
+    found = 0
+    for row, layer in enumerate(layers):
+        module = layers_of(point.model)[row]
+        for column, goal in enumerate(steered.goals):
+            for name in steered.names:
+                entry = record["layers"][layer][name][f"{goal:g}"]
+                assert entry is None or entry["ratio"] >= 1 - 1e-3
+                assert entry is None or math.isclose(entry["probability"], goal, rel_tol=0.03)
+            entry, delta = record["layers"][layer]["natural_steps"][f"{goal:g}"], steered.deltas[row, column]
+            if entry is None:
+                assert delta.isnan().all()
+                continue
+            found += 1
+            log_p, log_q = (
+                tiny.plain_log_probs(point.model, tiny.prompt(), module, d).double() for d in (delta * 0, delta)
+            )
+            assert math.isclose(log_q[steered.target].exp(), entry["probability"], rel_tol=1e-3)
+            kl = (log_p.exp() * (log_p - log_q)).sum().item()
+            assert math.isclose(kl, entry["kl"], rel_tol=1e-3, abs_tol=1e-5)
+            others = torch.arange(len(log_p)) != steered.target
+            log_p, log_q = (part[others].log_softmax(-1) for part in (log_p, log_q))
+            kl = (log_p.exp() * (log_p - log_q)).sum().item()
+            assert math.isclose(kl, entry["others_kl"], rel_tol=1e-2, abs_tol=1e-4)
+            assert math.isclose(delta.norm() / point.activations[row].norm(), entry["norms"], rel_tol=1e-4)
+    assert found >= 4
+
+
+def test_in_steps_the_natural_gradient_costs_less_than_the_gradient():
+    _, steered = steered_at_all_layers("llama")
+    natural, gradient = (steered.kl[:, steered.names.index(f"{name}_steps")] for name in ("natural", "gradient"))
+    both = natural.isfinite() & gradient.isfinite()
+    assert both.sum() >= 6 and (natural[both] <= gradient[both] * 1.01).float().mean() >= 0.8
+
+
+def test_a_certain_token_has_no_goals():
+    point = fisher.linearize(build("llama"), tiny.prompt())
+    point.log_probs[TARGET] = math.log(0.95)
+    steered = steer(point, {}, TARGET, 20, 8, 0.003, fisher.Chunks(), fisher.Chunks())
+    record = steering_record(steered, ["0", "1", "2"], str)
+    assert steered.goals == [] and record["layers"] == {"0": {}, "1": {}, "2": {}}
+
+
+def test_a_token_is_named_by_its_text():
+    _, tokenizer = load(EMBEDDED, "float32", "cpu")
+    dogs = token_of(tokenizer, "dogs")
+    assert tokenizer.decode([dogs]) == " dogs" and token_of(tokenizer, " dogs") == dogs
+    with pytest.raises(UserError, match="has to be one token, and is"):
+        token_of(tokenizer, "hippopotamuses")
+
+
+# --- the script ----------------------------------------------------------------------------------
+
+WORDS = ["--num-sentences", "3", "--layers", "0", "2", "--steer", "--steer-steps", "3"]
+
+
+def test_the_script_writes_records_vectors_a_table_and_a_picture(model_directory, tmp_path, capsys):
+    assert scripts.core_experiment(model_directory, tmp_path, *WORDS) == 0
+    document, arrays = experiment_results(tmp_path)
+    assert len(document["steering"]) == 3
+    assert arrays["steering_deltas"].shape == (3, 2, len(GOALS), arrays["activations"].shape[-1])
+    entry = document["steering"][1]["layers"]["2"]
+    assert list(entry) == ["natural", "gradient", "difference", "fisher", "natural_steps", "gradient_steps"]
+    reached = [e["layers"]["2"]["natural_steps"]["0.1"] is not None for e in document["steering"]]
+    assert document["summary"]["steering"]["2"]["natural_steps"]["0.1"]["reached"] == pytest.approx(np.mean(reached))
+    assert any(reached)
+    out = capsys.readouterr().out
+    assert "KL over the least that any perturbation costs" in out and "steering.png" in out
+    assert (tmp_path / "steering.png").stat().st_size > 20_000
+    before = (tmp_path / "steering.png").read_bytes()
+    assert scripts.core_experiment(model_directory, tmp_path, *WORDS) == 0
+    assert "nothing to do" in capsys.readouterr().out and (tmp_path / "steering.png").read_bytes() == before
+    assert scripts.core_experiment(model_directory, tmp_path, *WORDS[:-3], "--overwrite") == 0
+    assert not (tmp_path / "steering.png").exists()  # a picture of the run that was replaced
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_run_with_steering_is_as_it_is_without(model_directory, tmp_path):
+    documents, arrays = [], []
+    for words in (WORDS, WORDS[:-3]):
+        output = tmp_path / str(len(words))
+        assert scripts.core_experiment(model_directory, output, *words) == 0
+        document, some = experiment_results(output)
+        documents.append(document)
+        arrays.append(some)
+    for key in ("fisher", "perturbation_results", "contexts"):
+        assert documents[0][key] == documents[1][key]
+    assert all((arrays[0][name] == arrays[1][name]).all() for name in arrays[1] if name != "run")
+
+
+def test_a_text_that_is_no_token_is_a_line(model_directory, tmp_path, capsys):
+    words = [*WORDS, "--steer-token", "a text of several tokens"]
+    assert scripts.core_experiment(model_directory, tmp_path, *words) == 2
+    assert "has to be one token" in capsys.readouterr().err
