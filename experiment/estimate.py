@@ -8,6 +8,7 @@ import numpy as np
 from common.amounts import duration, size
 from common.command_line import excerpt, excerpt_end
 from common.files import json_text
+from experiment.figures import drawn_of
 from experiment.report import EXCERPT
 from experiment.results import EIGENVECTORS, MAX_SIMILARITY, RESULTS, Results
 from experiment.sentences import Context, Found
@@ -79,11 +80,12 @@ def describe_costs(trial: Trial, seconds: float, loading: float, memory: str, se
     each = " to ".join(dict.fromkeys(duration(part) for part in sorted(trial.seconds)))
     longest = len(trial.contexts[-1].ids)
     records, arrays = file_sizes(results, sentences)
+    pictures = len(drawn_of({"steering": results.steering}))
     return "\n".join(
         [
             f"each: {perturbations(results)} perturbations at each of {len(results.layers)} layers",
             f"time: about {most}{duration(seconds)}, {each} a sentence; and {duration(loading)} to load the model",
             f"memory: {memory}, with the longest sentence ({longest} tokens)",
-            f"files: about {most}{size(records)} {RESULTS}, {size(arrays)} {EIGENVECTORS}, and two pictures",
+            f"files: about {most}{size(records)} {RESULTS}, {size(arrays)} {EIGENVECTORS}, and {pictures} pictures",
         ]
     )

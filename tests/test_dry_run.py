@@ -3,6 +3,7 @@
 from pathlib import Path
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -63,7 +64,7 @@ def test_a_dry_experiment_writes_nothing_and_counts_what_the_run_does(model_dire
 
 def test_the_sizes_of_the_experiments_files_are_about_right(finished_experiment):
     document, arrays = experiment_results(finished_experiment)
-    results = core_experiment.Results(document["experiment_config"], {}, {}, (0, 2), str, {})
+    results = core_experiment.Results(document["experiment_config"], {}, {}, (0, 2), SimpleNamespace(decode=str), {})
     results.go_on_from(document, {name: array for name, array in arrays.items() if array.ndim > 1})
     found = of_experiment.file_sizes(results, 4)
     for name, expected in zip(("experiment_results.json", "fisher_eigenvectors.npz"), found, strict=True):
