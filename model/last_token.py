@@ -11,12 +11,14 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import eager_mask
 
 from model.passes import UnsupportedModelError
 
 LAST_TOKEN_ATTENTION = "fisher_last_token"
+# Cache layers of keys and values alone, or of nothing; by name, since older versions of transformers lack the last.
+PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
 class _SharedProduct(torch.autograd.Function):
@@ -132,7 +134,7 @@ def prefill(model: nn.Module, ids: Tensor, shared: bool) -> DynamicCache | None:
     model.base_model(ids[None].to(model.device), past_key_values=cache, use_cache=True)  # no head
     for layer in cache.layers:
         # by exact type: caches with a state beside the keys and values, which a pass changes, subclass the plain ones
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+        if type(layer).__name__ not in PLAIN_LAYERS:
             raise UnsupportedModelError(f"a cache of {type(layer).__name__} holds more than keys and values")
         if layer.keys is not None:  # else the layer has none, or uses another's
             layer.update = MethodType(_carry_prefix if shared else _copy_prefix, layer)

@@ -1,7 +1,6 @@
 """A pipeline run's output directory: begun, gone on with, finished."""
 
 from dataclasses import asdict
-import hashlib
 import os
 from pathlib import Path
 import warnings
@@ -11,7 +10,7 @@ import numpy as np
 import yaml
 
 from common.command_line import UserError, excerpt
-from common.files import atomic_open, check_writable, json_ready, json_text
+from common.files import atomic_open, check_writable, json_ready, json_text, sha256
 from common.lock import LOCK
 from common.plain_yaml import parse_values
 from pipeline import figures, report
@@ -230,8 +229,7 @@ def _seal(path: Path) -> list | None:
     if not os.path.isfile(path):  # a name may be too long for a path
         return None
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        return [size, hashlib.file_digest(file, "sha256").hexdigest() if size <= MAX_HASHED else None]
+    return [size, sha256(path) if size <= MAX_HASHED else None]
 
 
 def _stamps(model: str) -> list | None:

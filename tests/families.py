@@ -27,6 +27,7 @@ from common.command_line import UserError
 import fisher
 from model import loading
 from model.passes import require_causal
+import tiny
 
 D, DEPTH, VOCABULARY = 32, 4, 97
 
@@ -97,6 +98,7 @@ SPECIAL = {
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "jamba": {"use_mamba_kernels": False},  # a package for GPUs
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "ministral": {"head_dim": 8},
@@ -123,6 +125,18 @@ def small_values(config_class: type, model_type: str) -> dict:
     if "kv_lora_rank" in values and "num_key_value_heads" in values:  # latent attention has a key for each head
         values["num_key_value_heads"] = values["num_attention_heads"]
     return {**values, **SPECIAL.get(model_type, {})}
+
+
+# Types that the first version of transformers to have them gets wrong, and the version that gets them right.
+WRONG_BEFORE = {
+    "phimoe": "5.1",  # its grouped experts predict something else than its plain ones
+    "phi4_multimodal": "5.1",  # its configuration makes no model
+}
+
+
+def is_known(model_type: str) -> bool:
+    """Whether the transformers here has a type, and has it right."""
+    return model_type in CONFIG_MAPPING and not tiny.before(WRONG_BEFORE.get(model_type, "0"))
 
 
 def build(model_type: str) -> nn.Module:

@@ -21,6 +21,8 @@ import scripts
 import tiny
 
 WEIGHTS = "model.safetensors"
+CHECKED = not tiny.before("5.4")  # configurations check their values, and name the one that is wrong
+LIST = "list indices must be integers" if tiny.before("5.18") else None  # what is said of a list in a file
 
 
 def rewrite(change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -87,16 +89,16 @@ DAMAGES = {
     "garbage as weights": (put(WEIGHTS, b"\xff" * 5000), "SafetensorError"),
     "unsafe weights": (pickled, "pickle that torch refuses as unsafe"),
     "an empty index of weights": (unknown_index, "weight_map"),
-    "layers in words": (configure(num_hidden_layers="three"), "num_hidden_layers"),
-    "a list as width": (configure(hidden_size=[32]), "hidden_size"),
+    "layers in words": (configure(num_hidden_layers="three"), "num_hidden_layers" if CHECKED else "'str' object"),
+    "a list as width": (configure(hidden_size=[32]), "hidden_size" if CHECKED else "got list"),
     "an unknown activation": (configure(hidden_act="nope"), "KeyError: 'nope'"),
     "an unknown architecture": (configure(model_type="nope"), "`nope`"),
     "a rotation in words": (configure(rope_parameters={"rope_theta": "x", "rope_type": "default"}), "TypeError"),
-    "a list as configuration": (put("config.json", b"[]"), "not list"),
+    "a list as configuration": (put("config.json", b"[]"), LIST or "not list"),
     "deep nesting": (put("config.json", b"[" * 100_000), "recursion"),
     "no tokenizer in its file": (put("tokenizer.json", b"{}"), "KeyError: 'added_tokens'"),
     "a truncated tokenizer": (truncate("tokenizer.json", 1000), "JSONDecodeError"),
-    "a list as the tokenizer's settings": (put("tokenizer_config.json", b"[]"), "'list' object"),
+    "a list as the tokenizer's settings": (put("tokenizer_config.json", b"[]"), LIST or "'list' object"),
 }
 
 

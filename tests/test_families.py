@@ -18,7 +18,7 @@ WAYS = {
     "gemma4_text": Way.SHARED,
     "got_ocr2": Way.SHARED,  # with a vision tower as deep as the decoder
     "phimoe": Way.SHARED,  # experts, whose sums change their order with the batch
-    "deepseek_v3": Way.COPIED,  # latent attention
+    "deepseek_v3": Way.SHARED if tiny.before("5.15") else Way.COPIED,  # since then, its keys change after the cache
     "gpt_bigcode": Way.COPIED,
     "xmod": Way.COPIED,
     "mamba": Way.WHOLE,
@@ -30,14 +30,23 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("model_type", WAYS)
+def known(*model_types: str) -> list:
+    """Parameters of a test: types of model, skipped where transformers lacks them."""
+    reason = "not in this version of transformers, or not right"
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(not families.is_known(name), reason=f"{name} is {reason}"))
+        for name in model_types
+    ]
+
+
+@pytest.mark.parametrize("model_type", known(*WAYS))
 def test_a_family_is_read_in_a_way_that_is_right(model_type):
     verdict = families.examine(model_type)
     assert verdict.way == WAYS[model_type].value
     assert verdict.experiment < families.RIGHT and verdict.pipeline < families.RIGHT
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v4", "xlnet", "reformer"])
+@pytest.mark.parametrize("model_type", known("deepseek_v4", "xlnet", "reformer"))
 def test_a_family_that_does_not_fit_is_refused_in_a_line(model_type):
     verdict = families.examine(model_type)
     for said in verdict[1:]:
@@ -62,9 +71,10 @@ def test_a_linearization_by_whole_prompts_is_that_of_a_batch():
     assert (ours - theirs).abs().max() <= 3e-5 * theirs.abs().max()
 
 
-def test_a_second_linearization_equals_the_first():
+@pytest.mark.parametrize("model_type", known("zaya", "gpt_bigcode"))
+def test_a_second_linearization_equals_the_first(model_type):
     """A state that a pass had changed would show."""
-    model, ids = families.build("zaya"), tiny.prompt()
+    model, ids = families.build(model_type), tiny.prompt()
     first, second = (fisher.linearize(model, ids).log_probs for _ in range(2))
     assert torch.equal(first, second)
 
@@ -134,9 +144,9 @@ def test_a_certain_prediction_is_not_held_against_a_model():
 # --- finding things -------------------------------------------------------------------------------
 
 
-def test_a_vision_tower_as_deep_as_the_decoder_is_not_taken_for_it():
-    for model_type in ("llava", "git", "phi4_multimodal"):
-        assert "vision" not in next(iter(loading.decoder_layers(families.build(model_type))))
+@pytest.mark.parametrize("model_type", known("llava", "git", "phi4_multimodal"))
+def test_a_vision_tower_as_deep_as_the_decoder_is_not_taken_for_it(model_type):
+    assert "vision" not in next(iter(loading.decoder_layers(families.build(model_type))))
 
 
 def test_a_module_of_a_model_without_a_list_of_layers_is_found_by_its_path():

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 
+from packaging.version import Version
 import torch
 from torch import Tensor, nn
 import transformers as hf
@@ -55,6 +56,11 @@ CONFIGS = {
         **GROUPED, head_dim=8, sliding_window=4, layer_types=SLIDING, num_local_experts=4, num_experts_per_tok=2
     ),
 }  # fmt: skip
+
+
+def before(version: str) -> bool:
+    """Whether the transformers here is older than this."""
+    return Version(hf.__version__) < Version(version)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
