@@ -17,6 +17,7 @@ How it is computed, whichever tokens F counts:
 
     linearize          a prompt's last token, with a zero bias at every chosen layer, over a cached prefix
     linearize_prompts  or a batch of whole prompts, with a zero bias for each, at one module
+    linearize_perturbed  or where perturbations of the last token have led, each at its own layer
     OutputHead         rows z_i at x, the input of the output head, and weights w_i, such that
                        F = sum_i w_i (J^T z_i)(J^T z_i)^T  with J = dx/dh
     pull_back          G: all rows J^T z_i at all layers, in one batched backward pass per chunk
@@ -56,7 +57,7 @@ from model.reading import Reading, read
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PushForward", "TopK",
     "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs", "full_vocabulary",
-    "kl_divergence", "linearize", "linearize_prompts", "load", "perturb", "pull_back", "top_k",
+    "kl_divergence", "linearize", "linearize_perturbed", "linearize_prompts", "load", "perturb", "pull_back", "top_k",
 ]  # fmt: skip
 
 EIGH_MAX_WIDTH = 256  # up to here `eigh` is no slower than iterating for ten pairs (at 576 it takes 4 times as long)
