@@ -206,7 +206,7 @@ def place(request, monkeypatch) -> str:
 
 EXPERIMENT = [
     *("--scale-unit", "nats", "--scales", "-1", "0", "0.1", "1", "--dtype", "float32"),
-    *("--compare-exact", "--trust-radius"),
+    *("--compare-exact", "--trust-radius", "--continue", "4", "--steer", "--steer-steps", "3"),
 ]
 
 
@@ -232,6 +232,18 @@ def test_the_experiment_writes_what_it_writes_on_the_cpu(place, model_directory,
         ):
             room = 0.03 if "trust_radius" in path else 1e-3  # the radius is that of a section
             assert ours == pytest.approx(theirs, rel=room, abs=1e-5), path
+    said = [[[e["text"] for e in entries_in(s)] for s in results[0]["continuations"]] for results in (found, expected)]
+    assert said[0] == said[1]
+    costs = [dict(numbers_in(results[0]["steering"])) for results in (found, expected)]
+    assert len(costs[1]) > 20 and costs[0].keys() == costs[1].keys()
+    for path, theirs in costs[1].items():
+        assert costs[0][path] == pytest.approx(theirs, rel=0.02, abs=1e-4), path
+
+
+def entries_in(continued: dict) -> Iterator[dict]:
+    yield continued["none"]
+    for layer in (value for key, value in continued.items() if key != "none"):
+        yield from (entry for at_scale in layer.values() for entry in at_scale.values())
 
 
 def numbers_in(value, path: str = "") -> Iterator[tuple[str, float]]:
