@@ -5,6 +5,8 @@ pinned hash, turned into safetensors once (about a minute) and kept in the user'
 """
 
 from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 import os
 from pathlib import Path
@@ -122,6 +124,8 @@ def _check_sha256(path: Path, expected: str) -> None:
 
 
 def _convert(gguf: Path, directory: Path) -> None:
+    # Before Python 3.12 older transformers ask the module for its version, which has none.
+    import_module("gguf").__version__ = version("gguf")
     source, file = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
