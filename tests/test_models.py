@@ -291,7 +291,6 @@ def test_an_adapter_without_peft_says_what_to_install(tmp_path, model_directory,
         loading.load(str(tmp_path), device="cpu")
 
 
-@pytest.mark.skipif(tiny.before("5.7"), reason="this version of transformers loads no adapter with what it lacks")
 @pytest.mark.parametrize("with_tokenizer", [True, False])
 def test_an_adapter_is_loaded_over_its_base(with_tokenizer, tmp_path, model_directory, byte_level):
     adapted = adapt(loading.load(str(model_directory), device="cpu")[0])
