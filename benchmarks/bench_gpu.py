@@ -212,11 +212,16 @@ def pipeline(shape: str, device: str, dtype: torch.dtype, prompts: int, tokens: 
     hook = depth // 2
     settings = Settings(hook_layer_name=str(hook), batch_size=batch_size)
 
-    class Decoder:
-        def decode(self, ids: list[int]) -> str:
+    class Numbers:
+        """A tokenizer for random weights."""
+
+        def decode(self, ids: list[int], **_) -> str:
             return str(ids)
 
-    subject = compute_fisher.Subject(lm, Decoder(), f"model.layers.{hook}", lm.model.layers[hook])
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return str(token)
+
+    subject = compute_fisher.Subject(lm, Numbers(), f"model.layers.{hook}", lm.model.layers[hook])
     encoded = [Encoded(Prompt(i, i, ""), random_ids(lm, tokens, i), False) for i in range(prompts)]
     batches = [encoded[i : i + batch_size] for i in range(0, prompts, batch_size)]
     with warnings.catch_warnings():
