@@ -72,6 +72,11 @@ def test_the_least_kl_is_that_of_the_tilted_distribution_and_no_other_costs_less
         q /= q.sum()
         kl = (p * (p / q).log()).sum().item()
         assert math.isclose(q[7], goal) and math.isclose(kl, least_kl(p[7].item(), goal), rel_tol=1e-9)
+        others = q * torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        others[7] = 0
+        others *= (1 - goal) / others.sum()
+        others[7] = goal
+        assert (p * (p / others).log()).sum() > kl
 
 
 def test_the_way_ends_at_the_goals_and_takes_the_steps_asked_for():
