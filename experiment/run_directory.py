@@ -13,9 +13,10 @@ from experiment.results import EIGENVECTORS, RESULTS, Arrays, Results, read_arra
 from experiment.sentences import Context
 
 FILES = (RESULTS, EIGENVECTORS, *figures.FILES)
-# options that runs of older versions lack, with what those did
-LATER = {"continue_": 0, "continue_nats": 2.0, "steer": False, "steer_token": None, "steer_steps": 8}
-LATER["steer_damping"] = 0.003
+LATER = {  # options that runs of older versions lack, with what those did
+    "continue_": 0, "continue_nats": 2.0,
+    "steer": False, "steer_token": None, "steer_steps": 8, "steer_damping": 0.003,
+}  # fmt: skip
 INCIDENTAL = ("output_dir", "device", "trust_remote_code")  # options that may differ when a run goes on
 
 

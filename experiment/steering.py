@@ -23,6 +23,7 @@ import fisher
 from fisher import Chunks, Point
 
 GOALS = (0.1, 0.25, 0.5, 0.9)  # probabilities of the target
+ROUNDING = 1e-7  # of a probability close to 1, in float32
 PACED = 0.5  # the goal that is reached in the number of steps asked for
 IN_STEPS = ("natural_steps", "gradient_steps")
 TOKENS = 200  # that F counts, where all are asked for: with the rest as one more, all of them measured no better
@@ -46,8 +47,13 @@ class Steered(NamedTuple):
 
 
 def least_kl(before: float, after: float) -> float:
-    """Nats that it costs at least to bring a token from one probability in (0, 1) to another."""
-    return before * math.log(before / after) + (1 - before) * math.log((1 - before) / (1 - after))
+    """Nats that it costs at least to bring a token from one probability to a higher one.
+
+    Of probabilities that are rounded to 0 or to 1, too.
+    """
+    after = min(after, 1 - ROUNDING)
+    own = before * math.log(before / after) if before else 0.0
+    return own + (1 - before) * math.log((1 - before) / (1 - after))
 
 
 def steer(
@@ -77,8 +83,8 @@ def steer(
     straight = {"natural": here.solve(here.rise, damping), "gradient": here.rise}
     straight |= {name: u.to(here.rise) for name, u in directions.items()}
     along = torch.stack(list(straight.values()), dim=1)  # (layers, n, d)
-    uphill = torch.einsum("lnd,ld->ln", along, here.rise) < 0
-    along = torch.nn.functional.normalize(torch.where(uphill[..., None], -along, along), dim=-1)
+    downhill = torch.einsum("lnd,ld->ln", along, here.rise) < 0
+    along = torch.nn.functional.normalize(torch.where(downhill[..., None], -along, along), dim=-1)
 
     found = [_along(point, along.to(point.activations), goals, target, perturbations)]
     way = waypoints(probability, goals, steps)
@@ -97,7 +103,7 @@ class _Found(NamedTuple):
 
 
 def log_odds(log_prob: Tensor) -> Tensor:
-    return log_prob - torch.log1p(-log_prob.exp().clamp(max=1 - 1e-7))
+    return log_prob - torch.log1p(-log_prob.exp().clamp(max=1 - ROUNDING))
 
 
 def _odds_of(probability: float) -> float:
@@ -196,9 +202,9 @@ class Linearised:
         self.odds = log_odds(log_prob)  # (layers,)
         # At given log-odds the Hessian of KL is that of the other tokens' own KL times their unperturbed probability,
         # while F weighs it with their present one. (F also differs along the rise, where the step is given.)
-        other = (1 - log_prob.exp()).clamp(min=1e-7)
+        other = (1 - log_prob.exp()).clamp(min=ROUNDING)
         self.shrink = (other / (1 - point.log_probs[target].exp().to(other)))[:, None]
-        self.rise = target_gradient / (1 - log_prob.exp()).clamp(min=1e-7)[:, None]  # (layers, d): grad log-odds
+        self.rise = target_gradient / (1 - log_prob.exp()).clamp(min=ROUNDING)[:, None]  # (layers, d): grad log-odds
 
     def solve(self, b: Tensor, damping: float) -> Tensor:
         """(F + damping lambda_1)^-1 b (layers, d), through the Gram matrix of F's factor."""

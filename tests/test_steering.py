@@ -77,10 +77,12 @@ def test_the_least_kl_is_that_of_the_tilted_distribution_and_no_other_costs_less
         others *= (1 - goal) / others.sum()
         others[7] = goal
         assert (p * (p / others).log()).sum() > kl
+    assert least_kl(0.0, 0.5) == pytest.approx(math.log(2)) and least_kl(1e-30, 0.5) == pytest.approx(math.log(2))
+    assert least_kl(0.1, 1.0) > least_kl(0.1, 0.999)
 
 
 def test_the_way_ends_at_the_goals_and_takes_the_steps_asked_for():
-    for probability in (1e-6, 0.003, 0.09, 0.2, 0.4):
+    for probability in (0.0, 1e-6, 0.003, 0.09, 0.2, 0.4):
         goals = [goal for goal in GOALS if goal > probability]
         way = waypoints(probability, goals, 8)
         assert way == sorted(way) and set(goals) <= set(way) and way[0] > probability
