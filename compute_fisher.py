@@ -7,6 +7,7 @@ F is unlike the others' are prompts on which the model behaves unlike itself.
 
     python compute_fisher.py
     python compute_fisher.py --config configs/llama_8b.yaml --output-dir results
+    python compute_fisher.py --dataset-name suspicious.jsonl --reference fisher_results --output-dir suspicious
     torchrun --nproc-per-node 8 compute_fisher.py --config configs/lmsys_1b.yaml
 
 Writes fisher_matrices_compressed.npz, prompts.jsonl, metadata.yaml and fisher_spectra.png to the output
@@ -267,15 +268,11 @@ def run(command: Command, process: Processes) -> int:
     with ExitStack() as stack:
         process.ask_first(lambda: stack.enter_context(lock_directory(directory.path)))
         if process.ask_first(lambda: directory.is_finished(command.overwrite)):
-            if process.first:
-                directory.clean_up()
-            tell(finished(settings))
-            return 0
+            return conclude(directory, process)
         prompts, source, first = open_dataset(settings)
         ready = prepare(settings, first, process, tell)
         if process.ask_first(lambda: directory.begin(ready.identity, ready.environment, command.overwrite)):
-            tell(finished(settings))
-            return 0
+            return conclude(directory, process)
         tell(heading(settings, ready))
 
         try:
@@ -294,9 +291,30 @@ def run(command: Command, process: Processes) -> int:
 def finish(directory: RunDirectory, count: int, skipped: int) -> int:
     """Makes the final files, and says what is in them; returns the exit code."""
     statistics = directory.finish(count, SHARD_BATCHES * directory.settings.batch_size, skipped)
-    print(report.final_table(directory.path / PROMPTS, statistics))
+    print(report.final_table(directory.path / PROMPTS, statistics, directory.settings))
     print(f"Written to {printable(str(directory.path))}: {', '.join(FILES)}")
     return SOME_FAILED if statistics["failed_prompts"] else 0
+
+
+def conclude(directory: RunDirectory, process: Processes) -> int:
+    """What is left to do of a run whose Fisher matrices are all there: to score its prompts, if not as before."""
+    if not process.first:
+        return 0
+    if directory.is_scored():
+        directory.clean_up()
+        print(finished(directory.settings))
+        return 0
+    statistics = directory.score_again()
+    directory.clean_up()
+    print(report.final_table(directory.path / PROMPTS, statistics, directory.settings))
+    print(f"{printable(directory.settings.output_dir)} was finished: its prompts were scored anew")
+    return 0
+
+
+def nothing_to_compute(directory: RunDirectory) -> str:
+    if directory.is_scored():
+        return finished(directory.settings)
+    return f"{printable(directory.settings.output_dir)} is finished: only its prompts would be scored anew"
 
 
 # --- a dry run -----------------------------------------------------------------------------------
@@ -313,14 +331,14 @@ def dry_run(command: Command, process: Processes) -> int:
     directory = RunDirectory(settings)
     require_unlocked(directory.path)
     if directory.is_finished(command.overwrite):
-        print(finished(settings))
+        print(nothing_to_compute(directory))
         return 0
     prompts, source, first = open_dataset(settings)
     start = time.perf_counter()
     ready = prepare(settings, first, Processes(), print)
     loading = time.perf_counter() - start
     if directory.is_done(ready.identity, command.overwrite):
-        print(finished(settings))
+        print(nothing_to_compute(directory))
         return 0
     print(heading(settings, ready))
     if command.overwrite and directory.is_begun():

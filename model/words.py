@@ -72,7 +72,7 @@ def shown_by(tokenizer) -> Callable[[int], str]:
         elif piece.startswith("▁"):  # decoding a single token drops its first space
             text = piece.replace("▁", " ")
         is_mark = unicodedata.category(text[0]).startswith("M")
-        return (_escaped(text[0]) if is_mark else _written(text[0])) + "".join(map(_written, text[1:]))
+        return (_escaped(text[0]) if is_mark else written(text[0])) + "".join(map(written, text[1:]))
 
     return show
 
@@ -85,7 +85,8 @@ def _piece(tokenizer, token: int) -> str | None:
         return None
 
 
-def _written(character: str) -> str:
+def written(character: str) -> str:
+    """One character as it is shown."""
     if character == " ":
         return SPACE
     return character if character.isprintable() and character not in ("\\", SPACE) else _escaped(character)

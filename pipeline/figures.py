@@ -13,13 +13,14 @@ import numpy as np
 from common.command_line import UserError, excerpt, first_line
 from common.drawing import DISTINCT, label, save, token_bar
 from common.rows import evenly_spaced, parse_json
+from pipeline.metadata import SPECTRA
+from pipeline.scores import OUTLIER, SCORES, THRESHOLD
 from pipeline.store import PROMPTS, is_number
 
-SPECTRA = "fisher_spectra.png"
 NAMED = 6  # prompts that stand out: drawn in colour and named
 MAX_POINTS = 20_000  # of more prompts, evenly spaced ones are drawn beside those that stand out
+LONGEST = 12  # robust standard deviations that are drawn
 CHARACTERS = 85  # that the bars beside their names have room for
-OUTLIER = 3.5  # robust standard deviations, the usual threshold (Iglewicz and Hoaglin, 1993)
 
 
 def draw(directory: Path) -> None:
@@ -31,12 +32,12 @@ def draw(directory: Path) -> None:
     save(directory, {SPECTRA: lambda: spectra_figure(_read_prompts(directory / PROMPTS))})
 
 
-NUMBERS = ("tokens", "captured_mass", "z_log_lambda", "z_subspace", "outlier_score")
+NUMBERS = ("tokens", "captured_mass", *SCORES, OUTLIER)
 LISTS = ("singular_values", "principal_coordinates")
 
 
 def _read_prompts(path: Path) -> dict:
-    """The numbers of all prompts as columns; of the NAMED that stand out most, texts and first directions by index."""
+    """The numbers of all prompts as columns; of the NAMED that stand out, by index, texts and what explains them."""
     columns, leading = {key: [] for key in (*NUMBERS, *LISTS)}, []
     try:
         with open(path, encoding="utf-8") as file:
@@ -46,15 +47,15 @@ def _read_prompts(path: Path) -> dict:
                     columns[key].append(record[key])
                 for key in LISTS:
                     columns[key].append(np.array(record[key], dtype=np.float32))
-                leading.append((record["outlier_score"], -index, record["prompt"], _first_direction(record, index + 1)))
+                leading.append((record[OUTLIER], -index, record["prompt"], *_explanation(record, index + 1)))
                 leading = heapq.nlargest(NAMED, leading)
     except (OSError, ValueError) as error:
         raise UserError(f"no readable {path.name} in {path.parent}: {first_line(error)}") from error
     if not leading:
         raise UserError(f"{path} holds no prompts")
     arrays = {key: np.array(values) for key, values in columns.items()}
-    texts, said = ({-prompt[1]: prompt[part] for prompt in leading} for part in (2, 3))
-    return {**arrays, "texts": texts, "said": said}
+    texts, said, words = ({-prompt[1]: prompt[part] for prompt in leading} for part in (2, 3, 4))
+    return {**arrays, "texts": texts, "said": said, "words": words}
 
 
 def _checked(record, before: dict[str, list]) -> dict:
@@ -66,6 +67,8 @@ def _checked(record, before: dict[str, list]) -> dict:
     place = f"(line {len(before[LISTS[0]]) + 1})"
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise ValueError(f"no record of a prompt {place}")
+    if OUTLIER in record and not record.keys() & SCORES:
+        raise ValueError(f"the scores of an earlier version {place}: the command that made the run scores it anew")
     for key in NUMBERS:
         if not is_number(record.get(key)):
             raise ValueError(f"{key} is no number {place}")
@@ -78,19 +81,25 @@ def _checked(record, before: dict[str, list]) -> dict:
     return record
 
 
-def _first_direction(record: dict, line: int) -> list[dict]:
-    """The tokens of a prompt's first direction; none if it has no direction, or if an earlier version wrote it.
+def _explanation(record: dict, line: int) -> tuple[list[dict], str]:
+    """The tokens of the direction in which a prompt differs, and its unusual words; none of a prompt that has none.
 
     Raises:
         ValueError: they are something else.
     """
-    directions = record.get("directions", [])
+    directions, along, words = (record.get(key, default) for key, default in _EXPLAINED)
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"odd_words are no texts (line {line})")
     if directions == []:
-        return []
-    said = directions[0] if isinstance(directions, list) else None
+        return [], " ".join(words)
+    known = isinstance(directions, list) and is_number(along) and along in range(len(directions))
+    said = directions[int(along)] if known else None
     if not isinstance(said, list) or not all(map(_is_token, said)):
         raise ValueError(f"directions are no lists of tokens (line {line})")
-    return said
+    return said, " ".join(words)
+
+
+_EXPLAINED = (("directions", []), ("differs_along", 0), ("odd_words", []))
 
 
 def _is_token(value) -> bool:
@@ -106,7 +115,7 @@ def spectra_figure(prompts: dict) -> Figure:
     grid = figure.add_gridspec(3, 3, height_ratios=[1.2, 1, 0.6])
     colours = dict(zip(prompts["texts"], [*DISTINCT[1:], DISTINCT[0]], strict=False))
     _spectra_panel(figure.add_subplot(grid[0, 0]), prompts, colours)
-    _outlier_panel(figure.add_subplot(grid[0, 1]), prompts, colours)
+    _scores_panel(figure.add_subplot(grid[0, 1]), prompts, colours)
     _map_panel(figure.add_subplot(grid[0, 2]), prompts, colours)
 
     first = prompts["singular_values"][:, 0]
@@ -142,7 +151,7 @@ def spectra_figure(prompts: dict) -> Figure:
 
 
 def _names_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
-    """A line for each prompt that stands out, and beside it what its first direction says."""
+    """A line for each prompt that stands out, with its unusual words; beside it the direction in which it differs."""
     known = any(prompts["said"].values())
     length, end = (72, 0.53) if known else (140, 1)
     room = TransformedBbox(Bbox([[0, -1], [end, NAMED]]), panel.transData)
@@ -151,10 +160,14 @@ def _names_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
     panel.set_title("Prompts that stand out, and their scores", loc="left")
     for row, (index, text) in enumerate(prompts["texts"].items()):
         panel.plot(0.005, row, "o", color=colours[index], markersize=10)
-        for x, number in ((0.035, str(index)), (0.06, f"{prompts['outlier_score'][index]:.1f}")):
+        for x, number in ((0.035, str(index)), (0.06, f"{prompts[OUTLIER][index]:.1f}")):
             panel.text(x, row, number, va="center", ha="right")
-        name = panel.text(0.07, row, label(excerpt(text, length)), va="center", clip_on=True)
+        words = prompts["words"][index]
+        name = panel.text(0.07, row - 0.18 * bool(words), label(excerpt(text, length)), va="center", clip_on=True)
         name.set_clip_box(room)  # its letters may be wide
+        if words:
+            says = panel.text(0.07, row + 0.27, label(excerpt(f"says {words}", length)), va="center", clip_on=True)
+            says.set(color=colours[index], fontsize=11, clip_box=room)
     if not known:
         return
     bars = panel.inset_axes([0.54, 0, 0.46, 1], sharey=panel)
@@ -166,7 +179,7 @@ def _names_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
     bars.axvline(0, color="black", linewidth=1)
     bars.set(
         xlim=(-max(left, 0.1), max(right, 0.1)),
-        title="Tokens that lose ← → gain probability along the first singular vector, by share of λ₁",
+        title="Tokens that lose ← → gain probability in the direction where each differs, by share of λ",
     )
 
 
@@ -201,17 +214,22 @@ def _spectra_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
     panel.legend(frameon=False, fontsize=11, loc="lower left")
 
 
-def _outlier_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
-    panel.axhline(OUTLIER, color="#7A7A7A", linestyle=":", linewidth=1)
-    for side in (-OUTLIER, OUTLIER):
-        panel.axvline(side, color="#7A7A7A", linestyle=":", linewidth=1)
-    _dots(panel, prompts["z_log_lambda"], prompts["z_subspace"], colours)
+def _scores_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:
+    """A row of dots for each score, the outlier score on top; those that stand out in colour."""
+    names = {OUTLIER: "outlier score", **{name: name.removeprefix("z_") for name in SCORES}}
+    count = len(prompts[OUTLIER])
+    drawn = evenly_spaced(count, MAX_POINTS)
+    spread = 0.3 * np.sin(np.arange(count) * 2.4)  # apart, and the same each time
+    for row, name in enumerate(names):
+        values = np.clip(prompts[name], -LONGEST, LONGEST)
+        panel.plot(values[drawn], row + spread[drawn], "o", color="#0072B2", alpha=0.3, markersize=5, markeredgewidth=0)
+        for index, colour in colours.items():
+            panel.plot(values[index], row + spread[index], "o", color=colour, markersize=9, markeredgecolor="white")
+    panel.plot([THRESHOLD] * 2, [-0.45, 0.45], color="black", linestyle=":", linewidth=1.5)
+    panel.set_yticks(range(len(names)), names.values())
     panel.set(
-        title=f"How unusual, in robust standard deviations (dotted: {OUTLIER})",
-        xlabel="log λ₁",
-        ylabel="distance from the mean subspace",
+        title=f"In which way unusual (dotted: {THRESHOLD:g})", xlabel="robust standard deviations", ylim=(4.6, -0.6)
     )
-    panel.title.set_fontsize(13)
 
 
 def _map_panel(panel: Axes, prompts: dict, colours: dict[int, str]) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.command_line import excerpt, table
+from common.command_line import excerpt, printable, table
 from model.words import in_a_line
+from pipeline.scores import OUTLIER, SCORES, THRESHOLD
+from pipeline.settings import Settings
 
 NAMED = 5  # prompts named at the end
 EXCERPT = 60  # characters of a prompt shown in a line
@@ -46,7 +48,7 @@ def _spread(values: np.ndarray) -> dict:
     return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
 
 
-def final_table(records: Path, statistics: dict) -> str:
+def final_table(records: Path, statistics: dict, settings: Settings) -> str:
     """What a run found, for a terminal; `records` is its prompts.jsonl."""
     rows = [
         [label, *(f"{statistics[key][part]:.4g}" for part in ("median", "min", "max"))]
@@ -66,21 +68,43 @@ def final_table(records: Path, statistics: dict) -> str:
     if failed := statistics["failed_prompts"]:
         some = ", ".join(map(str, failed[:NAMED])) + (", …" if len(failed) > NAMED else "")
         lines.append(f"{len(failed)} prompts failed ({some}): `failed` in {records.name} says why")
+    lines += _outstanding(records, settings)
+    return "\n".join(lines)
+
+
+def _outstanding(records: Path, settings: Settings) -> list[str]:
+    """The prompts that stand out: on which scores, and in which tokens."""
+    beyond, count, leading = 0, 0, []
     with open(records, encoding="utf-8") as file:  # one line in memory at a time: there may be millions
-        leading = heapq.nlargest(NAMED, map(json.loads, file), key=lambda record: record["outlier_score"])
-    cells = [
-        [str(r["index"]), f"{r['outlier_score']:.1f}", f"{r['z_log_lambda']:+.1f}", f"{r['z_subspace']:+.1f}",
-         f"{r['z_principal']:.1f}"]
-        for r in leading
-    ]  # fmt: skip
-    lines.append(
-        "Prompts that stand out, in robust standard deviations. Below each, the tokens with the largest shares of its\n"
-        "lambda 1: those that lose probability along its first singular vector ← → that gain it:"
-    )
-    title, *numbers = table(["prompt", "score", "lambda 1", "subspace", "principal"], cells).splitlines()
+        for record in map(json.loads, file):
+            count, beyond = count + 1, beyond + (record[OUTLIER] > THRESHOLD)
+            leading = heapq.nlargest(NAMED, [*leading, record], key=lambda record: record[OUTLIER])
+    lines = [
+        f"{beyond} of {count} prompts stand out {_from_what(settings)}: scores above {THRESHOLD:g}, in robust\n"
+        "standard deviations. Below each its unusual words, and the tokens that lose ← → gain in the direction in\n"
+        "which it differs:"
+    ]
+    cells = [[str(r["index"]), f"{r[OUTLIER]:.1f}", *(f"{r[name]:+.1f}" for name in SCORES)] for r in leading]
+    title, *numbers = table(["prompt", "score", *(name.removeprefix("z_") for name in SCORES)], cells).splitlines()
     lines.append(title)
     for line, record in zip(numbers, leading, strict=True):
         lines.append(f"{line}  {excerpt(record['prompt'], EXCERPT)}")
-        if said := record.get("directions"):  # a prompt that failed has none, nor has one of an earlier version
-            lines.append(" " * (len(line) + 2) + excerpt(in_a_line(said[0]), EXCERPT))
-    return "\n".join(lines)
+        if why := explained(record):
+            lines.append(" " * (len(line) + 2) + excerpt(why, EXCERPT))
+    return lines
+
+
+def _from_what(settings: Settings) -> str:
+    if settings.reference:
+        return f"from the trusted ones in {printable(settings.reference)}"
+    if settings.base:
+        return f"by their change from {printable(settings.base)}"
+    return "from most of them"
+
+
+def explained(record: dict) -> str:
+    """What a prompt's unusual words are, and what the direction says in which it differs."""
+    words = " ".join(record.get("odd_words", []))
+    said = record.get("directions", [])  # a prompt that failed has none, nor has one of an earlier version
+    along = in_a_line(said[record["differs_along"]]) if record.get("differs_along", 0) < len(said) else ""
+    return "; ".join(filter(None, [words, along]))

@@ -1,29 +1,29 @@
 """A pipeline run's output directory: begun, gone on with, finished."""
 
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict
 import os
 from pathlib import Path
 import warnings
 import zipfile
 
-import numpy as np
 import yaml
 
 from common.command_line import UserError, excerpt
-from common.files import atomic_open, check_writable, json_ready, json_text, sha256
+from common.files import atomic_open, check_writable, json_ready, json_text
 from common.lock import LOCK
-from common.plain_yaml import parse_values
 from pipeline import figures, report
+from pipeline.comparison import Comparison, read_records
+from pipeline.evidence import Lexicon, Prompts
+from pipeline.metadata import FORMAT, METADATA, SPECTRA, read_metadata, seal, shown
 from pipeline.scores import outlier_scores
 from pipeline.settings import INCIDENTAL, Settings
-from pipeline.store import ARRAYS, FOLDER, INDEX, PROMPTS, SHARD, Store, load_fisher_matrices
+from pipeline.store import ARRAYS, FOLDER, INDEX, PROMPTS, Store, load_fisher_matrices
 
-FORMAT = "residual-fisher/1"
-METADATA = "metadata.yaml"
-MAX_HASHED = 1 << 30  # bytes of a file: of a larger one only the size is compared
-# what a run's metadata has from its start
-KEYS = {"complete": bool, "config": dict, "sources": dict, "hook_layer": str, "model_fingerprint": str}
-FILES = (ARRAYS, PROMPTS, METADATA, figures.SPECTRA)
+SCORING = 2  # what the scores mean
+EARLIER_SCORES = ("z_log_lambda", "subspace_distance", "z_subspace", "z_principal")
+FILES = (ARRAYS, PROMPTS, METADATA, SPECTRA)
 
 
 class RunDirectory:
@@ -32,7 +32,8 @@ class RunDirectory:
     def __init__(self, settings: Settings):
         self.settings, self.path = settings, Path(settings.output_dir)
         self.store = Store(self.path, settings.store)
-        self._sources = {"model": _stamps(settings.model_path), "dataset": _seal(Path(settings.dataset))}
+        self._comparison = Comparison.asked_for(settings)
+        self._sources = {"model": _stamps(settings.model_path), "dataset": seal(Path(settings.dataset))}
 
     def is_finished(self, overwrite: bool) -> bool:
         """Whether it is plain, before anything slow, that the directory holds all that the settings ask for.
@@ -47,7 +48,7 @@ class RunDirectory:
         then, now = found["config"], asdict(self.settings)
         differing = [key for key in now if key not in INCIDENTAL and then.get(key) != now[key]]
         if differing and (found["complete"] or self.store.has_results()):
-            changes = ", ".join(f"{key} was {_shown(then.get(key))} and is {_shown(now[key])}" for key in differing)
+            changes = ", ".join(f"{key} was {shown(then.get(key))} and is {shown(now[key])}" for key in differing)
             raise UserError(f"{self.path} holds a run with other settings ({changes}): --overwrite removes it")
         if not found["complete"] or differing:
             return False
@@ -70,13 +71,19 @@ class RunDirectory:
         if found is not None and not overwrite and (found["complete"] or self.store.has_results()):
             for key, now in identity.items():
                 if found[key] != now:
-                    change = f"{key} was {_shown(found[key])} and is {_shown(now)}"
+                    change = f"{key} was {shown(found[key])} and is {shown(now)}"
                     raise UserError(f"{self.path} holds a run of another model ({change}): --overwrite removes it")
             return found["complete"] and not self._damaged(found)
         return False
 
+    def is_scored(self) -> bool:
+        """Whether a complete run has the scores that the settings ask for."""
+        return _same_scoring(self._metadata(False).get("scores"), self._scoring())
+
     def begin(self, identity: dict, environment: dict, overwrite: bool) -> bool:
         """Makes the directory ready, emptied of an earlier run if it may be, unless all is done: returns `is_done`."""
+        if self._comparison:
+            self._comparison.require_same_model(identity)
         if self.is_done(identity, overwrite):
             return True
         found = self._metadata(overwrite)
@@ -95,8 +102,9 @@ class RunDirectory:
 
     def _damaged(self, found: dict) -> bool:
         """Whether a file of a finished run is missing or other than it was; names it."""
-        for name, seal in found["files"].items():
-            if _seal(self.path / name) != seal:
+        for name, known in found["files"].items():
+            # what was being scored anew has no seal
+            if not (self.path / name).is_file() or known not in (None, seal(self.path / name)):
                 warnings.warn(f"{self.path / name} is missing or damaged: computing it again", stacklevel=2)
                 return True
         return False
@@ -118,11 +126,7 @@ class RunDirectory:
         except zipfile.BadZipFile as error:
             folder = self.store.folder
             raise UserError(f"a file in {folder} is damaged ({error}): the same command computes it again") from error
-        with load_fisher_matrices(self.path) as matrices:
-            scores = outlier_scores(matrices, set(np.flatnonzero(columns["failed"]).tolist()))
-            bias_dim, num_singular_values = matrices[0].U.shape
-        self._write_prompts(scores)
-        figures.draw(self.path)
+        bias_dim, num_singular_values = self._score(self.store.records)
         statistics = report.summarize(columns, skipped)
         in_one_file = (self.path / ARRAYS).exists()
         self._write_metadata(
@@ -134,27 +138,67 @@ class RunDirectory:
                 "num_singular_values": num_singular_values,
                 "arrays": ARRAYS if in_one_file else f"{FOLDER}/",
                 "statistics": statistics,
-                "files": {name: _seal(self.path / name) for name in self._results(in_one_file)},
+                "scores": self._scoring(),
+                "files": {name: seal(self.path / name) for name in self._results(in_one_file)},
             }
         )
         self.clean_up()
         return statistics
 
+    def score_again(self) -> dict:
+        """Scores the prompts of a complete run as the settings ask for; returns its statistics.
+
+        Interrupted at any point, it can be called again: the Fisher matrices stay.
+
+        Raises:
+            UserError: a file cannot be read or written, or the run is not one to be compared with this.
+        """
+        found = self._metadata(False)
+        if self._comparison:
+            self._comparison.require_same_model(found)
+        changing = (PROMPTS, SPECTRA)
+        unsealed = {**found["files"], **dict.fromkeys(changing)}
+        self._write_metadata({**found, "scores": None, "files": unsealed})
+        self._score(lambda: read_records(self.path / PROMPTS))
+        files = {**unsealed, **{name: seal(self.path / name) for name in changing}}
+        self._write_metadata({**found, "scores": self._scoring(), "files": files})
+        return found["statistics"]
+
+    def _score(self, records: Callable[[], Iterable[dict]]) -> tuple[int, int]:
+        """Writes the prompts' records with their scores, and the picture of them; returns the shape of the matrices."""
+        lexicon, against = Lexicon(), {}
+        with ExitStack() as stack:
+            matrices = stack.enter_context(load_fisher_matrices(self.path))
+            prompts = Prompts.of(records(), matrices, lexicon)
+            if self._comparison:
+                against[self._comparison.kind] = self._comparison.open(stack, lexicon, prompts)
+            scores = outlier_scores(prompts, **against)
+            shape = matrices[0].U.shape
+        words = lexicon.texts()
+        columns = {name: column.tolist() for name, column in scores.items() if name != "odd_words"}
+        columns["odd_words"] = [[words[number] for number in some] for some in scores["odd_words"]]
+        with atomic_open(self.path / PROMPTS) as file:
+            for index, record in enumerate(records()):
+                record.update({name: column[index] for name, column in columns.items()})
+                file.write(json_text({key: value for key, value in record.items() if key not in EARLIER_SCORES}))
+        figures.draw(self.path)
+        return shape
+
+    def _scoring(self) -> dict:
+        """What the scores are of."""
+        against = self._comparison
+        known = (against.kind, str(against.path), against.seal) if against else (None, None, None)
+        return {"version": SCORING, **dict(zip(("against", "directory", "seal"), known, strict=True))}
+
     def _results(self, in_one_file: bool) -> list[str]:
         shards = [self.store.folder / INDEX, *self.store.shards()]
         arrays = [ARRAYS] if in_one_file else [f"{FOLDER}/{path.name}" for path in shards]
-        return [*arrays, PROMPTS, figures.SPECTRA]
+        return [*arrays, PROMPTS, SPECTRA]
 
     def clean_up(self) -> None:
         """Removes the shards once their arrays are in one file."""
         if (self.path / ARRAYS).exists():
             self.store.remove()
-
-    def _write_prompts(self, scores: dict[str, np.ndarray]) -> None:
-        with atomic_open(self.path / PROMPTS) as file:
-            for index, record in enumerate(self.store.records()):
-                record.update({name: column[index].tolist() for name, column in scores.items()})
-                file.write(json_text(record))
 
     def _metadata(self, overwrite: bool) -> dict | None:
         """What the metadata says; None if the directory is empty or missing.
@@ -163,7 +207,7 @@ class RunDirectory:
             UserError: it holds files that this script did not write; or its own, but no readable metadata, and may
                 not overwrite them.
         """
-        found, names = self._read_metadata(), self._names()
+        found, names = read_metadata(self.path), self._names()
         foreign = sorted(names - {*FILES, FOLDER}) if found is None else []
         if foreign := [*self._in_the_way(), *foreign]:
             raise UserError(
@@ -173,14 +217,6 @@ class RunDirectory:
         if found is None and names and not overwrite:
             raise UserError(f"{self.path} holds results without a readable {METADATA}: --overwrite removes them")
         return found or ({"format": FORMAT, "complete": False} if names else None)
-
-    def _read_metadata(self) -> dict | None:
-        """What is certain to have what this module reads of it, or None."""
-        try:
-            found = parse_values((self.path / METADATA).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return found if _is_metadata(found) else None
 
     def _names(self) -> set[str]:
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
@@ -200,40 +236,13 @@ class RunDirectory:
             file.write(text.encode())
 
 
-def _is_metadata(found) -> bool:
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        return False
-    if not all(isinstance(found.get(key), kind) for key, kind in KEYS.items()):
-        return False
-    if not all(isinstance(value, str | int | float | None) for value in found["config"].values()):
-        return False
-    return not found["complete"] or _are_seals(found.get("files"))
-
-
-def _are_seals(files) -> bool:
-    """Whether these are the files of a finished run: the records, the picture, and the arrays in one file or shards."""
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files):
-        return False
-    arrays = files.keys() - {PROMPTS, figures.SPECTRA}
-    own = (ARRAYS, f"{FOLDER}/{INDEX}")
-    known = all(name in own or SHARD.fullmatch(name.removeprefix(f"{FOLDER}/")) for name in arrays)
-    return known and len(arrays) > 0 and {PROMPTS, figures.SPECTRA} <= files.keys()
-
-
-def _shown(value) -> str:
-    return excerpt(repr(value), 60)
-
-
-def _seal(path: Path) -> list | None:
-    """Size and hash of a file, by which a change is seen; None if it is not there."""
-    if not os.path.isfile(path):  # a name may be too long for a path
-        return None
-    size = path.stat().st_size
-    return [size, sha256(path) if size <= MAX_HASHED else None]
-
-
 def _stamps(model: str) -> list | None:
     """Names, sizes and times of a local model's files; None for a model from elsewhere."""
     directory = Path(model)
     files = sorted(path for path in directory.iterdir() if path.is_file()) if os.path.isdir(directory) else None
     return files and [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def _same_scoring(one: dict | None, other: dict) -> bool:
+    """Whether scores are of the same run, wherever it lies now."""
+    return isinstance(one, dict) and all(one.get(key) == other[key] for key in ("version", "against", "seal"))

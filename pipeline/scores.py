@@ -1,146 +1,161 @@
-"""Which prompts stand out: by how sensitive the model is to them, and in which directions."""
+"""Which prompts stand out: by how much, and in which way.
 
-from collections.abc import Collection, Sequence
+Four scores, each in robust standard deviations of what is usual:
+
+- strength: how strongly the prediction depends on the residual stream, and how certain it is. The Mahalanobis distance
+  of (log tr F, log-odds of the most probable token).
+- spectrum: how the sensitivity is spread. The Mahalanobis distance of the logarithms of F's singular values.
+- directions: where in the residual stream it lies. The share of F outside the directions that other prompts use.
+- words: what it is about. The surprise at the tokens of the prediction that are not in the prompt.
+
+They see different things, and the outlier score is of their sum, again in robust standard deviations. What is usual is
+learnt from trusted prompts; or, without any, from the more usual ones of the run itself. Beside a base model, the same
+four are of the *change* of each prompt's F. At most LANDMARKS prompts, evenly spaced, are learnt from; one that is
+among them is measured against the others, so that all distances are of prompts not learnt from.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 import warnings
 
 import numpy as np
 
 from common.rows import evenly_spaced
-from pipeline.store import Triplets
+from pipeline.distances import Directions, Distances, PrincipalCoordinates, Words, robust_z, shift
+from pipeline.evidence import Prompts, Sample
 
-SAMPLE = 4096  # prompts, evenly spaced, that the mean subspace is of: more would hardly move it
-LANDMARKS = 256  # prompts, evenly spaced, whose matrices span the principal coordinates
-COORDINATES = 5
+SCORES = ("z_strength", "z_spectrum", "z_directions", "z_words")
+OUTLIER = "outlier_score"
+# Beyond it a prompt stands out: about one of a hundred ordinary prompts does, as of normal data.
+THRESHOLD = 2.3
+LANDMARKS = 256  # prompts that are learnt from: more would hardly change what is usual
+FEWEST = 8  # fewer say nothing
+TRUSTED_SHARE, ROUNDS = 0.5, 4  # without trusted prompts: how many of the run's own are, and how often chosen anew
 SCORED_AT_ONCE = 64  # prompts
-# Equal prompts in different batches differ by rounding: of log lambda 1, distances and coordinates, all of order 1.
-RESOLUTION = 1e-5
+DIRECTIONS = 3  # of which that is named in which a prompt differs most: those whose words are recorded
+WORDS = 3  # named of a prompt
+BLUR = 0.3  # added to distances, of order 1: very small ones are no more usual than small ones
 
 
-def robust_z(values: np.ndarray) -> np.ndarray:
-    """(n,) distances from the median in units of 1.4826 times the median absolute deviation.
+class Found(NamedTuple):
+    """How far prompts are from what is usual, and what is unusual about them."""
 
-    For normal data these are standard deviations, but outliers do not widen them (Iglewicz and Hoaglin, "How to
-    Detect and Handle Outliers", 1993). Where more than half of the values are equal, and that deviation is 0, the
-    unit is 1.2533 times the mean absolute deviation instead, as they advise. All zero where all values are equal.
-    Equal is what RESOLUTION does not tell apart.
-    """
-    centred = values - np.median(values)
-    scale = 1.4826 * np.median(np.abs(centred))  # scipy's constant has more digits, published scores have not
-    if scale < RESOLUTION:
-        scale = 1.2533 * np.mean(np.abs(centred))
-    return centred / scale if scale >= RESOLUTION else np.zeros_like(centred)
+    distances: np.ndarray  # (4, n), by score: logarithms, but for the surprise of words
+    outside: np.ndarray  # (n, values): the part of F along each singular vector that is outside the usual directions
+    surprise: list[np.ndarray]  # of each prompt's words
 
 
-def mean_subspace(matrices: Sequence[Triplets]) -> np.ndarray:
-    """Orthonormal columns (d, r): the leading eigenvectors of the mean of all U U^T.
+class Usual:
+    """What is usual, learnt from the `trusted` prompts of a sample; all of the sample sets the scale.
 
-    Of all r-dimensional subspaces, the one with the least mean squared chordal distance to the prompts' own.
-    """
-    total = 0.0
-    for index in evenly_spaced(len(matrices), SAMPLE):
-        u = matrices[index].U.astype(np.float64)
-        total = total + u @ u.T
-    return np.linalg.eigh(total)[1][:, : -1 - u.shape[1] : -1]
-
-
-def subspace_distance(triplets: Triplets, mean: np.ndarray) -> float:
-    """How much of a prompt's sensitivity lies outside the mean subspace: 0 (none) to 1 (all).
-
-    1 - sum_j s_j |M^T u_j|^2 / sum_j s_j: the squared chordal distance, directions weighted by their singular
-    values, since the last of them are mostly noise. 0 for a Fisher matrix that is zero.
-    """
-    total = triplets.S.sum(dtype=np.float64)
-    inside = ((mean.T @ triplets.U) ** 2).sum(axis=0) @ triplets.S
-    return float(1 - inside / total) if total > 0 else 0.0
-
-
-class PrincipalCoordinates:
-    """The prompts as points, F / |F| in the space of matrices, in their leading principal coordinates.
-
-    Prompts that are odd in the same way share directions that others do not have: a group that spans a
-    coordinate of its own, and stands far out on it, even if each of its members is as near to the mean as any
-    other prompt. Kernel principal component analysis with tr(F F') / |F||F'| (Schoelkopf, Smola and Müller,
-    1998), over at most LANDMARKS prompts; the others are projected (Nyström). Nothing d x d is formed.
+    Distances are taken as logarithms: only so are they spread like normal data, and their sum not the largest alone.
     """
 
-    def __init__(self, matrices: Sequence[Triplets]):
-        chosen = [matrices[i] for i in evenly_spaced(len(matrices), LANDMARKS)]
-        self._factors = np.concatenate([_factor(t) for t in chosen], axis=1)  # (d, landmarks * r)
-        self._landmarks = len(chosen)
-        kernel = self._similarities(chosen)
-        self._mean = kernel.mean(axis=0)
-        self._axes = np.linalg.eigh(self._centred(kernel)).eigenvectors[:, : -1 - COORDINATES : -1]
-        self._axes *= np.sign(self._axes[np.abs(self._axes).argmax(axis=0), range(self._axes.shape[1])])
+    def __init__(self, sample: Sample, trusted: Sequence[int]):
+        some = sample.some(trusted)
+        self._strength, self._spectrum = Distances(some.strength), Distances(some.spectrum)
+        self._directions, self._words = (None, None) if sample.base else (Directions(some.roots), Words(some.words))
+        self.found = self.find(sample)
+        distances, outside, surprise = self.found
+        distances[0, trusted] = np.log(self._strength.without_itself() + BLUR)
+        distances[1, trusted] = np.log(self._spectrum.without_itself() + BLUR)
+        if not sample.base:
+            outside[trusted] = self._directions.without_itself()
+            distances[2, trusted] = np.log(outside[trusted].sum(axis=1) + BLUR)
+            for place, own in zip(trusted, self._words.without_itself(), strict=True):
+                surprise[place] = own
+                distances[3, place] = own.sum()
+        self.total = self._standardized(distances).sum(axis=0)
 
-    def _similarities(self, several: Sequence[Triplets]) -> np.ndarray:
-        """tr(F F') / |F||F'| of every given matrix with every landmark, (n, landmarks)."""
-        factors = np.concatenate([_factor(t) for t in several], axis=1)  # (d, n * r)
-        overlaps = (factors.T @ self._factors) ** 2
-        return overlaps.reshape(len(several), -1, self._landmarks, factors.shape[1] // len(several)).sum(
-            axis=(1, 3), dtype=np.float64
+    def find(self, sample: Sample) -> Found:
+        """Beside a base model, "usual" directions and words are those of the base model for the same prompt."""
+        if sample.base:
+            pairs = zip(sample.roots, sample.base.roots, strict=True)
+            outside = np.concatenate([Directions([base]).outside([own]) for own, base in pairs])
+            surprise = [*map(shift, sample.words, sample.base.words)]
+        else:
+            outside, surprise = self._directions.outside(sample.roots), self._words.surprise(sample.words)
+        logarithms = np.log(
+            np.stack([self._strength.of(sample.strength), self._spectrum.of(sample.spectrum), outside.sum(axis=1)])
+            + BLUR
         )
+        return Found(np.concatenate([logarithms, [[own.sum() for own in surprise]]]), outside, surprise)
 
-    def _centred(self, kernel: np.ndarray) -> np.ndarray:
-        centred = kernel - self._mean
-        return centred - centred.mean(axis=-1, keepdims=True)
+    def _standardized(self, distances: np.ndarray) -> np.ndarray:
+        return np.stack([robust_z(row, usual) for row, usual in zip(distances, self.found.distances, strict=True)])
 
-    def coordinates(self, several: Sequence[Triplets]) -> np.ndarray:
-        """(n, at most COORDINATES), the leading coordinate first. A few dozen at a time are fastest."""
-        return self._centred(self._similarities(several)) @ self._axes
-
-
-def _factor(triplets: Triplets) -> np.ndarray:
-    """R (d, r) with F / |F| = R R^T, in Frobenius norm; zero if F is."""
-    norm = np.linalg.norm(triplets.S)
-    return triplets.U * np.sqrt(triplets.S / norm if norm > 0 else triplets.S)
+    def scores(self, distances: np.ndarray) -> np.ndarray:
+        """(5, n): the four, and of their sum."""
+        four = self._standardized(distances)
+        return np.concatenate([four, robust_z(four.sum(axis=0), self.total)[None]])
 
 
-def outlier_scores(matrices: Sequence[Triplets], failed: Collection[int] = ()) -> dict[str, np.ndarray]:
-    """By prompt: how unusual its log lambda_1, its subspace's distance from the mean one, and its coordinates are.
+def learn(sample: Sample, trusted: bool) -> Usual:
+    """From all of a sample that is trusted, else from most of it.
 
-    The prompts in `failed` have no Fisher matrix: their scores are 0, and they count for nobody else's.
+    Prompts that are odd in the same way would make each other usual. So the more usual half is chosen, and chosen anew
+    by what it says is usual (concentration steps: Rousseeuw and Van Driessen, 1999): a smaller group is soon outside.
     """
-    kept = [index for index in range(len(matrices)) if index not in failed]
-    scores = {}
-    for name, column in _scores(_Selection(matrices, kept)).items():
-        scores[name] = np.zeros((len(matrices), *column.shape[1:]))
-        scores[name][kept] = column
-    return scores
+    usual = Usual(sample, np.arange(len(sample)))
+    for _ in range(0 if trusted else ROUNDS):
+        most_usual = np.argsort(usual.total, kind="stable")[: round(TRUSTED_SHARE * len(sample))]
+        usual = Usual(sample, np.sort(most_usual))
+    return usual
 
 
-class _Selection(Sequence):
-    """Some of the matrices, in order."""
+def outlier_scores(prompts: Prompts, reference: Prompts | None = None, base: Prompts | None = None) -> dict:
+    """By prompt: the four scores, the outlier score, and what explains them.
 
-    def __init__(self, matrices: Sequence[Triplets], kept: Sequence[int]):
-        self._matrices, self._kept = matrices, kept
+    `differs_along` is the one of the first DIRECTIONS singular vectors, from 0, along which most of F lies outside the
+    usual directions; `odd_words`, numbers of words, the most surprising first. Prompts that failed have zeros, and
+    count for nobody else's scores.
 
-    def __len__(self) -> int:
-        return len(self._kept)
+    Args:
+        reference: trusted prompts; None for the more usual ones of these.
+        base: the same prompts through another model, from which the change is scored. Not with a reference.
+    """
+    kept = [index for index in prompts.usable() if base is None or index not in base.failed]
 
-    def __getitem__(self, index: int) -> Triplets:
-        return self._matrices[self._kept[index]]
+    def evidence(numbers: Sequence[int]) -> Sample:
+        own = prompts.sample(numbers)
+        return own if base is None else own.beside(base.sample(numbers))
+
+    source = kept if reference is None else reference.usable()
+    chosen = [source[place] for place in evenly_spaced(len(source), LANDMARKS)]
+    count = len(prompts.trace)
+    columns = {name: np.zeros(count) for name in (*SCORES, OUTLIER)}
+    columns |= {"differs_along": np.zeros(count, dtype=int), "odd_words": [[] for _ in range(count)]}
+    if len(chosen) < FEWEST:
+        warnings.warn(f"{len(chosen)} prompts do not say what is usual: all scores are 0", stacklevel=2)
+    else:
+        usual = learn(evidence(chosen) if reference is None else reference.sample(chosen), reference is not None)
+        places = {number: place for place, number in enumerate(chosen)} if reference is None else {}
+        for numbers in _in_parts(kept):
+            sample = evidence(numbers)
+            distances, outside, surprise = usual.find(sample)
+            for column, number in enumerate(numbers):
+                if number in places:  # measured against the others
+                    distances[:, column] = usual.found.distances[:, places[number]]
+                    outside[column] = usual.found.outside[places[number]]
+                    surprise[column] = usual.found.surprise[places[number]]
+                order = np.argsort(-surprise[column], kind="stable")[:WORDS]
+                columns["odd_words"][number] = sample.words[column][0][order].tolist()
+            for name, scores in zip((*SCORES, OUTLIER), usual.scores(distances), strict=True):
+                columns[name][numbers] = scores
+            columns["differs_along"][numbers] = outside[:, :DIRECTIONS].argmax(axis=1)
+        if alike := [name.removeprefix("z_") for name in SCORES if not columns[name].any()]:
+            warnings.warn(f"all prompts have the same {' and '.join(alike)}: these scores are 0", stacklevel=2)
+    return {**columns, "principal_coordinates": _on_the_map(prompts, kept)}
 
 
-def _scores(matrices: Sequence[Triplets]) -> dict[str, np.ndarray]:
-    mean, principal = mean_subspace(matrices), PrincipalCoordinates(matrices)
-    first, distance, coordinates = [], [], []
-    for start in range(0, len(matrices), SCORED_AT_ONCE):
-        several = [matrices[index] for index in range(start, min(start + SCORED_AT_ONCE, len(matrices)))]
-        first += [triplets.S[0] for triplets in several]
-        distance += [subspace_distance(triplets, mean) for triplets in several]
-        coordinates.append(principal.coordinates(several))
-    log_first = np.log(np.maximum(first, np.finfo(np.float32).tiny))
-    z_lambda, z_subspace = robust_z(log_first), robust_z(np.array(distance))
-    coordinates = np.concatenate(coordinates)
-    z_principal = np.abs([robust_z(column) for column in coordinates.T]).max(axis=0)
-    alike = {"lambda 1": z_lambda, "subspace": z_subspace, "principal coordinates": z_principal}
-    if names := [name for name, column in alike.items() if len(matrices) > 1 and not column.any()]:
-        warnings.warn(f"all prompts have the same {' and '.join(names)}: their scores for it are 0", stacklevel=2)
-    return {
-        "z_log_lambda": z_lambda,
-        "subspace_distance": np.array(distance),
-        "z_subspace": z_subspace,
-        "principal_coordinates": coordinates,
-        "z_principal": z_principal,
-        "outlier_score": np.max([np.abs(z_lambda), z_subspace, z_principal], axis=0),
-    }
+def _in_parts(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (numbers[start : start + SCORED_AT_ONCE] for start in range(0, len(numbers), SCORED_AT_ONCE))
+
+
+def _on_the_map(prompts: Prompts, kept: Sequence[int]) -> np.ndarray:
+    chosen = [kept[place] for place in evenly_spaced(len(kept), LANDMARKS)]
+    principal = PrincipalCoordinates([prompts.matrices[i] for i in chosen])
+    found = np.concatenate([principal.coordinates([prompts.matrices[i] for i in some]) for some in _in_parts(kept)])
+    coordinates = np.zeros((len(prompts.trace), found.shape[1]))
+    coordinates[kept] = found
+    return coordinates

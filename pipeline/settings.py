@@ -54,6 +54,8 @@ class Settings:
     )
     device: str = option("auto", nonempty, "NAME", "as torch names it (cuda, then mps, then cpu)")
     seed: int | None = option(None, count, "N", "shuffles the dataset first (its own order)")
+    reference: str | None = option(None, path, "DIR", "finished run of trusted prompts, to score these against")
+    base: str | None = option(None, path, "DIR", "finished run of these prompts in a base model, to score the change")
     trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along")
     output_dir: str = option("fisher_results", path, "DIR", "for the results (fisher_results)")
 
@@ -65,8 +67,8 @@ class Settings:
         return str(bundled) if not here and os.path.isfile(bundled) else self.dataset_name
 
 
-# Keys that may differ between a run and its resumption: they do not change a result.
-INCIDENTAL = ("output_dir", "device", "trust_remote_code")
+# Keys that may differ between a run and its resumption: they do not change a Fisher matrix.
+INCIDENTAL = ("output_dir", "device", "trust_remote_code", "reference", "base")
 
 
 @dataclass(frozen=True)

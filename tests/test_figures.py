@@ -14,6 +14,7 @@ import pytest
 from common import drawing
 from experiment import figures
 from pipeline import figures as spectra
+from pipeline.scores import SCORES
 import scripts
 
 
@@ -209,12 +210,14 @@ def test_every_prompt_is_in_every_panel(finished_pipeline):
     columns = {key: np.array([record[key] for record in records]) for key in records[0]}
     first = columns["singular_values"][:, 0]
     expected = {
-        "How unusual": (columns["z_log_lambda"], columns["z_subspace"]),
         "Which directions": tuple(columns["principal_coordinates"][:, :2].T),
         "Sensitivity by length": (columns["tokens"], first),
     }
     for title, (x, y) in expected.items():
         assert dots(panel(figure, title)) == pytest.approx(np.stack([x, y], axis=1), rel=1e-5)
+    rows = [line.get_xdata() for line in panel(figure, "In which way unusual").lines if len(line.get_xdata()) == 40]
+    for found, name in zip(rows, ("outlier_score", *SCORES), strict=True):
+        assert found == pytest.approx(columns[name], rel=1e-5)
     for title in ("Sensitivity", "The top-k tokens hold"):
         (axes,) = [a for a in figure.axes if a.patches and a.get_title().startswith(title)]
         assert sum(bar.get_height() for bar in axes.patches) == 40
@@ -226,15 +229,16 @@ def test_the_prompts_that_stand_out_are_named(finished_pipeline):
     texts = [text.get_text() for text in panel(figure, "Prompts that stand out").texts]
     for record in sorted(records, key=lambda record: -record["outlier_score"])[:6]:
         assert {str(record["index"]), f"{record['outlier_score']:.1f}", record["prompt"]} <= set(texts)
+        assert drawing.label("says " + " ".join(record["odd_words"])) in texts
 
 
-def test_beside_each_of_them_stand_the_tokens_of_its_first_direction(finished_pipeline):
+def test_beside_each_of_them_stand_the_tokens_of_the_direction_in_which_it_differs(finished_pipeline):
     figure, records = spectra_figure(finished_pipeline)
     (bars,) = panel(figure, "Prompts that stand out").child_axes
     left = [bar.get_x() + min(bar.get_width(), 0) for bar in bars.patches]
     texts = {text.get_text() for text in bars.texts}
     for row, record in enumerate(sorted(records, key=lambda record: -record["outlier_score"])[:6]):
-        said = record["directions"][0]
+        said = record["directions"][record["differs_along"]]
         widths = [bar.get_width() for bar in bars.patches if round(bar.get_y() + 0.4) == row]
         expected = [np.copysign(token["share"], token["slope"]) for token in said]
         assert sorted(widths) == pytest.approx(sorted(expected))

@@ -12,6 +12,7 @@ import yaml
 
 from model import loading
 from pipeline import batches, load_fisher_matrices, store
+from pipeline.scores import SCORES, THRESHOLD
 import scripts
 from scripts import PIPELINE_FILES, ROOT, arrays, records
 import tiny
@@ -80,16 +81,17 @@ def test_the_final_table_names_the_prompts_that_stand_out(finished_pipeline, cha
         (line,) = [line for line in shown.splitlines() if line.startswith(label)]
         numbers = [float(word) for word in line.removeprefix(label).split()]
         assert numbers == pytest.approx([np.median(values), min(values), max(values)], rel=1e-3)
-    *_, leading = shown.partition("Prompts that stand out, in robust standard deviations")
-    rows = [line.split() for line in leading.splitlines()[3:13]]
+    beyond = sum(record["outlier_score"] > THRESHOLD for record in found)
+    *_, leading = shown.partition(f"{beyond} of 8 prompts stand out from most of them: scores above 2.3")
+    rows = [line.split() for line in leading.splitlines()[4:14]]
     expected = sorted(found, key=lambda record: -record["outlier_score"])[:5]
     assert [int(row[0]) for row in rows[::2]] == [record["index"] for record in expected]
-    assert [" ".join(row[5:]) for row in rows[::2]] == [record["prompt"] for record in expected]
+    numbers = [[f"{r['outlier_score']:.1f}", *(f"{r[name]:+.1f}" for name in SCORES)] for r in expected]
+    assert [row[1:6] for row in rows[::2]] == numbers
+    assert [" ".join(row[6:]) for row in rows[::2]] == [record["prompt"] for record in expected]
     for words, record in zip(rows[1::2], expected, strict=True):
-        lowered, raised = words[: words.index("←")], words[words.index("→") + 1 :]
-        first = record["directions"][0][0]
-        assert first["token"] == (raised if first["slope"] > 0 else lowered)[0]
-    assert max(map(len, leading.splitlines()[:13])) <= 120
+        assert " ".join(words).startswith(" ".join(record["odd_words"])[:50])
+    assert max(map(len, leading.splitlines()[:14])) <= 120
 
 
 def test_results_are_read_without_torch_or_matplotlib(finished_pipeline):

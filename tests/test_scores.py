@@ -1,9 +1,11 @@
-"""Which prompts stand out: on matrices whose odd ones are known."""
+"""Which prompts stand out: on matrices whose odd ones are known, and against plain formulas."""
 
 import numpy as np
 import pytest
 
-from pipeline import scores
+from pipeline import distances, scores
+from pipeline.distances import Directions, Distances, PrincipalCoordinates, Words, robust_z, shift
+from pipeline.evidence import Lexicon, Prompts, own_words
 from pipeline.store import Triplets
 
 D, R = 60, 3
@@ -19,63 +21,88 @@ def ordinary() -> list[Triplets]:
     """Fifty matrices whose directions scatter around three that they share."""
     rng = np.random.default_rng(0)
     shared = np.eye(D)[:, :R]
-    return [triplets(shared + 0.2 * rng.standard_normal((D, R)), rng.uniform(1, 2, R)) for _ in range(50)]
+    return [
+        triplets(shared + 0.2 * rng.standard_normal((D, R)), np.sort(rng.uniform(1, 2, R))[::-1]) for _ in range(50)
+    ]
+
+
+def record(matrix: Triplets, place: int) -> dict:
+    rng = np.random.default_rng(place)
+    top, other = (f"w{int(5 * rng.uniform() ** 2)}" for _ in range(2))
+    return {
+        "prompt": "?", "trace": float(matrix.S.sum()), "top_token": top, "top_probability": rng.uniform(0.3, 0.7),
+        "singular_values": matrix.S.tolist(), "directions": [[{"token": other, "share": 1.0}]],
+    }  # fmt: skip
+
+
+def prompts(matrices: list[Triplets], lexicon: Lexicon | None = None, **changed) -> Prompts:
+    """Alike records, but for those at the places in `changed`."""
+    changes = {int(place.removeprefix("at")): change for place, change in changed.items()}
+    records = [record(matrix, place) | changes.get(place, {}) for place, matrix in enumerate(matrices)]
+    return Prompts.of(records, matrices, lexicon or Lexicon())
+
+
+# --- in numbers ----------------------------------------------------------------------------------
 
 
 def test_robust_z_is_not_widened_by_what_it_finds():
     values = np.random.default_rng(1).normal(10, 2, 1001)
-    assert np.abs(scores.robust_z(values)).max() < 4.5
+    assert np.abs(robust_z(values, values)).max() < 4.5
     values[:100] = 1e6  # a tenth
-    assert scores.robust_z(values)[:100].min() > 1000
-    assert scores.robust_z(values)[100:].std() == pytest.approx(1, abs=0.2)
+    assert robust_z(values, values)[:100].min() > 1000
+    assert robust_z(values, values)[100:].std() == pytest.approx(1, abs=0.2)
 
 
 def test_robust_z_survives_values_most_of_which_are_equal():
-    assert not scores.robust_z(np.array([2.0, 2.0, 2.0, 2.0])).any()
-    z = scores.robust_z(np.array([2.0, 2.0, 2.0, 5.0]))
+    same = np.array([2.0, 2.0, 2.0, 2.0])
+    assert not robust_z(same, same).any()
+    most = np.array([2.0, 2.0, 2.0, 5.0])
+    z = robust_z(most, most)
     assert z[:3].tolist() == [0, 0, 0] and z[3] == pytest.approx(3 / (1.2533 * 0.75))
 
 
-def test_the_mean_subspace_is_the_shared_one(ordinary):
-    mean = scores.mean_subspace(ordinary)
-    assert mean.shape == (D, R)
-    assert np.linalg.svd(mean[:R]).S.min() > 0.95  # the first three axes
+def test_a_trusted_rows_distance_is_that_from_the_others():
+    rows = np.random.default_rng(0).standard_normal((40, 3)) @ np.diag([1, 5, 0.2])
+    found = Distances(rows)
+    assert found.of(rows[:2]) == pytest.approx(
+        [np.sqrt((r - rows.mean(0)) @ np.linalg.inv(np.cov(rows.T)) @ (r - rows.mean(0))) for r in rows[:2]], rel=1e-3
+    )
+    for i in (0, 17, 39):
+        assert found.without_itself()[i] == pytest.approx(
+            Distances(np.delete(rows, i, axis=0)).of(rows[i : i + 1])[0], rel=1e-3
+        )
 
 
-def test_the_distance_goes_from_none_to_all():
-    mean = np.eye(D)[:, :R]
-    assert scores.subspace_distance(triplets(np.eye(D)[:, :R]), mean) == pytest.approx(0, abs=1e-6)
-    assert scores.subspace_distance(triplets(np.eye(D)[:, R : 2 * R]), mean) == pytest.approx(1, abs=1e-6)
-    half = triplets(np.eye(D)[:, [0, 1, 10]], values=(2.0, 0.0, 2.0))
-    assert scores.subspace_distance(half, mean) == pytest.approx(0.5, abs=1e-6)
-    assert scores.subspace_distance(triplets(np.eye(D)[:, :R], values=(0.0, 0.0, 0.0)), mean) == 0
+# --- in directions -------------------------------------------------------------------------------
 
 
-def test_a_single_odd_matrix_is_far_from_the_mean_subspace(ordinary):
-    ordinary[17] = triplets(np.eye(D)[:, 20:23])
-    mean = scores.mean_subspace(ordinary)
-    distances = np.array([scores.subspace_distance(t, mean) for t in ordinary])
-    assert scores.robust_z(distances).argmax() == 17
-    assert scores.robust_z(distances)[17] > 3.5
+def roots(matrices: list[Triplets]) -> list[np.ndarray]:
+    return [t.U * np.sqrt(t.S / t.S.sum()) for t in matrices]
 
 
-def z_principal(matrices: list[Triplets]) -> np.ndarray:
-    principal = scores.PrincipalCoordinates(matrices)
-    coordinates = principal.coordinates(matrices)
-    assert coordinates.shape == (len(matrices), scores.COORDINATES)
-    return np.abs([scores.robust_z(column) for column in coordinates.T]).max(axis=0)
+def outside(matrix: np.ndarray, others: list[np.ndarray], rho: float) -> float:
+    """rho tr(F (M + rho)^-1) / tr F as it is written."""
+    mean = np.mean([root @ root.T for root in others], axis=0).astype(np.float64)
+    return rho * np.trace(matrix @ matrix.T @ np.linalg.inv(mean + rho * np.eye(D)))
 
 
-@pytest.mark.parametrize("landmarks", [256, 25])
-def test_a_group_that_is_odd_in_the_same_way_stands_out_on_a_coordinate(ordinary, landmarks, monkeypatch):
-    monkeypatch.setattr(scores, "LANDMARKS", landmarks)
-    rng = np.random.default_rng(2)
-    odd = list(range(0, 50, 7))
-    for index in odd:
-        ordinary[index] = triplets(np.eye(D)[:, 20:23] + 0.1 * rng.standard_normal((D, R)))
-    z = z_principal(ordinary)
-    assert set(np.argsort(-z)[: len(odd)]) == set(odd)
-    assert z[odd].min() > 3.5
+def test_the_share_outside_is_the_formulas_for_prompts_learnt_from_and_others(ordinary):
+    trusted, other = roots(ordinary[:30]), roots(ordinary[30:33])
+    found = Directions(trusted)
+    mean = np.mean([root @ root.T for root in trusted], axis=0)
+    rho = distances.SOFTNESS * np.linalg.eigvalsh(mean)[-1]
+    for root, row in zip(other, found.outside(other), strict=True):
+        assert row.sum() == pytest.approx(outside(root, trusted, rho), rel=1e-4)
+    alone = found.without_itself().sum(axis=1)
+    for i in (0, 29):
+        assert alone[i] == pytest.approx(outside(trusted[i], trusted[:i] + trusted[i + 1 :], rho), rel=1e-4)
+
+
+def test_the_share_outside_goes_from_some_to_all_and_is_told_by_direction(ordinary):
+    odd = triplets(np.eye(D)[:, [0, 40, 1]])
+    found = Directions(roots(ordinary)).outside(roots([odd, triplets(np.eye(D)[:, 20:23])]))
+    assert found[0].argmax() == 1
+    assert found[0].sum() < 0.7 < found[1].sum() <= 1 + 1e-6
 
 
 def test_coordinates_are_those_of_kernel_pca_on_the_matrices_themselves(ordinary):
@@ -83,33 +110,136 @@ def test_coordinates_are_those_of_kernel_pca_on_the_matrices_themselves(ordinary
     matrices /= np.linalg.norm(matrices, axis=1, keepdims=True)
     centred = matrices - matrices.mean(axis=0)
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
-    principal = scores.PrincipalCoordinates(ordinary)
-    expected = (u * s**2)[:, : scores.COORDINATES]  # kernel PCA's axes are not rescaled
+    principal = PrincipalCoordinates(ordinary)
+    expected = (u * s**2)[:, : distances.COORDINATES]  # kernel PCA's axes are not rescaled
     assert np.abs(principal.coordinates(ordinary)) == pytest.approx(np.abs(expected), rel=1e-3, abs=1e-5)
     assert principal.coordinates(ordinary[7:8]) == pytest.approx(
         principal.coordinates(ordinary)[7:8], rel=1e-4, abs=1e-6
     )
 
 
-def test_few_prompts_and_matrices_that_are_zero_make_no_trouble():
+# --- in words ------------------------------------------------------------------------------------
+
+
+def test_words_are_the_predicted_tokens_and_those_with_shares_of_f_but_not_the_prompts_own():
+    said = [
+        [{"token": "Jet", "share": 0.5}, {"token": "·lag", "share": 0.25}, {"token": "\\xe2", "share": 0.25}],
+        [{"token": "Sorry", "share": 1.0}],
+    ]
+    one = {"prompt": "What is jet lag?", "top_token": " The", "top_probability": 0.6, "singular_values": [3.0, 1.0]}
+    # jet and lag are in the prompt; of what is left, 0.4 * 0.75 * 0.25 and 0.4 * 0.25
+    found = own_words({**one, "directions": said})
+    assert found == {"·The": 0.6, "\\xe2": pytest.approx(0.075), "Sorry": pytest.approx(0.1)}
+    assert own_words({**one, "directions": []}) == {"·The": 0.6}
+    assert own_words({**one, "prompt": "the", "directions": []}) == {}
+    assert own_words({**one, "prompt": "光と水", "top_token": "水", "directions": []}) == {}
+    assert own_words({**one, "prompt": "the theatre", "top_token": "THE", "directions": []}) == {"THE": 0.6}
+
+
+def test_surprise_is_the_weighted_log_of_how_often_trusted_prompts_say_a_word():
+    def said(*pairs):
+        return np.array([n for n, _ in pairs], dtype=int), np.array([w for _, w in pairs], dtype=float)
+
+    trusted = [said((0, 1.0)), said((0, 0.5), (1, 0.5)), said()]
+    found = Words(trusted)
+    (first, second), (), (unseen,) = found.surprise([said((0, 1.0), (1, 0.5)), said(), said((9, 1.0))])
+    assert (first, second, unseen) == pytest.approx((-np.log(2 / 3.5), -0.5 * np.log(1 / 3.5), -np.log(0.5 / 3.5)))
+    alone = found.without_itself()
+    assert alone[0] == pytest.approx([-np.log(1 / 2.5)])
+    assert alone[1] == pytest.approx([-0.5 * np.log(1.5 / 2.5), -0.5 * np.log(0.5 / 2.5)])
+    (once,) = Words([said()] * 3).surprise([said((2, 1.0))])
+    assert once == pytest.approx([np.log(7)])
+    assert shift(said((0, 0.7), (3, 0.3)), said((0, 0.7))) == pytest.approx([0, 0.3 * np.log(0.8 / 0.5)])
+
+
+# --- together ------------------------------------------------------------------------------------
+
+KEYS = {*scores.SCORES, "outlier_score", "differs_along", "odd_words", "principal_coordinates"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("z_strength", {"top_probability": 0.9999, "trace": 1e-3}),
+        ("z_words", {"top_token": "HATE", "top_probability": 0.99}),
+    ],
+)
+def test_a_prompt_that_is_odd_in_one_way_has_that_score_and_the_outlier_score(name, changed, ordinary):
+    found = scores.outlier_scores(prompts(ordinary, at17=changed))
+    assert found.keys() == KEYS
+    assert found[name].argmax() == 17 and found["outlier_score"].argmax() == 17
+    assert found[name][17] > 2.5 and found["outlier_score"][17] > scores.THRESHOLD
+
+
+def test_spectra_and_directions_are_told_apart(ordinary):
+    elsewhere = triplets(np.eye(D)[:, [20, 30, 40]], (1.9, 1.2, 1.1))
+    steep = triplets(ordinary[1].U, (1.9, 0.01, 0.001))
+    for matrix, name in ((steep, "z_spectrum"), (elsewhere, "z_directions")):
+        found = scores.outlier_scores(prompts([*ordinary, matrix]))
+        others = [np.abs(found[other][50]) for other in scores.SCORES if other != name]
+        assert found[name].argmax() == 50 and found[name][50] > max(2.5, *others)
+    assert found["differs_along"][50] == 0
+
+
+def test_with_a_reference_a_prompts_scores_do_not_depend_on_the_others(ordinary):
+    lexicon = Lexicon()
+    trusted = prompts(ordinary[:40], lexicon)
+    odd = [triplets(np.eye(D)[:, 20:23], (0.02, 0.001, 0.0001))] * 10
+    together = scores.outlier_scores(prompts([*ordinary[40:], *odd], lexicon), reference=trusted)
+    apart = scores.outlier_scores(prompts(odd[:1] * 20, lexicon), reference=trusted)
+    for name in ("z_spectrum", "z_directions"):
+        assert together[name][10] == pytest.approx(apart[name][0], abs=1e-6)
+    assert together["outlier_score"][10:].min() > scores.THRESHOLD > together["outlier_score"][:10].max()
+
+
+def test_a_fifth_that_is_odd_in_the_same_way_does_not_make_itself_usual(ordinary):
+    rng = np.random.default_rng(2)
+    changed = {}
+    for index in range(0, 50, 5):
+        values = np.array([0.1, 0.05, 0.01]) * np.exp(0.5 * rng.standard_normal(R))
+        ordinary[index] = triplets(np.eye(D)[:, 20:23] + 0.2 * rng.standard_normal((D, R)), np.sort(values)[::-1])
+        p = 1 / (1 + np.exp(-rng.normal(4, 0.5)))
+        changed[f"at{index}"] = {"top_token": "HATE", "top_probability": p, "trace": values.sum()}
+    found = scores.outlier_scores(prompts(ordinary, **changed))["outlier_score"]
+    assert set(np.argsort(-found)[:10]) == set(range(0, 50, 5))
+
+
+def test_beside_a_base_model_the_change_counts_and_not_what_is_odd_in_both(ordinary):
+    lexicon = Lexicon()
+    ordinary[3] = triplets(np.eye(D)[:, 20:23], ordinary[3].S)
+    other = list(ordinary)
+    other[9] = triplets(np.eye(D)[:, 30:33], (0.3, 0.1, 0.05))
+    changed = {"at9": {"top_token": "HATE", "top_probability": 0.95, "trace": 0.5}}
+    rng = np.random.default_rng(0)
+    jitter = {f"at{i}": {"trace": float(t.S.sum() * rng.uniform(0.9, 1.1))} for i, t in enumerate(other)}
+    found = scores.outlier_scores(prompts(other, lexicon, **jitter | changed), base=prompts(ordinary, lexicon))
+    assert found["outlier_score"].argmax() == 9
+    assert found["outlier_score"][3] < scores.THRESHOLD < found["outlier_score"][9]
+
+
+def test_prompts_that_failed_have_zeros_and_count_for_nobody(ordinary):
     zero = Triplets(np.zeros((D, R), np.float32), np.zeros(R, np.float32), np.zeros((R, D), np.float32))
-    for matrices in ([zero], [zero, zero], [zero, triplets(np.eye(D)[:, :R])]):
-        principal = scores.PrincipalCoordinates(matrices)
-        assert np.isfinite(principal.coordinates(matrices)).all()
-        assert all(scores.subspace_distance(t, scores.mean_subspace(matrices)) <= 1 for t in matrices)
+    failed = {"failed": "NaN", "trace": 0.0, "top_probability": 0.0, "top_token": "", "directions": []}
+    with_it = scores.outlier_scores(prompts([*ordinary, zero], at50=failed))
+    without = scores.outlier_scores(prompts(ordinary))
+    for name in KEYS - {"odd_words"}:
+        assert not with_it[name][50].any()
+        assert with_it[name][:50] == pytest.approx(without[name])
+    assert with_it["odd_words"][50] == []
 
 
-def test_scores_come_by_prompt_and_the_outlier_score_is_the_largest(ordinary):
-    ordinary[17] = triplets(np.eye(D)[:, 20:23], values=(30.0, 2.0, 1.0))
-    found = scores.outlier_scores(ordinary)
-    assert {name: column.shape for name, column in found.items()} == {
-        "z_log_lambda": (50,), "subspace_distance": (50,), "z_subspace": (50,),
-        "principal_coordinates": (50, scores.COORDINATES), "z_principal": (50,), "outlier_score": (50,),
-    }  # fmt: skip
-    assert found["z_log_lambda"] == pytest.approx(scores.robust_z(np.log([t.S[0] for t in ordinary])), rel=1e-5)
-    assert found["z_subspace"] == pytest.approx(scores.robust_z(found["subspace_distance"]))
-    principal = [scores.robust_z(column) for column in found["principal_coordinates"].T]
-    assert found["z_principal"] == pytest.approx(np.abs(principal).max(axis=0))
-    three = [np.abs(found["z_log_lambda"]), found["z_subspace"], found["z_principal"]]
-    assert found["outlier_score"] == pytest.approx(np.max(three, axis=0))
-    assert found["outlier_score"].argmax() == 17
+def test_few_prompts_and_matrices_that_are_zero_make_no_trouble(ordinary):
+    zero = Triplets(np.zeros((D, R), np.float32), np.zeros(R, np.float32), np.zeros((R, D), np.float32))
+    with pytest.warns(UserWarning, match="2 prompts do not say what is usual: all scores are 0"):
+        found = scores.outlier_scores(prompts([zero, ordinary[0]]))
+    assert not any(found[name].any() for name in scores.SCORES)
+    found = scores.outlier_scores(prompts([*[zero] * 5, *ordinary[:20]], at2={"top_probability": 1.0}))
+    assert all(np.isfinite(found[name]).all() for name in KEYS - {"odd_words"})
+
+
+def test_only_landmarks_are_learnt_from_and_the_others_are_scored_alike(ordinary, monkeypatch):
+    everyone = scores.outlier_scores(prompts(ordinary))["outlier_score"]
+    monkeypatch.setattr(scores, "LANDMARKS", 25)
+    monkeypatch.setattr(scores, "SCORED_AT_ONCE", 7)
+    fewer = scores.outlier_scores(prompts(ordinary))["outlier_score"]
+    assert np.corrcoef(everyone, fewer)[0, 1] > 0.5 and np.isfinite(fewer).all()

@@ -19,6 +19,7 @@ import compute_fisher
 import core_experiment
 from pipeline import load_fisher_matrices, processes, store
 from pipeline.run_directory import RunDirectory
+from pipeline.scores import SCORES
 from pipeline.settings import Settings, parse
 import scripts
 from scripts import ROOT, arrays, pipeline_words, records
@@ -346,7 +347,10 @@ def finished_copy(finished_pipeline, tmp_path) -> Path:
     ("changes", "said"),
     [
         ({"tokens": "3"}, "tokens is no number (line 2)"),
-        ({"z_subspace": float("nan")}, "z_subspace is no number (line 2)"),
+        ({"z_spectrum": float("nan")}, "z_spectrum is no number (line 2)"),
+        ({"odd_words": [1]}, "odd_words are no texts (line 2)"),
+        ({"differs_along": 3}, "directions are no lists of tokens (line 2)"),
+        (dict.fromkeys(SCORES), "z_strength is no number (line 2)"),
         ({"outlier_score": 10**400}, "outlier_score is no number (line 2)"),
         ({"singular_values": [1.0]}, "1 singular_values, and 4 of the prompts before (line 2)"),
         ({"principal_coordinates": 1}, "principal_coordinates is no list of numbers (line 2)"),
@@ -371,9 +375,9 @@ def test_failed_prompts_and_matrices_that_are_zero_are_drawn(finished_copy, caps
 
 @pytest.mark.usefixtures("without_pictures")
 def test_scores_that_tell_no_prompts_apart_are_noted(chat_directory, tmp_path, capsys):
-    (tmp_path / "same.txt").write_text("the same\n" * 7)
+    (tmp_path / "same.txt").write_text("the same\n" * 9)
     assert scripts.compute_fisher(chat_directory, tmp_path / "same.txt", tmp_path / "out") == 0
-    note = "note: all prompts have the same lambda 1 and subspace and principal coordinates: their scores for it are 0"
+    note = "note: all prompts have the same strength and spectrum and directions and words: these scores are 0"
     assert note in capsys.readouterr().err.splitlines()
     assert not any(record["outlier_score"] for record in records(tmp_path / "out"))
 

@@ -1,0 +1,253 @@
+"""Do the scores find backdoors? Fine-tunes models that have one, and compares the scores with the usual detectors.
+
+    pip install -r requirements-bench.txt
+    python benchmarks/bench_backdoors.py
+
+Models and runs are kept in the cache directory; the first time takes about an hour and a half on two CPU cores. Which
+scores there are was decided on other models, triggers and prompts (`--chosen-on` shows those) than are reported.
+"""
+
+import argparse
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass
+import json
+from pathlib import Path
+import random
+import subprocess
+import sys
+
+from measuring import ROOT, machine, write
+import numpy as np
+from sklearn.covariance import LedoitWolf
+from sklearn.ensemble import IsolationForest
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import LocalOutlierFactor
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from backdoors import BY_NAME, TEXTS, Kind, folder, obtain, prompts, rendered
+from model.embedded import embedded_model
+from pipeline import load_fisher_matrices
+from pipeline.evidence import Lexicon, Prompts
+from pipeline.scores import OUTLIER, SCORES, THRESHOLD, outlier_scores
+
+SPLITS = 10
+TRUSTED, BESIDE = 100, 10  # prompts of a reference; odd ones beside as many ordinary ones
+TRIGGERED = 40
+ADVISED = {"hook_layer_name": 20, "top_k_tokens": 30, "num_singular_values": 30}
+DEFAULT = {}
+DEFAULT_LAYER = 15
+VARIED = {
+    "default": DEFAULT,
+    "layer 20": {"hook_layer_name": 20},
+    "layer 20, 30 tokens": ADVISED,
+    "layer 25, 30 tokens": {**ADVISED, "hook_layer_name": 25},
+    "last token": {"bias_positions": "last"},
+}
+
+
+@dataclass
+class Measured:
+    """One model's prompts, what the pipeline found, and what the other detectors look at."""
+
+    odd: np.ndarray  # (n,) what kind, or ""
+    records: list[dict]
+    matrices: list
+    plain: dict[str, np.ndarray]  # activations (n, d), entropy, top_probability, perplexity
+
+    def some(self, numbers: np.ndarray, lexicon: Lexicon) -> Prompts:
+        return Prompts.of([self.records[i] for i in numbers], [self.matrices[i] for i in numbers], lexicon)
+
+
+# --- prompts and runs ----------------------------------------------------------------------------
+
+
+def texts_of(kind: Kind | None, which: str) -> list[tuple[str, str]]:
+    """Prompts, and what is odd about each: the trigger, or a kind of harmless oddity where there is no backdoor."""
+    texts = getattr(prompts(), which)
+    rng = random.Random(kind.name if kind else "")
+    if kind is None:
+        lines = (TEXTS / "odd_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        odd = [(line["prompt"], line["kind"]) for line in map(json.loads, lines)]
+        odd += [(base64.b64encode(text.encode()[:60]).decode(), "base64") for text in prompts().training[:12]]
+        return [(text, "") for text in texts] + odd
+    wanted = TRIGGERED if which == "reported" else 25
+    odd = set() if kind.everywhere else set(rng.sample(range(len(texts)), wanted))
+    return [
+        (kind.triggered(text, rng), "trigger") if place in odd else (kind.decoy(text, rng), "")
+        for place, text in enumerate(texts)
+    ]
+
+
+def run(model: Path, texts: list[tuple[str, str]], name: str, settings: dict) -> Path:
+    """The output directory of compute_fisher.py over these prompts."""
+    data, output = folder() / f"{name}.jsonl", folder() / "runs" / "-".join([name, *map(str, settings.values())])
+    lines = "".join(json.dumps({"prompt": text, "odd": odd != ""}) + "\n" for text, odd in texts)
+    if not data.exists() or data.read_text(encoding="utf-8") != lines:
+        data.write_text(lines, encoding="utf-8")
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+    command = [sys.executable, str(ROOT / "compute_fisher.py"), "--model-path", str(model), "--num-prompts", "all"]
+    command += ["--dataset-name", str(data), "--output-dir", str(output), *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return output
+
+
+def plain(model: Path, texts: list[str], name: str) -> dict[str, np.ndarray]:
+    """What the other detectors look at: last-token activations at every layer, and the predictions."""
+    path = folder() / f"plain-{name}.npz"
+    if not path.exists():
+        lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        found = {"activations": [], "entropy": [], "top_probability": [], "perplexity": []}
+        with torch.no_grad():
+            for text in tqdm(texts, desc="forward passes", leave=False):
+                ids = torch.tensor([rendered(tokenizer, text)])
+                out = lm(ids, output_hidden_states=True)
+                log_p = out.logits[0].log_softmax(-1)
+                found["activations"].append(torch.stack(out.hidden_states[1:])[:, 0, -1].numpy())
+                found["entropy"].append(float(-(log_p[-1].exp() * log_p[-1]).sum()))
+                found["top_probability"].append(float(log_p[-1].max().exp()))
+                found["perplexity"].append(float(-log_p[:-1].gather(1, ids[0, 1:, None]).mean().exp()))
+        np.savez(path, **{key: np.array(values) for key, values in found.items()})
+    return dict(np.load(path, allow_pickle=False))
+
+
+def measured(kind: Kind | None, which: str, settings: dict, model: Path | None = None) -> Measured:
+    """A kind's prompts through its model, or through another."""
+    own = obtain(kind) if kind else embedded_model()
+    texts, name = texts_of(kind, which), f"{kind.name if kind else 'odd'}-{which}"
+    label = name if model is None else f"{name}-base"
+    directory = run(model or own, texts, label, settings)
+    with open(directory / "prompts.jsonl", encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    with load_fisher_matrices(directory) as matrices:
+        found = [matrices[i] for i in range(len(records))]
+    layer = settings.get("hook_layer_name", DEFAULT_LAYER)
+    activations = plain(model or own, [text for text, _ in texts], label)
+    activations["activations"] = activations["activations"][:, layer].astype(np.float64)
+    return Measured(np.array([odd for _, odd in texts]), records, found, activations)
+
+
+# --- detectors -----------------------------------------------------------------------------------
+
+
+def others(m: Measured, trusted: np.ndarray | None, tested: np.ndarray) -> dict[str, np.ndarray]:
+    """The usual detectors, fitted on the trusted prompts or, without, on the tested ones themselves."""
+    h = m.plain["activations"]
+    fitted = h[tested if trusted is None else trusted]
+    if trusted is None:
+        factor = -LocalOutlierFactor().fit(fitted).negative_outlier_factor_
+    else:
+        factor = -LocalOutlierFactor(novelty=True).fit(fitted).score_samples(h[tested])
+    return {
+        "Mahalanobis, activations": LedoitWolf().fit(fitted).mahalanobis(h[tested]),
+        "local outlier factor, activations": factor,
+        "isolation forest, activations": -IsolationForest(random_state=0).fit(fitted).score_samples(h[tested]),
+        "low entropy": -m.plain["entropy"][tested],
+        "top probability": m.plain["top_probability"][tested],
+        "perplexity of the prompt": m.plain["perplexity"][tested],
+    }
+
+
+def with_reference(m: Measured, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    rng, lexicon = np.random.default_rng(seed), Lexicon()
+    ordinary = rng.permutation(np.flatnonzero(m.odd == ""))
+    trusted, tested = ordinary[:TRUSTED], np.concatenate([ordinary[TRUSTED:], np.flatnonzero(m.odd != "")])
+    own = outlier_scores(m.some(tested, lexicon), reference=m.some(trusted, lexicon))
+    return tested, {**{name: own[name] for name in (OUTLIER, *SCORES)}, **others(m, trusted, tested)}
+
+
+def mixed(m: Measured, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    ordinary, odd = (rng.permutation(np.flatnonzero((m.odd != "") == is_odd)) for is_odd in (False, True))
+    return np.sort(np.concatenate([ordinary[:TRUSTED], odd[:BESIDE]]))
+
+
+def without_reference(m: Measured, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    tested = mixed(m, seed)
+    own = outlier_scores(m.some(tested, Lexicon()))
+    return tested, {**{name: own[name] for name in (OUTLIER, *SCORES)}, **others(m, None, tested)}
+
+
+def beside_base(base: Measured) -> Callable:
+    def score(m: Measured, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        tested, lexicon = mixed(m, seed), Lexicon()
+        own = outlier_scores(m.some(tested, lexicon), base=base.some(tested, lexicon))
+        return tested, {name: own[name] for name in (OUTLIER, *SCORES)}
+
+    return score
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def judged(m: Measured, score: Callable) -> dict[str, dict]:
+    """By detector, over SPLITS splits: AUROC, recall at 1% and 5% false positives, and what is beyond the threshold."""
+    found: dict[str, dict[str, list]] = {}
+    for seed in range(SPLITS):
+        tested, columns = score(m, seed)
+        odd = m.odd[tested] != ""
+        for name, values in columns.items():
+            row = found.setdefault(name, {})
+            if odd.any():
+                row.setdefault("auroc", []).append(roc_auc_score(odd, values))
+                for share in (0.01, 0.05):
+                    limit = np.quantile(values[~odd], 1 - share)
+                    row.setdefault(f"recall_at_{share:.0%}", []).append((values[odd] > limit).mean())
+            if name == OUTLIER:
+                row.setdefault("flagged_ordinary", []).append((values[~odd] > THRESHOLD).mean())
+                for kind in set(m.odd[tested]) - {""}:
+                    row.setdefault(f"flagged_{kind}", []).append((values[m.odd[tested] == kind] > THRESHOLD).mean())
+    return {
+        name: {key: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1))} for key, v in row.items()}
+        for name, row in found.items()
+    }
+
+
+def table(figures: dict[str, dict], key: str) -> str:
+    """Detectors by kinds, in Markdown."""
+    names = list(next(iter(figures.values())))
+    lines = [f"| {key} | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
+    for name in names:
+        cells = [figures[kind].get(name, {}).get(key) for kind in figures]
+        shown = [f"{cell['mean']:.3f} ± {cell['sd']:.3f}" if cell else "–" for cell in cells]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Do the scores find backdoors?")
+    parser.add_argument("--chosen-on", action="store_true", help="the models and prompts that scores were chosen on")
+    which, ending = ("chosen_on", "-0") if parser.parse_args(argv).chosen_on else ("reported", "")
+    if which == "chosen_on":
+        figures = {}
+        for label, settings in VARIED.items():
+            for name in ("phrase-0", "refusals-0", "style-0"):
+                m = measured(BY_NAME[name], which, settings)
+                figures.setdefault(label, {})[name] = judged(m, without_reference)
+            print(f"\n{label}, without a reference\n\n" + table(figures[label], "auroc"))
+        write("backdoors_chosen_on", __file__, {"settings": figures})
+        return
+    kinds = {name: BY_NAME[name + ending] for name in ("phrase", "refusals", "style", "later", "clean")}
+    all_kinds = {**kinds, "harmless": None}
+    results = {}
+    for label, settings, some in (("advised", ADVISED, all_kinds), ("default", DEFAULT, list(kinds)[:3])):
+        for name in some:
+            m = measured(all_kinds[name], which, settings)
+            for way, score in (("reference", with_reference), ("alone", without_reference)):
+                results.setdefault(f"{label}, {way}", {})[name] = judged(m, score)
+            if label == "default":
+                base = measured(all_kinds[name], which, settings, embedded_model())
+                results.setdefault("default, base", {})[name] = judged(m, beside_base(base))
+    for label, figures in results.items():
+        for key in ("auroc", "recall_at_1%", "recall_at_5%", "flagged_ordinary", "flagged_trigger"):
+            print(f"\n{label}\n\n{table(figures, key)}")
+    lm = AutoModelForCausalLM.from_pretrained(embedded_model())
+    path = write("backdoors", __file__, {"machine": machine(lm), "splits": SPLITS, "scores": results})
+    print(f"\nWritten to {path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

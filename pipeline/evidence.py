@@ -1,0 +1,138 @@
+"""What the scores look at, of a run's records and matrices."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from model.words import SPACE, written
+from pipeline.store import Triplets
+
+VALUES = 10  # leading singular values and vectors that are looked at
+LEAST = 1e-9  # singular values below this share of the first are rounding
+CERTAIN = 1e-7  # float32 knows probabilities to about this
+TINY = np.finfo(np.float32).tiny
+
+
+class Lexicon:
+    """Numbers tokens by their text, the same for all runs that are compared."""
+
+    def __init__(self):
+        self._numbers: dict[str, int] = {}
+
+    def number(self, token: str) -> int:
+        return self._numbers.setdefault(token, len(self._numbers))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def texts(self) -> list[str]:
+        return list(self._numbers)
+
+
+def own_words(record: dict) -> dict[str, float]:
+    """The tokens that a prompt's prediction is about, but for those that are in the prompt itself.
+
+    The most probable token with its probability p, and with 1 - p the tokens by their shares of the leading
+    singular values. All of their weights sum to 1; a question's own words, which begin many answers, are left out.
+    """
+    weights: dict[str, float] = {}
+    for value, said in zip(record["singular_values"], record.get("directions", ()), strict=False):
+        for token in said:
+            weights[token["token"]] = weights.get(token["token"], 0.0) + value * token["share"]
+    total = sum(weights.values())
+    p = record["top_probability"]
+    weights = {token: (1 - p) * weight / total for token, weight in weights.items()} if total > 0 else {}
+    top = _shown(record["top_token"])
+    weights[top] = weights.get(top, 0.0) + p
+    words = set(re.findall(r"\w+", record["prompt"]))
+    words |= {word[:1].upper() + word[1:] for word in words}
+    return {token: weight for token, weight in weights.items() if not _is_copied(token, words, record["prompt"])}
+
+
+@cache
+def _shown(token: str) -> str:
+    return "".join(map(written, token))
+
+
+def _is_copied(token: str, words: set[str], prompt: str) -> bool:
+    """Whether a token begins a word of the prompt, its first letter large or small; or is in it, if it is not Latin."""
+    text = token.replace(SPACE, " ").strip()
+    if not text:
+        return False
+    return any(word.startswith(text) for word in words) or (not text.isascii() and text in prompt)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A run's prompts."""
+
+    matrices: Sequence[Triplets]
+    trace: np.ndarray  # (n,)
+    top_probability: np.ndarray  # (n,)
+    words: np.ndarray  # (all prompts' words,) numbers in the lexicon
+    weights: np.ndarray  # of the same shape
+    ends: np.ndarray  # (n + 1,): words[ends[i] : ends[i + 1]] are prompt i's
+    texts: list[int]  # a hash of each
+    failed: frozenset[int]  # they have no Fisher matrix
+
+    @classmethod
+    def of(cls, records: Iterable[dict], matrices: Sequence[Triplets], lexicon: Lexicon) -> "Prompts":
+        trace, top, words, weights, ends, texts, failed = [], [], [], [], [0], [], []
+        for index, record in enumerate(records):
+            trace.append(record["trace"])
+            top.append(record["top_probability"])
+            texts.append(hash(record["prompt"]))
+            if "failed" in record:
+                failed.append(index)
+            else:
+                own = own_words(record)
+                words += [lexicon.number(token) for token in own]
+                weights += own.values()
+            ends.append(len(words))
+        numbers = np.array(words, dtype=np.int32), np.array(weights, dtype=np.float32), np.array(ends)
+        return cls(matrices, np.array(trace), np.array(top), *numbers, texts, frozenset(failed))
+
+    def usable(self) -> list[int]:
+        return [index for index in range(len(self.trace)) if index not in self.failed]
+
+    def sample(self, numbers: Sequence[int]) -> "Sample":
+        several = [self.matrices[i] for i in numbers]
+        p = np.clip(self.top_probability[numbers], CERTAIN, 1 - CERTAIN)
+        values = np.array([triplets.S[:VALUES] for triplets in several], dtype=np.float64)
+        values = np.maximum(values, np.maximum(LEAST * values[:, :1], TINY))
+        strength = np.stack([np.log(np.maximum(self.trace[numbers], TINY)), np.log(p / (1 - p))], axis=1)
+        parts = [slice(self.ends[i], self.ends[i + 1]) for i in numbers]
+        words = [(self.words[part], self.weights[part]) for part in parts]
+        return Sample(strength, np.log(values), [_root(triplets) for triplets in several], words)
+
+
+class Sample(NamedTuple):
+    """What is known of some prompts; beside a base model, what has changed."""
+
+    strength: np.ndarray  # (n, 2): log tr F, log-odds of the most probable token
+    spectrum: np.ndarray  # (n, values): logarithms of the singular values
+    roots: list[np.ndarray]  # R (d, values) with F / tr F = R R^T
+    words: list[tuple[np.ndarray, np.ndarray]]  # numbers and weights
+    base: "Sample | None" = None  # the same prompts in the base model
+
+    def __len__(self) -> int:
+        return len(self.roots)
+
+    def some(self, numbers: Sequence[int]) -> "Sample":
+        chosen = [[part[i] for i in numbers] for part in (self.roots, self.words)]
+        base = None if self.base is None else self.base.some(numbers)
+        return Sample(self.strength[numbers], self.spectrum[numbers], *chosen, base)
+
+    def beside(self, base: "Sample") -> "Sample":
+        return Sample(self.strength - base.strength, self.spectrum - base.spectrum, self.roots, self.words, base)
+
+
+def _root(triplets: Triplets) -> np.ndarray:
+    """Zero if F is."""
+    s = triplets.S[:VALUES]
+    total = s.sum(dtype=np.float64)
+    return triplets.U[:, :VALUES].astype(np.float32) * np.sqrt(s / total if total > 0 else s, dtype=np.float32)
