@@ -16,19 +16,19 @@ RESOLUTION = 1e-5
 BLUR = 1e-3  # spreads of logarithms below it are none
 
 
-def robust_z(values: np.ndarray, usual: np.ndarray) -> np.ndarray:
+def robust_z(values: np.ndarray, usual: np.ndarray, least: float = RESOLUTION) -> np.ndarray:
     """Distances from the median of `usual` in units of 1.4826 times its median absolute deviation.
 
     For normal data these are standard deviations, but outliers do not widen them (Iglewicz and Hoaglin, "How to
     Detect and Handle Outliers", 1993). Where more than half of the values are equal, and that deviation is 0, the
     unit is 1.2533 times the mean absolute deviation instead, as they advise. All zero where all values are equal.
-    Equal is what RESOLUTION does not tell apart.
+    Equal is what spreads by less than `least`.
     """
     median = np.median(usual)
     scale = 1.4826 * np.median(np.abs(usual - median))  # scipy's constant has more digits, published scores have not
-    if scale < RESOLUTION:
+    if scale < least:
         scale = 1.2533 * np.mean(np.abs(usual - median))
-    return (values - median) / scale if scale >= RESOLUTION else np.zeros(len(values))
+    return (values - median) / scale if scale >= least else np.zeros(len(values))
 
 
 class Distances:

@@ -21,10 +21,11 @@ import warnings
 import numpy as np
 
 from common.rows import evenly_spaced
-from pipeline.distances import Directions, Distances, PrincipalCoordinates, Words, robust_z, shift
+from pipeline.distances import RESOLUTION, Directions, Distances, PrincipalCoordinates, Words, robust_z, shift
 from pipeline.evidence import Prompts, Sample
 
 SCORES = ("z_strength", "z_spectrum", "z_directions", "z_words")
+SPREADS = (RESOLUTION, RESOLUTION, RESOLUTION, 0.01)  # less is none; of words, one prompt more or less is as much
 OUTLIER = "outlier_score"
 # Beyond it a prompt stands out: about one of a hundred ordinary prompts does, as of normal data.
 THRESHOLD = 2.3
@@ -82,7 +83,8 @@ class Usual:
         return Found(np.concatenate([logarithms, [[own.sum() for own in surprise]]]), outside, surprise)
 
     def _standardized(self, distances: np.ndarray) -> np.ndarray:
-        return np.stack([robust_z(row, usual) for row, usual in zip(distances, self.found.distances, strict=True)])
+        pairs = zip(distances, self.found.distances, SPREADS, strict=True)
+        return np.stack([robust_z(row, usual, least) for row, usual, least in pairs])
 
     def scores(self, distances: np.ndarray) -> np.ndarray:
         """(5, n): the four, and of their sum."""
