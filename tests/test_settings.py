@@ -365,6 +365,14 @@ def test_records_of_another_form_are_one_line_that_says_where(changes, said, fin
     assert f"no readable prompts.jsonl in {finished_copy}" in error
 
 
+def test_scores_of_an_earlier_version_are_one_line_that_says_what_to_do(finished_copy, capsys):
+    found = [{key: value for key, value in record.items() if key not in SCORES} for record in records(finished_copy)]
+    (finished_copy / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+    assert scripts.as_program("compute_fisher", ["--redraw", str(finished_copy)]) == 2
+    said = capsys.readouterr().err
+    assert "the scores of an earlier version (line 1): the command that made the run scores it anew" in said
+
+
 def test_failed_prompts_and_matrices_that_are_zero_are_drawn(finished_copy, capsys):
     zero = {"singular_values": [0.0] * 4, "trace": 0.0, "captured_mass": 0.0, "failed": "NaN", "outlier_score": 0.0}
     assert redraw(finished_copy, zero, capsys) == (0, "")
