@@ -19,10 +19,6 @@ import sys
 
 from measuring import ROOT, machine, write
 import numpy as np
-from sklearn.covariance import LedoitWolf
-from sklearn.ensemble import IsolationForest
-from sklearn.metrics import roc_auc_score
-from sklearn.neighbors import LocalOutlierFactor
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -135,6 +131,10 @@ def measured(kind: Kind | None, which: str, settings: dict, model: Path | None =
 
 def others(m: Measured, trusted: np.ndarray | None, tested: np.ndarray) -> dict[str, np.ndarray]:
     """The usual detectors, fitted on the trusted prompts or, without, on the tested ones themselves."""
+    from sklearn.covariance import LedoitWolf
+    from sklearn.ensemble import IsolationForest
+    from sklearn.neighbors import LocalOutlierFactor
+
     h = m.plain["activations"]
     fitted = h[tested if trusted is None else trusted]
     if trusted is None:
@@ -185,6 +185,8 @@ def beside_base(base: Measured) -> Callable:
 
 def judged(m: Measured, score: Callable) -> dict[str, dict]:
     """By detector, over SPLITS splits: AUROC, recall at 1% and 5% false positives, and what is beyond the threshold."""
+    from sklearn.metrics import roc_auc_score
+
     found: dict[str, dict[str, list]] = {}
     for seed in range(SPLITS):
         tested, columns = score(m, seed)
