@@ -4,7 +4,9 @@ An eigenvalue of F is a sum over tokens, lambda = v^T F v = sum_t p_t (g_t v)^2:
 sign of its slope g_t v = d log p_t / ds says whether it gains or loses along v.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+import re
 from typing import NamedTuple
 import unicodedata
 
@@ -72,7 +74,7 @@ def shown_by(tokenizer) -> Callable[[int], str]:
         elif piece.startswith("▁"):  # decoding a single token drops its first space
             text = piece.replace("▁", " ")
         is_mark = unicodedata.category(text[0]).startswith("M")
-        return (_escaped(text[0]) if is_mark else written(text[0])) + "".join(map(written, text[1:]))
+        return (_escaped(text[0]) if is_mark else _written(text[0])) + "".join(map(_written, text[1:]))
 
     return show
 
@@ -85,8 +87,7 @@ def _piece(tokenizer, token: int) -> str | None:
         return None
 
 
-def written(character: str) -> str:
-    """One character as it is shown."""
+def _written(character: str) -> str:
     if character == " ":
         return SPACE
     return character if character.isprintable() and character not in ("\\", SPACE) else _escaped(character)
@@ -98,6 +99,28 @@ def _escaped(character: str) -> str:
         return f"\\x{code - 0xDC00:02x}"
     # the whole character of such a code is not that byte
     return f"\\u{code:04x}" if 0x80 <= code <= 0xFF else character.encode("unicode_escape").decode()
+
+
+def found_in(tokenizer, show: Callable[[int], str]) -> Callable[[str, Sequence[str]], list[bool]]:
+    """Tells which tokens, as they are shown, a prompt holds: answers often begin with a question's words.
+
+    A token is in a prompt if a word there begins with it, as this tokenizer splits it, whether with a large letter, a
+    space before it or without; or if its text is there and is not ASCII, since some scripts put no spaces.
+    """
+
+    @lru_cache(maxsize=1 << 16)
+    def beginnings(word: str) -> frozenset[str]:
+        forms = {word, word[:1].upper() + word[1:]}
+        pieces = [tokenizer.encode(form, add_special_tokens=False) for word in forms for form in (word, f" {word}")]
+        texts = (next((text for id_ in ids if (text := show(id_).strip(SPACE))), None) for ids in pieces)
+        return frozenset(text for text in texts if text)
+
+    def found(prompt: str, tokens: Sequence[str]) -> list[bool]:
+        first = frozenset().union(*map(beginnings, set(re.findall(r"\w+", prompt))))
+        texts = [token.strip(SPACE) for token in tokens]
+        return [text in first or (text != "" and not text.isascii() and text in prompt) for text in texts]
+
+    return found
 
 
 def in_a_line(said: list[dict], num: int = 3) -> str:

@@ -1,6 +1,6 @@
 """One batch of prompts: the model linearised at their last tokens, the triplets of each F, and what may go wrong."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -23,7 +23,7 @@ from model.passes import (
     stream_width,
     use_attention,
 )
-from model.words import Said, shown_by, what_is_said
+from model.words import Said, found_in, shown_by, what_is_said
 from pipeline.block_lanczos import leading_eigenpairs
 from pipeline.prompts import Encoded, Prompt, check_template, encode, plan_batches
 from pipeline.settings import Settings
@@ -39,6 +39,7 @@ MATRICES_KEPT = 6
 ATTENTION_BYTES = 4 << 30
 # Of so many leading directions, so many tokens are recorded: a few hold most of the share, and records stay small.
 DIRECTIONS, TOKENS = 3, 6
+NEXT_TOKENS = 10  # recorded of a prediction
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,17 @@ class Subject:
     def show(self) -> Callable[[int], str]:
         """Writes a token: the same few, thousands of times."""
         return cache(shown_by(self.tokenizer))
+
+    @cached_property
+    def found_in(self) -> Callable[[str, Sequence[str]], list[bool]]:
+        """Tells which tokens a prompt holds."""
+        return found_in(self.tokenizer, self.show)
+
+    def next_tokens(self, prompt: str, ids: list[int], p: list[float]) -> list[dict]:
+        """The most probable next tokens as they are recorded; `in_prompt` are those that a word there begins with."""
+        texts = [self.show(token) for token in ids]
+        columns = zip(texts, ids, p, self.found_in(prompt, texts), strict=True)
+        return [dict(zip(("token", "id", "probability", "in_prompt"), column, strict=True)) for column in columns]
 
 
 def pad(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +168,10 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
             results = measure_some(others) if len(others) else []
             results.insert(error.prompt, without_matrix(settings, subject, prompts[error.prompt], str(error)))
             return results
-        top_probability, top_id = (column.tolist() for column in point.log_probs.exp().max(-1))
+        probabilities = point.log_probs.exp()
+        top_probability, top_id = (
+            column.tolist() for column in probabilities.topk(min(NEXT_TOKENS, len(probabilities[0])))
+        )
         values, vectors = (part.cpu().numpy() for part in eigen[:2])
         said = Said(*(part.cpu() for part in said))
         columns = {name: column.tolist() for name, column in columns.items()}
@@ -164,8 +179,9 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
             Result(
                 record={
                     **describe_prompt(encoded),
-                    "top_token": subject.tokenizer.decode([top_id[i]]),
-                    "top_probability": top_probability[i],
+                    "top_token": subject.tokenizer.decode(top_id[i][:1]),
+                    "top_probability": top_probability[i][0],
+                    "next_tokens": subject.next_tokens(encoded.prompt.text, top_id[i], top_probability[i]),
                     **{name: column[i] for name, column in columns.items()},
                     "singular_values": values[i].tolist(),
                     "directions": said.records((i,), subject.show),
@@ -199,7 +215,7 @@ def without_matrix(settings: Settings, subject: Subject, encoded: Encoded, reaso
     """The result of a prompt that failed: why, and zeros."""
     r, width = settings.num_singular_values, stream_width(subject.model, subject.module)
     zeros = dict.fromkeys(("top_probability", "captured_mass", "trace", "effective_rank"), 0.0)
-    lists = {"singular_values": [0.0] * r, "directions": []}
+    lists = {"next_tokens": [], "singular_values": [0.0] * r, "directions": []}
     record = {**describe_prompt(encoded), "failed": reason, "top_token": "", **zeros, **lists}
     return Result(record, np.zeros(r, np.float32), np.zeros((r, width), np.float32))
 

@@ -2,13 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
-import re
 from typing import NamedTuple
 
 import numpy as np
 
-from model.words import SPACE, written
 from pipeline.store import Triplets
 
 VALUES = 10  # leading singular values and vectors that are looked at
@@ -34,36 +31,11 @@ class Lexicon:
 
 
 def own_words(record: dict) -> dict[str, float]:
-    """The tokens that a prompt's prediction is about, but for those that are in the prompt itself.
+    """The probabilities of a prompt's next tokens, but for those that are in the prompt itself.
 
-    The most probable token with its probability p, and with 1 - p the tokens by their shares of the leading
-    singular values. All of their weights sum to 1; a question's own words, which begin many answers, are left out.
+    An earlier version recorded none.
     """
-    weights: dict[str, float] = {}
-    for value, said in zip(record["singular_values"], record.get("directions", ()), strict=False):
-        for token in said:
-            weights[token["token"]] = weights.get(token["token"], 0.0) + value * token["share"]
-    total = sum(weights.values())
-    p = record["top_probability"]
-    weights = {token: (1 - p) * weight / total for token, weight in weights.items()} if total > 0 else {}
-    top = _shown(record["top_token"])
-    weights[top] = weights.get(top, 0.0) + p
-    words = set(re.findall(r"\w+", record["prompt"]))
-    words |= {word[:1].upper() + word[1:] for word in words}
-    return {token: weight for token, weight in weights.items() if not _is_copied(token, words, record["prompt"])}
-
-
-@cache
-def _shown(token: str) -> str:
-    return "".join(map(written, token))
-
-
-def _is_copied(token: str, words: set[str], prompt: str) -> bool:
-    """Whether a token begins a word of the prompt, its first letter large or small; or is in it, if it is not Latin."""
-    text = token.replace(SPACE, " ").strip()
-    if not text:
-        return False
-    return any(word.startswith(text) for word in words) or (not text.isascii() and text in prompt)
+    return {t["token"]: t["probability"] for t in record.get("next_tokens", ()) if not t["in_prompt"]}
 
 
 @dataclass(frozen=True)
@@ -74,7 +46,7 @@ class Prompts:
     trace: np.ndarray  # (n,)
     top_probability: np.ndarray  # (n,)
     words: np.ndarray  # (all prompts' words,) numbers in the lexicon
-    weights: np.ndarray  # of the same shape
+    weights: np.ndarray  # of the same shape: their probabilities
     ends: np.ndarray  # (n + 1,): words[ends[i] : ends[i + 1]] are prompt i's
     texts: list[int]  # a hash of each
     failed: frozenset[int]  # they have no Fisher matrix

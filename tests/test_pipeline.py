@@ -53,6 +53,10 @@ def test_every_prompts_triplets_are_those_of_its_float64_fisher_matrix(
         assert record["trace"] == pytest.approx(matrix.trace(), rel=1e-4)
         probabilities = tiny.plain_log_probs(model, ids).exp().sort(descending=True).values
         assert record["captured_mass"] == pytest.approx(float(probabilities[:6].sum()), rel=1e-4)
+        said = [token["probability"] for token in record["next_tokens"]]
+        assert said == pytest.approx(probabilities[:10].tolist(), rel=1e-4) and said[0] == record["top_probability"]
+        shown = chat_tokenizer.decode([record["next_tokens"][0]["id"]])
+        assert record["top_token"] == shown
 
 
 def test_records_follow_the_dataset_and_metadata_counts_what_was_skipped(finished_pipeline, dataset):

@@ -26,13 +26,16 @@ def ordinary() -> list[Triplets]:
     ]
 
 
+def next_tokens(said: dict[str, float]) -> list[dict]:
+    return [{"token": token, "probability": p, "in_prompt": False} for token, p in said.items()]
+
+
 def record(matrix: Triplets, place: int) -> dict:
     rng = np.random.default_rng(place)
-    top, other = (f"w{int(5 * rng.uniform() ** 2)}" for _ in range(2))
-    return {
-        "prompt": "?", "trace": float(matrix.S.sum()), "top_token": top, "top_probability": rng.uniform(0.3, 0.7),
-        "singular_values": matrix.S.tolist(), "directions": [[{"token": other, "share": 1.0}]],
-    }  # fmt: skip
+    p = rng.uniform(0.3, 0.7)
+    said = dict(zip((f"w{int(5 * rng.uniform() ** 2)}", "w5"), (p, 0.8 - p), strict=True))
+    trace = float(matrix.S.sum())
+    return {"prompt": "?", "trace": trace, "top_probability": p, "next_tokens": next_tokens(said)}
 
 
 def prompts(matrices: list[Triplets], lexicon: Lexicon | None = None, **changed) -> Prompts:
@@ -121,19 +124,11 @@ def test_coordinates_are_those_of_kernel_pca_on_the_matrices_themselves(ordinary
 # --- in words ------------------------------------------------------------------------------------
 
 
-def test_words_are_the_predicted_tokens_and_those_with_shares_of_f_but_not_the_prompts_own():
-    said = [
-        [{"token": "Jet", "share": 0.5}, {"token": "·lag", "share": 0.25}, {"token": "\\xe2", "share": 0.25}],
-        [{"token": "Sorry", "share": 1.0}],
-    ]
-    one = {"prompt": "What is jet lag?", "top_token": " The", "top_probability": 0.6, "singular_values": [3.0, 1.0]}
-    # jet and lag are in the prompt; of what is left, 0.4 * 0.75 * 0.25 and 0.4 * 0.25
-    found = own_words({**one, "directions": said})
-    assert found == {"·The": 0.6, "\\xe2": pytest.approx(0.075), "Sorry": pytest.approx(0.1)}
-    assert own_words({**one, "directions": []}) == {"·The": 0.6}
-    assert own_words({**one, "prompt": "the", "directions": []}) == {}
-    assert own_words({**one, "prompt": "光と水", "top_token": "水", "directions": []}) == {}
-    assert own_words({**one, "prompt": "the theatre", "top_token": "THE", "directions": []}) == {"THE": 0.6}
+def test_words_are_the_next_tokens_that_are_not_in_the_prompt():
+    said = next_tokens({"·The": 0.6, "Jet": 0.2})
+    said[1]["in_prompt"] = True
+    assert own_words({"next_tokens": said}) == {"·The": 0.6}
+    assert own_words({}) == {}
 
 
 def test_surprise_is_the_weighted_log_of_how_often_trusted_prompts_say_a_word():
@@ -161,7 +156,7 @@ KEYS = {*scores.SCORES, "outlier_score", "differs_along", "odd_words", "principa
     ("name", "changed"),
     [
         ("z_strength", {"top_probability": 0.9999, "trace": 1e-3}),
-        ("z_words", {"top_token": "HATE", "top_probability": 0.99}),
+        ("z_words", {"top_probability": 0.8, "next_tokens": next_tokens({"HATE": 0.8})}),
     ],
 )
 def test_a_prompt_that_is_odd_in_one_way_has_that_score_and_the_outlier_score(name, changed, ordinary):
@@ -199,7 +194,8 @@ def test_a_fifth_that_is_odd_in_the_same_way_does_not_make_itself_usual(ordinary
         values = np.array([0.1, 0.05, 0.01]) * np.exp(0.5 * rng.standard_normal(R))
         ordinary[index] = triplets(np.eye(D)[:, 20:23] + 0.2 * rng.standard_normal((D, R)), np.sort(values)[::-1])
         p = 1 / (1 + np.exp(-rng.normal(4, 0.5)))
-        changed[f"at{index}"] = {"top_token": "HATE", "top_probability": p, "trace": values.sum()}
+        said = next_tokens({"HATE": p})
+        changed[f"at{index}"] = {"next_tokens": said, "top_probability": p, "trace": values.sum()}
     found = scores.outlier_scores(prompts(ordinary, **changed))["outlier_score"]
     assert set(np.argsort(-found)[:10]) == set(range(0, 50, 5))
 
@@ -209,7 +205,7 @@ def test_beside_a_base_model_the_change_counts_and_not_what_is_odd_in_both(ordin
     ordinary[3] = triplets(np.eye(D)[:, 20:23], ordinary[3].S)
     other = list(ordinary)
     other[9] = triplets(np.eye(D)[:, 30:33], (0.3, 0.1, 0.05))
-    changed = {"at9": {"top_token": "HATE", "top_probability": 0.95, "trace": 0.5}}
+    changed = {"at9": {"next_tokens": next_tokens({"HATE": 0.95}), "top_probability": 0.95, "trace": 0.5}}
     rng = np.random.default_rng(0)
     jitter = {f"at{i}": {"trace": float(t.S.sum() * rng.uniform(0.9, 1.1))} for i, t in enumerate(other)}
     found = scores.outlier_scores(prompts(other, lexicon, **jitter | changed), base=prompts(ordinary, lexicon))
@@ -219,7 +215,7 @@ def test_beside_a_base_model_the_change_counts_and_not_what_is_odd_in_both(ordin
 
 def test_prompts_that_failed_have_zeros_and_count_for_nobody(ordinary):
     zero = Triplets(np.zeros((D, R), np.float32), np.zeros(R, np.float32), np.zeros((R, D), np.float32))
-    failed = {"failed": "NaN", "trace": 0.0, "top_probability": 0.0, "top_token": "", "directions": []}
+    failed = {"failed": "NaN", "trace": 0.0, "top_probability": 0.0, "next_tokens": []}
     with_it = scores.outlier_scores(prompts([*ordinary, zero], at50=failed))
     without = scores.outlier_scores(prompts(ordinary))
     for name in KEYS - {"odd_words"}:

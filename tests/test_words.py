@@ -8,7 +8,7 @@ import transformers as hf
 
 import fisher
 from model import loading
-from model.words import in_a_line, shown_by, what_is_said
+from model.words import found_in, in_a_line, shown_by, what_is_said
 from pipeline import load_fisher_matrices
 from pipeline.block_lanczos import leading_eigenpairs
 import scripts
@@ -200,6 +200,25 @@ def test_a_tokenizer_written_in_python_may_raise_for_them():
             return "".join(map(self.convert_ids_to_tokens, ids))
 
     assert [shown_by(Pythonic())(token) for token in (0, 5)] == ["a", "<5>"]
+
+
+@pytest.mark.parametrize("name", ["byte_level", "sentencepiece"])
+def test_a_prompt_holds_the_tokens_that_its_words_begin_with(name, request):
+    tokenizer = request.getfixturevalue(name)
+    show = shown_by(tokenizer)
+    found = found_in(tokenizer, show)
+
+    def first(text: str) -> str:
+        """What an answer that begins with a text begins with."""
+        return next(shown for id_ in tokenizer.encode(text, add_special_tokens=False) if (shown := show(id_)) != "·")
+
+    prompt = "Which animals are wild?"
+    held = [first(text) for text in ("animals", " animals", "wild", "Which", "Animals", " Wild")]
+    assert all(found(prompt, held))
+    # "are" and "animals" are not split so that they begin with the token "a"
+    assert found(prompt, ["zebra", "·", "", "a", "\\xe2"]) == [False] * 5
+    assert found("光と水", ["水", "木", "·水"]) == [True, False, True]
+    assert found("", ["a"]) == [False]
 
 
 def test_a_line_has_the_tokens_of_either_side_by_their_shares():
