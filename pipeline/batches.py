@@ -168,10 +168,8 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
             results = measure_some(others) if len(others) else []
             results.insert(error.prompt, without_matrix(settings, subject, prompts[error.prompt], str(error)))
             return results
-        probabilities = point.log_probs.exp()
-        top_probability, top_id = (
-            column.tolist() for column in probabilities.topk(min(NEXT_TOKENS, len(probabilities[0])))
-        )
+        next_tokens = point.log_probs.exp().topk(min(NEXT_TOKENS, point.log_probs.shape[-1]))
+        next_p, next_ids = (column.tolist() for column in next_tokens)
         values, vectors = (part.cpu().numpy() for part in eigen[:2])
         said = Said(*(part.cpu() for part in said))
         columns = {name: column.tolist() for name, column in columns.items()}
@@ -179,9 +177,9 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
             Result(
                 record={
                     **describe_prompt(encoded),
-                    "top_token": subject.tokenizer.decode(top_id[i][:1]),
-                    "top_probability": top_probability[i][0],
-                    "next_tokens": subject.next_tokens(encoded.prompt.text, top_id[i], top_probability[i]),
+                    "top_token": subject.tokenizer.decode(next_ids[i][:1]),
+                    "top_probability": next_p[i][0],
+                    "next_tokens": subject.next_tokens(encoded.prompt.text, next_ids[i], next_p[i]),
                     **{name: column[i] for name, column in columns.items()},
                     "singular_values": values[i].tolist(),
                     "directions": said.records((i,), subject.show),
