@@ -36,7 +36,7 @@ class Comparison:
         if len(asked) > 1:
             raise UserError("--reference and --base are two ways to score the prompts: choose one")
         kind, path = asked[0][0], Path(asked[0][1])
-        if path.absolute() == Path(settings.output_dir).absolute():
+        if path.resolve() == Path(settings.output_dir).resolve():
             raise UserError(f"--{kind} is the --output-dir itself ({path}): it takes another, finished run")
         metadata = read_metadata(path)
         if metadata is None or not metadata["complete"]:

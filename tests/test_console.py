@@ -49,7 +49,7 @@ def test_whatever_becomes_of_its_words_a_run_finishes_and_saves(
 ):
     words = {
         "core_experiment": experiment_words(model_directory, tmp_path / "out", "--num-sentences", "2"),
-        "compute_fisher": pipeline_words(chat_directory, dataset, tmp_path / "out", num_prompts=3),
+        "compute_fisher": pipeline_words(chat_directory, dataset, tmp_path / "out", num_prompts=8),
     }[script]
     result = shell(f"PYTHON {script}.py {shlex.join(words)} {ending}", **environment)
     assert result.returncode == 0, result.stderr

@@ -86,7 +86,7 @@ def test_a_run_of_an_earlier_version_without_directions_goes_on(
         with pytest.raises(SystemExit):
             scripts.compute_fisher(chat_directory, dataset, output)
     assert scripts.compute_fisher(chat_directory, dataset, output) == 0
-    assert "Prompts that stand out" in capsys.readouterr().out
+    assert "40 prompts stand out from most of them" in capsys.readouterr().out
     found, expected = records(output), records(finished_pipeline)
     assert {"directions" in record for record in found} == {True, False}
     for ours, whole in zip(found, expected, strict=True):
