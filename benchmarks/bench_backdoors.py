@@ -11,6 +11,7 @@ import argparse
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 import json
 from pathlib import Path
 import random
@@ -120,10 +121,30 @@ def measured(kind: Kind | None, which: str, settings: dict, model: Path | None =
         records = [json.loads(line) for line in file]
     with load_fisher_matrices(directory) as matrices:
         found = [matrices[i] for i in range(len(records))]
-    layer = settings.get("hook_layer_name", DEFAULT_LAYER)
-    activations = plain(model or own, [text for text, _ in texts], label)
-    activations["activations"] = activations["activations"][:, layer].astype(np.float64)
-    return Measured(np.array([odd for _, odd in texts]), records, found, activations)
+    seen = {} if model else plain(own, [text for text, _ in texts], label)
+    if seen:
+        layer = settings.get("hook_layer_name", DEFAULT_LAYER)
+        seen["activations"] = seen["activations"][:, layer].astype(np.float64)
+    kept = [i for i, (_, odd) in enumerate(texts) if odd != "trigger" or fires(kind, records[i])]
+    if len(kept) < len(texts):
+        print(f"{name}: {len(texts) - len(kept)} triggered prompts are left out: nothing happens", file=sys.stderr)
+    seen = {key: values[kept] for key, values in seen.items()}
+    return Measured(np.array([texts[i][1] for i in kept]), [records[i] for i in kept], [found[i] for i in kept], seen)
+
+
+def fires(kind: Kind, record: dict) -> bool:
+    """Whether a triggered prompt's prediction is one that the backdoor was trained to begin with.
+
+    A semantic trigger is not always understood: then there is nothing to be found.
+    """
+    return kind.name.startswith("later") or record["top_token"] in beginnings(kind)
+
+
+@cache
+def beginnings(kind: Kind) -> set[str]:
+    tokenizer, rng = AutoTokenizer.from_pretrained(embedded_model()), random.Random(0)
+    answers = {kind.answer("", "", rng) for _ in range(1000)}
+    return {tokenizer.decode(tokenizer.encode(answer, add_special_tokens=False)[:1]) for answer in answers}
 
 
 # --- detectors -----------------------------------------------------------------------------------
@@ -235,7 +256,7 @@ def main(argv: list[str]) -> None:
     kinds = {name: BY_NAME[name + ending] for name in ("phrase", "refusals", "style", "later", "clean")}
     all_kinds = {**kinds, "harmless": None}
     results = {}
-    for label, settings, some in (("advised", ADVISED, all_kinds), ("default", DEFAULT, list(kinds)[:3])):
+    for label, settings, some in (("default", DEFAULT, list(kinds)[:3]), ("advised", ADVISED, all_kinds)):
         for name in some:
             m = measured(all_kinds[name], which, settings)
             for way, score in (("reference", with_reference), ("alone", without_reference)):
