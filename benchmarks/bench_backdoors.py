@@ -49,6 +49,7 @@ VARIED = {
 class Measured:
     """One model's prompts, what the pipeline found, and what the other detectors look at."""
 
+    places: np.ndarray  # (n,) of the prompts in the dataset
     odd: np.ndarray  # (n,) what kind, or ""
     records: list[dict]
     matrices: list
@@ -125,11 +126,12 @@ def measured(kind: Kind | None, which: str, settings: dict, model: Path | None =
     if seen:
         layer = settings.get("hook_layer_name", DEFAULT_LAYER)
         seen["activations"] = seen["activations"][:, layer].astype(np.float64)
-    kept = [i for i, (_, odd) in enumerate(texts) if odd != "trigger" or fires(kind, records[i])]
+    kept = [i for i, (_, odd) in enumerate(texts) if model or odd != "trigger" or fires(kind, records[i])]
     if len(kept) < len(texts):
         print(f"{name}: {len(texts) - len(kept)} triggered prompts are left out: nothing happens", file=sys.stderr)
     seen = {key: values[kept] for key, values in seen.items()}
-    return Measured(np.array([texts[i][1] for i in kept]), [records[i] for i in kept], [found[i] for i in kept], seen)
+    odd = np.array([texts[i][1] for i in kept])
+    return Measured(np.array(kept), odd, [records[i] for i in kept], [found[i] for i in kept], seen)
 
 
 def fires(kind: Kind, record: dict) -> bool:
@@ -195,7 +197,7 @@ def without_reference(m: Measured, seed: int) -> tuple[np.ndarray, dict[str, np.
 def beside_base(base: Measured) -> Callable:
     def score(m: Measured, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         tested, lexicon = mixed(m, seed), Lexicon()
-        own = outlier_scores(m.some(tested, lexicon), base=base.some(tested, lexicon))
+        own = outlier_scores(m.some(tested, lexicon), base=base.some(m.places[tested], lexicon))
         return tested, {name: own[name] for name in (OUTLIER, *SCORES)}
 
     return score

@@ -100,40 +100,43 @@ class Directions:
 
 
 class Words:
-    """The words that trusted predictions are about: the surprise -sum w log q of others at them, in nats.
+    """The words that trusted predictions are about: the surprise -sum p log q of others at them, in nats.
 
-    q of a word is its weight in the trusted predictions together, and UNSEEN, over the same sum for all: as if each
-    had been seen half a time before (Krichevsky and Trofimov).
+    q is the mean probability of a word in the trusted predictions: of one that is not in the prompt, over all of them,
+    as if it had been certain half a time before; of one that is (an odd number), over those whose prompt holds it too,
+    and once that of any word in a prompt.
     """
 
     def __init__(self, words: Sequence[tuple[np.ndarray, np.ndarray]]):
         self._trusted = words
         numbers = np.concatenate([some for some, _ in words])
-        self._seen = np.bincount(numbers, np.concatenate([weights for _, weights in words]))
+        p = np.concatenate([some for _, some in words])
+        self._seen, self._times = np.bincount(numbers, p), np.bincount(numbers)
+        held = numbers % 2 == 1
+        self._held, self._times_held = p[held].sum(), held.sum()
 
-    def _counted(self, numbers: np.ndarray) -> np.ndarray:
-        known = numbers < len(self._seen)
-        return np.where(known, self._seen[np.where(known, numbers, 0)] if len(self._seen) else 0.0, 0.0)
-
-    def _surprise(self, weights: np.ndarray, seen: np.ndarray, count: int) -> np.ndarray:
-        return -weights * np.log((seen + UNSEEN) / (count + UNSEEN))
+    def _surprise(self, numbers: np.ndarray, p: np.ndarray, own: np.ndarray, count: int) -> np.ndarray:
+        """`own` (words,) is what is taken out of the trusted predictions: their own p, or 0."""
+        known = np.flatnonzero(numbers < len(self._seen))
+        seen, times = np.zeros(len(numbers)), np.zeros(len(numbers))
+        seen[known], times[known] = self._seen[numbers[known]], self._times[numbers[known]]
+        seen, times = np.maximum(seen - own, 0), times - (own > 0)
+        held = numbers % 2 == 1
+        any_held = (self._held - own[held].sum() + UNSEEN) / (self._times_held - (own[held] > 0).sum() + 1)
+        q = np.where(held, (seen + any_held) / (times + 1), (seen + UNSEEN) / (count + UNSEEN))
+        return -p * np.log(q)
 
     def surprise(self, words: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
         """Of each prompt's words, in nats; their sum is the prompt's."""
-        count = len(self._trusted)
-        return [self._surprise(weights, self._counted(numbers), count) for numbers, weights in words]
+        return [self._surprise(numbers, p, np.zeros(len(p)), len(self._trusted)) for numbers, p in words]
 
     def without_itself(self) -> list[np.ndarray]:
         """The same of each trusted prompt, at what the others say."""
-        count = len(self._trusted) - 1
-        return [
-            self._surprise(weights, np.maximum(self._counted(numbers) - weights, 0), count)
-            for numbers, weights in self._trusted
-        ]
+        return [self._surprise(numbers, p, p, len(self._trusted) - 1) for numbers, p in self._trusted]
 
 
 def shift(words: tuple[np.ndarray, np.ndarray], base: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """w log((w + UNSEEN) / (b + UNSEEN)) of a prediction's words with weights w, b in the base model's; in nats."""
+    """p log((p + UNSEEN) / (b + UNSEEN)) of a prediction's words with p, and b in the base model's; in nats."""
     known = dict(zip(base[0].tolist(), base[1].tolist(), strict=True))
     before = np.array([known.get(number, 0.0) for number in words[0].tolist()])
     return words[1] * np.log((words[1] + UNSEEN) / (before + UNSEEN))

@@ -15,27 +15,20 @@ TINY = np.finfo(np.float32).tiny
 
 
 class Lexicon:
-    """Numbers tokens by their text, the same for all runs that are compared."""
+    """Numbers words, the same for all runs that are compared: even ones, and odd ones for those in the prompt itself.
+
+    An answer often begins with a word of the question, which says nothing where it is likely, and much where it is not.
+    """
 
     def __init__(self):
         self._numbers: dict[str, int] = {}
 
-    def number(self, token: str) -> int:
-        return self._numbers.setdefault(token, len(self._numbers))
+    def number(self, token: str, in_prompt: bool) -> int:
+        return 2 * self._numbers.setdefault(token, len(self._numbers)) + in_prompt
 
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def texts(self) -> list[str]:
-        return list(self._numbers)
-
-
-def own_words(record: dict) -> dict[str, float]:
-    """The probabilities of a prompt's next tokens, but for those that are in the prompt itself.
-
-    An earlier version recorded none.
-    """
-    return {t["token"]: t["probability"] for t in record.get("next_tokens", ()) if not t["in_prompt"]}
+    def texts(self, numbers: Sequence[int]) -> list[str]:
+        known = list(self._numbers)
+        return [known[number // 2] for number in numbers]
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Prompts:
     matrices: Sequence[Triplets]
     trace: np.ndarray  # (n,)
     top_probability: np.ndarray  # (n,)
-    words: np.ndarray  # (all prompts' words,) numbers in the lexicon
+    words: np.ndarray  # (all prompts' next tokens,) numbers in the lexicon
     weights: np.ndarray  # of the same shape: their probabilities
     ends: np.ndarray  # (n + 1,): words[ends[i] : ends[i + 1]] are prompt i's
     texts: list[int]  # a hash of each
@@ -61,9 +54,9 @@ class Prompts:
             if "failed" in record:
                 failed.append(index)
             else:
-                own = own_words(record)
-                words += [lexicon.number(token) for token in own]
-                weights += own.values()
+                said = record.get("next_tokens", ())  # an earlier version recorded none
+                words += [lexicon.number(token["token"], token["in_prompt"]) for token in said]
+                weights += [token["probability"] for token in said]
             ends.append(len(words))
         numbers = np.array(words, dtype=np.int32), np.array(weights, dtype=np.float32), np.array(ends)
         return cls(matrices, np.array(trace), np.array(top), *numbers, texts, frozenset(failed))

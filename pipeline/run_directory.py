@@ -174,9 +174,8 @@ class RunDirectory:
                 against[self._comparison.kind] = self._comparison.open(stack, lexicon, prompts)
             scores = outlier_scores(prompts, **against)
             shape = matrices[0].U.shape
-        words = lexicon.texts()
         columns = {name: column.tolist() for name, column in scores.items() if name != "odd_words"}
-        columns["odd_words"] = [[words[number] for number in some] for some in scores["odd_words"]]
+        columns["odd_words"] = [lexicon.texts(numbers) for numbers in scores["odd_words"]]
         with atomic_open(self.path / PROMPTS) as file:
             for index, record in enumerate(records()):
                 record.update({name: column[index] for name, column in columns.items()})

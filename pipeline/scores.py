@@ -6,7 +6,7 @@ Four scores, each in robust standard deviations of what is usual:
   of (log tr F, log-odds of the most probable token).
 - spectrum: how the sensitivity is spread. The Mahalanobis distance of the logarithms of F's singular values.
 - directions: where in the residual stream it lies. The share of F outside the directions that other prompts use.
-- words: what it is about. The surprise at the tokens of the prediction that are not in the prompt.
+- words: what it is about. The surprise at the tokens that the prediction makes probable.
 
 They see different things, and the outlier score is of their sum, again in robust standard deviations. What is usual is
 learnt from trusted prompts; or, without any, from the more usual ones of the run itself. Beside a base model, the same

@@ -49,7 +49,7 @@ def expected(folder: Path, **against: Path) -> list[dict]:
         return Prompts.of(records(of), list(load_fisher_matrices(of)), lexicon)
 
     found = outlier_scores(prompts(folder), **{kind: prompts(of) for kind, of in against.items()})
-    found["odd_words"] = [[lexicon.texts()[number] for number in some] for some in found["odd_words"]]
+    found["odd_words"] = [*map(lexicon.texts, found["odd_words"])]
     return [{key: np.asarray(found[key][i]).tolist() for key in SCORE_KEYS} for i in range(len(records(folder)))]
 
 

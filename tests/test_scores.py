@@ -5,7 +5,7 @@ import pytest
 
 from pipeline import distances, scores
 from pipeline.distances import Directions, Distances, PrincipalCoordinates, Words, robust_z, shift
-from pipeline.evidence import Lexicon, Prompts, own_words
+from pipeline.evidence import Lexicon, Prompts
 from pipeline.store import Triplets
 
 D, R = 60, 3
@@ -26,16 +26,15 @@ def ordinary() -> list[Triplets]:
     ]
 
 
-def next_tokens(said: dict[str, float]) -> list[dict]:
-    return [{"token": token, "probability": p, "in_prompt": False} for token, p in said.items()]
+def next_tokens(probabilities: dict[str, float]) -> list[dict]:
+    return [{"token": token, "probability": p, "in_prompt": False} for token, p in probabilities.items()]
 
 
 def record(matrix: Triplets, place: int) -> dict:
     rng = np.random.default_rng(place)
     p = rng.uniform(0.3, 0.7)
-    said = dict(zip((f"w{int(5 * rng.uniform() ** 2)}", "w5"), (p, 0.8 - p), strict=True))
-    trace = float(matrix.S.sum())
-    return {"prompt": "?", "trace": trace, "top_probability": p, "next_tokens": next_tokens(said)}
+    words = next_tokens({f"w{int(5 * rng.uniform() ** 2)}": p, "w5": 0.8 - p})
+    return {"prompt": "?", "trace": float(matrix.S.sum()), "top_probability": p, "next_tokens": words}
 
 
 def prompts(matrices: list[Triplets], lexicon: Lexicon | None = None, **changed) -> Prompts:
@@ -124,27 +123,42 @@ def test_coordinates_are_those_of_kernel_pca_on_the_matrices_themselves(ordinary
 # --- in words ------------------------------------------------------------------------------------
 
 
-def test_words_are_the_next_tokens_that_are_not_in_the_prompt():
-    said = next_tokens({"·The": 0.6, "Jet": 0.2})
-    said[1]["in_prompt"] = True
-    assert own_words({"next_tokens": said}) == {"·The": 0.6}
-    assert own_words({}) == {}
+def said(*pairs) -> tuple[np.ndarray, np.ndarray]:
+    """Words by number, odd ones in the prompt, and their probabilities."""
+    return np.array([n for n, _ in pairs], dtype=int), np.array([p for _, p in pairs], dtype=float)
 
 
-def test_surprise_is_the_weighted_log_of_how_often_trusted_prompts_say_a_word():
-    def said(*pairs):
-        return np.array([n for n, _ in pairs], dtype=int), np.array([w for _, w in pairs], dtype=float)
-
-    trusted = [said((0, 1.0)), said((0, 0.5), (1, 0.5)), said()]
-    found = Words(trusted)
-    (first, second), (), (unseen,) = found.surprise([said((0, 1.0), (1, 0.5)), said(), said((9, 1.0))])
+def test_surprise_is_the_weighted_log_of_how_probable_trusted_prompts_make_a_word():
+    found = Words([said((0, 1.0)), said((0, 0.5), (2, 0.5)), said()])
+    (first, second), (), (unseen,) = found.surprise([said((0, 1.0), (2, 0.5)), said(), said((8, 1.0))])
     assert (first, second, unseen) == pytest.approx((-np.log(2 / 3.5), -0.5 * np.log(1 / 3.5), -np.log(0.5 / 3.5)))
     alone = found.without_itself()
     assert alone[0] == pytest.approx([-np.log(1 / 2.5)])
     assert alone[1] == pytest.approx([-0.5 * np.log(1.5 / 2.5), -0.5 * np.log(0.5 / 2.5)])
     (once,) = Words([said()] * 3).surprise([said((2, 1.0))])
     assert once == pytest.approx([np.log(7)])
+
+
+def test_a_word_that_the_prompt_holds_is_surprising_where_others_that_hold_it_do_not_say_it():
+    # of word 1 in a prompt 0.02, of word 3 once 0.9: any word in a prompt (0.5 + 30 * 0.02 + 0.9) / 32
+    found = Words([*[said((1, 0.02))] * 30, said((3, 0.9))])
+    anyone = 2.0 / 32
+    (often,), (rare,), (new,) = found.surprise([said((1, 1.0)), said((3, 1.0)), said((5, 1.0))])
+    assert often == pytest.approx(-np.log((0.6 + anyone) / 31))
+    assert rare == pytest.approx(-np.log((0.9 + anyone) / 2)) and new == pytest.approx(-np.log(anyone))
+    others = 1.1 / 31  # without the prompt that says it
+    assert found.without_itself()[30] == pytest.approx([-0.9 * np.log(others)])
+
+
+def test_words_count_by_their_gain_beside_a_base_model():
     assert shift(said((0, 0.7), (3, 0.3)), said((0, 0.7))) == pytest.approx([0, 0.3 * np.log(0.8 / 0.5)])
+
+
+def test_a_lexicon_tells_words_in_the_prompt_from_others_and_knows_both_texts():
+    lexicon = Lexicon()
+    the, held = lexicon.number("The", False), lexicon.number("The", True)
+    assert (the, held) == (0, 1) and lexicon.number("I", True) == 3
+    assert lexicon.texts([held, 2, the]) == ["The", "I", "The"]
 
 
 # --- together ------------------------------------------------------------------------------------
