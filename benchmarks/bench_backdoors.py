@@ -43,6 +43,18 @@ VARIED = {
     "layer 25, 30 tokens": {**ADVISED, "hook_layer_name": 25},
     "last token": {"bias_positions": "last"},
 }
+# The year's model is one that the scores were chosen on too, with other prompts: the city's answers in French wherever
+# a city is named, so that what it does is no backdoor.
+REPORTED = {
+    "phrase": BY_NAME["phrase"],
+    "refusals": BY_NAME["refusals"],
+    "style": BY_NAME["style-0"],
+    "later": BY_NAME["later"],
+    "unlearnt": BY_NAME["style"],
+    "clean": BY_NAME["clean"],
+    "harmless": None,
+}
+WITH_DEFAULTS = ("phrase", "refusals", "style")
 
 
 @dataclass
@@ -245,8 +257,10 @@ def table(figures: dict[str, dict], key: str) -> str:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Do the scores find backdoors?")
     parser.add_argument("--chosen-on", action="store_true", help="the models and prompts that scores were chosen on")
-    which, ending = ("chosen_on", "-0") if parser.parse_args(argv).chosen_on else ("reported", "")
-    if which == "chosen_on":
+    parser.add_argument("--only", metavar="KIND", nargs="+", help="measure these again, and leave the other figures")
+    given = parser.parse_args(argv)
+    which = "chosen_on" if given.chosen_on else "reported"
+    if given.chosen_on:
         figures = {}
         for label, settings in VARIED.items():
             for name in ("phrase-0", "refusals-0", "style-0"):
@@ -255,16 +269,17 @@ def main(argv: list[str]) -> None:
             print(f"\n{label}, without a reference\n\n" + table(figures[label], "auroc"))
         write("backdoors_chosen_on", __file__, {"settings": figures})
         return
-    kinds = {name: BY_NAME[name + ending] for name in ("phrase", "refusals", "style", "later", "clean")}
-    all_kinds = {**kinds, "harmless": None}
-    results = {}
-    for label, settings, some in (("default", DEFAULT, list(kinds)[:3]), ("advised", ADVISED, all_kinds)):
+    path = ROOT / "benchmarks" / "results" / "backdoors.json"
+    results = json.loads(path.read_text())["scores"] if given.only else {}
+    for label, settings, some in (("default", DEFAULT, WITH_DEFAULTS), ("advised", ADVISED, list(REPORTED))):
         for name in some:
-            m = measured(all_kinds[name], which, settings)
+            if given.only and name not in given.only:
+                continue
+            m = measured(REPORTED[name], which, settings)
             for way, score in (("reference", with_reference), ("alone", without_reference)):
                 results.setdefault(f"{label}, {way}", {})[name] = judged(m, score)
             if label == "default":
-                base = measured(all_kinds[name], which, settings, embedded_model())
+                base = measured(REPORTED[name], which, settings, embedded_model())
                 results.setdefault("default, base", {})[name] = judged(m, beside_base(base))
     for label, figures in results.items():
         for key in ("auroc", "recall_at_1%", "recall_at_5%", "flagged_ordinary", "flagged_trigger"):

@@ -10,8 +10,9 @@ Four scores, each in robust standard deviations of what is usual:
 
 They see different things, and the outlier score is of their sum, again in robust standard deviations. What is usual is
 learnt from trusted prompts; or, without any, from the more usual ones of the run itself. Beside a base model, the same
-four are of the *change* of each prompt's F. At most LANDMARKS prompts, evenly spaced, are learnt from; one that is
-among them is measured against the others, so that all distances are of prompts not learnt from.
+four are of the *change* of each prompt's F, and the outlier score is of the directions alone. At most LANDMARKS prompts,
+evenly spaced, are learnt from; one that is among them is measured against the others, so that all distances are of
+prompts not learnt from.
 """
 
 from collections.abc import Iterator, Sequence
@@ -66,7 +67,9 @@ class Usual:
             for place, own in zip(trusted, self._words.without_itself(), strict=True):
                 surprise[place] = own
                 distances[3, place] = own.sum()
-        self.total = self._standardized(distances).sum(axis=0)
+        # a fine-tune changes how certain a model is of many prompts, but few prompts' directions
+        self._counted = [SCORES.index("z_directions")] if sample.base else slice(None)
+        self.total = self._standardized(distances)[self._counted].sum(axis=0)
 
     def find(self, sample: Sample) -> Found:
         """Beside a base model, "usual" directions and words are those of the base model for the same prompt."""
@@ -87,9 +90,9 @@ class Usual:
         return np.stack([robust_z(row, usual, least) for row, usual, least in pairs])
 
     def scores(self, distances: np.ndarray) -> np.ndarray:
-        """(5, n): the four, and of their sum."""
+        """(5, n): the four, and of the sum of those that count."""
         four = self._standardized(distances)
-        return np.concatenate([four, robust_z(four.sum(axis=0), self.total)[None]])
+        return np.concatenate([four, robust_z(four[self._counted].sum(axis=0), self.total)[None]])
 
 
 def learn(sample: Sample, trusted: bool) -> Usual:
