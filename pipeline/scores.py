@@ -10,9 +10,10 @@ Four scores, each in robust standard deviations of what is usual:
 
 They see different things, and the outlier score is of their sum, again in robust standard deviations. What is usual is
 learnt from trusted prompts; or, without any, from the more usual ones of the run itself. Beside a base model, the same
-four are of the *change* of each prompt's F, and the outlier score is of the directions alone. At most LANDMARKS prompts,
-evenly spaced, are learnt from; one that is among them is measured against the others, so that all distances are of
-prompts not learnt from.
+four are of the *change* of each prompt's F, and the outlier score is of the directions alone.
+
+At most LANDMARKS prompts, evenly spaced, are learnt from; one that is among them is measured against the others, so
+that all distances are of prompts not learnt from.
 """
 
 from collections.abc import Iterator, Sequence
