@@ -271,7 +271,9 @@ def main(argv: list[str]) -> None:
         return
     path = ROOT / "benchmarks" / "results" / "backdoors.json"
     results = json.loads(path.read_text())["scores"] if given.only else {}
-    for label, settings, some in (("default", DEFAULT, WITH_DEFAULTS), ("advised", ADVISED, list(REPORTED))):
+    runs = [("default", DEFAULT, WITH_DEFAULTS), ("advised", ADVISED, list(REPORTED))]
+    runs += [(label, VARIED[label], ("phrase", "style")) for label in ("last token", "layer 25, 30 tokens")]
+    for label, settings, some in runs:
         for name in some:
             if given.only and name not in given.only:
                 continue
