@@ -13,7 +13,7 @@ UNSEEN = 0.5  # prompts that are taken to have said a word beforehand
 COORDINATES = 5  # of the map
 # Equal prompts in different batches differ by rounding: of logarithms and shares, all of order 1.
 RESOLUTION = 1e-5
-BLUR = 1e-3  # spreads of logarithms below it are none
+NO_SPREAD = 1e-3  # of a logarithm: less is none
 
 
 def robust_z(values: np.ndarray, usual: np.ndarray, least: float = RESOLUTION) -> np.ndarray:
@@ -39,7 +39,7 @@ class Distances:
         self._used = max(1, min(rows.shape[1], self._count // PER_VALUE))
         rows = rows[:, : self._used]
         self._mean = rows.mean(axis=0)
-        self._precision = np.linalg.inv(np.atleast_2d(np.cov(rows.T)) + BLUR**2 * np.eye(self._used))
+        self._precision = np.linalg.inv(np.atleast_2d(np.cov(rows.T)) + NO_SPREAD**2 * np.eye(self._used))
         self._rounding = RESOLUTION**2 * np.trace(self._precision)
         self._rows = rows
 

@@ -37,7 +37,7 @@ STEPS = 2  # in which the trusted half of a run's own prompts is found
 SCORED_AT_ONCE = 64  # prompts
 DIRECTIONS = 3  # of which that is named in which a prompt differs most: those whose words are recorded
 WORDS = 3  # named of a prompt
-BLUR = 0.3  # added to distances, of order 1: very small ones are no more usual than small ones
+OFFSET = 0.3  # of distances, of order 1, before the logarithm: very small ones are no more usual than small ones
 
 
 class Found(NamedTuple):
@@ -57,24 +57,26 @@ class Usual:
     def __init__(self, sample: Sample, trusted: Sequence[int]):
         some = sample.some(trusted)
         self._strength, self._spectrum = Distances(some.strength), Distances(some.spectrum)
-        self._directions, self._words = (None, None) if sample.base else (Directions(some.roots), Words(some.words))
+        self._directions, self._words = (
+            (None, None) if sample.base is not None else (Directions(some.roots), Words(some.words))
+        )
         self.found = self.find(sample)
         distances, outside, surprise = self.found
-        distances[0, trusted] = np.log(self._strength.without_itself() + BLUR)
-        distances[1, trusted] = np.log(self._spectrum.without_itself() + BLUR)
-        if not sample.base:
+        distances[0, trusted] = np.log(self._strength.without_itself() + OFFSET)
+        distances[1, trusted] = np.log(self._spectrum.without_itself() + OFFSET)
+        if sample.base is None:
             outside[trusted] = self._directions.without_itself()
-            distances[2, trusted] = np.log(outside[trusted].sum(axis=1) + BLUR)
+            distances[2, trusted] = np.log(outside[trusted].sum(axis=1) + OFFSET)
             for place, own in zip(trusted, self._words.without_itself(), strict=True):
                 surprise[place] = own
                 distances[3, place] = own.sum()
         # a fine-tune changes how certain a model is of many prompts, but few prompts' directions
-        self._counted = [SCORES.index("z_directions")] if sample.base else slice(None)
+        self._counted = [SCORES.index("z_directions")] if sample.base is not None else slice(None)
         self.total = self._standardized(distances)[self._counted].sum(axis=0)
 
     def find(self, sample: Sample) -> Found:
         """Beside a base model, "usual" directions and words are those of the base model for the same prompt."""
-        if sample.base:
+        if sample.base is not None:
             pairs = zip(sample.roots, sample.base.roots, strict=True)
             outside = np.concatenate([Directions([base]).outside([own]) for own, base in pairs])
             surprise = [*map(shift, sample.words, sample.base.words)]
@@ -82,7 +84,7 @@ class Usual:
             outside, surprise = self._directions.outside(sample.roots), self._words.surprise(sample.words)
         logarithms = np.log(
             np.stack([self._strength.of(sample.strength), self._spectrum.of(sample.spectrum), outside.sum(axis=1)])
-            + BLUR
+            + OFFSET
         )
         return Found(np.concatenate([logarithms, [[own.sum() for own in surprise]]]), outside, surprise)
 
@@ -107,7 +109,7 @@ def learn(sample: Sample, trusted: bool) -> Usual:
     if trusted:
         return everyone
     strength = np.sqrt(sum(robust_z(column, column) ** 2 for column in sample.strength.T))
-    looks = [everyone.total, np.log(strength + BLUR)]
+    looks = [everyone.total, np.log(strength + OFFSET)]
     odd = sum(robust_z(look, look) for look in looks)
     for _ in range(STEPS):
         usual = Usual(sample, np.sort(np.argsort(odd, kind="stable")[: len(sample) // 2]))
