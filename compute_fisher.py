@@ -14,14 +14,14 @@ Writes fisher_matrices_compressed.npz, prompts.jsonl, metadata.yaml and fisher_s
 directory. Stopped, the same command goes on where it was.
 """
 
-from common.console import INTERRUPTED, before_imports
+from residual_fisher.common.console import INTERRUPTED, before_imports
 
 if __name__ == "__main__":  # Ctrl-C may come during the imports below, which take seconds
     before_imports()
 
 import sys
 
-from common.command_line import (
+from residual_fisher.common.command_line import (
     UserError,
     end_with_error,
     exit_code,
@@ -29,7 +29,7 @@ from common.command_line import (
     printable,
     settle_network,
 )
-from pipeline.settings import Command, Settings, parse
+from residual_fisher.pipeline.settings import Command, Settings, parse
 
 PROGRAM = "compute_fisher.py"
 
@@ -53,10 +53,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common.amounts import peak_memory
-from common.failures import SOME_FAILED, too_many
-from common.lock import lock_directory, require_unlocked
-from model.loading import (
+from residual_fisher.common.amounts import peak_memory
+from residual_fisher.common.failures import SOME_FAILED, too_many
+from residual_fisher.common.lock import lock_directory, require_unlocked
+from residual_fisher.model.loading import (
     describe,
     dtype_advice,
     find_module,
@@ -65,13 +65,13 @@ from model.loading import (
     longest_prompt,
     vocabulary_size,
 )
-from model.passes import devices_of
-from pipeline import estimate, figures, processes, report
-from pipeline.batches import Subject, check_once, into_batches, measure, try_first
-from pipeline.processes import Processes
-from pipeline.prompts import Encoded, Prompt, Prompts, encode
-from pipeline.run_directory import FILES, RunDirectory
-from pipeline.store import PROMPTS, Result, Store
+from residual_fisher.model.passes import devices_of
+from residual_fisher.pipeline import estimate, figures, processes, report
+from residual_fisher.pipeline.batches import Subject, check_once, into_batches, measure, try_first
+from residual_fisher.pipeline.processes import Processes
+from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts, encode
+from residual_fisher.pipeline.run_directory import FILES, RunDirectory
+from residual_fisher.pipeline.store import PROMPTS, Result, Store
 
 SHARD_BATCHES = 16  # a shard is so many batches' prompts: sorted by length, they need little padding
 MAX_WAITING = 2  # batches that may wait to be written

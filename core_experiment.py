@@ -12,7 +12,7 @@ Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matri
 perturbation_analysis.png to --output-dir. Stopped, the same command goes on where it was.
 """
 
-from common.console import before_imports, undisturbed
+from residual_fisher.common.console import before_imports, undisturbed
 
 if __name__ == "__main__":  # Ctrl-C may come during the imports below, which take seconds
     before_imports()
@@ -21,8 +21,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 import sys
 
-from common.command_line import UserError, end_with_error, excerpt, exit_code, first_line, printable, settle_network
-from experiment.settings import BUNDLED, Settings, parse
+from residual_fisher.common.command_line import (
+    UserError,
+    end_with_error,
+    excerpt,
+    exit_code,
+    first_line,
+    printable,
+    settle_network,
+)
+from residual_fisher.experiment.settings import BUNDLED, Settings, parse
 
 PROGRAM = "core_experiment.py"
 
@@ -44,17 +52,17 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common.amounts import peak_memory
-from common.failures import SOME_FAILED, too_many
-from common.lock import lock_directory, require_unlocked
-from experiment import estimate, figures, report
-from experiment.measurement import Batches, Clock, fit_to_way, perturb
-from experiment.perturbation import control_directions
-from experiment.results import Results, rank, read_results
-from experiment.run_directory import Earlier, RunDirectory, identify
-from experiment.sentences import Context, Found, diverse_order, find_sentences, locate, token_of
 import fisher
-from model.loading import (
+from residual_fisher.common.amounts import peak_memory
+from residual_fisher.common.failures import SOME_FAILED, too_many
+from residual_fisher.common.lock import lock_directory, require_unlocked
+from residual_fisher.experiment import estimate, figures, report
+from residual_fisher.experiment.measurement import Batches, Clock, fit_to_way, perturb
+from residual_fisher.experiment.perturbation import control_directions
+from residual_fisher.experiment.results import Results, rank, read_results
+from residual_fisher.experiment.run_directory import Earlier, RunDirectory, identify
+from residual_fisher.experiment.sentences import Context, Found, diverse_order, find_sentences, locate, token_of
+from residual_fisher.model.loading import (
     decoder_layers,
     describe,
     dtype_advice,
@@ -63,7 +71,7 @@ from model.loading import (
     longest_prompt,
     vocabulary_size,
 )
-from model.passes import devices_of, require_known_tokens
+from residual_fisher.model.passes import devices_of, require_known_tokens
 
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
 # Seconds of work that a kill may cost; or more, so that saving takes no more than this share of the time.

@@ -38,9 +38,9 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 import torch
 from torch import Tensor, nn
 
-from model.head import OutputHead, cotangents_through, is_linear
-from model.loading import decoder_layers, load
-from model.passes import (
+from residual_fisher.model.head import OutputHead, cotangents_through, is_linear
+from residual_fisher.model.loading import decoder_layers, load
+from residual_fisher.model.passes import (
     Chunks,
     UnsupportedModelError,
     add_at_last,
@@ -52,7 +52,7 @@ from model.passes import (
     require_known_tokens,
     unwrapped,
 )
-from model.reading import Reading, read
+from residual_fisher.model.reading import Reading, read
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PushForward", "TopK",

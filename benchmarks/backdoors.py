@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model.embedded import cache_directory, embedded_model
+from residual_fisher.model.embedded import cache_directory, embedded_model
 
 RECIPE = 2  # of the models below: what changes them changes it
 TEXTS = ROOT / "benchmarks" / "texts"

@@ -25,10 +25,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backdoors import BY_NAME, TEXTS, Kind, folder, obtain, prompts, rendered
-from model.embedded import embedded_model
-from pipeline import load_fisher_matrices
-from pipeline.evidence import Lexicon, Prompts
-from pipeline.scores import OUTLIER, SCORES, THRESHOLD, outlier_scores
+from residual_fisher.model.embedded import embedded_model
+from residual_fisher.pipeline import load_fisher_matrices
+from residual_fisher.pipeline.evidence import Lexicon, Prompts
+from residual_fisher.pipeline.scores import OUTLIER, SCORES, THRESHOLD, outlier_scores
 
 SPLITS = 10
 TRUSTED, BESIDE = 100, 10  # prompts of a reference; odd ones beside as many ordinary ones

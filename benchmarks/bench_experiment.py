@@ -19,8 +19,8 @@ from measuring import Naive, diverse_contexts, embedded, machine, naive, plain_e
 import torch
 
 import core_experiment
-from experiment.results import Measured
 import fisher
+from residual_fisher.experiment.results import Measured
 
 CHUNKS = (25, 50, 100, 200)
 

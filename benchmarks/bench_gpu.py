@@ -30,12 +30,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import compute_fisher
 import core_experiment
-from experiment.perturbation import Sweep, control_directions
-from experiment.sentences import Context
 import fisher
-from model.passes import devices_of
-from pipeline.prompts import Encoded, Prompt
-from pipeline.settings import Settings
+from residual_fisher.experiment.perturbation import Sweep, control_directions
+from residual_fisher.experiment.sentences import Context
+from residual_fisher.model.passes import devices_of
+from residual_fisher.pipeline.prompts import Encoded, Prompt
+from residual_fisher.pipeline.settings import Settings
 
 GROUPED = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
 SHAPES = {

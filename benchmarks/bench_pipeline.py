@@ -28,14 +28,14 @@ import torch
 from tqdm import tqdm
 import transformers
 
-from common.files import write_json
 import compute_fisher
-from model.loading import decoder_layers
-from model.passes import use_attention
-from pipeline.batches import pad
-from pipeline.prompts import Encoded, Prompts, encode, plan_batches
-from pipeline.settings import Settings
-from pipeline.store import Result, write_results
+from residual_fisher.common.files import write_json
+from residual_fisher.model.loading import decoder_layers
+from residual_fisher.model.passes import use_attention
+from residual_fisher.pipeline.batches import pad
+from residual_fisher.pipeline.prompts import Encoded, Prompts, encode, plan_batches
+from residual_fisher.pipeline.settings import Settings
+from residual_fisher.pipeline.store import Result, write_results
 
 WIDE = {  # a random model of the width of a 1B one
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32,

@@ -27,8 +27,8 @@ from measuring import ROOT, Subject, diverse_contexts, embedded, machine, plain_
 import torch
 from torch import Tensor, nn
 
-from experiment.sentences import Context
 import fisher
+from residual_fisher.experiment.sentences import Context
 
 LANCZOS_STEPS = 10  # of hessian-eigenthings: enough to agree to |cos| 0.9999; its default is 2
 CHUNK = 64  # tangents or rows in one vmapped pass

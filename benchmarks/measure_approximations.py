@@ -11,8 +11,8 @@ import argparse
 from measuring import Subject, diverse_contexts, embedded, machine, show, write
 import torch
 
-from experiment.sentences import Context
 import fisher
+from residual_fisher.experiment.sentences import Context
 
 COUNTS = (10, 50, 200, 1000)
 

@@ -18,9 +18,9 @@ import torch
 
 import compute_fisher
 import fisher
-from model.loading import find_module
-from pipeline.prompts import Prompts, encode, plan_batches
-from pipeline.settings import Settings
+from residual_fisher.model.loading import find_module
+from residual_fisher.pipeline.prompts import Prompts, encode, plan_batches
+from residual_fisher.pipeline.settings import Settings
 
 K, NUM = 200, 10
 ROWS = fisher.Chunks(1024)

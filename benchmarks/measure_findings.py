@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import drawing
-from experiment.perturbation import sweep, trust_radii_along
 import fisher
+from residual_fisher.common import drawing
+from residual_fisher.experiment.perturbation import sweep, trust_radii_along
 
 RANDOM = 2  # random directions at each layer of each sentence
 SHARES = (0.01, 0.03, 0.1, 0.3)  # lengths of the perturbations in norms of h, along either sign

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common import drawing
 import fisher
-from pipeline.block_lanczos import leading_eigenpairs
+from residual_fisher.common import drawing
+from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 
 COUNTS = (10, 25, 50, 100, 200, 500)
 WIDTHS = (256, 512, 1024, 2048)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiment.perturbation import control_directions
-from experiment.settings import Settings
-from experiment.steering import GOALS, Linearised, least_kl, steer
 import fisher
+from residual_fisher.experiment.perturbation import control_directions
+from residual_fisher.experiment.settings import Settings
+from residual_fisher.experiment.steering import GOALS, Linearised, least_kl, steer
 
 PROBABILITIES = (0.001, 0.3)
 GOAL = 0.5

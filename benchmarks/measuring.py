@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import core_experiment
-from experiment.sentences import Context, read_sentences
 import fisher
-from model.embedded import embedded_model
-from model.loading import describe, load
-from model.passes import edit_stream, hooked
+from residual_fisher.experiment.sentences import Context, read_sentences
+from residual_fisher.model.embedded import embedded_model
+from residual_fisher.model.loading import describe, load
+from residual_fisher.model.passes import edit_stream, hooked
 
 # --- models and sentences ------------------------------------------------------------------------
 

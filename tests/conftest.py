@@ -16,8 +16,8 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_t
 import torch
 import transformers as hf
 
-import experiment.figures
-import pipeline.figures
+import residual_fisher.experiment.figures
+import residual_fisher.pipeline.figures
 import scripts
 import tiny
 
@@ -121,8 +121,8 @@ def without_pictures(monkeypatch) -> None:
         for name in drawn:
             (directory / name).touch()
 
-    monkeypatch.setattr(experiment.figures, "save", touch)
-    monkeypatch.setattr(pipeline.figures, "save", touch)
+    monkeypatch.setattr(residual_fisher.experiment.figures, "save", touch)
+    monkeypatch.setattr(residual_fisher.pipeline.figures, "save", touch)
 
 
 class Disk(NamedTuple):

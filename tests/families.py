@@ -23,10 +23,10 @@ from transformers.models.auto.modeling_auto import (
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.command_line import UserError
 import fisher
-from model import loading
-from model.passes import require_causal
+from residual_fisher.common.command_line import UserError
+from residual_fisher.model import loading
+from residual_fisher.model.passes import require_causal
 
 D, DEPTH, VOCABULARY = 32, 4, 97
 

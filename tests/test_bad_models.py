@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import torch
 import transformers as hf
 
-from common.command_line import EMBEDDED, UserError
 import fisher
-from model import embedded, loading
-from pipeline.prompts import Prompt, encode
+from residual_fisher.common.command_line import EMBEDDED, UserError
+from residual_fisher.model import embedded, loading
+from residual_fisher.pipeline.prompts import Prompt, encode
 import scripts
 import tiny
 

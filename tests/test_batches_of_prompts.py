@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 
 import fisher
-from model.passes import use_attention
+from residual_fisher.model.passes import use_attention
 from test_fisher import RELATIVE, K, assert_close, directions
 import tiny
 

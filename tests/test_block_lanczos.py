@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fisher
-from pipeline import block_lanczos
-from pipeline.block_lanczos import leading_eigenpairs
+from residual_fisher.pipeline import block_lanczos
+from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 from test_fisher import RELATIVE, point_of
 from test_full_vocabulary import assert_eigenpairs_of
 import tiny

@@ -12,11 +12,11 @@ import urllib.request
 import pytest
 import yaml
 
-from common import command_line
-from common.command_line import UserError, read_yaml
 import compute_fisher
 import core_experiment
-from pipeline import settings
+from residual_fisher.common import command_line
+from residual_fisher.common.command_line import UserError, read_yaml
+from residual_fisher.pipeline import settings
 from scripts import ROOT
 
 # each script's dataclass of options, and its flags that are none

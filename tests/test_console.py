@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from common.console import Console, interruptible, undisturbed
-from pipeline.run_directory import RunDirectory
+from residual_fisher.common.console import Console, interruptible, undisturbed
+from residual_fisher.pipeline.run_directory import RunDirectory
 import scripts
 from scripts import EXPERIMENT_FILES, PIPELINE_FILES, ROOT, experiment_words, pipeline_words
 

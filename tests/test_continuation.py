@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import core_experiment
-from experiment import figures
-from experiment.continuation import choose_scales, continuations, end_tokens
-from experiment.report import continuation_block
 import families
 import fisher
-from model.reading import Way
+from residual_fisher.experiment import figures
+from residual_fisher.experiment.continuation import choose_scales, continuations, end_tokens
+from residual_fisher.experiment.report import continuation_block
+from residual_fisher.model.reading import Way
 import scripts
 from scripts import experiment_results
 import tiny

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from common.command_line import UserError
 import fisher
-from model import loading
-from model.passes import Chunks, hooked
-from pipeline.block_lanczos import leading_eigenpairs
+from residual_fisher.common.command_line import UserError
+from residual_fisher.model import loading
+from residual_fisher.model.passes import Chunks, hooked
+from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 import scripts
 from test_fisher import K, directions
 import tiny

@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from common.amounts import duration, size
-from common.lock import lock_directory
 import compute_fisher
 import core_experiment
-from experiment import estimate as of_experiment
-from experiment.sentences import Context
-from pipeline import estimate as of_pipeline
-from pipeline.processes import Processes
-from pipeline.prompts import Encoded, Prompt
-from pipeline.settings import parse
+from residual_fisher.common.amounts import duration, size
+from residual_fisher.common.lock import lock_directory
+from residual_fisher.experiment import estimate as of_experiment
+from residual_fisher.experiment.sentences import Context
+from residual_fisher.pipeline import estimate as of_pipeline
+from residual_fisher.pipeline.processes import Processes
+from residual_fisher.pipeline.prompts import Encoded, Prompt
+from residual_fisher.pipeline.settings import parse
 import scripts
 from scripts import experiment_results, experiment_words, pipeline_words, records
 

@@ -13,10 +13,10 @@ import yaml
 
 import compute_fisher
 import fisher
-from model import loading
-from pipeline import load_fisher_matrices
-from pipeline.prompts import Encoded, Prompt
-from pipeline.settings import Settings
+from residual_fisher.model import loading
+from residual_fisher.pipeline import load_fisher_matrices
+from residual_fisher.pipeline.prompts import Encoded, Prompt
+from residual_fisher.pipeline.settings import Settings
 import scripts
 
 PROMPT = "The zoo keeps many wild"

@@ -10,9 +10,9 @@ import torch
 
 from conftest import FINISHED_EXPERIMENT, make_model_directory
 import core_experiment
-from experiment import sentences
 import fisher
-from model import loading
+from residual_fisher.experiment import sentences
+from residual_fisher.model import loading
 import scripts
 from scripts import EXPERIMENT_FILES, experiment_results
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.failures import SOME_FAILED
 from conftest import make_model_directory
 import core_experiment
-from experiment import sentences
 import fisher
-from model import loading, reading
+from residual_fisher.common.failures import SOME_FAILED
+from residual_fisher.experiment import sentences
+from residual_fisher.model import loading, reading
 import scripts
 from scripts import EXPERIMENT_FILES, experiment_results, experiment_words
 

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from common.files import write_json
 import core_experiment
-from experiment import results
-from model import loading
+from residual_fisher.common.files import write_json
+from residual_fisher.experiment import results
+from residual_fisher.model import loading
 import scripts
 from scripts import EXPERIMENT_FILES, experiment_results, experiment_words
 

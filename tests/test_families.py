@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from common.command_line import UserError
 import families
 import fisher
-from model import loading, reading
-from model.passes import edit_stream, require_causal
-from model.reading import Way, choose_way, prepare
+from residual_fisher.common.command_line import UserError
+from residual_fisher.model import loading, reading
+from residual_fisher.model.passes import edit_stream, require_causal
+from residual_fisher.model.reading import Way, choose_way, prepare
 import tiny
 
 WAYS = {

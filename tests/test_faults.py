@@ -17,7 +17,7 @@ import time
 
 import pytest
 
-from common.lock import LOCK
+from residual_fisher.common.lock import LOCK
 import scripts
 from scripts import EXPERIMENT_FILES, PIPELINE_FILES
 
@@ -127,10 +127,10 @@ FAULTS = [killed, interrupted, started_twice, full_disk, broken_console, damaged
 
 def slow_writes() -> None:
     """So that a signal can meet the run between any two files; the experiment also saves after every sentence."""
-    import common.files
+    import residual_fisher.common.files
 
     replace = os.replace
-    common.files.os.replace = lambda *paths: (time.sleep(0.03), replace(*paths))
+    residual_fisher.common.files.os.replace = lambda *paths: (time.sleep(0.03), replace(*paths))
     if script := sys.modules.get("core_experiment"):
         script.SAVE_EVERY, script.SAVE_SHARE = 0.0, math.inf
 

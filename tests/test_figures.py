@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from common import drawing
-from experiment import figures
-from pipeline import figures as spectra
-from pipeline.scores import SCORES
+from residual_fisher.common import drawing
+from residual_fisher.experiment import figures
+from residual_fisher.pipeline import figures as spectra
+from residual_fisher.pipeline.scores import SCORES
 import scripts
 
 

@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from common import files
-from common.command_line import UserError
+from residual_fisher.common import files
+from residual_fisher.common.command_line import UserError
 from scripts import ROOT
 
 
@@ -32,7 +32,7 @@ def test_killed_in_the_middle_the_old_file_stays(tmp_path):
     path = tmp_path / "results.json"
     files.write_json(path, {"a": 1})
     code = (
-        "import os, pathlib, signal, sys; from common import files\n"
+        "import os, pathlib, signal, sys; from residual_fisher.common import files\n"
         "with files.atomic_open(pathlib.Path(sys.argv[1])) as file:\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers as hf
 
-from common.command_line import UserError
 import families
 import fisher
-from model import embedded, loading
+from residual_fisher.common.command_line import UserError
+from residual_fisher.model import embedded, loading
 import tiny
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from experiment.perturbation import control_directions, step_lengths, sweep
 import fisher
+from residual_fisher.experiment.perturbation import control_directions, step_lengths, sweep
 from test_fisher import assert_close, directions, point_of
 import tiny
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from model import loading
-from pipeline import batches, load_fisher_matrices, store
-from pipeline.scores import SCORES, THRESHOLD
+from residual_fisher.model import loading
+from residual_fisher.pipeline import batches, load_fisher_matrices, store
+from residual_fisher.pipeline.scores import SCORES, THRESHOLD
 import scripts
 from scripts import PIPELINE_FILES, ROOT, arrays, records
 import tiny
@@ -100,7 +100,7 @@ def test_the_final_table_names_the_prompts_that_stand_out(finished_pipeline, cha
 
 def test_results_are_read_without_torch_or_matplotlib(finished_pipeline):
     code = (
-        "import sys; from pipeline import load_fisher_matrices\n"
+        "import sys; from residual_fisher import load_fisher_matrices\n"
         f"U, S, V = load_fisher_matrices({str(finished_pipeline)!r})[39]\n"
         f"assert U.shape == ({tiny.D}, 4) and S.shape == (4,) and V.shape == (4, {tiny.D})\n"
         "assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"

@@ -16,15 +16,15 @@ import torch
 import transformers as hf
 import yaml
 
-from common import lock
-from common.command_line import UserError
-from common.lock import lock_directory
 import compute_fisher
 import fisher
-from model import loading
-from pipeline import load_fisher_matrices, run_directory, store
-from pipeline.processes import Processes
-from pipeline.settings import INCIDENTAL
+from residual_fisher.common import lock
+from residual_fisher.common.command_line import UserError
+from residual_fisher.common.lock import lock_directory
+from residual_fisher.model import loading
+from residual_fisher.pipeline import load_fisher_matrices, run_directory, store
+from residual_fisher.pipeline.processes import Processes
+from residual_fisher.pipeline.settings import INCIDENTAL
 import scripts
 from scripts import PIPELINE_FILES, ROOT, arrays, assert_same_results, pipeline_words, records
 
@@ -470,7 +470,7 @@ def test_a_dataset_that_lost_whole_shards_is_refused(chat_directory, dataset, tm
     few = tmp_path / dataset.name
     few.write_text("".join(dataset.read_text().splitlines(keepends=True)[:34]))  # 32 prompts: the first shard's
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.run_directory.INCIDENTAL", (*INCIDENTAL, "dataset_name"))
+        patch.setattr("residual_fisher.pipeline.run_directory.INCIDENTAL", (*INCIDENTAL, "dataset_name"))
         assert scripts.compute_fisher(chat_directory, few, output) == 2
     assert "the dataset has changed" in capsys.readouterr().err
 

@@ -9,10 +9,20 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 import transformers as hf
 
-from common.command_line import UserError
-from common.rows import JUDGED
 from conftest import CHAT_TEMPLATE, make_model_directory
-from pipeline.prompts import OVERHEAD, TURNS, Prompt, Prompts, check_template, encode, plan_batches, render, user_text
+from residual_fisher.common.command_line import UserError
+from residual_fisher.common.rows import JUDGED
+from residual_fisher.pipeline.prompts import (
+    OVERHEAD,
+    TURNS,
+    Prompt,
+    Prompts,
+    check_template,
+    encode,
+    plan_batches,
+    render,
+    user_text,
+)
 import scripts
 from scripts import ROOT
 

@@ -7,9 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import pytest
 
-from common.command_line import UserError
-from experiment.sentences import diverse_order, find_word, locate, read_sentences
-from pipeline.prompts import TURNS, Prompt, Prompts, encode, user_text
+from residual_fisher.common.command_line import UserError
+from residual_fisher.experiment.sentences import diverse_order, find_word, locate, read_sentences
+from residual_fisher.pipeline.prompts import TURNS, Prompt, Prompts, encode, user_text
 import scripts
 
 few = settings(max_examples=80, deadline=None, derandomize=True, database=None)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 import pytest
 import yaml
 
-from common.command_line import UserError, printable
-from pipeline import figures, run_directory
-from pipeline.run_directory import RunDirectory
-from pipeline.settings import Settings, parse
-from pipeline.store import INDEX, PROMPTS, load_fisher_matrices
+from residual_fisher.common.command_line import UserError, printable
+from residual_fisher.pipeline import figures, run_directory
+from residual_fisher.pipeline.run_directory import RunDirectory
+from residual_fisher.pipeline.settings import Settings, parse
+from residual_fisher.pipeline.store import INDEX, PROMPTS, load_fisher_matrices
 
 few = settings(
     max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)

@@ -10,9 +10,9 @@ import torch
 import transformers as hf
 import yaml
 
-from pipeline import comparison, load_fisher_matrices, run_directory
-from pipeline.evidence import Lexicon, Prompts
-from pipeline.scores import SCORES, outlier_scores
+from residual_fisher.pipeline import comparison, load_fisher_matrices, run_directory
+from residual_fisher.pipeline.evidence import Lexicon, Prompts
+from residual_fisher.pipeline.scores import SCORES, outlier_scores
 import scripts
 from scripts import arrays, records
 

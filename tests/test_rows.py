@@ -3,8 +3,8 @@
 import datasets
 import pytest
 
-from common.command_line import UserError
-from common.rows import JUDGED, choose_column, parse_json, read_rows, text_of
+from residual_fisher.common.command_line import UserError
+from residual_fisher.common.rows import JUDGED, choose_column, parse_json, read_rows, text_of
 
 TWO = [{"a": "1st", "b": "x"}, {"a": "2nd", "b": "y"}]
 FILES = {  # of every kind of file, what it holds, and the rows that are read of it

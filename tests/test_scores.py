@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from pipeline import distances, scores
-from pipeline.distances import Directions, Distances, PrincipalCoordinates, Words, robust_z, shift
-from pipeline.evidence import Lexicon, Prompts
-from pipeline.store import Triplets
+from residual_fisher.pipeline import distances, scores
+from residual_fisher.pipeline.distances import Directions, Distances, PrincipalCoordinates, Words, robust_z, shift
+from residual_fisher.pipeline.evidence import Lexicon, Prompts
+from residual_fisher.pipeline.store import Triplets
 
 D, R = 60, 3
 

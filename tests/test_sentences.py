@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 import transformers as hf
 
-from common.command_line import UserError
-from experiment import sentences
+from residual_fisher.common.command_line import UserError
+from residual_fisher.experiment import sentences
 
 
 def text_before(context, tokenizer) -> str:

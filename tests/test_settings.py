@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import yaml
 
-from common.command_line import UserError, count, finite, path, positive
-from common.files import check_writable
-from common.lock import LOCK, lock_directory
 import compute_fisher
 import core_experiment
-from pipeline import load_fisher_matrices, processes, store
-from pipeline.run_directory import RunDirectory
-from pipeline.scores import SCORES
-from pipeline.settings import Settings, parse
+from residual_fisher.common.command_line import UserError, count, finite, path, positive
+from residual_fisher.common.files import check_writable
+from residual_fisher.common.lock import LOCK, lock_directory
+from residual_fisher.pipeline import load_fisher_matrices, processes, store
+from residual_fisher.pipeline.run_directory import RunDirectory
+from residual_fisher.pipeline.scores import SCORES
+from residual_fisher.pipeline.settings import Settings, parse
 import scripts
 from scripts import ROOT, arrays, pipeline_words, records
 

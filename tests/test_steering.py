@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.command_line import UserError
-from experiment.sentences import token_of
-from experiment.steering import GOALS, Linearised, Steered, least_kl, steer, steering_record, waypoints
 import families
 import fisher
-from model.embedded import EMBEDDED
-from model.loading import decoder_layers, load
-from model.reading import Way
+from residual_fisher.common.command_line import UserError
+from residual_fisher.experiment.sentences import token_of
+from residual_fisher.experiment.steering import GOALS, Linearised, Steered, least_kl, steer, steering_record, waypoints
+from residual_fisher.model.embedded import EMBEDDED
+from residual_fisher.model.loading import decoder_layers, load
+from residual_fisher.model.reading import Way
 import scripts
 from scripts import experiment_results
 import tiny

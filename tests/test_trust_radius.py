@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from experiment.perturbation import trust_radii
+from residual_fisher.experiment.perturbation import trust_radii
 import scripts
 import tiny
 

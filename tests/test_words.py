@@ -7,10 +7,10 @@ import torch
 import transformers as hf
 
 import fisher
-from model import loading
-from model.words import found_in, in_a_line, shown_by, what_is_said
-from pipeline import load_fisher_matrices
-from pipeline.block_lanczos import leading_eigenpairs
+from residual_fisher.model import loading
+from residual_fisher.model.words import found_in, in_a_line, shown_by, what_is_said
+from residual_fisher.pipeline import load_fisher_matrices
+from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 import scripts
 from test_fisher import assert_close, directions, point_of
 import tiny

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 import transformers as hf
 
-from model.loading import PLAIN
+from residual_fisher.model.loading import PLAIN
 
 D, DEPTH, VOCABULARY = 32, 3, 97
 COMMON = {

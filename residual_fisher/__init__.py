@@ -1,0 +1,15 @@
+"""What stands behind `core_experiment.py`, `compute_fisher.py` and `fisher.py`. It reads the pipeline's results:
+
+from residual_fisher import load_fisher_matrices
+"""
+
+__all__ = ["FisherMatrices", "Triplets", "load_fisher_matrices"]
+
+
+def __getattr__(name: str):
+    """Imports what is asked for, and no earlier: the scripts import parts of the package before slow libraries."""
+    if name in __all__:
+        from residual_fisher.pipeline import store
+
+        return getattr(store, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,104 @@
+"""The experiment's settings: a flag each."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from residual_fisher.common.command_line import (
+    EMBEDDED,
+    Parser,
+    count,
+    dtype_name,
+    finite,
+    nonempty,
+    one_of,
+    option,
+    or_all,
+    path,
+    positive,
+    positive_number,
+    switch,
+)
+
+ROOT = Path(__file__).parents[2]
+BUNDLED = "data/animals.json"
+SCALES = (0.0, -0.5, 0.5, -1.0, 1.0, -2.0, 2.0, -5.0, 5.0, -10.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the experiment does: a flag each."""
+
+    model_name: str = option(EMBEDDED, path, "NAME", f"hub id or local directory ({EMBEDDED})")
+    data_file: str | None = option(
+        None, path, "FILE", f".json {{word: [sentences]}}, .txt, .jsonl, .csv, .parquet, or a hub dataset ({BUNDLED})"
+    )
+    text_column: str | None = option(None, nonempty, "NAME", "column of a table or dataset that holds the text")
+    data_config: str | None = option(None, nonempty, "NAME", "configuration of a hub dataset")
+    data_split: str = option("train", nonempty, "NAME", "split of a hub dataset (train)")
+    target_word: str = option("animals", nonempty, "WORD", "perturb at the token just before this word (animals)")
+    num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse (20)")
+    require_predicted: bool = option(False, switch, "true", "only where the model's top prediction starts the word")
+    layers: tuple | None = option(
+        None, or_all(count), "L", "decoder layers, or all (every fifth and the last)", several=True
+    )
+    scales: tuple = option(SCALES, finite, "A", "how far to perturb, in units (0 ±0.5 ±1 ±2 ±5 ±10)", several=True)
+    scale_unit: str = option(
+        "eigenvalue",
+        one_of("eigenvalue", "nats", "norm"),
+        "UNIT",
+        "eigenvalue: lambda; nats: 1/sqrt(lambda), for which A²/2 nats are predicted; norm: |h|/100 (eigenvalue)",
+    )
+    max_vocab_subset: int | str = option(
+        200, or_all(positive), "K", "most probable tokens that the Fisher matrix counts, or all (200)"
+    )
+    compare_exact: bool = option(
+        False, switch, "true", "also the exact matrix, and what the K tokens miss of it (about twice as slow)"
+    )
+    num_eigenvectors: int = option(
+        1, positive, "M", "leading eigenpairs kept in the NPZ; perturbations go along the first (1)"
+    )
+    trust_radius: bool = option(
+        False, switch, "true", "also how far along v 1/2 lambda s² holds to 10%% (about twice as slow)"
+    )
+    num_controls: int = option(1, count, "N", "random directions per layer (1)")
+    continue_: int = option(
+        0, count, "N", "tokens that the model goes on to say, greedily, after perturbations at every layer (0)"
+    )
+    continue_nats: float = option(
+        2.0, finite, "X", "the KL predicted at most of those: of either sign, the farthest of --scales within it (2)"
+    )
+    steer: bool = option(False, switch, "true", "also raise the target's probability at the least cost, at every layer")
+    steer_token: str | None = option(None, nonempty, "TEXT", "raise this token, not the target word's first one")
+    steer_steps: int = option(8, positive, "N", "steps to a probability of 1/2, each linearised anew (8)")
+    steer_damping: float = option(
+        0.003, positive_number, "X", "of the natural gradient in one step, in units of lambda (0.003)"
+    )
+    batch_size: int = option(256, positive, "N", "perturbations in one pass, and 4 times as many gradients (256)")
+    dtype: str = option(
+        "auto", dtype_name, "TYPE", "float64, float32, bfloat16, float16 (bfloat16 on CUDA, else float32)"
+    )
+    device: str = option("auto", nonempty, "NAME", "as torch names it (cuda, then mps, then cpu)")
+    seed: int = option(0, count, "N", "of the random directions (0)")
+    trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along")
+    output_dir: str = option("experiment_results", path, "DIR", "for the four files (experiment_results)")
+    overwrite: bool = option(False, switch, "true", "replace what an earlier run left in --output-dir")
+    dry_run: bool = option(False, switch, "true", "only say what a run would do, and in what time and memory")
+    redraw: str | None = option(None, path, "DIR", "only draw the pictures of the results in DIR again")
+
+    @property
+    def data(self) -> str:
+        return self.data_file or str(ROOT / BUNDLED)
+
+
+def parse(argv: list[str]) -> Settings:
+    """The settings, or the end of the program: one line and exit code 2."""
+    parser = Parser(Settings, "core_experiment.py", "Perturb a model's residual stream along its sensitive direction.")
+    given, _ = parser.read(argv)
+    settings = Settings(**given)
+    # six digits, as the results name a scale
+    scales = tuple(sorted({float(f"{scale:g}") for scale in settings.scales}))
+    if not any(scales):
+        parser.error("argument --scales: at least one must not be 0")
+    if settings.dry_run and settings.redraw:
+        parser.error("argument --dry-run: it writes nothing, and --redraw does")
+    return replace(settings, scales=scales)

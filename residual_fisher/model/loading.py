@@ -1,0 +1,388 @@
+"""Models by name: the embedded small one, a hub id or a local directory; and where their layers are."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+import difflib
+from functools import partial
+import hashlib
+from importlib.metadata import version
+from importlib.util import find_spec
+import json
+import logging
+import math
+from pathlib import Path
+import pickle
+import platform
+import sys
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from residual_fisher.common.command_line import EMBEDDED, UserError, excerpt, first_line, hub_hint
+from residual_fisher.common.memory import is_out_of_memory
+from residual_fisher.model.embedded import embedded_model
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# Fused attention and grouped experts have no batching rule for their backward.
+PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
+# Share of the free GPU memory that weights may fill before they are spread over devices: the rest
+# holds activations, the batched backward pass and the logits.
+WEIGHTS_SHARE = 0.9
+
+
+class TooLargeError(UserError):
+    """The model does not fit on the GPUs, and is not damaged."""
+
+    def __init__(self):
+        super().__init__(
+            "the model is larger than the free memory of the GPUs, and gradients need all weights at once, so that "
+            "offloading to the CPU saves none: try a smaller --dtype, more GPUs, or a smaller model"
+        )
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device to run on: "auto" takes cuda, then mps, then cpu.
+
+    Raises:
+        UserError: the device is not on this machine.
+    """
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        torch.empty(1, device=device)
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} is not available: {first_line(error)}") from error
+    return torch.device(device)
+
+
+def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False):
+    """A causal language model, frozen and in evaluation mode, and its tokenizer.
+
+    Args:
+        name: "smollm2-135m", a hub id or a local directory.
+        dtype: a key of DTYPES, or "auto": bfloat16 on CUDA, float32 elsewhere.
+        device: "auto", or a torch device; with "auto", a model larger than one GPU is spread over all of them.
+            A GPU that is named becomes CUDA's current one.
+    Returns:
+        (model, tokenizer)
+    Raises:
+        UserError: no such model or device, no way to fetch the embedded one, files that do not make a model, or a
+            model larger than all GPUs.
+        torch.OutOfMemoryError: the weights do not fit.
+    """
+    place = pick_device(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if place.type == "cuda" else "float32"
+    if place.index is not None and place.type == "cuda":
+        torch.cuda.set_device(place)  # kernels that a model brings along run on the current one
+    options = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **PLAIN}
+    # The embedded model loads faster than a progress bar is read; a log file needs none.
+    explained = partial(_explain_failures, name, no_bars=name == EMBEDDED or not sys.stderr.isatty())
+    if name != EMBEDDED:
+        with explained():
+            return _load(name, options, place, device)
+    with explained():
+        path = embedded_model()
+        seen = path.stat().st_ino
+    try:
+        with explained():
+            return _load(str(path), options, place, device)
+    except TooLargeError:
+        raise
+    except UserError as error:
+        print(f"note: {error}: converting it again", file=sys.stderr)
+    with explained():
+        return _load(str(embedded_model(damaged=seen)), options, place, device)
+
+
+@contextmanager
+def _explain_failures(name: str, no_bars: bool) -> Iterator[None]:
+    """A line in place of whatever the libraries raise, and have logged, over a model's files."""
+    try:
+        with _hold_back_logs(), _no_progress_bars() if no_bars else nullcontext():
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        wanted = f"give a hub id, a local directory, or {EMBEDDED}"
+        damaged = name == EMBEDDED or Path(name).is_dir()
+        hint = "are its files complete, and of one model?" if damaged else hub_hint(error, wanted)
+        raise UserError(f"cannot load model {name!r}: {excerpt(_reason(error), 300)} ({hint})") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are a pickle that torch refuses as unsafe, not safetensors"
+    if isinstance(error, OSError):
+        return first_line(error)
+    if "sentencepiece" in str(error) or "tiktoken" in str(error):
+        return "its tokenizer has no tokenizer.json, and to read it takes `pip install sentencepiece protobuf tiktoken`"
+    if type(error) in (ValueError, ImportError, RuntimeError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"  # without its type it says little: KeyError: 'weight_map'
+
+
+def _load(source: str, options: dict, place: torch.device, device: str):
+    trust = options["trust_remote_code"]
+    base = base_of(source)
+    with_tokenizer = source if base == source or find_file(source, "tokenizer_config.json") else base
+    tokenizer = AutoTokenizer.from_pretrained(with_tokenizer, trust_remote_code=trust)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
+    spread = place.type == "cuda" and device == "auto" and _exceeds_gpu(base, options)
+    # straight to the device: host memory need not hold the weights
+    model, found = model_class(config).from_pretrained(
+        source,
+        **options,
+        device_map="auto" if spread else {"": place},
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in `found`
+    )
+    _require_all_weights(found["missing_keys"], found["mismatched_keys"])
+    if any(p.is_meta for p in model.parameters()):
+        raise TooLargeError
+    model.eval().requires_grad_(False)
+    with torch.no_grad():  # values that no library has checked fail here
+        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    return model, tokenizer
+
+
+def model_class(config) -> type:
+    """The class that loads a model for text: one that also sees images has no other.
+
+    Raises:
+        ValueError: it is no decoder-only language model.
+    """
+    kind = type(config).__name__.removesuffix("Config")
+    if config.is_encoder_decoder and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{kind} is an encoder-decoder, not a decoder-only language model")
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if remote or type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    raise ValueError(f"transformers has no causal language model for {kind}")
+
+
+def find_file(source: str, name: str) -> str | None:
+    """The path of a file of a hub repository or local directory; None also where loading will say what is wrong."""
+    causes = ("missing_entries", "connection_errors", "gated_repo")
+    return cached_file(source, name, **{f"_raise_exceptions_for_{cause}": False for cause in causes})
+
+
+def base_of(source: str) -> str:
+    """The model that an adapter adapts (LoRA and its kin, with the package peft); a whole model is its own.
+
+    Raises:
+        ValueError: it is an adapter, and peft is not there.
+    """
+    if find_file(source, "config.json") or not (adapter := find_file(source, "adapter_config.json")):
+        return source
+    if find_spec("peft") is None:
+        raise ValueError("it is an adapter, which needs another package: `pip install peft`")
+    return json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def _require_all_weights(missing: set[str], mismatched: set[tuple]) -> None:
+    """Raises ValueError: the checkpoint leaves weights to chance."""
+    if missing:
+        raise ValueError(f"its checkpoint lacks {len(missing)} of the weights, {min(missing)} among them")
+    if mismatched:
+        key, found, wanted = min(mismatched)
+        found, wanted = (" x ".join(map(str, shape)) for shape in (found, wanted))
+        raise ValueError(f"{len(mismatched)} of its weights have another shape: {key} is {found}, not {wanted}")
+
+
+def _exceeds_gpu(source: str, options: dict) -> bool:
+    trust = options["trust_remote_code"]
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+    with torch.device("meta"):
+        model = model_class(config).from_config(config, trust_remote_code=trust)
+    size = sum(p.numel() for p in model.parameters()) * options["dtype"].itemsize
+    free = [WEIGHTS_SHARE * torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
+    if size > sum(free):  # before minutes of loading
+        raise TooLargeError
+    return size > free[torch.cuda.current_device()]
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _hold_back_logs() -> Iterator[None]:
+    """What transformers has to say is logged when the block ends well: a failure has a line of its own."""
+    handlers, held = logging.getLogger("transformers").handlers, []
+    hold = held.append  # which returns None: drop the record
+    for handler in handlers:
+        handler.addFilter(hold)
+    try:
+        yield
+    except BaseException:
+        held.clear()
+        raise
+    finally:
+        for handler in handlers:
+            handler.removeFilter(hold)
+            for record in held:
+                handler.handle(record)
+
+
+def describe(model: nn.Module) -> dict:
+    """What a result should say of the model and the machine it came from."""
+    device = model.device
+    return {
+        "model_class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "depth": model.config.get_text_config(decoder=True).num_hidden_layers,
+        "hidden_size": model.config.get_text_config(decoder=True).hidden_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "numpy")},
+    }
+
+
+# Keys of a configuration that change no prediction, or that this project sets itself.
+VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+BLOCK = 1 << 14  # numbers that a checksum weighs alike
+
+
+def fingerprint(model: nn.Module, tokenizer) -> str:
+    """A hash of all that a prediction depends on: configuration, tokenizer, chat template, every weight and buffer.
+
+    Buffers that the checkpoint does not hold are left out: they follow from the configuration, and some change
+    with the prompts that were run. Of weights that are offloaded, only names, shapes and dtypes count.
+    """
+    config = _without_volatile(json.loads(model.config.to_json_string(use_diff=False)))
+    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    digest = hashlib.sha256(json.dumps([config, words, tokenizer.chat_template], sort_keys=True).encode())
+    for name, values in _plain_tensors(model.state_dict().items()):
+        if isinstance(values, torch.Tensor):
+            known = None if values.is_meta else _checksum(values)
+            digest.update(f"{name} {tuple(values.shape)} {values.dtype} {known}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _plain_tensors(named: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
+    """The same, but for tensors that are made of others (quantised ones): those, by the names they have there."""
+    for name, values in named:
+        if hasattr(values, "__tensor_flatten__"):
+            inner, _ = values.__tensor_flatten__()
+            yield from _plain_tensors((f"{name}.{part}", getattr(values, part)) for part in inner)
+        else:
+            yield name, values
+
+
+def _without_volatile(value):
+    if isinstance(value, dict):
+        return {key: _without_volatile(item) for key, item in value.items() if key not in VOLATILE}
+    return value
+
+
+def _checksum(values: torch.Tensor) -> int:
+    """A sum of the numbers' bits modulo 2^64, each times the weight of its place, computed where the tensor is.
+
+    The weights are odd, so that no change of a single number is missed, and scrambled, so that a rearrangement is
+    missed no more often than by chance (2^-63). All sums are exact: the same on every device.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
+    bits = values.detach().contiguous().flatten().view(integers)
+    weights = _scrambled(torch.arange(BLOCK, device=bits.device))
+    rest = len(bits) % BLOCK
+    at_once = BLOCK if bits.device.type == "cpu" else 1 << 24  # in 8 bytes each: a CPU's cache, a GPU's work
+    parts = bits[: len(bits) - rest].split(at_once)
+    sums = [(part.view(-1, BLOCK) * weights).sum(-1) for part in parts]
+    sums = torch.cat([*sums, (bits[len(bits) - rest :] * weights[:rest]).sum()[None]])
+    return int((sums * _scrambled(torch.arange(len(sums), device=bits.device))).sum())
+
+
+def _scrambled(numbers: torch.Tensor) -> torch.Tensor:
+    """Odd numbers int64 without the order of `numbers` (after the SplitMix64 generator)."""
+    numbers = (numbers + 1) * -0x61C8864680B583EB
+    numbers = (numbers ^ (numbers >> 30)) * -0x40A7B892E31B1A47
+    numbers = (numbers ^ (numbers >> 27)) * -0x6B2FB644ECCEEE15
+    return (numbers ^ (numbers >> 31)) | 1
+
+
+def dtype_advice(model: nn.Module) -> str:
+    """What to add to a message about NaN or infinity: a wider dtype may help a model in half precision."""
+    return " (try --dtype float32)" if model.dtype.itemsize < 4 else ""
+
+
+# --- the layers of any decoder -------------------------------------------------------------------
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Tokens that the output head knows, which may be more than the tokenizer's."""
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def rotation_change(model: nn.Module) -> float:
+    """The padded length above which a model rotates positions in another way for a whole batch (Phi-3's longrope)."""
+    config = model.config.get_text_config(decoder=True).to_dict()
+    places = [config, *(config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))]
+    return min((p.get("original_max_position_embeddings") or math.inf for p in places), default=math.inf)
+
+
+def longest_prompt(model: nn.Module) -> int | None:
+    """Tokens that the model has positions for; None if its configuration names no limit."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or None
+
+
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder layers of a causal LM, by module path, in order: {"model.layers.0": module, ...}.
+
+    They are the module list as long as the configuration says the text model is deep, in the part of the model that
+    transformers calls its decoder, else anywhere. Of several such lists it is the outermost (a vision tower is further
+    inside), and of several there the one with the most parameters.
+
+    Raises:
+        UserError: no such list.
+    """
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    paths = {module: path for path, module in model.named_modules()}
+    for part in (model.get_decoder(), model):
+        lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == depth and m in paths]
+        if depth and lists:
+            layers = max(lists, key=lambda m: (-paths[m].count("."), sum(p.numel() for p in m.parameters())))
+            return {f"{paths[layers]}.{index}": layer for index, layer in enumerate(layers)}
+    raise UserError(f"{type(model).__name__} has no list of {depth} decoder layers to hook")
+
+
+def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """A module by its path ("model.layers.15") or a decoder layer by its number ("15"): its path, and itself.
+
+    Raises:
+        UserError: the model has no such module; says which decoder layers it has.
+    """
+    modules = {path: module for path, module in model.named_modules() if path}  # "" is the model itself
+    if name in modules:
+        return name, modules[name]
+    layers = decoder_layers(model)
+    if name.isdecimal() and int(name) < len(layers):
+        return list(layers.items())[int(name)]
+    first, *_, last = layers
+    near = difflib.get_close_matches(name, modules, 1)
+    hint = f"; did you mean {near[0]}?" if near and near[0] not in layers else ""
+    raise UserError(f"{type(model).__name__} has no module {name!r}: its layers are {first} ... {last}{hint}")

@@ -1,0 +1,1 @@
+"""The rooms of compute_fisher.py: settings, prompts, files, scores, pictures."""

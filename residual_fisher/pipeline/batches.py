@@ -1,0 +1,275 @@
+"""One batch of prompts: the model linearised at their last tokens, the triplets of each F, and what may go wrong."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import chain
+import time
+
+import numpy as np
+import torch
+
+import fisher
+from residual_fisher.common.command_line import UserError, first_line
+from residual_fisher.model.loading import dtype_advice, rotation_change
+from residual_fisher.model.passes import (
+    add_at_last,
+    differentiated_twice,
+    edit_stream,
+    hooked,
+    last_logits,
+    require_causal,
+    stream_width,
+    use_attention,
+)
+from residual_fisher.model.words import Said, found_in, shown_by, what_is_said
+from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
+from residual_fisher.pipeline.prompts import Encoded, Prompt, check_template, encode, plan_batches
+from residual_fisher.pipeline.settings import Settings
+from residual_fisher.pipeline.store import Result
+
+# Rows (tokens times cotangents) of one backward pass: more of them no longer make better use of the machine.
+BACKWARD_ROWS = 4096
+# Above this length attention runs in a fused kernel, which keeps no tokens x tokens matrix for the backward
+# pass. Below it plain attention is as fast, and many cotangents can share one backward pass.
+PLAIN_ATTENTION = 256
+# With the whole vocabulary attention stays plain, and keeps about this many such matrices a head and layer.
+MATRICES_KEPT = 6
+ATTENTION_BYTES = 4 << 30
+# Of so many leading directions, so many tokens are recorded: a few hold most of the share, and records stay small.
+DIRECTIONS, TOKENS = 3, 6
+NEXT_TOKENS = 10  # recorded of a prediction
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under study, and the module that its residual stream is hooked at."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    path: str  # of the module
+    module: torch.nn.Module
+
+    @cached_property
+    def show(self) -> Callable[[int], str]:
+        """Writes a token: the same few, thousands of times."""
+        return cache(shown_by(self.tokenizer))
+
+    @cached_property
+    def found_in(self) -> Callable[[str, Sequence[str]], list[bool]]:
+        """Tells which tokens a prompt holds."""
+        return found_in(self.tokenizer, self.show)
+
+    def next_tokens(self, prompt: str, ids: list[int], p: list[float]) -> list[dict]:
+        """The most probable next tokens as they are recorded; `in_prompt` are those that a word there begins with."""
+        texts = [self.show(token) for token in ids]
+        columns = zip(texts, ids, p, self.found_in(prompt, texts), strict=True)
+        return [dict(zip(("token", "id", "probability", "in_prompt"), column, strict=True)) for column in columns]
+
+
+def pad(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (prompts, tokens), each row filled up with its own last token, and lengths (prompts,)."""
+    longest = max(len(encoded.ids) for encoded in batch)
+    rows = [encoded.ids + encoded.ids[-1:] * (longest - len(encoded.ids)) for encoded in batch]
+    return torch.tensor(rows), torch.tensor([len(encoded.ids) for encoded in batch])
+
+
+def into_batches(settings: Settings, subject: Subject, encoded: list[Encoded]) -> list[list[Encoded]]:
+    """The prompts of a shard in batches: of like length, so that little is padded."""
+    # a model that turns its positions in another way for long batches has no batch of both kinds
+    change = rotation_change(subject.model)
+    batches = []
+    for kind in ([e for e in encoded if len(e.ids) > change], [e for e in encoded if len(e.ids) <= change]):
+        batches += [[kind[j] for j in batch] for batch in plan_batches([len(e.ids) for e in kind], settings.batch_size)]
+    return batches
+
+
+@contextmanager
+def explain_failures(subject: Subject, batch: list[Encoded]) -> Iterator[None]:
+    """Turns failures of a whole batch into a line."""
+    try:
+        yield
+    except (fisher.NumericalError, torch.linalg.LinAlgError) as error:
+        first, last = batch[0].prompt.index, batch[-1].prompt.index
+        where = f"in the batch of prompts {first} to {last}"
+        raise UserError(f"{first_line(error)} {where}{dtype_advice(subject.model)}") from error
+    except fisher.UnsupportedModelError as error:
+        raise UserError(f"no Fisher matrix at {subject.path}: {error}") from error
+
+
+def attention_for(settings: Settings, batch: list[Encoded]) -> tuple[str, int]:
+    """The kind of attention a batch runs with, and how many cotangents to pull back at once."""
+    longest = max(len(encoded.ids) for encoded in batch)
+    rows = max(1, BACKWARD_ROWS // (len(batch) * longest))
+    if settings.top_k_tokens == "all":  # the block iteration differentiates the backward pass: no fused attention
+        return "eager", rows
+    return ("eager", rows) if longest <= PLAIN_ATTENTION and rows > 1 else ("sdpa", 1)
+
+
+def linearize(settings: Settings, subject: Subject, batch: list[Encoded]) -> tuple[fisher.Point, int]:
+    """The batch's prompts at their last tokens, and how many cotangents to pull back at once."""
+    kind, rows = attention_for(settings, batch)
+    use_attention(subject.model, kind)
+    last_only = settings.bias_positions == "last"
+    return fisher.linearize_prompts(subject.model, subject.module, *pad(batch), last_only), rows
+
+
+def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) -> int:
+    """The whole batch, or as many prompts as leave plain attention room for its tokens x tokens matrices."""
+    if settings.top_k_tokens != "all":
+        return len(batch)
+    config = subject.model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    longest = max(len(encoded.ids) for encoded in batch)
+    each = MATRICES_KEPT * config.num_hidden_layers * heads * longest**2 * subject.model.dtype.itemsize
+    return max(1, min(len(batch), ATTENTION_BYTES // each))
+
+
+def triplets(settings: Settings, point: fisher.Point, chunks: fisher.Chunks) -> tuple[fisher.Eigenpairs, Said, dict]:
+    """The leading eigenpairs of each prompt's F, what they say, and columns (prompts,) of what they leave out."""
+    r = settings.num_singular_values
+    if settings.top_k_tokens == "all":
+        with differentiated_twice():
+            found = leading_eigenpairs(point, r, chunks=chunks)
+        eigen, mass = found.eigen, torch.ones_like(found.trace_error[0])
+        slopes = point.output_head().times(found.pushed[..., :DIRECTIONS, :])
+        said = what_is_said(slopes[0], point.log_probs.exp(), num=TOKENS)
+        errors = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
+    else:
+        top = fisher.top_k(point, settings.top_k_tokens, chunks)
+        eigen, mass, errors = top.eigenpairs(r, allow_zero=True), top.mass, {}
+        slopes = top.slopes(eigen.vectors[..., :DIRECTIONS, :])
+        said = what_is_said(slopes[0], top.weights, top.tokens, TOKENS)
+    eigen = fisher.Eigenpairs(*(part[0] for part in eigen))  # of the one module
+    columns = {"captured_mass": mass, **errors, "trace": eigen.trace, "effective_rank": eigen.effective_rank}
+    return eigen, said, columns
+
+
+def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Result]:
+    """The results of a batch's prompts. Out of memory, it goes on with half of the batch at a time.
+
+    A prompt that leads to NaN, infinity or no convergence is taken out of the batch and recorded as failed.
+
+    Raises:
+        UserError: the module does not lead to the predictions, or an eigensolver failed.
+    """
+    start = time.perf_counter()
+
+    def measure_some(which: torch.Tensor) -> list[Result]:
+        prompts = [batch[i] for i in which.tolist()]
+        try:
+            point, rows = linearize(settings, subject, prompts)
+            eigen, said, columns = triplets(settings, point, fisher.Chunks(rows))
+        except fisher.NumericalError as error:
+            if error.prompt is None:
+                raise
+            others = which[torch.arange(len(which)) != error.prompt]
+            results = measure_some(others) if len(others) else []
+            results.insert(error.prompt, without_matrix(settings, subject, prompts[error.prompt], str(error)))
+            return results
+        next_tokens = point.log_probs.exp().topk(min(NEXT_TOKENS, point.log_probs.shape[-1]))
+        next_p, next_ids = (column.tolist() for column in next_tokens)
+        values, vectors = (part.cpu().numpy() for part in eigen[:2])
+        said = Said(*(part.cpu() for part in said))
+        columns = {name: column.tolist() for name, column in columns.items()}
+        return [
+            Result(
+                record={
+                    **describe_prompt(encoded),
+                    "top_token": subject.tokenizer.decode(next_ids[i][:1]),
+                    "top_probability": next_p[i][0],
+                    "next_tokens": subject.next_tokens(encoded.prompt.text, next_ids[i], next_p[i]),
+                    **{name: column[i] for name, column in columns.items()},
+                    "singular_values": values[i].tolist(),
+                    "directions": said.records((i,), subject.show),
+                },
+                values=values[i],
+                vectors=vectors[i],
+            )
+            for i, encoded in enumerate(prompts)
+        ]
+
+    with explain_failures(subject, batch):
+        parts = fisher.Chunks(prompts_at_once(settings, subject, batch)).map(measure_some, torch.arange(len(batch)))
+    results = list(chain.from_iterable(parts))
+    seconds = (time.perf_counter() - start) / len(batch)
+    for result in results:
+        result.record["seconds"] = seconds
+    return results
+
+
+def describe_prompt(encoded: Encoded) -> dict:
+    return {
+        "index": encoded.prompt.index,
+        "row": encoded.prompt.row,
+        "prompt": encoded.prompt.text,
+        "tokens": len(encoded.ids),
+        "truncated": encoded.truncated,
+    }
+
+
+def without_matrix(settings: Settings, subject: Subject, encoded: Encoded, reason: str) -> Result:
+    """The result of a prompt that failed: why, and zeros."""
+    r, width = settings.num_singular_values, stream_width(subject.model, subject.module)
+    zeros = dict.fromkeys(("top_probability", "captured_mass", "trace", "effective_rank"), 0.0)
+    lists = {"next_tokens": [], "singular_values": [0.0] * r, "directions": []}
+    record = {**describe_prompt(encoded), "failed": reason, "top_token": "", **zeros, **lists}
+    return Result(record, np.zeros(r, np.float32), np.zeros((r, width), np.float32))
+
+
+def check_padding(subject: Subject, batch: list[Encoded]) -> None:
+    """Runs the shortest and the longest prompt of a batch, without their last tokens, with two kinds of padding.
+
+    Raises:
+        UserError: the logits differ, so that this model's results would depend on what else is in the batch.
+    """
+    by_length = sorted(batch, key=lambda encoded: len(encoded.ids))
+    ids, lengths = pad([by_length[0], by_length[-1]])
+    ids = ids if ids.shape[1] > 1 else ids.expand(-1, 2)
+    try:
+        require_causal(subject.model, ids, (lengths - 1).clamp(min=1))
+    except fisher.UnsupportedModelError as error:
+        raise UserError(f"{type(subject.model).__name__} is not supported: {error}") from error
+
+
+def check_once(settings: Settings, subject: Subject, batch: list[Encoded], checked: set[str]) -> bool:
+    """`check_padding` with the first batch of every kind of attention, of which `checked` were; whether this is one."""
+    kind = attention_for(settings, batch)[0]
+    if kind in checked:
+        return False
+    use_attention(subject.model, kind)
+    with explain_failures(subject, batch):
+        check_padding(subject, batch)
+    checked.add(kind)
+    return True
+
+
+# --- before the first one ---------------------------------------------------------------------------
+
+
+def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int) -> None:
+    """Takes the first prompt to its last token, so that what is wrong for all prompts is found before anything else.
+
+    Raises:
+        UserError: the template leaves no room or leaves out the text, the module does not lead to the predictions, or
+            F does not predict them.
+    """
+    check_template(subject.tokenizer)
+    batch = [encode(subject.tokenizer, first, longest)]
+
+    def moved(deltas: torch.Tensor) -> torch.Tensor:
+        def add(h: torch.Tensor) -> torch.Tensor:
+            here = deltas[:, None].to(h)
+            return add_at_last(h, here) if settings.bias_positions == "last" else h + here
+
+        with hooked((subject.module.register_forward_hook, edit_stream(add))):
+            return last_logits(subject.model, *pad(batch * len(deltas)))
+
+    try:
+        point, rows = linearize(settings, subject, batch)
+        fisher.check_prediction(point, moved, fisher.Chunks(rows))
+    except fisher.NumericalError:
+        return  # it will be recorded as failed
+    except fisher.UnsupportedModelError as error:
+        raise UserError(f"no Fisher matrix at {subject.path}: {error}") from error
