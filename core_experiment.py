@@ -9,59 +9,59 @@ of the same length along random directions, and towards another sentence's activ
     python core_experiment.py --model-name meta-llama/Llama-3.1-8B --scale-unit nats
 
 Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matrix.png and
-perturbation_analysis.png to --output-dir. Stopped, the same command goes on where it was.
+perturbation_analysis.png to --output-dir. A stopped run is resumed by the same command; a finished one is extended by
+the same command with more sentences.
 """
 
-from residual_fisher.common.console import before_imports, undisturbed
+from residual_fisher.common.program import before_imports, undisturbed
 
 if __name__ == "__main__":  # Ctrl-C may come during the imports below, which take seconds
     before_imports()
 
-from dataclasses import asdict, replace
-from pathlib import Path
 import sys
 
-from residual_fisher.common.command_line import (
+from residual_fisher.common.program import (
+    SOME_FAILED,
     UserError,
     end_with_error,
-    excerpt,
     exit_code,
-    first_line,
-    printable,
-    settle_network,
+    go_offline_without_hub,
+    peak_memory,
+    too_many,
 )
-from residual_fisher.experiment.settings import BUNDLED, Settings, parse
+from residual_fisher.experiment.settings import Settings, parse
 
 PROGRAM = "core_experiment.py"
 
-if __name__ == "__main__":  # before the slow ones: --help need not wait for torch
-    from_command_line = parse(sys.argv[1:])
+if __name__ == "__main__":  # before the slow imports: --help need not wait for torch
     try:
-        settle_network(from_command_line.model_name, from_command_line.data)
+        from_command_line = parse(sys.argv[1:])
+        go_offline_without_hub(from_command_line.model_name, from_command_line.data)
     except UserError as error:
         sys.exit(end_with_error(PROGRAM, error))
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-import itertools
+import hashlib
+import json
 import math
+from pathlib import Path
 import time
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-import fisher
-from residual_fisher.common.amounts import peak_memory
-from residual_fisher.common.failures import SOME_FAILED, too_many
-from residual_fisher.common.lock import lock_directory, require_unlocked
-from residual_fisher.experiment import estimate, figures, report
-from residual_fisher.experiment.measurement import Batches, Clock, fit_to_way, perturb
+from residual_fisher.common.estimate import Trial
+from residual_fisher.common.options import identity_of, settings_of
+from residual_fisher.common.run import Item, Run, State, checksum, stamps
+from residual_fisher.common.text import duration, excerpt, excerpt_end, first_line, printable, size
+from residual_fisher.experiment import figures, records, report
+from residual_fisher.experiment.measurement import Batches, Clock, perturb
 from residual_fisher.experiment.perturbation import control_directions
-from residual_fisher.experiment.results import Results, rank, read_results
-from residual_fisher.experiment.run_directory import Earlier, RunDirectory, identify
+from residual_fisher.experiment.records import Recorder, failure, rank, read_results, split_results, write_results
 from residual_fisher.experiment.sentences import Context, Found, diverse_order, find_sentences, locate, token_of
+import fisher
 from residual_fisher.model.loading import (
     decoder_layers,
     describe,
@@ -73,16 +73,71 @@ from residual_fisher.model.loading import (
 )
 from residual_fisher.model.passes import devices_of, require_known_tokens
 
+FILES = (records.RESULTS, records.EIGENVECTORS, *figures.FILES)
+SHOWN = 3  # prompts that a dry run shows
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
-# Seconds of work that a kill may cost; or more, so that saving takes no more than this share of the time.
-SAVE_EVERY, SAVE_SHARE = 30.0, 0.05
 
 
-# --- what is asked for, and what the model has ---------------------------------------------------
+# --- 1. the sentences and the model --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a run has before its first sentence."""
+
+    settings: Settings  # no more is asked for than the model has
+    model: torch.nn.Module
+    found: Found
+    contexts: list[Context]  # of all sentences that can be used, diverse ones first; an item's number is its place here
+    recorder: Recorder
+    about: dict  # "run", "experiment_config" and "environment" of the results
+    identity: dict
+    load_seconds: float
+
+
+def prepare(settings: Settings) -> Experiment:
+    """Reads the sentences, loads the model, finds the target word's token in each sentence. Writes nothing.
+
+    Raises:
+        UserError: one of them is not as it has to be.
+    """
+    found = find_sentences(
+        settings.data,
+        settings.target_word,
+        settings.text_column,
+        settings.data_config,
+        settings.data_split,
+        settings.num_sentences,
+    )
+    start = time.perf_counter()
+    model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
+    load_seconds = time.perf_counter() - start
+    if not tokenizer.is_fast:
+        raise UserError(f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word")
+    asked, settings = identity_settings(settings), clamp_to_model(settings, model)
+    environment = describe(model)
+    print(report.heading(settings.model_name, environment, settings.layers))
+    contexts = find_contexts(settings, model, tokenizer, found.sentences)
+
+    model_fingerprint = fingerprint(model, tokenizer)
+    sentences_fingerprint = short_hash([[context.ids, context.target_id] for context in contexts])
+    run = {"model_fingerprint": model_fingerprint, "sentences_fingerprint": sentences_fingerprint}
+    about = {
+        "run": {"id": short_hash([run, identity_of(settings)]), **run},
+        "experiment_config": settings_of(settings),
+        "environment": environment,
+    }
+    recorder = Recorder(about["experiment_config"], settings.layers, tokenizer)
+    identity = {"settings": asked, "model": model_fingerprint, "sentences": sentences_fingerprint}
+    return Experiment(settings, model, found, contexts, recorder, about, identity, load_seconds)
+
+
+def short_hash(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
-    """The settings with no more tokens than the vocabulary has, eigenvectors than F has, and layers that there are.
+    """The settings with no more tokens than the vocabulary has, eigenvectors than F has, and layers that exist.
 
     Raises:
         UserError: it has no such layer.
@@ -115,9 +170,6 @@ def choose_layers(asked: tuple | None, depth: int) -> tuple[int, ...]:
     return tuple(sorted(set(asked)))
 
 
-# --- the experiment ------------------------------------------------------------------------------
-
-
 def find_contexts(settings: Settings, model: torch.nn.Module, tokenizer, texts: list[str]) -> list[Context]:
     """The sentences in which the tokenizer lets the word be found, within the model's longest prompt; diverse first.
 
@@ -140,328 +192,321 @@ def find_contexts(settings: Settings, model: torch.nn.Module, tokenizer, texts: 
     return [replace(contexts[index], steer_id=steer_id) for index in order]
 
 
-def leave_out(model: torch.nn.Module, results: Results, context: Context, error: Exception) -> None:
-    """Records a sentence that led to NaN, infinity or no convergence.
-
-    Raises:
-        UserError: too many have.
-    """
-    layer = getattr(error, "layer", None)
-    where = "" if layer is None else f" at layer {results.layers[layer]}"
-    sentence = excerpt(context.sentence, 60)
-    reason = f"{first_line(error)}{where} of sentence {sentence!r}{dtype_advice(model)}"
-    results.failed.append({"sentence": context.sentence, "reason": reason})
-    failed, tried = len(results.failed), len(results.failed) + len(results)
-    if too_many(failed, tried):
-        raise UserError(f"{failed} of the first {tried} sentences failed: {reason}")
-    tqdm.write(f"note: left out: {printable(reason)}", file=sys.stderr)
+# --- 2. to 5. sentence by sentence ---------------------------------------------------------------
 
 
-def linearize_each(
-    settings: Settings, model: torch.nn.Module, contexts: list[Context], results: Results, clock: Clock
-) -> Iterator[tuple[Context, fisher.Point]]:
-    """The contexts that qualify and are not in `results`, each with the model linearised at its prompt's last token.
-
-    Raises:
-        UnsupportedModelError: the model is not.
-        UserError: too many sentences fail.
-    """
-    for context in contexts:
-        if context.sentence in results:
-            continue
-        try:
-            with clock("prefix"):
-                require_known_tokens(model, torch.tensor([context.target_id]))
-                point = fisher.linearize(model, context.ids, settings.layers)
-        except FAILURES as error:
-            leave_out(model, results, context, error)
-            continue
-        if settings.require_predicted and rank(point.log_probs, context.target_id) > 1:
-            continue
-        yield context, point
-
-
-def with_other_activations(
-    points: Iterator[tuple[Context, fisher.Point]], results: Results
-) -> Iterator[tuple[Context, fisher.Point, torch.Tensor | None]]:
-    """Each sentence's, with the activations (layers, d) of another: the one finished last, or else the next one."""
-    point = next(points, None)
-    while point is not None:
-        other, following = results.last_activations, None
-        if other is None and results.config["num_sentences"] > 1:
-            following = next(points, None)
-            other = following and following[1].activations
-        yield *point, other
-        point = following or next(points, None)
-
-
-@contextmanager
-def explain_unsupported() -> Iterator[None]:
-    try:
-        yield
-    except fisher.UnsupportedModelError as error:
-        raise UserError(f"this model is not supported: {error}") from error
-
-
-def perturb_each(
-    settings: Settings,
-    contexts: list[Context],
-    points: Iterator[tuple[Context, fisher.Point]],
-    results: Results,
-    batches: Batches,
-    clock: Clock,
-) -> Iterator[None]:
-    """Takes sentence after sentence through `perturb` into `results`; yields after each.
-
-    Args:
-        contexts: all that there are.
-        points: those to take, linearised.
-    Raises:
-        UnsupportedModelError: the model is not.
-        UserError: too many sentences fail.
-    """
-    for context, point, other in with_other_activations(points, results):
-        key = (settings.seed, len(results))
-        controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
-        try:
-            if not batches.fitted:
-                fit_to_way(batches, point, contexts)
-                batches.fitted = True
-            moved = partial(fisher.perturb, point, at=0)
-            batches.checked = batches.checked or fisher.check_prediction(point, moved, batches.gradients)
-            results.add(perturb(settings, context, point, controls, batches, clock))
-        except FAILURES as error:
-            leave_out(point.model, results, context, error)
-            continue
-        yield
-
-
-def perturb_all(
-    settings: Settings,
-    model: torch.nn.Module,
-    contexts: list[Context],
-    results: Results,
-    save: Callable[[Results], None],
-    clock: Clock,
-) -> None:
-    """All that is not in `results` yet, saving what there is now and then.
-
-    Raises:
-        UserError: the model is not supported, no sentence qualifies, or too many fail.
-    """
-    due = time.perf_counter() + SAVE_EVERY
-    points = linearize_each(settings, model, contexts, results, clock)
-    steps = perturb_each(settings, contexts, points, results, Batches(settings.batch_size, len(settings.layers)), clock)
-    total = min(settings.num_sentences, len(contexts))
-    bar = tqdm(total=total, initial=len(results), desc="perturbing", unit="sentence", disable=None)
-    with explain_unsupported(), bar:
-        for _ in steps:
-            tqdm.write(report.sentence_block(results, len(results) - 1))
-            bar.update()
-            if len(results) == settings.num_sentences:
-                break
-            if (start := time.perf_counter()) > due:
-                save(results)
-                end = time.perf_counter()
-                due = end + max(SAVE_EVERY, (end - start) / SAVE_SHARE)
-    if not len(results):
-        raise UserError(nothing_found(settings, contexts, results))
-    results.complete = True
-
-
-def nothing_found(settings: Settings, contexts: list[Context], results: Results) -> str:
-    if results.failed:
-        return results.failed[0]["reason"]
-    word = settings.target_word
-    return f"in none of {len(contexts)} sentences is {word!r} the top prediction (--require-predicted)"
-
-
-# --- the protocol --------------------------------------------------------------------------------
-
-
-def redraw(directory: Path) -> int:
-    try:
-        figures.draw(directory)
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise UserError(f"the results in {directory} are of another form: {excerpt(repr(error), 80)}") from error
-    print(f"Drawn in {printable(str(directory))}: {', '.join(figures.drawn_of(read_results(directory)))}")
-    return 0
-
-
-class Prepared(NamedTuple):
-    """What a run has before its first sentence."""
-
-    settings: Settings  # as far as the model has what they ask for
-    model: torch.nn.Module
-    found: Found
-    contexts: list[Context]
-    files: RunDirectory
-    new_results: Callable[[dict[str, float]], Results]  # from the clock's seconds
-    earlier: Earlier | None
-    clock: Clock
-
-
-def prepare(settings: Settings) -> Prepared:
-    """Reads the sentences, loads the model, looks at what an earlier run has left. Writes nothing.
-
-    Raises:
-        UserError: one of them is not as it has to be.
-    """
-    found = find_sentences(
-        settings.data,
-        settings.target_word,
-        settings.text_column,
-        settings.data_config,
-        settings.data_split,
-        settings.num_sentences,
-    )
-    clock = Clock()
-    with clock("load"):
-        model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
-    clock.devices = devices_of(model)
-    if not tokenizer.is_fast:
-        raise UserError(f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word")
-    settings = clamp_to_model(settings, model)
-    environment = describe(model)
-    print(report.heading(settings.model_name, environment, settings.layers))
-    contexts = find_contexts(settings, model, tokenizer, found.sentences)
-
-    config = {**asdict(settings), "data_file": settings.data_file or BUNDLED}
-    for key in ("redraw", "overwrite", "dry_run"):
-        del config[key]
-    about = identify(config, fingerprint(model, tokenizer), contexts)
-    files = RunDirectory(Path(settings.output_dir), config, about)
-    new_results = partial(Results, config, about, environment, settings.layers, tokenizer)
-    return Prepared(settings, model, found, contexts, files, new_results, files.earlier(settings.overwrite), clock)
-
-
-def run(settings: Settings) -> int:
-    directory = Path(settings.output_dir)
-    with lock_directory(directory):
-        settings, model, _, contexts, files, new_results, earlier, clock = prepare(settings)
-        files.remove_leftovers()
-        results = new_results(clock.seconds)
-        if earlier:
-            if earlier.document["complete"]:
-                return say_finished(directory, earlier.document)
-            results.go_on_from(*earlier)
-            print(going_on(results))
-        print(report.block_legend(results))
-        measure(settings, model, contexts, results, files, clock)
-    return SOME_FAILED if results.failed else 0
-
-
-def going_on(results: Results) -> str:
-    return f"Going on after the {len(results)} sentences that are finished."
-
-
-def finished(directory: Path) -> str:
-    return f"{printable(str(directory))} is finished: nothing to do (--overwrite starts anew)"
-
-
-def say_finished(directory: Path, document: dict) -> int:
-    if not figures.are_of(directory, document):
-        figures.draw(directory)
-    print(finished(directory))
-    return 0
+def linearize(experiment: Experiment, context: Context, clock: Clock) -> fisher.Point | None:
+    """The model at the prompt's last token; None if the sentence does not qualify (--require-predicted)."""
+    settings = experiment.settings
+    with clock("prefix"):
+        require_known_tokens(experiment.model, torch.tensor([context.target_id]))
+        point = fisher.linearize(experiment.model, context.ids, settings.layers)
+    qualifies = not settings.require_predicted or rank(point.log_probs, context.target_id) == 1
+    return point if qualifies else None
 
 
 def measure(
-    settings: Settings,
-    model: torch.nn.Module,
-    contexts: list[Context],
-    results: Results,
-    files: RunDirectory,
+    experiment: Experiment,
+    numbers: Sequence[int],
+    finished: int,
+    other: torch.Tensor | None,
+    batches: Batches,
     clock: Clock,
-) -> None:
-    """All that is not finished yet. Whatever stops it, finished sentences are saved before it is reported."""
+) -> Iterator[Item]:
+    """Takes sentences through the protocol; yields each that is finished or has failed, one after the other.
+
+    Args:
+        numbers: places in `experiment.contexts`, of the sentences to take.
+        finished: how many sentences are finished.
+        other: the activations (layers, d) of the sentence finished last.
+    Raises:
+        UserError: the model is not supported.
+    """
+    settings = experiment.settings
+    for place, number in enumerate(numbers):
+        context = experiment.contexts[number]
+        try:
+            # 2. linearise the model at the prompt's last token
+            point = linearize(experiment, context, clock)
+            if point is None:
+                continue
+            # 3. the directions to compare v with; and, before the first sentence, whether F predicts anything
+            if other is None and settings.num_sentences > 1:
+                other = next_activations(experiment, numbers[place + 1 :], clock)
+            key = (settings.seed, finished)
+            controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
+            batches.prepare(point, experiment.contexts)
+            # 4. the Fisher matrix, its eigenpairs, and every perturbation
+            measured = perturb(settings, context, point, controls, batches, clock)
+            # 5. what it all was
+            item = experiment.recorder.item(number, measured, clock.take())
+        except FAILURES as error:
+            yield failure(number, context.sentence, reason_of(error, experiment, context))
+            continue
+        except fisher.UnsupportedModelError as error:
+            raise UserError(f"this model is not supported: {error}") from error
+        finished, other = finished + 1, point.activations
+        yield item
+
+
+def next_activations(experiment: Experiment, numbers: Sequence[int], clock: Clock) -> torch.Tensor | None:
+    """The activations (layers, d) of the next sentence that qualifies, for the first one to be compared with."""
+    for number in numbers:
+        try:
+            point = linearize(experiment, experiment.contexts[number], clock)
+        except FAILURES:
+            continue  # reported when it is this sentence's turn
+        if point is not None:
+            return point.activations
+    return None
+
+
+def reason_of(error: Exception, experiment: Experiment, context: Context) -> str:
+    """Why a sentence is left out: NaN, infinity, or an eigensolver that failed."""
+    layer = getattr(error, "layer", None)
+    where = "" if layer is None else f" at layer {experiment.settings.layers[layer]}"
+    sentence = excerpt(context.sentence, 60)
+    return f"{first_line(error)}{where} of sentence {sentence!r}{dtype_advice(experiment.model)}"
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+def open_run(settings: Settings) -> Run:
+    return Run(Path(settings.output_dir), PROGRAM, FILES, settings.overwrite, read_only=settings.dry_run)
+
+
+def identity_settings(settings: Settings) -> dict:
+    """The options that count. More sentences extend a run, but a single one has no other to be compared with."""
+    return {**identity_of(settings), "num_sentences": 1 if settings.num_sentences == 1 else "several"}
+
+
+def sources(settings: Settings) -> dict:
+    """What shows, without loading them, that data and model are as they were."""
+    return {"data": checksum(Path(settings.data)), "model": stamps(settings.model_name)}
+
+
+def examine(run: Run, experiment: Experiment) -> tuple[State, list[Item]]:
+    """How far the run has come, and its finished items.
+
+    Raises:
+        UserError: the folder holds another run, and may not be overwritten.
+    """
+    settings = experiment.settings
+    numbers = {context.sentence: number for number, context in enumerate(experiment.contexts)}
+    split = partial(split_results, run.folder, numbers)
+    state = run.examine(experiment.identity, sources(settings), settings.num_sentences, split)
+    return state, list(run.items())
+
+
+def run_experiment(settings: Settings) -> int:
+    run = open_run(settings)
+    with run.locked():
+        if run.is_finished(identity_settings(settings), sources(settings), settings.num_sentences):
+            return report_finished(run)
+        experiment = prepare(settings)
+        state, items = examine(run, experiment)
+        if state is State.FINISHED:
+            return report_finished(run)
+        if state is State.STARTED:
+            print(resuming(items))
+        return run_sentences(experiment, run, items)
+
+
+def run_sentences(experiment: Experiment, run: Run, items: list[Item]) -> int:
+    """Measures what is not in `items` yet. Whatever stops it, finished sentences are written before it is reported."""
+    print(report.block_legend(experiment.about["experiment_config"]))
     stopped = None
     try:
-        perturb_all(settings, model, contexts, results, files.save, clock)
+        measure_missing(experiment, run, items)
     except BaseException as error:
         stopped = error
-    if len(results):
-        with undisturbed():
-            files.save(results)
-            if stopped:
-                print(
-                    f"Stopped: {len(results)} finished sentences are kept; the same command goes on.", file=sys.stderr
-                )
-            figures.draw(files.path)
-        print(report.conclusion(results, len(contexts)))
-        print(f"Written to {printable(str(files.path))}: {', '.join(files.written(results))}")
+    finished = [item for item in items if "failed" not in item.record]
+    if not finished:
+        raise stopped or UserError(nothing_found(experiment, items))
+    with undisturbed():
+        document = write_results(run.folder, items, experiment.about, stopped is None, experiment.load_seconds)
+        if stopped:
+            print(
+                f"Stopped: {len(finished)} finished sentences are kept; the same command resumes the run.",
+                file=sys.stderr,
+            )
+            figures.draw(run.folder, document)
+        else:
+            run.finish(len(items), (records.RESULTS, records.EIGENVECTORS))
+            draw(run, document)
+    print(report.conclusion(document, len(experiment.contexts)))
+    written = (records.RESULTS, records.EIGENVECTORS, *figures.names_of(document))
+    print(f"Written to {printable(str(run.folder))}: {', '.join(written)}")
     if stopped:
         raise stopped
+    return SOME_FAILED if document["failed"] else 0
+
+
+def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None:
+    """Sentence after sentence that is not in `items` yet, until there are enough; adds them to the run and to `items`.
+
+    Raises:
+        UserError: the model is not supported, or too many sentences fail.
+    """
+    settings, config = experiment.settings, experiment.about["experiment_config"]
+    if items:
+        run.begin()
+    finished = [item for item in items if "failed" not in item.record]
+    other = torch.from_numpy(finished[-1].arrays["activations"]) if finished else None
+    known = {item.number for item in items}
+    numbers = [number for number in range(len(experiment.contexts)) if number not in known]
+    count, total = len(finished), min(settings.num_sentences, len(experiment.contexts))
+    batches, clock = Batches(settings.batch_size, len(settings.layers)), Clock(devices_of(experiment.model))
+    new = measure(experiment, numbers, count, other, batches, clock)
+    with tqdm(total=total, initial=count, desc="perturbing", unit="sentence", disable=None) as bar:
+        while count < settings.num_sentences and (item := next(new, None)):
+            run.append([item])
+            items.append(item)
+            if "failed" in item.record:
+                require_few_failures(items)
+                continue
+            tqdm.write(report.sentence_block(item.record, count, config))
+            bar.update()
+            count += 1
+
+
+def require_few_failures(items: list[Item]) -> None:
+    """Notes the failure of the last item. Raises UserError: too many have failed."""
+    reason = items[-1].record["failed"]
+    failed = sum("failed" in item.record for item in items)
+    if too_many(failed, len(items)):
+        raise UserError(f"{failed} of the first {len(items)} sentences failed: {reason}")
+    tqdm.write(f"note: left out: {printable(reason)}", file=sys.stderr)
+
+
+def nothing_found(experiment: Experiment, items: list[Item]) -> str:
+    if items:
+        return items[0].record["failed"]
+    word, count = experiment.settings.target_word, len(experiment.contexts)
+    return f"in none of {count} sentences is {word!r} the top prediction (--require-predicted)"
+
+
+def resuming(items: list[Item]) -> str:
+    finished = sum("failed" not in item.record for item in items)
+    return f"Resuming after the {finished} sentences that are finished."
+
+
+def report_finished(run: Run) -> int:
+    """Says that nothing is left to do; in a run that may write, draws pictures that are missing or damaged."""
+    document = read_results(run.folder)
+    if not run.read_only:
+        draw(run, document)
+    print(f"{printable(str(run.folder))} is finished: nothing to do (--overwrite starts anew)")
+    return SOME_FAILED if document["failed"] else 0
+
+
+def draw(run: Run, document: dict) -> None:
+    run.derive(figures.names_of(document), document["checksum"], lambda: figures.draw(run.folder, document))
+
+
+def redraw(folder: Path) -> int:
+    document = read_results(folder)
+    try:
+        figures.draw(folder, document)
+    except (KeyError, IndexError, TypeError) as error:
+        raise UserError(f"the results in {folder} are of another form: {excerpt(repr(error), 80)}") from error
+    print(f"Drawn in {printable(str(folder))}: {', '.join(figures.names_of(document))}")
+    return 0
 
 
 # --- a dry run -----------------------------------------------------------------------------------
 
 
 def dry_run(settings: Settings) -> int:
-    """Says what a run would do, and takes one or two sentences through it to say how long. Writes nothing."""
-    directory = Path(settings.output_dir)
-    require_unlocked(directory)
-    settings, model, found, contexts, files, new_results, earlier, clock = prepare(settings)
-    results = new_results({})
-    if earlier:
-        if earlier.document["complete"]:
-            print(finished(directory))
-            return 0
-        results.go_on_from(*earlier)
-        print(going_on(results))
-    elif files.is_begun():
-        print(f"An earlier run in {printable(str(directory))} would be replaced.")
-    left = [context for context in contexts if context.sentence not in results]
-    todo = left[: settings.num_sentences - len(results)]
+    """Says what a run would do, and takes two sentences through it to say how long. Writes nothing."""
+    run = open_run(settings)
+    with run.locked():
+        if run.is_finished(identity_settings(settings), sources(settings), settings.num_sentences):
+            return report_finished(run)
+        experiment = prepare(settings)
+        state, items = examine(run, experiment)
+        if state is State.FINISHED:
+            return report_finished(run)
+    if state is State.STARTED:
+        print(resuming(items))
+    elif run.is_begun():
+        print(f"An earlier run in {printable(str(run.folder))} would be replaced.")
+    known = {item.number for item in items}
+    finished = sum("failed" not in item.record for item in items)
+    left = [number for number in range(len(experiment.contexts)) if number not in known]
+    todo = left[: settings.num_sentences - finished]
     most = "at most " if settings.require_predicted else ""
-    print(estimate.describe_sentences(settings.target_word, found, contexts, todo, most))
+    contexts = [experiment.contexts[number] for number in todo]
+    print(describe_sentences(experiment, contexts, most))
     if todo:
-        trial = try_some(settings, model, contexts, todo, new_results)
         others = len(left) - len(todo) if settings.require_predicted else 0
-        seconds = estimate.total_seconds(trial, todo, others)
-        memory, count = peak_memory(clock.devices), len(results) + len(todo)
-        print(estimate.describe_costs(trial, seconds, clock.seconds["load"], memory, count, most))
+        print(describe_costs(experiment, todo, others, finished + len(todo), most))
     print("Nothing was written: a dry run.")
     return 0
 
 
-def try_some(
-    settings: Settings,
-    model: torch.nn.Module,
-    contexts: list[Context],
-    todo: list[Context],
-    new_results: Callable[[dict[str, float]], Results],
-) -> estimate.Trial:
-    """The sentences of median and of the longest length, twice: the first round has to warm up.
+def describe_sentences(experiment: Experiment, todo: list[Context], most: str) -> str:
+    """How many sentences there are, and the first prompts; `most` goes before a number that not all may reach."""
+    found, word = experiment.found, excerpt(repr(experiment.settings.target_word), 40)
+    counts = f"{found.read} read, {len(found.sentences)} with {word}, {len(experiment.contexts)} usable"
+    lines = [f"sentences: {counts}, {most}{len(todo)} to run:"]
+    lines += [f"  {excerpt_end(context.prompt, report.EXCERPT)}" for context in todo[:SHOWN]]
+    return "\n".join([*lines, "  …"] if len(todo) > SHOWN else lines)
+
+
+def describe_costs(experiment: Experiment, todo: list[int], others: int, finished: int, most: str) -> str:
+    """Time, memory and disk of the sentences `todo`, and of `others` that are only looked at.
+
+    The sentences of median and of greatest length are tried, twice: the first round has to warm up.
 
     Raises:
         UserError: the model is not supported, or both fail.
     """
-    batches, chosen = Batches(settings.batch_size, len(settings.layers)), estimate.representatives(todo)
-    settings = replace(settings, require_predicted=False)  # these two count, whatever they predict
-    rounds = []
+    lengths = [len(context.ids) for context in experiment.contexts]
+    by_length = sorted(todo, key=lengths.__getitem__)
+    chosen = sorted({by_length[(len(todo) - 1) // 2], by_length[-1]}, key=lengths.__getitem__)
+    anything = replace(experiment, settings=replace(experiment.settings, require_predicted=False))
+    batches, rounds = Batches(experiment.settings.batch_size, len(experiment.settings.layers)), []
     for _ in range(2):
-        clock = Clock(devices_of(model))
-        results = new_results(clock.seconds)
-        with explain_unsupported():
-            points = list(linearize_each(settings, model, chosen, results, clock))
-            times = [time.perf_counter()]
-            for _ in perturb_each(settings, contexts, iter(points), results, batches, clock):
-                times.append(time.perf_counter())
-        if not len(results):
-            raise UserError(results.failed[0]["reason"])
-        linearizing = clock.seconds["prefix"] / len(points)
-        rounds.append([linearizing + end - start for start, end in itertools.pairwise(times)])
-    tried = [context for context in chosen if context.sentence in results.sentences]
-    seconds = list(map(min, *rounds))  # what else the machine did meanwhile only adds to them
-    return estimate.Trial(tried, sum(rounds[0]), seconds, linearizing, results)
+        clock, start = Clock(devices_of(experiment.model)), time.perf_counter()
+        items = list(measure(anything, chosen, 0, None, batches, clock))
+        if failed := [item.record["failed"] for item in items if "failed" in item.record]:
+            if len(failed) == len(items):
+                raise UserError(failed[0])
+            items = [item for item in items if "failed" not in item.record]
+        rounds.append((time.perf_counter() - start, items))
+    items = rounds[-1][1]
+    numbers = [item.number for item in items]
+    each = [min(sum(i.record["seconds"].values()) for _, some in rounds for i in some if i.number == n) for n in numbers]
+    trial = Trial([lengths[number] for number in numbers], each)
+    seconds = trial.total([lengths[number] for number in todo]) + others * items[-1].record["seconds"]["prefix"]
+    seconds += max(0.0, rounds[0][0] - sum(each))  # warming up
+    record, memory = items[-1].record, peak_memory(devices_of(experiment.model))
+    json_bytes, npz_bytes = records.file_sizes(items, finished)
+    a_sentence = " to ".join(dict.fromkeys(map(duration, sorted(each))))
+    return "\n".join(
+        [
+            f"each: {records.perturbations(record)} perturbations at each of {len(record['fisher'])} layers",
+            f"time: about {most}{duration(seconds)}, {a_sentence} a sentence; and {duration(experiment.load_seconds)} "
+            "to load the model",
+            f"memory: {memory}, with the longest sentence ({lengths[numbers[-1]]} tokens)",
+            f"files: about {most}{size(json_bytes)} {records.RESULTS}, {size(npz_bytes)} {records.EIGENVECTORS}, and "
+            f"{2 + ('steering' in record)} pictures",
+        ]
+    )
 
 
-def main(settings: Settings) -> int:
+def main(settings: Settings | None = None) -> int:
+    """Runs one command; without settings, the one that the program was called with."""
+    settings = settings or parse(sys.argv[1:])
     advice = "fewer --layers, a smaller --max-vocab-subset, --dtype bfloat16, or a smaller model"
-    task = partial(dry_run if settings.dry_run else run, settings)
-    if settings.redraw:
-        task = partial(redraw, Path(settings.redraw))
+
+    def task() -> int:
+        if settings.redraw:
+            return redraw(Path(settings.redraw))
+        return dry_run(settings) if settings.dry_run else run_experiment(settings)
+
     return exit_code(PROGRAM, task, advice)
 
 

@@ -1,25 +1,49 @@
 """One sentence at all layers: the Fisher matrix, its top eigenvector, every perturbation, and what each costs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 import time
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-import fisher
-from residual_fisher.experiment.continuation import choose_scales, continuations
-from residual_fisher.experiment.perturbation import step_lengths, sweep, trust_radii_along
-from residual_fisher.experiment.results import SPECTRUM, TOP, Measured
+from residual_fisher.experiment.continuation import Continuations, choose_scales, continuations
+from residual_fisher.experiment.perturbation import Sweep, TrustRadii, step_lengths, sweep, trust_radii_along
 from residual_fisher.experiment.sentences import Context
 from residual_fisher.experiment.settings import Settings
-from residual_fisher.experiment.steering import TOKENS, steer
-from residual_fisher.model.reading import Way
-from residual_fisher.model.words import what_is_said
+from residual_fisher.experiment.steering import TOKENS, Steered, steer
+import fisher
+from residual_fisher.model.reading import PrefixMode
+from residual_fisher.model.words import TokenShares, token_shares
+
+SPECTRUM = 10  # leading eigenvalues recorded per sentence and layer
+TOP = 5  # most probable tokens recorded for every perturbation
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one sentence gave, at all layers. Directions: the Fisher eigenvector first, then the controls."""
+
+    context: Context
+    point: fisher.Point
+    controls: list[str]  # names of the directions after the first
+    mass: float  # probability that the top-k tokens hold
+    eigen: fisher.Eigenpairs
+    shares: TokenShares  # of the leading eigenvalues, (layers, m, tokens)
+    exact: fisher.Eigenpairs | None  # of the whole vocabulary, if a comparison was asked for
+    trust_radii: TrustRadii | None  # if asked for
+    steps: Tensor  # (layers, scales without 0): signed lengths
+    predicted_kl: Tensor  # (layers, directions, scales without 0), nats
+    sweep: Sweep  # of the same shape
+    continuations: Continuations | None  # if asked for
+    steered: Steered | None  # if asked for
 
 
 class Clock:
-    """Seconds by stage."""
+    """Seconds by stage, since they were taken last."""
 
     def __init__(self, devices: Iterable[torch.device] = ()):
         self.seconds, self.devices = {}, devices  # the devices that the stages run on
@@ -33,31 +57,42 @@ class Clock:
                 torch.cuda.synchronize(device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
+    def take(self) -> dict[str, float]:
+        taken, self.seconds = self.seconds, {}
+        return taken
+
 
 class Batches:
-    """How many rows go through the model in one pass; halved, they stay so for all sentences.
-
-    Before the first sentence they are fitted to the way in which the model is read, and a prediction is checked.
-    """
+    """How many rows go through the model in one pass. What running out of memory halves stays so for all sentences."""
 
     def __init__(self, size: int, layers: int = 1):
-        self.fitted, self.checked = False, False
+        self._fitted, self._checked = False, False
         self.gradients = fisher.Chunks(4 * size)  # more of them: they carry no vocabulary along
         self.perturbations = fisher.Chunks(size)
         self.steering = fisher.Chunks(max(1, 4 * size // layers))  # a row for each layer
 
+    def prepare(self, point: fisher.Point, contexts: Sequence[Context]) -> None:
+        """Before the first sentence: fits the sizes to the mode of reading, and checks what F predicts.
 
-def fit_to_way(batches: Batches, point: fisher.Point, contexts: list[Context]) -> None:
-    """Where a row of a pass is a whole prompt, in place of its last token, fewer go together; and it is said."""
-    if point.reading.way is not Way.WHOLE:
-        return
-    lengths = [len(context.ids) for context in contexts]
-    for chunks in (batches.gradients, batches.perturbations, batches.steering):
-        chunks.size = max(1, chunks.size // max(lengths))
-    tqdm.write(
-        f"note: {type(point.model).__name__} remembers more than keys and values, so every pass runs the whole prompt: "
-        f"about {sum(lengths) / len(lengths):.0f} times as much work"
-    )
+        Args:
+            contexts: all sentences of the run.
+        Raises:
+            UnsupportedModelError: a small perturbation does not do what F predicts.
+        """
+        if not self._fitted and point.reading.mode is PrefixMode.WHOLE:
+            self._fit_to_whole_prompts(point, [len(context.ids) for context in contexts])
+        self._fitted = True
+        moved = partial(fisher.perturb, point, at=0)
+        self._checked = self._checked or fisher.check_prediction(point, moved, self.gradients)
+
+    def _fit_to_whole_prompts(self, point: fisher.Point, lengths: list[int]) -> None:
+        """Where a row of a pass is a whole prompt, in place of its last token, fewer go together."""
+        for chunks in (self.gradients, self.perturbations, self.steering):
+            chunks.size = max(1, chunks.size // max(lengths))
+        tqdm.write(
+            f"note: {type(point.model).__name__} remembers more than keys and values, so every pass runs the whole "
+            f"prompt: about {sum(lengths) / len(lengths):.0f} times as much work"
+        )
 
 
 def fisher_matrices(
@@ -87,7 +122,7 @@ def perturb(
     settings: Settings,
     context: Context,
     point: fisher.Point,
-    controls: dict[str, torch.Tensor],
+    controls: dict[str, Tensor],
     batches: Batches,
     clock: Clock,
 ) -> Measured:
@@ -125,7 +160,7 @@ def perturb(
             )  # fmt: skip
     mass = 1.0 if settings.max_vocab_subset == "all" else float(matrix.mass)
     slopes = matrix.slopes(eigen.vectors[:, : settings.num_eigenvectors])
-    said = what_is_said(slopes, matrix.weights, matrix.tokens)
+    shares = token_shares(slopes, matrix.weights, matrix.tokens)
     return Measured(
-        context, point, list(controls), mass, eigen, said, exact, radii, steps, predicted_kl, swept, continued, steered
+        context, point, list(controls), mass, eigen, shares, exact, radii, steps, predicted_kl, swept, continued, steered
     )

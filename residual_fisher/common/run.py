@@ -1,0 +1,486 @@
+"""A run: an identity, and numbered items in a folder.
+
+The *identity* (settings, model, data) says which results belong together. The *items* (sentences, or prompts) are
+numbered. A finished item is kept at once, in an archive of its own or of its batch, so that whatever stops a run costs
+no more than the item or batch it was at: the same command resumes it.
+
+    run = Run(folder, "script.py", files)
+    with run.locked():
+        if run.examine(identity, sources, goal) is not State.FINISHED:
+            for number in set(numbers) - run.records(numbers).keys():
+                run.append([Item(number, record, arrays)])
+            run.finish(primary)                     # after the caller has merged `run.items()` into its primary files
+        run.derive([name], made_from, make)
+
+Three kinds of files stand in the folder:
+
+    items/      run.json (identity, checksums), and the archives of the items until they are merged
+    primary     what was computed
+    derived     what follows from the primary files: scores, statistics, pictures. They are made again whenever they are
+                missing, damaged or made from something else, and are never a reason to compute anything again.
+
+This module knows neither models nor pictures.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+import heapq
+import json
+import math
+import os
+from pathlib import Path
+import re
+from typing import NamedTuple
+import warnings
+import zipfile
+
+import numpy as np
+
+from residual_fisher.common.files import check_writable, json_text, remove_unfinished, sha256, write_archive, write_json
+from residual_fisher.common.lock import LOCK, lock_directory, require_unlocked
+from residual_fisher.common.program import UserError
+from residual_fisher.common.text import excerpt
+
+ITEMS = "items"
+MANIFEST = "run.json"
+FORMAT = "residual-fisher/2"
+ARCHIVE = re.compile(r"(\d{8,12})-(\d{8,12})\.npz")  # the first and the last number in it
+RECORDS = "records.jsonl"  # the member of an archive with a line for each of its items: [number, record]
+MAX_HASHED = 1 << 30  # bytes of a file: of a larger one only the size is compared
+OTHERS = {"model": "another model", "hook_layer": "another layer", "sentences": "other sentences"}  # by identity's key
+
+
+class State(Enum):
+    """What a folder holds of the run that was asked for."""
+
+    NEW = "nothing"
+    STARTED = "a part of its items"
+    FINISHED = "everything"
+
+
+class Item(NamedTuple):
+    """One finished sentence or prompt."""
+
+    number: int
+    record: dict  # in JSON's types
+    arrays: dict[str, np.ndarray]  # by name
+
+
+class DamagedArchiveError(Exception):
+    """An archive of items that cannot be read back, or not all of it."""
+
+
+# --- archives of items ---------------------------------------------------------------------------
+
+
+def write_items(path: Path, items: Iterable[Item]) -> None:
+    """Writes items, in their order, as one archive: their arrays as NAME_NUMBER.npy, then all records."""
+    lines = []
+
+    def members() -> Iterator[tuple[str, np.ndarray | bytes]]:
+        for number, record, arrays in items:
+            lines.append(json_text([number, record]))
+            yield from ((f"{name}_{number}.npy", array) for name, array in arrays.items())
+        yield RECORDS, b"".join(lines)
+
+    write_archive(path, members())
+
+
+def read_records(path: Path) -> dict[int, dict]:
+    """The records of an archive that is intact, by number: the checksum of each of its members is compared.
+
+    Raises:
+        DamagedArchiveError: it is not.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise DamagedArchiveError(path)
+            return dict(map(json.loads, archive.read(RECORDS).splitlines()))
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError, TypeError) as error:
+        raise DamagedArchiveError(path) from error
+
+
+def read_items(path: Path) -> Iterator[Item]:
+    """The items of an archive, by ascending number, one in memory at a time."""
+    with zipfile.ZipFile(path) as archive:
+        names: dict[int, list[str]] = {}
+        for member in archive.namelist():
+            if member != RECORDS:
+                name, _, number = member.removesuffix(".npy").rpartition("_")
+                names.setdefault(int(number), []).append(name)
+        for number, record in sorted(map(json.loads, archive.read(RECORDS).splitlines()), key=lambda line: line[0]):
+            arrays = {name: read_array(archive, f"{name}_{number}") for name in names.get(number, ())}
+            yield Item(number, record, arrays)
+
+
+def read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    # `np.load` would do, but searches the list of all names for each member
+    with archive.open(f"{name}.npy") as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
+
+
+def archives_in(folder: Path) -> list[tuple[int, int, Path]]:
+    """First number, last number and path of every archive of items in a folder, in order."""
+    found = ((ARCHIVE.fullmatch(path.name), path) for path in folder.glob("*.npz"))
+    return sorted((int(match[1]), int(match[2]), path) for match, path in found if match)
+
+
+def checksum(path: Path) -> list | None:
+    """Size and SHA-256 of a file (of a very large one the size alone); None if there is none."""
+    if not os.path.isfile(path):  # a name may be too long for a path
+        return None
+    size = path.stat().st_size
+    return [size, sha256(path) if size <= MAX_HASHED else None]
+
+
+def stamps(model: str) -> list | None:
+    """Names, sizes and times of the files of a local model's directory; None for a model from elsewhere."""
+    if not os.path.isdir(model):
+        return None
+    files = sorted(path for path in Path(model).iterdir() if path.is_file())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """What `items/run.json` says; None if it is missing, unreadable or of another form."""
+    try:
+        found = json.loads((folder / ITEMS / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and found.get("format") == FORMAT else None
+
+
+def shown(value) -> str:
+    return excerpt(repr(value), 60)
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+class Run:
+    """The run of a program in a folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        program: str,
+        files: Sequence[str],
+        overwrite: bool = False,
+        read_only: bool = False,
+    ):
+        """
+        Args:
+            files: names of all primary and derived files that the program may write.
+            overwrite: replace an earlier run.
+            read_only: write nothing, also where something is damaged.
+        """
+        self.folder, self.program, self.files = folder, program, tuple(files)
+        self.overwrite, self.read_only = overwrite, read_only
+        self.manifest: dict | None = None  # of the run in the folder, or of this one once it has begun
+        self._asked: dict = {}  # identity, sources and goal of this run, from `examine` on
+        self._split: Callable[[], Iterable[Item]] = tuple
+        self._state, self._begun = State.NEW, False
+
+    @property
+    def items_folder(self) -> Path:
+        return self.folder / ITEMS
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out of the folder (a run that is read only: makes sure that there is none).
+
+        Raises:
+            UserError: another process works there, it cannot be written to, or it holds something else.
+        """
+        if self.read_only:
+            require_unlocked(self.folder)
+            self.open()
+            yield
+            return
+        with lock_directory(self.folder):
+            self.open()
+            yield
+
+    def open(self) -> None:
+        """Looks at what the folder holds.
+
+        Raises:
+            UserError: files that this program did not write; or its own without a manifest, unless it may overwrite
+                them.
+        """
+        self.manifest = read_manifest(self.folder)
+        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        names = {name for name in names if name != LOCK and not self._is_unfinished(name)}
+        own = names & {*self.files, ITEMS}
+        for name in own:
+            if (self.folder / name).is_dir() != (name == ITEMS):
+                kind = "a directory" if (self.folder / name).is_dir() else "a file, or a link that leads nowhere,"
+                raise UserError(f"cannot write {self.folder / name}: {kind} has its place (choose another --output-dir)")
+        foreign = sorted(names - own)
+        if self.manifest is None and foreign:
+            raise UserError(
+                f"{self.folder} holds files that {self.program} did not write ({excerpt(foreign[0], 40)}): "
+                "choose another --output-dir"
+            )
+        if self.manifest and self.manifest["program"] != self.program:
+            raise UserError(f"{self.folder} holds a run of {self.manifest['program']}: choose another --output-dir")
+        if self.manifest is None and (own - {ITEMS} or archives_in(self.items_folder)) and not self.overwrite:
+            raise UserError(
+                f"{self.folder} holds results without a readable {ITEMS}/{MANIFEST}: --overwrite replaces them"
+            )
+
+    def _is_unfinished(self, name: str) -> bool:
+        """Whether it is what a killed process was writing."""
+        return any(name.startswith(f".{own}-") for own in self.files)
+
+    # --- is it this run, and how far has it come? ---
+
+    def is_begun(self) -> bool:
+        """Whether the folder holds a run, or results."""
+        return self.manifest is not None or any((self.folder / name).exists() for name in self.files)
+
+    def has_results(self) -> bool:
+        return self.manifest is not None and (self.manifest["complete"] or bool(archives_in(self.items_folder)))
+
+    def is_finished(self, settings: dict, sources: dict, goal: int | str) -> bool:
+        """Whether it is plain, before anything slow, that everything asked for has been computed.
+
+        Args:
+            settings: the options that count.
+            sources: what shows that model and data are as they were ("data", "model"), without loading them.
+            goal: how many items are wanted, or "all".
+        Raises:
+            UserError: the folder cannot be written to, holds a run with other settings, or its data have changed.
+        """
+        check_writable(self.folder)
+        if self.overwrite or not self.has_results():
+            return False
+        self._require_same({"settings": settings})
+        if not self.manifest["complete"] or not self._covers(goal):
+            return False
+        then = self.manifest["sources"]
+        if then["data"] != json.loads(json.dumps(sources["data"])):
+            raise UserError(f"the data have changed since the run in {self.folder} ended: --overwrite starts anew")
+        return then["model"] == json.loads(json.dumps(sources["model"])) and self._damaged() is None
+
+    def examine(
+        self,
+        identity: dict,
+        sources: dict,
+        goal: int | str,
+        split: Callable[[], Iterable[Item]] = tuple,
+        notes: dict | None = None,
+    ) -> State:
+        """How far the run with this identity has come. Writes nothing.
+
+        Args:
+            identity: "settings" and whatever else two runs have to share to be one, in JSON's types.
+            sources, goal: see `is_finished`.
+            split: the items that the primary files of a finished run were merged from, ascending, for it to be
+                extended.
+            notes: what else is to be kept with the run.
+        Raises:
+            UserError: the folder holds a run with another identity, and may not be overwritten.
+        """
+        about = {"identity": identity, "sources": sources, "goal": goal, "notes": notes or {}}
+        self._asked, self._split = json.loads(json.dumps(about)), split
+        self._state = State.NEW
+        if not self.overwrite and self.has_results():
+            self._require_same(self._asked["identity"])
+            if not self.manifest["complete"]:
+                self._state = State.STARTED
+            elif damaged := self._damaged():
+                warnings.warn(f"{self.folder / damaged} is missing or damaged: computing it again", stacklevel=2)
+            else:
+                self._state = State.FINISHED if self._covers(goal) else State.STARTED
+        return self._state
+
+    def _require_same(self, identity: dict) -> None:
+        known = self.manifest["identity"]
+        then, now = known["settings"], json.loads(json.dumps(identity["settings"]))
+        if differing := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
+            changes = ", ".join(
+                f"{key.rstrip('_')} was {shown(then.get(key))} and is {shown(now.get(key))}" for key in differing
+            )
+            raise UserError(f"{self.folder} holds a run with other settings ({changes}): --overwrite replaces it")
+        for key, value in identity.items():
+            if known.get(key) != value and key != "settings":
+                change = f"{shown(known.get(key))} was its {key}, and is {shown(value)}"
+                raise UserError(f"{self.folder} holds a run of {OTHERS[key]} ({change}): --overwrite replaces it")
+
+    def _covers(self, goal: int | str) -> bool:
+        """Whether a finished run has tried to reach as many items as are wanted."""
+        then, now = (math.inf if number == "all" else number for number in (self.manifest["goal"], goal))
+        return now <= max(then, self.manifest["items"])
+
+    def _damaged(self) -> str | None:
+        """The first primary file of a finished run that is missing or has changed."""
+        return next((n for n, known in self.manifest["primary"].items() if checksum(self.folder / n) != known), None)
+
+    # --- items ---
+
+    def begin(self) -> None:
+        """Makes the folder ready for items of this run. An earlier run that may be replaced is removed.
+
+        Killed at any point, the folder holds the earlier run, unfinished, or this one.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        remove_unfinished(self.folder, self.files)
+        remove_unfinished(self.items_folder, ["*.npz", MANIFEST])
+        if self._state is State.NEW:
+            if self.manifest:
+                self._write_manifest(complete=False, primary={}, derived={})
+            self._remove_archives()
+            for name in self.files:
+                (self.folder / name).unlink(missing_ok=True)
+        elif self._is_merged():  # to be extended
+            self._remove_archives()
+            write_items(self._archive(0, self.manifest["last"]), self._split())
+        self.manifest = {"format": FORMAT, "program": self.program}
+        self._write_manifest(**self._asked, complete=False, items=0, primary={}, derived={})
+        self._begun = True
+
+    def join(self) -> None:
+        """Works on a run that another process has begun."""
+        self.manifest, self._state, self._begun = read_manifest(self.folder), State.STARTED, True
+
+    def records(self, numbers: range) -> dict[int, dict]:
+        """The records of those items among `numbers` that are finished and intact; damaged archives are removed."""
+        if not self._begun and self._state is State.NEW:
+            return {}
+        if not self._begun and self._is_merged():
+            return {number: record for number, record, _ in self._split() if number in numbers}
+        found = {}
+        for first, last, path in archives_in(self.items_folder):
+            if first >= numbers.stop or last < numbers.start:
+                continue
+            try:
+                found |= read_records(path)
+            except DamagedArchiveError:
+                warnings.warn(f"{path} is damaged: computing it again", stacklevel=2)
+                if not self.read_only:
+                    path.unlink(missing_ok=True)
+        return {number: found[number] for number in numbers if number in found}
+
+    def append(self, items: Sequence[Item]) -> None:
+        """Keeps finished items, as one archive.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if not self._begun:
+            self.begin()
+        numbers = [item.number for item in items]
+        write_items(self._archive(min(numbers), max(numbers)), items)
+
+    def pack(self, numbers: range) -> None:
+        """Makes one archive of those that hold nothing but items among `numbers`: millions of files are slow."""
+        inside = [
+            (first, last, path)
+            for first, last, path in archives_in(self.items_folder)
+            if first in numbers and last in numbers
+        ]
+        if len(inside) < 2:
+            return
+        packed = self._archive(inside[0][0], max(last for _, last, _ in inside))
+        write_items(packed, _merged([path for *_, path in inside]))
+        for *_, path in inside:
+            if path != packed:
+                path.unlink()
+
+    def items(self) -> Iterator[Item]:
+        """All finished items, by ascending number, one in memory at a time."""
+        if not self._begun and self._state is State.NEW:
+            return
+        if not self._begun and self._is_merged():
+            yield from self._split()
+            return
+        for cluster in self._overlapping():
+            yield from _merged([path for *_, path in cluster])
+
+    def last(self) -> int:
+        """How far the numbers of the finished items reach: one less than none."""
+        return max((last for _, last, _ in archives_in(self.items_folder)), default=-1)
+
+    def _overlapping(self) -> Iterator[list[tuple[int, int, Path]]]:
+        """The archives in groups whose numbers overlap, as those of a window's batches do."""
+        group, end = [], -1
+        for archive in archives_in(self.items_folder):
+            if group and archive[0] > end:
+                yield group
+                group = []
+            group.append(archive)
+            end = max(end, archive[1])
+        if group:
+            yield group
+
+    def _archive(self, first: int, last: int) -> Path:
+        return self.items_folder / f"{first:08d}-{last:08d}.npz"
+
+    def _is_merged(self) -> bool:
+        """Whether the run is finished, and its items are in other primary files than the archives."""
+        return self.manifest["complete"] and not any(ARCHIVE.fullmatch(Path(n).name) for n in self.manifest["primary"])
+
+    def _remove_archives(self) -> None:
+        for *_, path in archives_in(self.items_folder):
+            path.unlink()
+
+    # --- the end ---
+
+    def finish(self, items: int, primary: Sequence[str] | None = None, **notes) -> None:
+        """Completes a run whose items are all computed: keeps checksums of its primary files.
+
+        Args:
+            items: how many there are.
+            primary: the files that the caller has merged them into; None: the archives stay, as primary files.
+            notes: see `examine`.
+        """
+        last = self.last()
+        if primary is None:
+            for cluster in list(self._overlapping()):
+                self.pack(range(cluster[0][0], max(end for _, end, _ in cluster) + 1))
+            primary = [f"{ITEMS}/{path.name}" for *_, path in archives_in(self.items_folder)]
+        known = {name: checksum(self.folder / name) for name in primary}
+        notes = {**self.manifest["notes"], **notes}
+        self._write_manifest(complete=True, items=items, last=last, primary=known, notes=notes)
+        if self._is_merged():
+            self._remove_archives()
+
+    def derive(self, names: Sequence[str], made_from: object, make: Callable[[], None]) -> bool:
+        """Has `make` write derived files, unless they are intact and made from the same; returns whether it did.
+
+        Args:
+            made_from: in JSON's types, what the files follow from, such as checksums of other files.
+        Raises:
+            UserError: a file cannot be written.
+        """
+        if self.is_derived(names, made_from):
+            return False
+        make()
+        made = {name: {"checksum": checksum(self.folder / name), "made_from": made_from} for name in names}
+        self._write_manifest(derived={**self.manifest["derived"], **made})
+        return True
+
+    def is_derived(self, names: Sequence[str], made_from: object) -> bool:
+        known, made_from = self.manifest["derived"], json.loads(json.dumps(made_from))
+        return all(
+            name in known and known[name] == {"checksum": checksum(self.folder / name), "made_from": made_from}
+            for name in names
+        )
+
+    def _write_manifest(self, **changes) -> None:
+        self.manifest = json.loads(json.dumps({**self.manifest, **changes}))
+        write_json(self.items_folder / MANIFEST, self.manifest)
+
+
+def _merged(paths: Sequence[Path]) -> Iterator[Item]:
+    """The items of several archives by ascending number, none twice: a kill may have left both parts and their sum."""
+    before = None
+    for item in heapq.merge(*map(read_items, paths), key=lambda item: item.number):
+        if item.number != before:
+            yield item
+        before = item.number

@@ -1,0 +1,378 @@
+"""What the experiment found, as it is written: one record a sentence, then the document of all with its summary."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+import hashlib
+import json
+import math
+from pathlib import Path
+import statistics
+
+import numpy as np
+from torch import Tensor
+
+from residual_fisher.common.files import json_ready, json_text, write_json, write_npz
+from residual_fisher.common.program import UserError
+from residual_fisher.common.run import Item
+from residual_fisher.common.text import first_line
+from residual_fisher.experiment.measurement import SPECTRUM, TOP, Measured
+from residual_fisher.experiment.perturbation import TrustRadii
+from residual_fisher.experiment.steering import GOALS, steering_record, steering_summary
+from fisher import Eigenpairs
+from residual_fisher.model.words import token_writer
+
+RESULTS, EIGENVECTORS = "experiment_results.json", "fisher_eigenvectors.npz"
+MAX_SIMILARITY = 2000  # rows of the similarity matrix, whose square is written as JSON
+COSINE_BYTES = 14  # of a number of it there, on a line of its own
+NUMBERS = ("trace", "captured_mass", "effective_rank", "activation_norm")  # of a layer, whose medians are summed up
+UNCHECKED = ("experiment_config", "environment", "timings", "checksum")  # what the document's checksum leaves out
+# the lists of the document with an entry a sentence, by the key that a sentence's record has it under
+COLUMNS = {
+    "sentence": "sentences", "context": "contexts", "fisher": "fisher", "perturbations": "perturbation_results",
+    "continuation": "continuations", "steering": "steering",
+}  # fmt: skip
+OPTIONAL = ("continuation", "steering")  # of these: only if they were asked for
+# what a record says of a perturbation so long that the logits overflowed
+OVERFLOWED = dict.fromkeys(("step", "kl", "predicted_kl", "top_changed", "target_prob")) | {
+    "top_ids": [], "top_tokens": [], "top_probs": [],
+}  # fmt: skip
+
+
+# --- one sentence --------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Turns what was measured of a sentence into its record. Layers and scales are texts there, as JSON's keys are."""
+
+    def __init__(self, config: dict, layers: Sequence[int], tokenizer):
+        self.layers, self.scales = list(map(str, layers)), config["scales"]
+        self.num_eigenvectors = config["num_eigenvectors"]
+        self.decode_all = tokenizer.decode
+        # the same few tokens, thousands of times
+        self.decode = functools.cache(lambda token: tokenizer.decode([token]))
+        self.show = functools.cache(token_writer(tokenizer))
+
+    def item(self, number: int, measured: Measured, seconds: dict[str, float]) -> Item:
+        """A finished sentence; `seconds` are those that it took, by stage."""
+        eigen = Eigenpairs(*(part.cpu() for part in measured.eigen))
+        context, unperturbed = self._context(measured)
+        record = {
+            "sentence": measured.context.sentence,
+            "context": context,
+            "fisher": self._fisher(measured, eigen),
+            "perturbations": self._perturbations(measured, unperturbed),
+        }
+        if measured.continuations is not None:
+            record["continuation"] = self._continuation(measured)
+        if measured.steered is not None:
+            record["steering"] = steering_record(measured.steered, self.layers, self.show)
+        return Item(number, json_ready({**record, "seconds": seconds}), self._arrays(measured, eigen))
+
+    def _context(self, measured: Measured) -> tuple[dict, dict]:
+        """The prompt and its prediction; and that prediction as the record of no perturbation."""
+        context, log_probs = measured.context, measured.point.log_probs
+        top_log_probs, top_ids = (part[:TOP].tolist() for part in log_probs.sort(stable=True, descending=True))
+        described = {
+            "prompt": context.prompt,
+            "position": context.position,
+            "previous_token": self.decode(context.ids[-1]),
+            "target_token": self.decode(context.target_id),
+            "target_probability": log_probs[context.target_id].exp().item(),
+            "target_rank": rank(log_probs, context.target_id),
+            "top_ids": top_ids,
+        }
+        target = log_probs[context.target_id].item()
+        return described, self._prediction(0.0, 0.0, 0.0, top_ids, top_log_probs, target)
+
+    def _fisher(self, measured: Measured, eigen: Eigenpairs) -> dict:
+        entries = {}
+        for row, layer in enumerate(self.layers):
+            entry = {
+                "eigenvalues": eigen.values[row, :SPECTRUM].tolist(),
+                "tokens": measured.shares.records((row,), self.show),
+                "trace": eigen.trace[row].item(),
+                "captured_mass": measured.mass,
+                "effective_rank": eigen.effective_rank[row].item(),
+                "activation_norm": measured.point.activations[row].norm().item(),
+            }
+            if measured.exact is not None:
+                entry["exact"] = compare_with_exact(eigen, measured.exact, row)
+            if measured.trust_radii is not None:
+                entry["trust_radius"] = trust_radius(measured.trust_radii, row, entry["activation_norm"])
+            entries[layer] = entry
+        return entries
+
+    def _perturbations(self, measured: Measured, unperturbed: dict) -> dict:
+        names = ["fisher", *measured.controls]
+        steps, predicted = measured.steps.tolist(), measured.predicted_kl.tolist()
+        kl, *rest = (column.tolist() for column in measured.sweep)
+
+        def perturbed(row: int, direction: int, column: int) -> dict:
+            step = number_or_none(steps[row][column])
+            nats, expected, *prediction = (cells[row][direction][column] for cells in (kl, predicted, *rest))
+            if not math.isfinite(nats):
+                return {**OVERFLOWED, "step": step, "predicted_kl": number_or_none(expected)}
+            record = self._prediction(step, nats, number_or_none(expected), *prediction)
+            record["top_changed"] = record["top_ids"][0] != unperturbed["top_ids"][0]
+            return record
+
+        columns = {scale: column for column, scale in enumerate(scale for scale in self.scales if scale)}
+        layers = {}
+        for row, layer in enumerate(self.layers):
+            layers[layer] = {}
+            for scale in self.scales:
+                first, *others = (
+                    perturbed(row, direction, columns[scale]) if scale else dict(unperturbed)
+                    for direction in range(len(names))
+                )
+                layers[layer][f"{scale:g}"] = {**first, "controls": dict(zip(names[1:], others, strict=True))}
+        return layers
+
+    def _prediction(
+        self,
+        step: float | None,
+        kl: float,
+        predicted_kl: float | None,
+        ids: list,
+        log_probs: list,
+        target_log_prob: float,
+    ) -> dict:
+        return {
+            "step": step,
+            "kl": kl,
+            "predicted_kl": predicted_kl,
+            "top_changed": False,
+            "target_prob": math.exp(target_log_prob),
+            "top_ids": ids,
+            "top_tokens": [self.decode(i) for i in ids],
+            "top_probs": [math.exp(value) for value in log_probs],
+        }
+
+    def _continuation(self, measured: Measured) -> dict:
+        names, scales = ["fisher", *measured.controls], [scale for scale in self.scales if scale]
+
+        def text(ids: list[int]) -> dict:
+            return {"ids": ids, "text": self.decode_all(ids)}
+
+        entries = {"none": text(measured.continuations.unperturbed)}
+        for row, column, direction, ids in measured.continuations.perturbed:
+            at_scale = entries.setdefault(self.layers[row], {}).setdefault(f"{scales[column]:g}", {})
+            at_scale[names[direction]] = {
+                "step": number_or_none(measured.steps[row, column].item()),
+                "predicted_kl": number_or_none(measured.predicted_kl[row, direction, column].item()),
+                **text(ids),
+            }
+        return entries
+
+    def _arrays(self, measured: Measured, eigen: Eigenpairs) -> dict[str, np.ndarray]:
+        count = self.num_eigenvectors
+        arrays = {
+            "eigenvectors": eigen.vectors[:, 0],  # (layers, d)
+            "eigenvalues": eigen.values[:, 0],  # (layers,)
+            "activations": measured.point.activations.cpu(),  # (layers, d)
+        }
+        if count > 1:
+            arrays["leading_eigenvectors"] = eigen.vectors[:, :count]  # (layers, m, d)
+            arrays["leading_eigenvalues"] = eigen.values[:, :count]  # (layers, m)
+        if measured.steered is not None:
+            deltas = measured.steered.deltas.cpu()
+            known = deltas.new_full((len(deltas), len(GOALS), deltas.shape[-1]), math.nan)
+            known[:, len(GOALS) - deltas.shape[1] :] = deltas  # the lowest goals may be exceeded without them
+            arrays["steering_deltas"] = known  # (layers, goals, d)
+        return {name: array.numpy() for name, array in arrays.items()}
+
+
+def failure(number: int, sentence: str, reason: str) -> Item:
+    """A sentence that is left out, and why."""
+    return Item(number, {"sentence": sentence, "failed": reason}, {})
+
+
+def rank(log_probs: Tensor, token: int) -> int:
+    """The place of a token among all, 1 for the most probable one; of equally probable ones the lower id comes first."""
+    own = log_probs[token]
+    return int((log_probs > own).sum() + (log_probs[:token] == own).sum()) + 1
+
+
+def compare_with_exact(found: Eigenpairs, exact: Eigenpairs, row: int) -> dict[str, float]:
+    """The exact matrix of a layer, and the share of it that the top-k tokens find: at most 1, but for rounding."""
+    return {
+        "eigenvalue": exact.values[row, 0].item(),
+        "trace": exact.trace[row].item(),
+        "effective_rank": exact.effective_rank[row].item(),
+        "eigenvalue_share": (found.values[row, 0] / exact.values[row, 0].cpu()).item(),
+        "trace_share": (found.trace[row] / exact.trace[row].cpu()).item(),
+        "cosine": (found.vectors[row, 0] @ exact.vectors[row, 0].cpu()).abs().clamp(max=1).item(),
+    }
+
+
+def trust_radius(radii: TrustRadii, row: int, norm: float) -> dict:
+    """The shorter of two steps along -v and v, in three units; None where a step was not found."""
+    steps, nats = (part[row].tolist() for part in radii)
+    both = [number_or_none(step) for step in steps]
+    at = min(range(2), key=steps.__getitem__)
+    if any(map(math.isnan, steps)) or both[at] is None:  # an unknown one may be the shorter
+        return {"step": None, "nats": None, "norms": None, "steps": both}
+    return {"step": steps[at], "nats": nats[at], "norms": steps[at] / norm, "steps": both}
+
+
+def number_or_none(value: float) -> float | None:
+    """None for what JSON has no number for: infinity, or NaN."""
+    return value if math.isfinite(value) else None
+
+
+# --- all sentences -------------------------------------------------------------------------------
+
+
+def write_results(folder: Path, items: Iterable[Item], about: dict, complete: bool, load_seconds: float) -> dict:
+    """Writes fisher_eigenvectors.npz and experiment_results.json; returns the document in the latter.
+
+    Args:
+        items: at least one of a sentence that has not failed.
+        about: the document's "run", "experiment_config" and "environment".
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    records, rows, failed = [], {}, []
+    for _, record, arrays in items:
+        if "failed" in record:
+            failed.append({"sentence": record["sentence"], "reason": record["failed"]})
+            continue
+        records.append(record)
+        for name, array in arrays.items():
+            rows.setdefault(name, []).append(array)
+    arrays = {name: np.stack(parts) for name, parts in rows.items()}  # (sentences, layers, ...)
+    layers = list(records[0]["fisher"])
+    names = {"layers": np.array(list(map(int, layers))), "run": np.array(about["run"]["id"])}
+    write_npz(folder / EIGENVECTORS, {**arrays, **names})
+
+    timings = {"load": load_seconds}
+    for stage, seconds in (pair for record in records for pair in record["seconds"].items()):
+        timings[stage] = timings.get(stage, 0.0) + seconds
+    labels, cosines = similarity(arrays["eigenvectors"], layers)
+    document = {
+        "run": about["run"],
+        "experiment_config": about["experiment_config"],
+        "environment": about["environment"],
+        "complete": complete,
+        **{
+            column: [record[key] for record in records]
+            for key, column in COLUMNS.items()
+            if key in records[0] or key not in OPTIONAL
+        },
+        "similarity_labels": labels,
+        "similarity_matrix": cosines,
+        "summary": summary(records, arrays["eigenvalues"], about["experiment_config"]["scales"]),
+        "failed": failed,
+        "timings": timings,
+    }
+    document = json_ready(document)
+    document["checksum"] = checksum(document)
+    write_json(folder / RESULTS, document)
+    return document
+
+
+def split_results(folder: Path, numbers: dict[str, int]) -> Iterator[Item]:
+    """The items that `write_results` has merged, by the sentences' numbers; their seconds are in the first one's."""
+    document = read_results(folder)
+    with np.load(folder / EIGENVECTORS, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files if name not in ("layers", "run")}
+    timings = {stage: seconds for stage, seconds in document["timings"].items() if stage != "load"}
+    items = [failure(numbers[entry["sentence"]], entry["sentence"], entry["reason"]) for entry in document["failed"]]
+    for row, sentence in enumerate(document["sentences"]):
+        record = {key: document[column][row] for key, column in COLUMNS.items() if column in document}
+        record["seconds"] = {} if row else timings
+        items.append(Item(numbers[sentence], record, {name: array[row] for name, array in arrays.items()}))
+    return iter(sorted(items, key=lambda item: item.number))
+
+
+def similarity(eigenvectors: np.ndarray, layers: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Labels S{i}_L{layer}, grouped by layer, and |cosine| of their top eigenvectors (sentences, layers, d).
+
+    Of a very long run, the first sentences only: as many as keep the matrix within MAX_SIMILARITY.
+    """
+    count = max(1, min(len(eigenvectors), MAX_SIMILARITY // len(layers)))
+    flat = np.stack(list(eigenvectors[:count]), axis=1).reshape(-1, eigenvectors.shape[-1])  # (layers * sentences, d)
+    labels = [f"S{i}_L{layer}" for layer in layers for i in range(count)]
+    return labels, np.minimum(np.abs(flat @ flat.T), 1)
+
+
+def summary(records: list[dict], eigenvalues: np.ndarray, scales: list[float]) -> dict:
+    """By layer: medians over sentences, and what the longest perturbations of either sign did."""
+    far, layers = max(map(abs, scales)), {}
+    for row, layer in enumerate(records[0]["fisher"]):
+        entries = [record["fisher"][layer] for record in records]
+        columns = {key: [entry[key] for entry in entries] for key in NUMBERS}
+        columns |= {f"exact_{key}": [e["exact"][key] for e in entries] for key in entries[0].get("exact", ())}
+        radii = [e["trust_radius"] for e in entries if e.get("trust_radius", {}).get("step") is not None]
+        columns |= {f"trust_radius_{key}": [radius[key] for radius in radii] for key in ("nats", "norms") if radii}
+        kinds = _farthest_by_kind([record["perturbations"][layer] for record in records], far)
+        layers[layer] = {
+            "eigenvalue_median": float(np.median(eigenvalues[:, row])),
+            **{f"{key}_median": statistics.median(values) for key, values in columns.items()},
+            "kl_median": {kind: reduced(statistics.median, some, "kl") for kind, some in kinds.items()},
+            "flips": {kind: reduced(statistics.fmean, some, "top_changed") for kind, some in kinds.items()},
+        }
+    steering = [record["steering"] for record in records if "steering" in record]
+    return {"at_scale": far, "layers": layers} | (
+        {"steering": steering_summary(steering, list(layers))} if steering else {}
+    )
+
+
+def _farthest_by_kind(by_scale: list[dict], far: float) -> dict[str, list[dict]]:
+    """The records of the longest perturbations at a layer, by kind of direction."""
+    kinds: dict[str, list[dict]] = {}
+    for sentence in by_scale:
+        for scale in {f"{far:g}", f"{-far:g}"} & set(sentence):
+            record = sentence[scale]
+            for name, other in {"fisher": record, **record["controls"]}.items():
+                kinds.setdefault(name.partition("_")[0], []).append(other)
+    return kinds
+
+
+def reduced(reduce: Callable[[list], float], records: list[dict], key: str) -> float | None:
+    """`reduce` of the entries that are not None (nothing was known of what overflowed); None without any."""
+    known = [record[key] for record in records if record[key] is not None]
+    return reduce(known) if known else None
+
+
+# --- how much it is, for a dry run ---------------------------------------------------------------
+
+
+def perturbations(record: dict) -> int:
+    """How many there are of a sentence at a layer."""
+    by_scale = next(iter(record["perturbations"].values()))
+    return sum(1 + len(entry["controls"]) for scale, entry in by_scale.items() if float(scale))
+
+
+def file_sizes(items: Sequence[Item], sentences: int) -> tuple[float, float]:
+    """Bytes of the JSON and the NPZ of so many sentences, from some of them."""
+    text = statistics.fmean(len(json_text(item.record, indent=1)) for item in items)
+    arrays = statistics.fmean(sum(array.nbytes for array in item.arrays.values()) for item in items)
+    rows = min(sentences * len(items[0].record["fisher"]), MAX_SIMILARITY)
+    return sentences * text + rows**2 * COSINE_BYTES, sentences * arrays
+
+
+# --- reading them again --------------------------------------------------------------------------
+
+
+def checksum(document: dict) -> str:
+    """A hash of all that the sentences gave."""
+    checked = {key: value for key, value in document.items() if key not in UNCHECKED}
+    return hashlib.sha256(json.dumps(checked).encode()).hexdigest()
+
+
+def read_results(folder: Path) -> dict:
+    """The contents of experiment_results.json.
+
+    Raises:
+        UserError: it is missing, damaged, or not of this script.
+    """
+    try:
+        document = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or "perturbation_results" not in document:
+            raise ValueError("it is of another form")
+        if document.get("checksum") not in (None, checksum(document)):
+            raise ValueError("it is damaged")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"no readable {RESULTS} in {folder}: {first_line(error)}") from error
+    return document
