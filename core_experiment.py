@@ -12,32 +12,26 @@ Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matri
 perturbation_analysis.png to --output-dir. Stopped, the same command goes on where it was.
 """
 
-from residual_fisher.common.console import before_imports, undisturbed
+from residual_fisher.common.program import before_imports, undisturbed
 
 if __name__ == "__main__":  # Ctrl-C may come during the imports below, which take seconds
     before_imports()
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 import sys
 
-from residual_fisher.common.command_line import (
-    UserError,
-    end_with_error,
-    excerpt,
-    exit_code,
-    first_line,
-    printable,
-    settle_network,
-)
-from residual_fisher.experiment.settings import BUNDLED, Settings, parse
+from residual_fisher.common.options import settings_of
+from residual_fisher.common.program import UserError, end_with_error, exit_code, go_offline_without_hub
+from residual_fisher.common.text import excerpt, first_line, printable
+from residual_fisher.experiment.settings import Settings, parse
 
 PROGRAM = "core_experiment.py"
 
 if __name__ == "__main__":  # before the slow ones: --help need not wait for torch
-    from_command_line = parse(sys.argv[1:])
     try:
-        settle_network(from_command_line.model_name, from_command_line.data)
+        from_command_line = parse(sys.argv[1:])
+        go_offline_without_hub(from_command_line.model_name, from_command_line.data)
     except UserError as error:
         sys.exit(end_with_error(PROGRAM, error))
 
@@ -53,9 +47,8 @@ import torch
 from tqdm import tqdm
 
 import fisher
-from residual_fisher.common.amounts import peak_memory
-from residual_fisher.common.failures import SOME_FAILED, too_many
 from residual_fisher.common.lock import lock_directory, require_unlocked
+from residual_fisher.common.program import SOME_FAILED, peak_memory, too_many
 from residual_fisher.experiment import estimate, figures, report
 from residual_fisher.experiment.measurement import Batches, Clock, fit_to_way, perturb
 from residual_fisher.experiment.perturbation import control_directions
@@ -326,9 +319,7 @@ def prepare(settings: Settings) -> Prepared:
     print(report.heading(settings.model_name, environment, settings.layers))
     contexts = find_contexts(settings, model, tokenizer, found.sentences)
 
-    config = {**asdict(settings), "data_file": settings.data_file or BUNDLED}
-    for key in ("redraw", "overwrite", "dry_run"):
-        del config[key]
+    config = settings_of(settings)
     about = identify(config, fingerprint(model, tokenizer), contexts)
     files = RunDirectory(Path(settings.output_dir), config, about)
     new_results = partial(Results, config, about, environment, settings.layers, tokenizer)

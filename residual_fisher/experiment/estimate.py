@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from residual_fisher.common.amounts import duration, size
-from residual_fisher.common.command_line import excerpt, excerpt_end
 from residual_fisher.common.files import json_text
+from residual_fisher.common.text import duration, excerpt, excerpt_end, size
 from residual_fisher.experiment.figures import drawn_of
 from residual_fisher.experiment.report import EXCERPT
 from residual_fisher.experiment.results import EIGENVECTORS, MAX_SIMILARITY, RESULTS, Results

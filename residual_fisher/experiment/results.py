@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fisher import Eigenpairs, Point
-from residual_fisher.common.command_line import UserError, first_line
 from residual_fisher.common.files import json_ready, write_json, write_npz
+from residual_fisher.common.program import UserError
+from residual_fisher.common.text import first_line
 from residual_fisher.experiment.continuation import Continuations
 from residual_fisher.experiment.perturbation import Sweep, TrustRadii
 from residual_fisher.experiment.sentences import Context

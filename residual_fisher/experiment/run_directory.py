@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 import warnings
 
-from residual_fisher.common.command_line import UserError
 from residual_fisher.common.files import remove_unfinished
+from residual_fisher.common.program import UserError
 from residual_fisher.experiment import figures
 from residual_fisher.experiment.results import EIGENVECTORS, RESULTS, Arrays, Results, read_arrays, read_results
 from residual_fisher.experiment.sentences import Context
