@@ -14,29 +14,23 @@ Writes fisher_matrices_compressed.npz, prompts.jsonl, metadata.yaml and fisher_s
 directory. Stopped, the same command goes on where it was.
 """
 
-from residual_fisher.common.console import INTERRUPTED, before_imports
+from residual_fisher.common.program import INTERRUPTED, before_imports
 
 if __name__ == "__main__":  # Ctrl-C may come during the imports below, which take seconds
     before_imports()
 
 import sys
 
-from residual_fisher.common.command_line import (
-    UserError,
-    end_with_error,
-    exit_code,
-    model_line,
-    printable,
-    settle_network,
-)
-from residual_fisher.pipeline.settings import Command, Settings, parse
+from residual_fisher.common.program import UserError, end_with_error, exit_code, go_offline_without_hub
+from residual_fisher.common.text import model_line, printable
+from residual_fisher.pipeline.settings import Settings, parse
 
 PROGRAM = "compute_fisher.py"
 
 if __name__ == "__main__":  # before the slow ones: --help need not wait for torch
     try:
         from_command_line = parse(sys.argv[1:])
-        settle_network(from_command_line.settings.model_path, from_command_line.settings.dataset)
+        go_offline_without_hub(from_command_line.model_path, from_command_line.dataset)
     except UserError as error:
         sys.exit(end_with_error(PROGRAM, error))
 
@@ -47,15 +41,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 import os
+from pathlib import Path
 import time
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from residual_fisher.common.amounts import peak_memory
-from residual_fisher.common.failures import SOME_FAILED, too_many
 from residual_fisher.common.lock import lock_directory, require_unlocked
+from residual_fisher.common.program import SOME_FAILED, peak_memory, too_many
 from residual_fisher.model.loading import (
     describe,
     dtype_advice,
@@ -261,17 +255,16 @@ def too_few(wanted: int, count: int) -> str:
     return f"note: {wanted} prompts were asked for, only {count} are available"
 
 
-def run(command: Command, process: Processes) -> int:
-    settings = command.settings
+def run(settings: Settings, process: Processes) -> int:
     tell = print if process.first else lambda text: None
     directory = RunDirectory(settings)
     with ExitStack() as stack:
         process.ask_first(lambda: stack.enter_context(lock_directory(directory.path)))
-        if process.ask_first(lambda: directory.is_finished(command.overwrite)):
+        if process.ask_first(lambda: directory.is_finished(settings.overwrite)):
             return conclude(directory, process)
         prompts, source, first = open_dataset(settings)
         ready = prepare(settings, first, process, tell)
-        if process.ask_first(lambda: directory.begin(ready.identity, ready.environment, command.overwrite)):
+        if process.ask_first(lambda: directory.begin(ready.identity, ready.environment, settings.overwrite)):
             return conclude(directory, process)
         tell(heading(settings, ready))
 
@@ -320,32 +313,32 @@ def nothing_to_compute(directory: RunDirectory) -> str:
 # --- a dry run -----------------------------------------------------------------------------------
 
 
-def dry_run(command: Command, process: Processes) -> int:
+def dry_run(settings: Settings, process: Processes) -> int:
     """Says what a run would do, and takes a few batches through it to say how long. Writes nothing.
 
     Of several processes the first works alone, as it would on its own device.
     """
-    settings = replace(command.settings, device=own_device(command.settings.device, process))
+    settings = replace(settings, device=own_device(settings.device, process))
     if not process.first:
         return 0
     directory = RunDirectory(settings)
     require_unlocked(directory.path)
-    if directory.is_finished(command.overwrite):
+    if directory.is_finished(settings.overwrite):
         print(nothing_to_compute(directory))
         return 0
     prompts, source, first = open_dataset(settings)
     start = time.perf_counter()
     ready = prepare(settings, first, Processes(), print)
     loading = time.perf_counter() - start
-    if directory.is_done(ready.identity, command.overwrite):
+    if directory.is_done(ready.identity, settings.overwrite):
         print(nothing_to_compute(directory))
         return 0
     print(heading(settings, ready))
-    if command.overwrite and directory.is_begun():
+    if settings.overwrite and directory.is_begun():
         print(f"An earlier run in {printable(settings.output_dir)} would be replaced.")
 
     size = SHARD_BATCHES * settings.batch_size
-    store = None if command.overwrite else directory.store
+    store = None if settings.overwrite else directory.store
     found = estimate.survey(settings, source, size, store, os.path.isfile(settings.dataset))
     print(estimate.describe_prompts(settings, prompts, found))
     if settings.num_prompts != "all" and found.taken < settings.num_prompts:
@@ -380,14 +373,14 @@ def try_some(settings: Settings, subject: Subject, batches: list[list[Encoded]])
     return estimate.Trial(chosen, seconds, found)
 
 
-def main(command: Command) -> int:
+def main(settings: Settings) -> int:
     def run_or_redraw() -> int:
-        if command.redraw:
-            figures.draw(command.redraw)
-            print(f"Drawn in {printable(str(command.redraw))}: {figures.SPECTRA}")
+        if settings.redraw:
+            figures.draw(Path(settings.redraw))
+            print(f"Drawn in {printable(settings.redraw)}: {figures.SPECTRA}")
             return 0
         with processes.join() as process:
-            return dry_run(command, process) if command.dry_run else run(command, process)
+            return dry_run(settings, process) if settings.dry_run else run(settings, process)
 
     advice = "a smaller --max-length or --top-k-tokens, --dtype bfloat16, or a smaller model"
     return exit_code(PROGRAM, run_or_redraw, advice)

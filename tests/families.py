@@ -24,7 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fisher
-from residual_fisher.common.command_line import UserError
+from residual_fisher.common.program import UserError
 from residual_fisher.model import loading
 from residual_fisher.model.passes import require_causal
 

@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 
 import fisher
-from residual_fisher.common.command_line import EMBEDDED, UserError
+from residual_fisher.common.program import EMBEDDED, UserError
 from residual_fisher.model import embedded, loading
 from residual_fisher.pipeline.prompts import Prompt, encode
 import scripts

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fisher
-from residual_fisher.common.command_line import UserError
+from residual_fisher.common.program import UserError
 from residual_fisher.model import loading
 from residual_fisher.model.passes import Chunks, hooked
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs

@@ -10,8 +10,8 @@ import yaml
 
 import compute_fisher
 import core_experiment
-from residual_fisher.common.amounts import duration, size
 from residual_fisher.common.lock import lock_directory
+from residual_fisher.common.text import duration, size
 from residual_fisher.experiment import estimate as of_experiment
 from residual_fisher.experiment.sentences import Context
 from residual_fisher.pipeline import estimate as of_pipeline
@@ -184,7 +184,7 @@ def test_all_prompts_or_too_many_are_counted(number, chat_directory, dataset, tm
 def test_of_a_stream_only_a_sample_is_read():
     for asked, taken in (("all", None), ("5000", 5000)):
         stream = (Prompt(i, i, "text") for i in range(10**9))
-        settings = parse(["--num-prompts", asked]).settings
+        settings = parse(["--num-prompts", asked])
         found = of_pipeline.survey(settings, stream, 128, None, to_its_end=False)
         assert (len(found.sample), found.taken, found.todo) == (of_pipeline.SAMPLE, taken, taken)
         assert next(stream).index == of_pipeline.SAMPLE

@@ -11,7 +11,7 @@ import torch
 from conftest import make_model_directory
 import core_experiment
 import fisher
-from residual_fisher.common.failures import SOME_FAILED
+from residual_fisher.common.program import SOME_FAILED
 from residual_fisher.experiment import sentences
 from residual_fisher.model import loading, reading
 import scripts

@@ -8,7 +8,7 @@ from torch import nn
 
 import families
 import fisher
-from residual_fisher.common.command_line import UserError
+from residual_fisher.common.program import UserError
 from residual_fisher.model import loading, reading
 from residual_fisher.model.passes import edit_stream, require_causal
 from residual_fisher.model.reading import Way, choose_way, prepare

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from residual_fisher.common import files
-from residual_fisher.common.command_line import UserError
+from residual_fisher.common.program import UserError
 from scripts import ROOT
 
 

@@ -14,7 +14,7 @@ import transformers as hf
 
 import families
 import fisher
-from residual_fisher.common.command_line import UserError
+from residual_fisher.common.program import UserError
 from residual_fisher.model import embedded, loading
 import tiny
 

@@ -19,12 +19,12 @@ import yaml
 import compute_fisher
 import fisher
 from residual_fisher.common import lock
-from residual_fisher.common.command_line import UserError
 from residual_fisher.common.lock import lock_directory
+from residual_fisher.common.program import UserError
 from residual_fisher.model import loading
 from residual_fisher.pipeline import load_fisher_matrices, run_directory, store
 from residual_fisher.pipeline.processes import Processes
-from residual_fisher.pipeline.settings import INCIDENTAL
+from residual_fisher.pipeline.run_directory import INCIDENTAL
 import scripts
 from scripts import PIPELINE_FILES, ROOT, arrays, assert_same_results, pipeline_words, records
 

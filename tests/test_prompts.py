@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 import transformers as hf
 
 from conftest import CHAT_TEMPLATE, make_model_directory
-from residual_fisher.common.command_line import UserError
+from residual_fisher.common.program import UserError
 from residual_fisher.common.rows import JUDGED
 from residual_fisher.pipeline.prompts import (
     OVERHEAD,

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import pytest
 
-from residual_fisher.common.command_line import UserError
+from residual_fisher.common.program import UserError
 from residual_fisher.experiment.sentences import diverse_order, find_word, locate, read_sentences
 from residual_fisher.pipeline.prompts import TURNS, Prompt, Prompts, encode, user_text
 import scripts

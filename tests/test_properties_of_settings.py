@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import pytest
 import yaml
 
-from residual_fisher.common.command_line import UserError, printable
+from residual_fisher.common.program import UserError
+from residual_fisher.common.text import printable
 from residual_fisher.pipeline import figures, run_directory
 from residual_fisher.pipeline.run_directory import RunDirectory
 from residual_fisher.pipeline.settings import Settings, parse
@@ -72,7 +73,7 @@ def test_any_config_is_read_or_refused_in_a_line(content):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "c.yaml").write_bytes(content)
         with one_line_at_most():
-            assert isinstance(parse(["--config", f"{folder}/c.yaml"]).settings, Settings)
+            assert isinstance(parse(["--config", f"{folder}/c.yaml"]), Settings)
 
 
 METADATA = {

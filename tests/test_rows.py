@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from residual_fisher.common.command_line import UserError
+from residual_fisher.common.program import UserError
 from residual_fisher.common.rows import JUDGED, choose_column, parse_json, read_rows, text_of
 
 TWO = [{"a": "1st", "b": "x"}, {"a": "2nd", "b": "y"}]

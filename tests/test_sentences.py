@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 import transformers as hf
 
-from residual_fisher.common.command_line import UserError
+from residual_fisher.common.program import UserError
 from residual_fisher.experiment import sentences
 
 

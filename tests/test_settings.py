@@ -14,10 +14,12 @@ import yaml
 
 import compute_fisher
 import core_experiment
-from residual_fisher.common.command_line import UserError, count, finite, path, positive
+from residual_fisher import load_fisher_matrices
 from residual_fisher.common.files import check_writable
 from residual_fisher.common.lock import LOCK, lock_directory
-from residual_fisher.pipeline import load_fisher_matrices, processes, store
+from residual_fisher.common.options import count, finite, path, positive
+from residual_fisher.common.program import UserError
+from residual_fisher.pipeline import processes, store
 from residual_fisher.pipeline.run_directory import RunDirectory
 from residual_fisher.pipeline.scores import SCORES
 from residual_fisher.pipeline.settings import Settings, parse
@@ -85,15 +87,15 @@ def test_a_value_in_yaml_is_read_as_its_flag_would_read_it(tmp_path):
         ("trust_remote_code", "True", True),
         ("seed", "0", 0),
     ]:
-        from_yaml = parse(config(tmp_path, f"{key}: {word}")).settings
-        from_flag = parse([f"--{key.replace('_', '-')}", word]).settings
+        from_yaml = parse(config(tmp_path, f"{key}: {word}"))
+        from_flag = parse([f"--{key.replace('_', '-')}", word])
         assert getattr(from_yaml, key) == getattr(from_flag, key) == value
 
 
 def test_null_is_no_value_and_a_quoted_null_is_a_name(tmp_path):
     for word in ("null", "~", ""):
-        assert parse(config(tmp_path, f"prompt_column: {word}")).settings.prompt_column is None
-    assert parse(config(tmp_path, "prompt_column: 'null'")).settings.prompt_column == "null"
+        assert parse(config(tmp_path, f"prompt_column: {word}")).prompt_column is None
+    assert parse(config(tmp_path, "prompt_column: 'null'")).prompt_column == "null"
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -132,8 +134,8 @@ def test_a_tilde_is_the_home_directory_in_every_path_of_both_scripts(tmp_path, m
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.yaml").write_text("output_dir: ~/out\nmodel_path: org/~model\ndataset_name: ~/d.txt\n")
     command = compute_fisher.parse(["--config", "~/c.yaml", "--redraw", "~/x"])
-    assert (command.redraw, command.settings.output_dir) == (tmp_path / "x", f"{tmp_path}/out")
-    assert (command.settings.model_path, command.settings.dataset_name) == ("org/~model", f"{tmp_path}/d.txt")
+    assert (command.redraw, command.output_dir) == (f"{tmp_path}/x", f"{tmp_path}/out")
+    assert (command.model_path, command.dataset_name) == ("org/~model", f"{tmp_path}/d.txt")
     words = ["--model-name", "~/m", "--data-file", "~/d", "--output-dir", "~", "--redraw", "~/r"]
     found = core_experiment.parse(words)
     names = [f"{tmp_path}/m", f"{tmp_path}/d", str(tmp_path), f"{tmp_path}/r"]

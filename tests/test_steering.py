@@ -10,7 +10,7 @@ from torch import Tensor
 
 import families
 import fisher
-from residual_fisher.common.command_line import UserError
+from residual_fisher.common.program import UserError
 from residual_fisher.experiment.sentences import token_of
 from residual_fisher.experiment.steering import GOALS, Linearised, Steered, least_kl, steer, steering_record, waypoints
 from residual_fisher.model.embedded import EMBEDDED

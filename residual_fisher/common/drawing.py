@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image  # which matplotlib depends on
 
-from residual_fisher.common.command_line import printable
 from residual_fisher.common.files import atomic_open
+from residual_fisher.common.text import printable
 
 DPI = 150
 NOTE = "Comment"  # the name, in a PNG file, of what `save` notes there

@@ -14,7 +14,7 @@ import zipfile
 
 import numpy as np
 
-from residual_fisher.common.command_line import UserError
+from residual_fisher.common.program import UserError
 
 DIGITS = 7  # significant digits of a float in JSON: all that float32 holds
 

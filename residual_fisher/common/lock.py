@@ -11,8 +11,8 @@ import stat
 import threading
 import time
 
-from residual_fisher.common.command_line import UserError
 from residual_fisher.common.files import check_writable, made
+from residual_fisher.common.program import UserError
 
 try:
     import fcntl

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from residual_fisher.common.command_line import UserError, excerpt, first_line, hub_hint
+from residual_fisher.common.program import UserError, hub_hint
+from residual_fisher.common.text import excerpt, first_line
 
 JUDGED = 100  # rows by which a column is chosen
 PARQUET_ROWS = 100  # read at once: they may hold images

@@ -3,7 +3,7 @@
 import shutil
 import textwrap
 
-from residual_fisher.common.command_line import excerpt_end, model_line, printable, table
+from residual_fisher.common.text import excerpt_end, model_line, printable, table
 from residual_fisher.experiment.results import RESULTS, Results, median_or_none
 from residual_fisher.model.words import in_a_line
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse
 
-from residual_fisher.common.command_line import UserError, excerpt, first_line
+from residual_fisher.common.program import UserError
 from residual_fisher.common.rows import JUDGED, choose_column, parse_json, read_rows, text_of
+from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.words import shown_by
 
 TEXT_COLUMNS = ("text", "sentence", "content")  # recognised when --text-column is not given

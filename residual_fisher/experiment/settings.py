@@ -1,11 +1,11 @@
-"""The experiment's settings: a flag each."""
+"""The experiment's settings: each is a flag and a YAML key."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from residual_fisher.common.command_line import (
-    EMBEDDED,
-    Parser,
+from residual_fisher.common import options
+from residual_fisher.common.options import (
+    CommandOptions,
+    bundled,
     count,
     dtype_name,
     finite,
@@ -18,19 +18,22 @@ from residual_fisher.common.command_line import (
     positive_number,
     switch,
 )
+from residual_fisher.common.program import EMBEDDED, UserError
 
-ROOT = Path(__file__).parents[2]
 BUNDLED = "data/animals.json"
 SCALES = (0.0, -0.5, 0.5, -1.0, 1.0, -2.0, 2.0, -5.0, 5.0, -10.0, 10.0)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the experiment does: a flag each."""
+class Settings(CommandOptions):
+    """What the experiment does."""
 
     model_name: str = option(EMBEDDED, path, "NAME", f"hub id or local directory ({EMBEDDED})")
-    data_file: str | None = option(
-        None, path, "FILE", f".json {{word: [sentences]}}, .txt, .jsonl, .csv, .parquet, or a hub dataset ({BUNDLED})"
+    data_file: str = option(
+        BUNDLED,
+        path,
+        "FILE",
+        f".json {{word: [sentences]}}, .txt, .jsonl, .csv, .parquet, or a hub dataset ({BUNDLED})",
     )
     text_column: str | None = option(None, nonempty, "NAME", "column of a table or dataset that holds the text")
     data_config: str | None = option(None, nonempty, "NAME", "configuration of a hub dataset")
@@ -65,40 +68,50 @@ class Settings:
         0, count, "N", "tokens that the model goes on to say, greedily, after perturbations at every layer (0)"
     )
     continue_nats: float = option(
-        2.0, finite, "X", "the KL predicted at most of those: of either sign, the farthest of --scales within it (2)"
+        2.0,
+        finite,
+        "X",
+        "the KL predicted at most of those: of either sign, the farthest of --scales within it (2)",
+        needs="continue_",
     )
     steer: bool = option(False, switch, "true", "also raise the target's probability at the least cost, at every layer")
-    steer_token: str | None = option(None, nonempty, "TEXT", "raise this token, not the target word's first one")
-    steer_steps: int = option(8, positive, "N", "steps to a probability of 1/2, each linearised anew (8)")
-    steer_damping: float = option(
-        0.003, positive_number, "X", "of the natural gradient in one step, in units of lambda (0.003)"
+    steer_token: str | None = option(
+        None, nonempty, "TEXT", "raise this token, not the target word's first one", needs="steer"
     )
-    batch_size: int = option(256, positive, "N", "perturbations in one pass, and 4 times as many gradients (256)")
+    steer_steps: int = option(
+        8, positive, "N", "steps to a probability of 1/2, each linearised anew (8)", needs="steer"
+    )
+    steer_damping: float = option(
+        0.003, positive_number, "X", "of the natural gradient in one step, in units of lambda (0.003)", needs="steer"
+    )
+    batch_size: int = option(
+        256, positive, "N", "perturbations in one pass, and 4 times as many gradients (256)", identity=False
+    )
     dtype: str = option(
         "auto", dtype_name, "TYPE", "float64, float32, bfloat16, float16 (bfloat16 on CUDA, else float32)"
     )
-    device: str = option("auto", nonempty, "NAME", "as torch names it (cuda, then mps, then cpu)")
+    device: str = option("auto", nonempty, "NAME", "as torch names it (cuda, then mps, then cpu)", identity=False)
     seed: int = option(0, count, "N", "of the random directions (0)")
-    trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along")
-    output_dir: str = option("experiment_results", path, "DIR", "for the four files (experiment_results)")
-    overwrite: bool = option(False, switch, "true", "replace what an earlier run left in --output-dir")
-    dry_run: bool = option(False, switch, "true", "only say what a run would do, and in what time and memory")
-    redraw: str | None = option(None, path, "DIR", "only draw the pictures of the results in DIR again")
+    trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along", identity=False)
+    output_dir: str = option(
+        "experiment_results", path, "DIR", "for the four files (experiment_results)", identity=False
+    )
 
     @property
     def data(self) -> str:
-        return self.data_file or str(ROOT / BUNDLED)
+        """The dataset's name, or its path if it is the bundled file."""
+        return bundled(self.data_file)
 
 
 def parse(argv: list[str]) -> Settings:
-    """The settings, or the end of the program: one line and exit code 2."""
-    parser = Parser(Settings, "core_experiment.py", "Perturb a model's residual stream along its sensitive direction.")
-    given, _ = parser.read(argv)
-    settings = Settings(**given)
-    # six digits, as the results name a scale
-    scales = tuple(sorted({float(f"{scale:g}") for scale in settings.scales}))
+    """The settings of a command line. Bad flags end the program, with exit code 2.
+
+    Raises:
+        UserError: see `options.parse`; or no scale is other than 0.
+    """
+    about = "Perturb a model's residual stream along its sensitive direction."
+    settings = options.parse(Settings, "core_experiment.py", about, argv, config=None)
+    scales = tuple(sorted({float(f"{scale:g}") for scale in settings.scales}))  # six digits, as results name a scale
     if not any(scales):
-        parser.error("argument --scales: at least one must not be 0")
-    if settings.dry_run and settings.redraw:
-        parser.error("argument --dry-run: it writes nothing, and --redraw does")
+        raise UserError("argument --scales: at least one must not be 0")
     return replace(settings, scales=scales)

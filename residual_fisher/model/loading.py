@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from residual_fisher.common.command_line import EMBEDDED, UserError, excerpt, first_line, hub_hint
-from residual_fisher.common.memory import is_out_of_memory
+from residual_fisher.common.program import EMBEDDED, UserError, hub_hint, is_out_of_memory
+from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.embedded import embedded_model
 
 DTYPES = {

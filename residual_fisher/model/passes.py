@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from residual_fisher.common.memory import is_out_of_memory
+from residual_fisher.common.program import is_out_of_memory
 
 # KL in nats that rounding may explain between two passes that should agree. On the embedded model it is 3e-11 in
 # float32 and 7e-3 in bfloat16; a prefix that is lost or misread costs nats.

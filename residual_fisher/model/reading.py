@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from residual_fisher.common.command_line import first_line
-from residual_fisher.common.memory import is_out_of_memory
+from residual_fisher.common.program import is_out_of_memory
+from residual_fisher.common.text import first_line
 from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, prefill
 from residual_fisher.model.loading import decoder_layers
 from residual_fisher.model.passes import (

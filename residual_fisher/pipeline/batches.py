@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 import fisher
-from residual_fisher.common.command_line import UserError, first_line
+from residual_fisher.common.program import UserError
+from residual_fisher.common.text import first_line
 from residual_fisher.model.loading import dtype_advice, rotation_change
 from residual_fisher.model.passes import (
     add_at_last,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import json
 from pathlib import Path
 
-from residual_fisher.common.command_line import UserError, first_line
+from residual_fisher.common.program import UserError
+from residual_fisher.common.text import first_line
 from residual_fisher.pipeline.evidence import Lexicon, Prompts
 from residual_fisher.pipeline.metadata import read_metadata, seal, shown
 from residual_fisher.pipeline.settings import Settings

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from residual_fisher.common.amounts import duration, size
-from residual_fisher.common.command_line import excerpt
 from residual_fisher.common.rows import evenly_spaced
+from residual_fisher.common.text import duration, excerpt, size
 from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts
 from residual_fisher.pipeline.settings import Settings
 from residual_fisher.pipeline.store import ARRAYS, FOLDER, ONE_FILE, PROMPTS, Result, Store, stored_size

@@ -10,9 +10,10 @@ import matplotlib.pyplot as plt
 from matplotlib.transforms import Bbox, TransformedBbox
 import numpy as np
 
-from residual_fisher.common.command_line import UserError, excerpt, first_line
 from residual_fisher.common.drawing import DISTINCT, label, save, token_bar
+from residual_fisher.common.program import UserError
 from residual_fisher.common.rows import evenly_spaced, parse_json
+from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.pipeline.metadata import SPECTRA
 from residual_fisher.pipeline.scores import OUTLIER, SCORES, THRESHOLD
 from residual_fisher.pipeline.store import PROMPTS, is_number

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from residual_fisher.common.command_line import excerpt
 from residual_fisher.common.files import sha256
-from residual_fisher.common.plain_yaml import parse_values
+from residual_fisher.common.options import parse_values
+from residual_fisher.common.text import excerpt
 from residual_fisher.pipeline.store import ARRAYS, FOLDER, INDEX, PROMPTS, SHARD
 
 FORMAT = "residual-fisher/1"

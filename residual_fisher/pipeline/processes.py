@@ -9,7 +9,8 @@ import re
 
 import torch.distributed as dist
 
-from residual_fisher.common.command_line import UserError, first_line
+from residual_fisher.common.program import UserError
+from residual_fisher.common.text import first_line
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets besides WORLD_SIZE
 

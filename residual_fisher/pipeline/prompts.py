@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain, islice
 
-from residual_fisher.common.command_line import UserError, excerpt, first_line
+from residual_fisher.common.program import UserError
 from residual_fisher.common.rows import JUDGED, choose_column, parse_json, read_rows, text_of
+from residual_fisher.common.text import excerpt, first_line
 
 TURNS = ("conversation", "conversations", "messages")  # columns of these names hold conversations, and no texts
 COLUMNS = (*TURNS, "prompt", "instruction", "question", "text")  # recognised, in this order

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from residual_fisher.common.command_line import excerpt, printable, table
+from residual_fisher.common.text import excerpt, printable, table
 from residual_fisher.model.words import in_a_line
 from residual_fisher.pipeline.scores import OUTLIER, SCORES, THRESHOLD
 from residual_fisher.pipeline.settings import Settings

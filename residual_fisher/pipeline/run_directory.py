@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict
 import os
 from pathlib import Path
 import warnings
@@ -10,17 +9,20 @@ import zipfile
 
 import yaml
 
-from residual_fisher.common.command_line import UserError, excerpt
 from residual_fisher.common.files import atomic_open, check_writable, json_ready, json_text
 from residual_fisher.common.lock import LOCK
+from residual_fisher.common.options import settings_of
+from residual_fisher.common.program import UserError
+from residual_fisher.common.text import excerpt
 from residual_fisher.pipeline import figures, report
 from residual_fisher.pipeline.comparison import Comparison, read_records
 from residual_fisher.pipeline.evidence import Lexicon, Prompts
 from residual_fisher.pipeline.metadata import FORMAT, METADATA, SPECTRA, read_metadata, seal, shown
 from residual_fisher.pipeline.scores import outlier_scores
-from residual_fisher.pipeline.settings import INCIDENTAL, Settings
+from residual_fisher.pipeline.settings import Settings
 from residual_fisher.pipeline.store import ARRAYS, FOLDER, INDEX, PROMPTS, Store, load_fisher_matrices
 
+INCIDENTAL = ("output_dir", "device", "trust_remote_code", "reference", "base")  # may differ when a run resumes
 SCORING = 2  # what the scores mean
 EARLIER_SCORES = ("z_log_lambda", "subspace_distance", "z_subspace", "z_principal")
 FILES = (ARRAYS, PROMPTS, METADATA, SPECTRA)
@@ -45,7 +47,7 @@ class RunDirectory:
         check_writable(self.path)
         if found is None or overwrite:
             return False
-        then, now = found["config"], asdict(self.settings)
+        then, now = found["config"], settings_of(self.settings)
         differing = [key for key in now if key not in INCIDENTAL and then.get(key) != now[key]]
         if differing and (found["complete"] or self.store.has_results()):
             changes = ", ".join(f"{key} was {shown(then.get(key))} and is {shown(now[key])}" for key in differing)
@@ -96,7 +98,7 @@ class RunDirectory:
                 if name != METADATA:
                     (self.path / name).unlink(missing_ok=True)
         self.store.remove_leftovers(FILES)
-        config = {"config": asdict(self.settings), "environment": environment, "sources": self._sources}
+        config = {"config": settings_of(self.settings), "environment": environment, "sources": self._sources}
         self._write_metadata({"format": FORMAT, "complete": False, **identity, **config})
         return False
 

@@ -21,8 +21,8 @@ import zipfile
 
 import numpy as np
 
-from residual_fisher.common.command_line import UserError
 from residual_fisher.common.files import json_text, remove_unfinished, write_archive, write_json
+from residual_fisher.common.program import UserError
 
 if TYPE_CHECKING:  # only for annotations: whoever reads results needs no dataset library
     from residual_fisher.pipeline.prompts import Prompt
