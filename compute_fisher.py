@@ -11,7 +11,7 @@ F is unlike the others' are prompts on which the model behaves unlike itself.
     torchrun --nproc-per-node 8 compute_fisher.py --config configs/lmsys_1b.yaml
 
 Writes fisher_matrices_compressed.npz, prompts.jsonl, metadata.yaml and fisher_spectra.png to the output
-directory. Stopped, the same command goes on where it was.
+directory. A stopped run is resumed by the same command; a finished one is extended by the same command with more prompts.
 """
 
 from residual_fisher.common.program import INTERRUPTED, before_imports
@@ -21,13 +21,20 @@ if __name__ == "__main__":  # Ctrl-C may come during the imports below, which ta
 
 import sys
 
-from residual_fisher.common.program import UserError, end_with_error, exit_code, go_offline_without_hub
-from residual_fisher.common.text import model_line, printable
+from residual_fisher.common.program import (
+    SOME_FAILED,
+    UserError,
+    end_with_error,
+    exit_code,
+    go_offline_without_hub,
+    peak_memory,
+    too_many,
+)
 from residual_fisher.pipeline.settings import Settings, parse
 
 PROGRAM = "compute_fisher.py"
 
-if __name__ == "__main__":  # before the slow ones: --help need not wait for torch
+if __name__ == "__main__":  # before the slow imports: --help need not wait for torch
     try:
         from_command_line = parse(sys.argv[1:])
         go_offline_without_hub(from_command_line.model_path, from_command_line.dataset)
@@ -39,17 +46,23 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 import os
 from pathlib import Path
+from statistics import fmean, median
 import time
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
+import yaml
 
-from residual_fisher.common.lock import lock_directory, require_unlocked
-from residual_fisher.common.program import SOME_FAILED, peak_memory, too_many
+from residual_fisher.common.estimate import Trial
+from residual_fisher.common.files import atomic_open, json_ready, json_text
+from residual_fisher.common.options import identity_of, settings_of
+from residual_fisher.common.rows import evenly_spaced, parse_json
+from residual_fisher.common.run import ITEMS, Item, Run, State, checksum, stamps
+from residual_fisher.common.text import duration, excerpt, first_line, model_line, printable, size
 from residual_fisher.model.loading import (
     describe,
     dtype_advice,
@@ -60,114 +73,35 @@ from residual_fisher.model.loading import (
     vocabulary_size,
 )
 from residual_fisher.model.passes import devices_of
-from residual_fisher.pipeline import estimate, figures, processes, report
+from residual_fisher.pipeline import figures, matrices, processes, report
 from residual_fisher.pipeline.batches import Subject, check_once, into_batches, measure, try_first
+from residual_fisher.pipeline.matrices import load_fisher_matrices, records_of
 from residual_fisher.pipeline.processes import Processes
 from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts, encode
-from residual_fisher.pipeline.run_directory import FILES, RunDirectory
-from residual_fisher.pipeline.store import PROMPTS, Result, Store
+from residual_fisher.pipeline.reference import Reference
+from residual_fisher.pipeline.scores import SCORING_VERSION, ScoredRun, outlier_scores
 
-SHARD_BATCHES = 16  # a shard is so many batches' prompts: sorted by length, they need little padding
+PROMPTS, METADATA = "prompts.jsonl", "metadata.yaml"
+FILES = (matrices.ARRAYS, PROMPTS, METADATA, figures.SPECTRA)
+WINDOW_BATCHES = 16  # a window of the dataset is so many batches' prompts: sorted by length, they need little padding
 MAX_WAITING = 2  # batches that may wait to be written
+SAMPLE = 256  # prompts, the first ones, whose lengths stand for all in a dry run
+TRIED = 3  # batches of them, from the smallest to the largest
+SCORE_BYTES = 300  # that the scores add to a prompt's record
 
 
-# --- the dataset, shard by shard -----------------------------------------------------------------
+# --- 1. the dataset and the model ----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A window of the dataset, and what is left to do of it."""
-
-    number: int
-    prompts: list[int]  # numbers of all its prompts
-    todo: dict[int, list[Encoded]]  # by number of the batch
-    closed: bool = False  # its file is there
-
-
-def plan(
-    settings: Settings, prompts: Iterator[Prompt], subject: Subject, longest: int, store: Store, process: Processes
-) -> Iterator[Shard]:
-    """This process's shards in order, with what an earlier run left of them.
-
-    Shards and batches are a function of the dataset and the settings alone, so that neither the number of
-    processes nor an interruption changes a result.
-
-    Raises:
-        UserError: the dataset is not the one of the earlier run.
-    """
-    size = SHARD_BATCHES * settings.batch_size
-    number = 0
-    while window := list(islice(prompts, size)):
-        if number % process.size == process.rank:
-            yield plan_shard(settings, number, window, subject, longest, store)
-        number += 1
-    store.require_no_more_than(number)
-
-
-def plan_shard(
-    settings: Settings, number: int, window: list[Prompt], subject: Subject, longest: int, store: Store
-) -> Shard:
-    numbers = [prompt.index for prompt in window]
-    if store.has_shard(number, window):
-        return Shard(number, numbers, {}, closed=True)
-    encoded = [encode(subject.tokenizer, prompt, longest) for prompt in window]
-    todo = dict(enumerate(into_batches(settings, subject, encoded)))
-    for i in [i for i in todo if store.has_batch(number, i, [e.prompt for e in todo[i]])]:
-        del todo[i]
-    return Shard(number, numbers, todo)
-
-
-def progress_bar(settings: Settings, process: Processes) -> tqdm:
-    mine = None
-    if settings.num_prompts != "all":
-        size = SHARD_BATCHES * settings.batch_size
-        full, rest = divmod(settings.num_prompts, size)
-        mine = size * len(range(process.rank, full, process.size)) + rest * (full % process.size == process.rank)
-    label = "Fisher matrices" if process.size == 1 else f"Fisher matrices, process 1 of {process.size}"
-    return tqdm(total=mine, desc=label, unit="prompt", disable=None if process.first else True)
-
-
-class Failures:
-    """How many of this process's prompts have failed."""
-
-    def __init__(self, advice: str):
-        self.seen, self.failed, self.advice = 0, 0, advice
-
-    def count(self, results: list[Result]) -> None:
-        """Raises UserError: too many have."""
-        reasons = [result.record["failed"] for result in results if "failed" in result.record]
-        self.seen, self.failed = self.seen + len(results), self.failed + len(reasons)
-        if reasons and too_many(self.failed, self.seen):
-            raise UserError(f"{self.failed} of the first {self.seen} prompts failed: {reasons[-1]}{self.advice}")
-
-
-def compute(settings: Settings, subject: Subject, shards: Iterator[Shard], store: Store, bar: tqdm) -> None:
-    """Takes every shard through `measure`. The next one is tokenized, and results are written, meanwhile."""
-    pending: deque[Future] = deque()
-    tokens, start, checked = 0, time.perf_counter(), set()
-    failures = Failures(dtype_advice(subject.model))
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        ahead = reader.submit(next, shards, None)
-        while (shard := ahead.result()) is not None:
-            ahead = reader.submit(next, shards, None)
-            bar.update(len(shard.prompts) - sum(map(len, shard.todo.values())))
-            for number, batch in shard.todo.items():
-                check_once(settings, subject, batch, checked)
-                results = measure(settings, subject, batch)
-                pending.append(writer.submit(store.write_batch, shard.number, number, results))
-                while len(pending) > MAX_WAITING:  # raises what a write that failed has raised
-                    pending.popleft().result()
-                failures.count(results)
-                tokens += sum(len(encoded.ids) for encoded in batch)
-                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
-                bar.update(len(batch))
-            if not shard.closed:
-                pending.append(writer.submit(store.close_shard, shard.number, shard.prompts))
-        for write in pending:
-            write.result()
-
-
-# --- the protocol --------------------------------------------------------------------------------
+def open_dataset(settings: Settings) -> tuple[Prompts, Iterator[Prompt], Prompt]:
+    """The dataset, the prompts to take one by one, and the first: what is wrong shows before the model is loaded."""
+    prompts = Prompts(
+        settings.dataset, settings.dataset_split, settings.prompt_column, settings.dataset_config, settings.seed
+    )
+    wanted = None if settings.num_prompts == "all" else settings.num_prompts
+    source = iter(prompts)
+    first = next(source)
+    return prompts, islice(chain([first], source), wanted), first
 
 
 def own_device(device: str, process: Processes) -> str:
@@ -188,10 +122,31 @@ def own_device(device: str, process: Processes) -> str:
     return f"cuda:{process.local}"
 
 
-def load_subject(settings: Settings, process: Processes) -> Subject:
+@dataclass(frozen=True)
+class Pipeline:
+    """What a run has before its first batch."""
+
+    settings: Settings  # no more is asked for than the model has
+    subject: Subject
+    longest: int  # tokens of a prompt
+    environment: dict
+    identity: dict
+
+
+def prepare(settings: Settings, first: Prompt, process: Processes, tell: Callable[[str], None]) -> Pipeline:
+    """Loads the model, and tries the first prompt.
+
+    Raises:
+        UserError: the settings do not fit the model, or the model is not supported.
+    """
     device = own_device(settings.device, process)
     model, tokenizer = load(settings.model_path, settings.dtype, device, settings.trust_remote_code)
-    return Subject(model, tokenizer, *find_module(model, settings.hook_layer_name))
+    subject = Subject(model, tokenizer, *find_module(model, settings.hook_layer_name))
+    longest = min(settings.max_length, longest_prompt(model) or settings.max_length)
+    asked, settings = identity_of(settings), clamp_to_model(settings, subject, tell)
+    try_first(settings, subject, first, longest)
+    identity = {"settings": asked, "hook_layer": subject.path, "model": fingerprint(model, tokenizer)}
+    return Pipeline(settings, subject, longest, describe(model), identity)
 
 
 def clamp_to_model(settings: Settings, subject: Subject, tell: Callable[[str], None]) -> Settings:
@@ -208,106 +163,320 @@ def clamp_to_model(settings: Settings, subject: Subject, tell: Callable[[str], N
     return replace(settings, top_k_tokens=k, num_singular_values=r)
 
 
-def open_dataset(settings: Settings) -> tuple[Prompts, Iterator[Prompt], Prompt]:
-    """The dataset; the prompts to take, one by one; and the first: what is wrong is said before the model is loaded."""
-    prompts = Prompts(
-        settings.dataset, settings.dataset_split, settings.prompt_column, settings.dataset_config, settings.seed
-    )
-    wanted = None if settings.num_prompts == "all" else settings.num_prompts
-    source = iter(prompts)
-    first = next(source)
-    return prompts, islice(chain([first], source), wanted), first
+# --- 2. batches ----------------------------------------------------------------------------------
 
 
-class Prepared(NamedTuple):
-    """What a run has before its first batch."""
+@dataclass(frozen=True)
+class Window:
+    """A part of the dataset, and what is left to do of it."""
 
-    subject: Subject
-    settings: Settings  # as far as the model has what they ask for
-    longest: int  # tokens of a prompt
-    environment: dict
-    identity: dict
+    numbers: range  # of its prompts
+    batches: list[list[Encoded]]  # prompts that are not finished
+    finished: int
 
 
-def prepare(settings: Settings, first: Prompt, process: Processes, tell: Callable[[str], None]) -> Prepared:
-    """Loads the model, and tries the first prompt.
+def plan(pipeline: Pipeline, prompts: Iterator[Prompt], tokenizer, run: Run, process: Processes) -> Iterator[Window]:
+    """The windows that this process takes, each with what an earlier call left of it.
+
+    Windows and batches are a function of the dataset and the settings alone, so that neither the number of
+    processes nor an interruption changes a result.
+
+    Args:
+        tokenizer: for this generator alone, which may run in another thread.
+    Raises:
+        UserError: the dataset is not the one of the earlier call.
+    """
+    size = WINDOW_BATCHES * pipeline.settings.batch_size
+    number, claimed, count = 0, process.claim(), 0
+    while window := list(islice(prompts, size)):
+        if number == claimed:
+            yield plan_window(pipeline, window, tokenizer, run)
+            claimed = process.claim()
+        number, count = number + 1, count + len(window)
+    if run.last() >= count:
+        raise changed(run, "which had more prompts")
+
+
+def plan_window(pipeline: Pipeline, window: list[Prompt], tokenizer, run: Run) -> Window:
+    numbers = range(window[0].index, window[-1].index + 1)
+    finished = finished_in(run, window)
+    if len(finished) == len(window):
+        return Window(numbers, [], len(finished))
+    encoded = [encode(tokenizer, prompt, pipeline.longest) for prompt in window]
+    batches = into_batches(pipeline.settings, pipeline.subject, encoded)
+    left = ([prompt for prompt in batch if prompt.prompt.index not in finished] for batch in batches)
+    return Window(numbers, list(filter(None, left)), len(finished))
+
+
+def finished_in(run: Run, window: list[Prompt]) -> dict[int, dict]:
+    """The records of a window's finished prompts, by number.
 
     Raises:
-        UserError: the settings do not fit the model, or the model is not supported.
+        UserError: one is of another text.
     """
-    subject = load_subject(settings, process)
-    longest = min(settings.max_length, longest_prompt(subject.model) or settings.max_length)
-    clamped = clamp_to_model(settings, subject, tell)
-    try_first(clamped, subject, first, longest)
-    identity = {"hook_layer": subject.path, "model_fingerprint": fingerprint(subject.model, subject.tokenizer)}
-    return Prepared(subject, clamped, longest, describe(subject.model), identity)
+    found = run.records(range(window[0].index, window[-1].index + 1))
+    for prompt in window:
+        if prompt.index in found and found[prompt.index]["prompt"] != prompt.text:
+            raise changed(run, f"first at prompt {prompt.index}")
+    return found
 
 
-def heading(settings: Settings, ready: Prepared) -> str:
-    return model_line(settings.model_path, ready.environment) + f"; hooked at {ready.subject.path}"
+def changed(run: Run, where: str) -> UserError:
+    return UserError(f"the dataset has changed since the run in {run.folder} began, {where}: --overwrite starts anew")
 
 
-def finished(settings: Settings) -> str:
-    return f"{printable(settings.output_dir)} is finished: nothing to do (--overwrite starts anew)"
+# --- 3. Fisher matrices, and 4. their singular triplets, batch by batch --------------------------
 
 
-def too_few(wanted: int, count: int) -> str:
-    return f"note: {wanted} prompts were asked for, only {count} are available"
+def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Processes, bar: tqdm) -> None:
+    """Takes the windows of this process through `measure`, and keeps every batch as soon as it is finished.
+
+    The next window is tokenized, and items are written, meanwhile.
+    """
+    settings, subject = pipeline.settings, pipeline.subject
+    windows = plan(pipeline, source, subject.encoder, run, process)
+    pending: deque[Future] = deque()
+    tokens, start, checked = 0, time.perf_counter(), set()
+    failures = Failures(dtype_advice(subject.model))
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        ahead = reader.submit(next, windows, None)
+        while (window := ahead.result()) is not None:
+            ahead = reader.submit(next, windows, None)
+            bar.update(process.count(window.finished) - bar.n)
+            for batch in window.batches:
+                check_once(settings, subject, batch, checked)
+                items = measure(settings, subject, batch)
+                pending.append(writer.submit(run.append, items))
+                while len(pending) > MAX_WAITING:  # raises what a write that failed has raised
+                    pending.popleft().result()
+                failures.count(items)
+                tokens += sum(len(encoded.ids) for encoded in batch)
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+                bar.update(process.count(len(batch)) - bar.n)
+            pending.append(writer.submit(run.pack, window.numbers))
+        for write in pending:
+            write.result()
 
 
-def run(settings: Settings, process: Processes) -> int:
-    tell = print if process.first else lambda text: None
-    directory = RunDirectory(settings)
+class Failures:
+    """How many of this process's prompts have failed."""
+
+    def __init__(self, advice: str):
+        self.seen, self.failed, self.advice = 0, 0, advice
+
+    def count(self, items: list[Item]) -> None:
+        """Raises UserError: too many have."""
+        reasons = [item.record["failed"] for item in items if "failed" in item.record]
+        self.seen, self.failed = self.seen + len(items), self.failed + len(reasons)
+        if reasons and too_many(self.failed, self.seen):
+            raise UserError(f"{self.failed} of the first {self.seen} prompts failed: {reasons[-1]}{self.advice}")
+
+
+# --- 5. what follows from the matrices: scores, statistics, a picture ----------------------------
+
+
+def conclude(run: Run, settings: Settings, against: Reference | None) -> bool:
+    """Makes the derived files that are missing, damaged, or not of these matrices and this reference.
+
+    Returns:
+        Whether the prompts were scored.
+    """
+    notes, primary = run.manifest["notes"], run.manifest["primary"]
+    scoring = scoring_of(against)
+    scored = run.derive([PROMPTS], made_from_scores(run, scoring), partial(write_prompts, run, against))
+    prompts = checksum(run.folder / PROMPTS)
+    run.derive([figures.SPECTRA], prompts, lambda: figures.draw(run.folder, scored_records(run.folder)))
+    directory = str(against.path) if against else None
+    about = [primary, notes, scoring, directory]
+    run.derive([METADATA], about, lambda: write_metadata(run, {**scoring, "directory": directory}))
+    return scored
+
+
+def scoring_of(against: Reference | None) -> dict:
+    """What the scores are of, wherever it lies."""
+    kind, known = (against.kind, against.checksum) if against else (None, None)
+    return {"version": SCORING_VERSION, "against": kind, "checksum": known}
+
+
+def made_from_scores(run: Run, scoring: dict) -> list:
+    return [run.manifest["primary"], scoring]
+
+
+def write_prompts(run: Run, against: Reference | None) -> None:
+    """Writes prompts.jsonl: each prompt's record, and its scores."""
+    compared = {}
     with ExitStack() as stack:
-        process.ask_first(lambda: stack.enter_context(lock_directory(directory.path)))
-        if process.ask_first(lambda: directory.is_finished(settings.overwrite)):
-            return conclude(directory, process)
-        prompts, source, first = open_dataset(settings)
-        ready = prepare(settings, first, process, tell)
-        if process.ask_first(lambda: directory.begin(ready.identity, ready.environment, settings.overwrite)):
-            return conclude(directory, process)
-        tell(heading(settings, ready))
+        own = ScoredRun.of(records_of(run.folder), stack.enter_context(load_fisher_matrices(run.folder)))
+        if against:
+            compared[against.kind] = against.open(stack, own)
+        columns = outlier_scores(own, **compared)
+    with atomic_open(run.folder / PROMPTS) as file:
+        for index, record in enumerate(records_of(run.folder)):
+            file.write(json_text({**record, **{name: column[index] for name, column in columns.items()}}))
 
+
+def scored_records(folder: Path) -> Iterator[dict]:
+    """The lines of prompts.jsonl.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    try:
+        with open(folder / PROMPTS, encoding="utf-8") as file:
+            yield from (parse_json(line, number) for number, line in enumerate(file, 1))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no readable {PROMPTS} in {folder}: {first_line(error)}") from error
+
+
+def write_metadata(run: Run, scoring: dict) -> None:
+    """Writes metadata.yaml: settings, versions, statistics."""
+    notes, identity = run.manifest["notes"], run.manifest["identity"]
+    with load_fisher_matrices(run.folder) as found:
+        bias_dim, num_singular_values = found[0].U.shape
+    metadata = {
+        "format": run.manifest["format"],
+        "complete": True,
+        "hook_layer": identity["hook_layer"],
+        "model_fingerprint": identity["model"],
+        "config": notes["config"],
+        "environment": notes["environment"],
+        "num_prompts": run.manifest["items"],
+        "bias_dim": bias_dim,
+        "num_singular_values": num_singular_values,
+        "arrays": matrices.ARRAYS if matrices.ARRAYS in run.manifest["primary"] else f"{ITEMS}/",
+        "statistics": notes["statistics"],
+        "scores": scoring,
+    }
+    with atomic_open(run.folder / METADATA) as file:
+        text = yaml.safe_dump(json_ready(metadata), sort_keys=False, allow_unicode=True, width=110)
+        file.write(text.encode())
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+def open_run(settings: Settings) -> Run:
+    files = (*FILES, matrices.LINES)
+    return Run(Path(settings.output_dir), PROGRAM, files, settings.overwrite, read_only=settings.dry_run)
+
+
+def sources(settings: Settings) -> dict:
+    """What shows, without loading them, that data and model are as they were."""
+    return {"data": checksum(Path(settings.dataset)), "model": stamps(settings.model_path)}
+
+
+def is_finished(run: Run, settings: Settings) -> bool:
+    return run.is_finished(identity_of(settings), sources(settings), settings.num_prompts)
+
+
+def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference | None) -> State:
+    """How far the run has come.
+
+    Raises:
+        UserError: the folder holds another run, and may not be overwritten; or the reference does not fit.
+    """
+    if against:
+        against.require_same_model(pipeline.identity)
+    notes = {"config": settings_of(settings), "environment": pipeline.environment}
+    split = partial(matrices.split, run.folder)
+    state = run.examine(pipeline.identity, sources(settings), settings.num_prompts, split, notes)
+    started = state is State.STARTED and not run.manifest["complete"]
+    if started and settings.num_prompts != "all" and run.last() >= settings.num_prompts:
+        raise UserError(
+            f"{run.folder} holds an unfinished run of more prompts, {run.last() + 1} at least: ask for as many, or "
+            "--overwrite starts anew"
+        )
+    return state
+
+
+def run_pipeline(settings: Settings, process: Processes) -> int:
+    tell = print if process.first else lambda text: None
+    run = open_run(settings)
+    with ExitStack() as stack:
+        against = None
+
+        def lock_and_look() -> bool:
+            nonlocal against
+            stack.enter_context(run.locked())
+            against = Reference.asked_for(settings)
+            return is_finished(run, settings)
+
+        if process.ask_first(lock_and_look):
+            return report_finished(run, settings, against) if process.first else 0
+        prompts, source, first = open_dataset(settings)
+        pipeline = prepare(settings, first, process, tell)
+        state = process.ask_first(lambda: examine(run, settings, pipeline, against).name)
+        if state == State.FINISHED.name:
+            return report_finished(run, settings, against) if process.first else 0
+        process.ask_first(run.begin)
+        if not process.first:
+            run.join()
+        tell(heading(settings, pipeline))
         try:
             with progress_bar(settings, process) as bar:
-                shards = plan(settings, source, ready.subject, ready.longest, directory.store, process)
-                compute(ready.settings, ready.subject, shards, directory.store, bar)
-            process.wait_for_all()
-            if settings.num_prompts != "all" and prompts.usable < settings.num_prompts:
-                tell(too_few(settings.num_prompts, prompts.usable))
-            return finish(directory, prompts.usable, prompts.skipped) if process.first else 0
+                compute(pipeline, source, run, process, bar)
+            if not process.leave():
+                return 0
+            tell_too_few(settings, prompts.usable)
+            finish(run, prompts)
+            conclude(run, settings, against)
         except KeyboardInterrupt:
-            print("Interrupted: finished batches are saved; the same command does the rest.", file=sys.stderr)
+            print("Interrupted: finished batches are saved; the same command resumes the run.", file=sys.stderr)
             return INTERRUPTED
+    print(report.final_table(partial(scored_records, run.folder), run.manifest["notes"]["statistics"], settings))
+    print(f"Written to {printable(str(run.folder))}: {', '.join(FILES)}")
+    return code_of(run)
 
 
-def finish(directory: RunDirectory, count: int, skipped: int) -> int:
-    """Makes the final files, and says what is in them; returns the exit code."""
-    statistics = directory.finish(count, SHARD_BATCHES * directory.settings.batch_size, skipped)
-    print(report.final_table(directory.path / PROMPTS, statistics, directory.settings))
-    print(f"Written to {printable(str(directory.path))}: {', '.join(FILES)}")
-    return SOME_FAILED if statistics["failed_prompts"] else 0
+def finish(run: Run, prompts: Prompts) -> None:
+    """Merges all items into the primary files."""
+    columns = report.columns_of(record for _, record, _ in run.items())
+    primary = matrices.merge(run, prompts.usable)
+    run.finish(prompts.usable, primary, statistics=report.summarize(columns, prompts.skipped))
 
 
-def conclude(directory: RunDirectory, process: Processes) -> int:
-    """What is left to do of a run whose Fisher matrices are all there: to score its prompts, if not as before."""
-    if not process.first:
-        return 0
-    if directory.is_scored():
-        directory.clean_up()
-        print(finished(directory.settings))
-        return 0
-    statistics = directory.score_again()
-    directory.clean_up()
-    print(report.final_table(directory.path / PROMPTS, statistics, directory.settings))
-    print(f"{printable(directory.settings.output_dir)} was finished: its prompts were scored anew")
+def code_of(run: Run) -> int:
+    return SOME_FAILED if run.manifest["notes"]["statistics"]["failed_prompts"] else 0
+
+
+def heading(settings: Settings, pipeline: Pipeline) -> str:
+    return model_line(settings.model_path, pipeline.environment) + f"; hooked at {pipeline.subject.path}"
+
+
+def progress_bar(settings: Settings, process: Processes) -> tqdm:
+    """Of all processes' prompts, shown by the first."""
+    total = None if settings.num_prompts == "all" else settings.num_prompts
+    return tqdm(total=total, desc="Fisher matrices", unit="prompt", disable=None if process.first else True)
+
+
+def tell_too_few(settings: Settings, usable: int) -> None:
+    if settings.num_prompts != "all" and usable < settings.num_prompts:
+        print(f"note: {settings.num_prompts} prompts were asked for, only {usable} are available")
+
+
+def report_finished(run: Run, settings: Settings, against: Reference | None) -> int:
+    """Makes what is missing of a run whose Fisher matrices are all computed, and says so."""
+    name = printable(settings.output_dir)
+    scored = not run.is_derived([PROMPTS], made_from_scores(run, scoring_of(against)))
+    statistics = run.manifest["notes"]["statistics"]
+    if run.read_only:
+        only = "only its prompts would be scored anew" if scored else "nothing to do (--overwrite starts anew)"
+        print(f"{name} is finished: {only}")
+    elif conclude(run, settings, against):
+        print(report.final_table(partial(scored_records, run.folder), statistics, settings))
+        print(f"{name} was finished: its prompts were scored anew")
+    else:
+        print(f"{name} is finished: nothing to do (--overwrite starts anew)")
+    return code_of(run)
+
+
+def redraw(folder: Path) -> int:
+    try:
+        figures.draw(folder, scored_records(folder))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"the records in {folder} are of another form: {excerpt(repr(error), 80)}") from error
+    print(f"Drawn in {printable(str(folder))}: {figures.SPECTRA}")
     return 0
-
-
-def nothing_to_compute(directory: RunDirectory) -> str:
-    if directory.is_scored():
-        return finished(directory.settings)
-    return f"{printable(directory.settings.output_dir)} is finished: only its prompts would be scored anew"
 
 
 # --- a dry run -----------------------------------------------------------------------------------
@@ -321,69 +490,145 @@ def dry_run(settings: Settings, process: Processes) -> int:
     settings = replace(settings, device=own_device(settings.device, process))
     if not process.first:
         return 0
-    directory = RunDirectory(settings)
-    require_unlocked(directory.path)
-    if directory.is_finished(settings.overwrite):
-        print(nothing_to_compute(directory))
-        return 0
-    prompts, source, first = open_dataset(settings)
-    start = time.perf_counter()
-    ready = prepare(settings, first, Processes(), print)
-    loading = time.perf_counter() - start
-    if directory.is_done(ready.identity, settings.overwrite):
-        print(nothing_to_compute(directory))
-        return 0
-    print(heading(settings, ready))
-    if settings.overwrite and directory.is_begun():
+    run = open_run(settings)
+    with run.locked():
+        against = Reference.asked_for(settings)
+        if is_finished(run, settings):
+            return report_finished(run, settings, against)
+        prompts, source, first = open_dataset(settings)
+        start = time.perf_counter()
+        pipeline = prepare(settings, first, Processes(), print)
+        loading = time.perf_counter() - start
+        if examine(run, settings, pipeline, against) is State.FINISHED:
+            return report_finished(run, settings, against)
+    print(heading(settings, pipeline))
+    if settings.overwrite and run.is_begun():
         print(f"An earlier run in {printable(settings.output_dir)} would be replaced.")
-
-    size = SHARD_BATCHES * settings.batch_size
-    store = None if settings.overwrite else directory.store
-    found = estimate.survey(settings, source, size, store, os.path.isfile(settings.dataset))
-    print(estimate.describe_prompts(settings, prompts, found))
-    if settings.num_prompts != "all" and found.taken < settings.num_prompts:
-        print(too_few(settings.num_prompts, found.taken))
-    encoded = [encode(ready.subject.tokenizer, prompt, ready.longest) for prompt in found.sample]
-    print(estimate.describe_tokens(settings, encoded))
-    shards = [encoded[start : start + size] for start in range(0, len(encoded), size)]
-    batches = list(chain.from_iterable(into_batches(settings, ready.subject, shard) for shard in shards))
-    trial = try_some(ready.settings, ready.subject, batches)
-    memory = peak_memory(devices_of(ready.subject.model))
-    print(estimate.describe_costs(settings, found, trial, batches, loading, memory, process.size))
+    found = survey(pipeline, source, run, os.path.isfile(settings.dataset))
+    print(describe_prompts(settings, prompts, found))
+    if found.taken is not None:
+        tell_too_few(settings, found.taken)
+    encoded = [encode(pipeline.subject.tokenizer, prompt, pipeline.longest) for prompt in found.sample]
+    print(describe_tokens(settings, encoded))
+    print(describe_costs(pipeline, found, encoded, loading, process.size))
     print("Nothing was written: a dry run.")
     return 0
 
 
-def try_some(settings: Settings, subject: Subject, batches: list[list[Encoded]]) -> estimate.Trial:
-    """A few of these batches for their time, after a prompt with each kind of attention to warm up.
+@dataclass(frozen=True)
+class Survey:
+    """What a run would take of a dataset."""
+
+    sample: list[Prompt]
+    taken: int | None  # None if only the dataset's end will tell
+    done: int  # by earlier calls
+
+
+def survey(pipeline: Pipeline, source: Iterator[Prompt], run: Run, to_its_end: bool) -> Survey:
+    """Reads a dataset to its end; or only a sample, and as far as earlier calls have come.
+
+    Raises:
+        UserError: the dataset cannot be read, or is not the one of earlier calls.
+    """
+    size, wanted = WINDOW_BATCHES * pipeline.settings.batch_size, pipeline.settings.num_prompts
+    sample, taken, done, last = [], 0, 0, run.last()
+    while to_its_end or len(sample) < SAMPLE or taken <= last:
+        if not (window := list(islice(source, size))):
+            if last >= taken:
+                raise changed(run, "which had more prompts")
+            return Survey(sample, taken, done)
+        sample += window[: SAMPLE - len(sample)]
+        taken += len(window)
+        done += len(finished_in(run, window))
+    return Survey(sample, None if wanted == "all" else wanted, done)
+
+
+def describe_prompts(settings: Settings, prompts: Prompts, found: Survey) -> str:
+    source = f"{excerpt(settings.dataset, 80)}, column {excerpt(repr(prompts.column), 40)}"
+    if found.taken is None:
+        lines = [f"prompts: all of {source}: how many, only its end will tell"]
+    else:
+        lines = [f"prompts: {found.taken} of {source}; {prompts.skipped} rows without a text skipped"]
+    if found.done:
+        left = "" if found.taken is None else f", {found.taken - found.done} are left"
+        lines.append(f"resuming: {found.done} are finished{left}")
+    return "\n".join(lines)
+
+
+def describe_tokens(settings: Settings, encoded: list[Encoded]) -> str:
+    lengths = [len(e.ids) for e in encoded]
+    cut = sum(e.truncated for e in encoded)
+    return (
+        f"tokens: {min(lengths)} to {max(lengths)}, median {median(lengths):g}, in the first {len(lengths)} prompts; "
+        f"{cut} of them cut (--max-length {settings.max_length})"
+    )
+
+
+def padded(batch: list[Encoded]) -> int:
+    """Tokens that the model is given, the padding among them."""
+    return len(batch) * longest(batch)
+
+
+def longest(batch: list[Encoded]) -> int:
+    return max(len(encoded.ids) for encoded in batch)
+
+
+def describe_costs(pipeline: Pipeline, found: Survey, encoded: list[Encoded], loading: float, size_of: int) -> str:
+    """Time, memory and disk, from a few batches that are tried, the largest and the longest prompt's among them.
 
     Raises:
         UserError: the model is not supported, or too many prompts fail.
     """
+    settings, subject = pipeline.settings, pipeline.subject
+    window = WINDOW_BATCHES * settings.batch_size
+    windows = [encoded[start : start + window] for start in range(0, len(encoded), window)]
+    batches = sorted(chain.from_iterable(into_batches(settings, subject, some) for some in windows), key=padded)
+    places = {*evenly_spaced(len(batches), TRIED), max(range(len(batches)), key=lambda i: longest(batches[i]))}
+    chosen, items = [batches[place] for place in sorted(places)], []
     checked, failures = set(), Failures(dtype_advice(subject.model))
-    for batch in sorted(batches, key=estimate.padded):
+    for batch in batches:  # warms up each kind of attention
         if check_once(settings, subject, batch, checked):
             measure(settings, subject, batch[-1:])
-    chosen, seconds, found = estimate.representatives(batches), [], []
     for batch in chosen:
-        results = measure(settings, subject, batch)
-        failures.count(results)
-        seconds.append(sum(result.record["seconds"] for result in results))
-        found += results
-    return estimate.Trial(chosen, seconds, found)
+        items.append(measure(settings, subject, batch))
+        failures.count(items[-1])
+    seconds = [sum(item.record["seconds"] for item in some) for some in items]
+    each = Trial(list(map(padded, chosen)), seconds).total(list(map(padded, batches))) / len(encoded)
+    tokens = fmean(len(e.ids) for e in encoded)
+    tried = list(chain.from_iterable(items))
+    arrays = fmean(sum(array.nbytes for array in item.arrays.values()) for item in tried)
+    record = fmean(len(json_text(item.record)) for item in tried) + SCORE_BYTES
+    place = matrices.ARRAYS if found.taken is not None and found.taken <= matrices.ONE_FILE else f"{ITEMS}/"
+    spent = f"{duration(each)} a prompt, {size_of * tokens / each:.0f} tokens/s"
+    files = f"{size(arrays)} in {place} and {size(record)} in {PROMPTS} a prompt"
+    if found.taken is not None:
+        spent = f"about {duration(each * (found.taken - found.done) / size_of)}, {spent}"
+        files = f"about {size(arrays * found.taken)} {place}, {size(record * found.taken)} {PROMPTS}"
+    if size_of > 1:
+        spent += f", by {size_of} processes as fast as this one"
+    shape = f"{len(chosen[-1])} x {longest(chosen[-1])} tokens"
+    memory = peak_memory(devices_of(subject.model))
+    return "\n".join(
+        [
+            f"time: {spent}; and {duration(loading)} to load and check the model",
+            f"memory: {memory}, with the largest batch ({shape}) and the longest prompt of these",
+            f"files: {files}, a picture and the metadata",
+        ]
+    )
 
 
-def main(settings: Settings) -> int:
-    def run_or_redraw() -> int:
-        if settings.redraw:
-            figures.draw(Path(settings.redraw))
-            print(f"Drawn in {printable(settings.redraw)}: {figures.SPECTRA}")
-            return 0
-        with processes.join() as process:
-            return dry_run(settings, process) if settings.dry_run else run(settings, process)
-
+def main(settings: Settings | None = None) -> int:
+    """Runs one command; without settings, the one that the program was called with."""
     advice = "a smaller --max-length or --top-k-tokens, --dtype bfloat16, or a smaller model"
-    return exit_code(PROGRAM, run_or_redraw, advice)
+
+    def task() -> int:
+        chosen = settings or parse(sys.argv[1:])
+        if chosen.redraw:
+            return redraw(Path(chosen.redraw))
+        process = processes.join()
+        return dry_run(chosen, process) if chosen.dry_run else run_pipeline(chosen, process)
+
+    return exit_code(PROGRAM, task, advice)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ import time
 import torch
 from tqdm import tqdm
 
+import fisher
 from residual_fisher.common.estimate import Trial
 from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.run import Item, Run, State, checksum, stamps
@@ -61,7 +62,6 @@ from residual_fisher.experiment.measurement import Batches, Clock, perturb
 from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.experiment.records import Recorder, failure, rank, read_results, split_results, write_results
 from residual_fisher.experiment.sentences import Context, Found, diverse_order, find_sentences, locate, token_of
-import fisher
 from residual_fisher.model.loading import (
     decoder_layers,
     describe,
@@ -478,7 +478,9 @@ def describe_costs(experiment: Experiment, todo: list[int], others: int, finishe
         rounds.append((time.perf_counter() - start, items))
     items = rounds[-1][1]
     numbers = [item.number for item in items]
-    each = [min(sum(i.record["seconds"].values()) for _, some in rounds for i in some if i.number == n) for n in numbers]
+    each = [
+        min(sum(i.record["seconds"].values()) for _, some in rounds for i in some if i.number == n) for n in numbers
+    ]
     trial = Trial([lengths[number] for number in numbers], each)
     seconds = trial.total([lengths[number] for number in todo]) + others * items[-1].record["seconds"]["prefix"]
     seconds += max(0.0, rounds[0][0] - sum(each))  # warming up

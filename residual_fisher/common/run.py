@@ -46,7 +46,7 @@ ITEMS = "items"
 MANIFEST = "run.json"
 FORMAT = "residual-fisher/2"
 ARCHIVE = re.compile(r"(\d{8,12})-(\d{8,12})\.npz")  # the first and the last number in it
-RECORDS = "records.jsonl"  # the member of an archive with a line for each of its items: [number, record]
+RECORDS = "records.jsonl"  # the member of an archive that has a line for each of its items: [number, record]
 MAX_HASHED = 1 << 30  # bytes of a file: of a larger one only the size is compared
 OTHERS = {"model": "another model", "hook_layer": "another layer", "sentences": "other sentences"}  # by identity's key
 
@@ -97,9 +97,15 @@ def read_records(path: Path) -> dict[int, dict]:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise DamagedArchiveError(path)
-            return dict(map(json.loads, archive.read(RECORDS).splitlines()))
+        return dict(record_lines(path))
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError, TypeError) as error:
         raise DamagedArchiveError(path) from error
+
+
+def record_lines(path: Path) -> list[tuple[int, dict]]:
+    """Number and record of each item in an archive, ascending."""
+    with zipfile.ZipFile(path) as archive:
+        return sorted(map(json.loads, archive.read(RECORDS).splitlines()), key=lambda line: line[0])
 
 
 def read_items(path: Path) -> Iterator[Item]:
@@ -110,7 +116,7 @@ def read_items(path: Path) -> Iterator[Item]:
             if member != RECORDS:
                 name, _, number = member.removesuffix(".npy").rpartition("_")
                 names.setdefault(int(number), []).append(name)
-        for number, record in sorted(map(json.loads, archive.read(RECORDS).splitlines()), key=lambda line: line[0]):
+        for number, record in record_lines(path):
             arrays = {name: read_array(archive, f"{name}_{number}") for name in names.get(number, ())}
             yield Item(number, record, arrays)
 
@@ -217,7 +223,9 @@ class Run:
         for name in own:
             if (self.folder / name).is_dir() != (name == ITEMS):
                 kind = "a directory" if (self.folder / name).is_dir() else "a file, or a link that leads nowhere,"
-                raise UserError(f"cannot write {self.folder / name}: {kind} has its place (choose another --output-dir)")
+                raise UserError(
+                    f"cannot write {self.folder / name}: {kind} has its place (choose another --output-dir)"
+                )
         foreign = sorted(names - own)
         if self.manifest is None and foreign:
             raise UserError(
@@ -330,7 +338,7 @@ class Run:
             UserError: the folder cannot be written to.
         """
         remove_unfinished(self.folder, self.files)
-        remove_unfinished(self.items_folder, ["*.npz", MANIFEST])
+        remove_unfinished(self.items_folder, ["*.npz", MANIFEST, RECORDS])
         if self._state is State.NEW:
             if self.manifest:
                 self._write_manifest(complete=False, primary={}, derived={})

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import fisher
 from residual_fisher.experiment.continuation import Continuations, choose_scales, continuations
 from residual_fisher.experiment.perturbation import Sweep, TrustRadii, step_lengths, sweep, trust_radii_along
 from residual_fisher.experiment.sentences import Context
 from residual_fisher.experiment.settings import Settings
 from residual_fisher.experiment.steering import TOKENS, Steered, steer
-import fisher
 from residual_fisher.model.reading import PrefixMode
 from residual_fisher.model.words import TokenShares, token_shares
 
@@ -162,5 +162,17 @@ def perturb(
     slopes = matrix.slopes(eigen.vectors[:, : settings.num_eigenvectors])
     shares = token_shares(slopes, matrix.weights, matrix.tokens)
     return Measured(
-        context, point, list(controls), mass, eigen, shares, exact, radii, steps, predicted_kl, swept, continued, steered
+        context,
+        point,
+        list(controls),
+        mass,
+        eigen,
+        shares,
+        exact,
+        radii,
+        steps,
+        predicted_kl,
+        swept,
+        continued,
+        steered,
     )

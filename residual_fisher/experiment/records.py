@@ -11,6 +11,7 @@ import statistics
 import numpy as np
 from torch import Tensor
 
+from fisher import Eigenpairs
 from residual_fisher.common.files import json_ready, json_text, write_json, write_npz
 from residual_fisher.common.program import UserError
 from residual_fisher.common.run import Item
@@ -18,7 +19,6 @@ from residual_fisher.common.text import first_line
 from residual_fisher.experiment.measurement import SPECTRUM, TOP, Measured
 from residual_fisher.experiment.perturbation import TrustRadii
 from residual_fisher.experiment.steering import GOALS, steering_record, steering_summary
-from fisher import Eigenpairs
 from residual_fisher.model.words import token_writer
 
 RESULTS, EIGENVECTORS = "experiment_results.json", "fisher_eigenvectors.npz"

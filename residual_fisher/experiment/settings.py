@@ -39,7 +39,7 @@ class Settings(CommandOptions):
     data_config: str | None = option(None, nonempty, "NAME", "configuration of a hub dataset")
     data_split: str = option("train", nonempty, "NAME", "split of a hub dataset (train)")
     target_word: str = option("animals", nonempty, "WORD", "perturb at the token just before this word (animals)")
-    num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse (20)")
+    num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse (20)", identity=False)
     require_predicted: bool = option(False, switch, "true", "only where the model's top prediction starts the word")
     layers: tuple | None = option(
         None, or_all(count), "L", "decoder layers, or all (every fifth and the last)", several=True

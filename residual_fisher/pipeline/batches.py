@@ -1,7 +1,8 @@
 """One batch of prompts: the model linearised at their last tokens, the triplets of each F, and what may go wrong."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
@@ -12,8 +13,9 @@ import torch
 
 import fisher
 from residual_fisher.common.program import UserError
+from residual_fisher.common.run import Item
 from residual_fisher.common.text import first_line
-from residual_fisher.model.loading import dtype_advice, rotation_change
+from residual_fisher.model.loading import rotation_change
 from residual_fisher.model.passes import (
     add_at_last,
     differentiated_twice,
@@ -24,11 +26,11 @@ from residual_fisher.model.passes import (
     stream_width,
     use_attention,
 )
-from residual_fisher.model.words import Said, found_in, shown_by, what_is_said
+from residual_fisher.model.words import TokenShares, prompt_words_test, token_shares, token_writer
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
+from residual_fisher.pipeline.matrices import arrays_of
 from residual_fisher.pipeline.prompts import Encoded, Prompt, check_template, encode, plan_batches
 from residual_fisher.pipeline.settings import Settings
-from residual_fisher.pipeline.store import Result
 
 # Rows (tokens times cotangents) of one backward pass: more of them no longer make better use of the machine.
 BACKWARD_ROWS = 4096
@@ -55,17 +57,22 @@ class Subject:
     @cached_property
     def show(self) -> Callable[[int], str]:
         """Writes a token: the same few, thousands of times."""
-        return cache(shown_by(self.tokenizer))
+        return cache(token_writer(self.tokenizer))
 
     @cached_property
-    def found_in(self) -> Callable[[str, Sequence[str]], list[bool]]:
+    def in_prompt(self) -> Callable[[str, Sequence[str]], list[bool]]:
         """Tells which tokens a prompt holds."""
-        return found_in(self.tokenizer, self.show)
+        return prompt_words_test(self.tokenizer, self.show)
+
+    @cached_property
+    def encoder(self):
+        """The tokenizer once more, for a thread of its own: tokenizers are not made for several."""
+        return deepcopy(self.tokenizer)
 
     def next_tokens(self, prompt: str, ids: list[int], p: list[float]) -> list[dict]:
         """The most probable next tokens as they are recorded; `in_prompt` are those that a word there begins with."""
         texts = [self.show(token) for token in ids]
-        columns = zip(texts, ids, p, self.found_in(prompt, texts), strict=True)
+        columns = zip(texts, ids, p, self.in_prompt(prompt, texts), strict=True)
         return [dict(zip(("token", "id", "probability", "in_prompt"), column, strict=True)) for column in columns]
 
 
@@ -87,14 +94,9 @@ def into_batches(settings: Settings, subject: Subject, encoded: list[Encoded]) -
 
 
 @contextmanager
-def explain_failures(subject: Subject, batch: list[Encoded]) -> Iterator[None]:
-    """Turns failures of a whole batch into a line."""
+def explain_unsupported(subject: Subject) -> Iterator[None]:
     try:
         yield
-    except (fisher.NumericalError, torch.linalg.LinAlgError) as error:
-        first, last = batch[0].prompt.index, batch[-1].prompt.index
-        where = f"in the batch of prompts {first} to {last}"
-        raise UserError(f"{first_line(error)} {where}{dtype_advice(subject.model)}") from error
     except fisher.UnsupportedModelError as error:
         raise UserError(f"no Fisher matrix at {subject.path}: {error}") from error
 
@@ -127,77 +129,87 @@ def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) 
     return max(1, min(len(batch), ATTENTION_BYTES // each))
 
 
-def triplets(settings: Settings, point: fisher.Point, chunks: fisher.Chunks) -> tuple[fisher.Eigenpairs, Said, dict]:
-    """The leading eigenpairs of each prompt's F, what they say, and columns (prompts,) of what they leave out."""
+def triplets(
+    settings: Settings, point: fisher.Point, chunks: fisher.Chunks
+) -> tuple[fisher.Eigenpairs, TokenShares, dict]:
+    """The leading eigenpairs of each prompt's F, the tokens' shares of them, and columns (prompts,) of numbers."""
     r = settings.num_singular_values
     if settings.top_k_tokens == "all":
         with differentiated_twice():
             found = leading_eigenpairs(point, r, chunks=chunks)
         eigen, mass = found.eigen, torch.ones_like(found.trace_error[0])
         slopes = point.output_head().times(found.pushed[..., :DIRECTIONS, :])
-        said = what_is_said(slopes[0], point.log_probs.exp(), num=TOKENS)
+        shares = token_shares(slopes[0], point.log_probs.exp(), num=TOKENS)
         errors = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
     else:
         top = fisher.top_k(point, settings.top_k_tokens, chunks)
         eigen, mass, errors = top.eigenpairs(r, allow_zero=True), top.mass, {}
         slopes = top.slopes(eigen.vectors[..., :DIRECTIONS, :])
-        said = what_is_said(slopes[0], top.weights, top.tokens, TOKENS)
+        shares = token_shares(slopes[0], top.weights, top.tokens, TOKENS)
     eigen = fisher.Eigenpairs(*(part[0] for part in eigen))  # of the one module
     columns = {"captured_mass": mass, **errors, "trace": eigen.trace, "effective_rank": eigen.effective_rank}
-    return eigen, said, columns
+    return eigen, shares, columns
 
 
-def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Result]:
-    """The results of a batch's prompts. Out of memory, it goes on with half of the batch at a time.
+def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Item]:
+    """The items of a batch's prompts. Out of memory, it continues with half of the batch at a time.
 
     A prompt that leads to NaN, infinity or no convergence is taken out of the batch and recorded as failed.
 
     Raises:
-        UserError: the module does not lead to the predictions, or an eigensolver failed.
+        UserError: the module does not lead to the predictions.
     """
     start = time.perf_counter()
 
-    def measure_some(which: torch.Tensor) -> list[Result]:
+    def measure_some(which: torch.Tensor) -> list[Item]:
         prompts = [batch[i] for i in which.tolist()]
         try:
-            point, rows = linearize(settings, subject, prompts)
-            eigen, said, columns = triplets(settings, point, fisher.Chunks(rows))
-        except fisher.NumericalError as error:
-            if error.prompt is None:
-                raise
-            others = which[torch.arange(len(which)) != error.prompt]
-            results = measure_some(others) if len(others) else []
-            results.insert(error.prompt, without_matrix(settings, subject, prompts[error.prompt], str(error)))
-            return results
-        next_tokens = point.log_probs.exp().topk(min(NEXT_TOKENS, point.log_probs.shape[-1]))
-        next_p, next_ids = (column.tolist() for column in next_tokens)
-        values, vectors = (part.cpu().numpy() for part in eigen[:2])
-        said = Said(*(part.cpu() for part in said))
-        columns = {name: column.tolist() for name, column in columns.items()}
-        return [
-            Result(
-                record={
-                    **describe_prompt(encoded),
-                    "top_token": subject.tokenizer.decode(next_ids[i][:1]),
-                    "top_probability": next_p[i][0],
-                    "next_tokens": subject.next_tokens(encoded.prompt.text, next_ids[i], next_p[i]),
-                    **{name: column[i] for name, column in columns.items()},
-                    "singular_values": values[i].tolist(),
-                    "directions": said.records((i,), subject.show),
-                },
-                values=values[i],
-                vectors=vectors[i],
-            )
-            for i, encoded in enumerate(prompts)
-        ]
+            return measure_batch(settings, subject, prompts)
+        except (fisher.NumericalError, torch.linalg.LinAlgError) as error:
+            if len(prompts) == 1:
+                return [without_matrix(settings, subject, prompts[0], first_line(error))]
+            failed = getattr(error, "prompt", None)
+        if failed is None:  # one of them, and torch does not say which
+            return list(chain.from_iterable(map(measure_some, which.split(1))))
+        parts = (which[:failed], which[failed : failed + 1], which[failed + 1 :])
+        own, others = measure_some(parts[1]), measure_some(torch.cat([parts[0], parts[2]]))
+        return [*others[:failed], *own, *others[failed:]]
 
-    with explain_failures(subject, batch):
+    with explain_unsupported(subject):
         parts = fisher.Chunks(prompts_at_once(settings, subject, batch)).map(measure_some, torch.arange(len(batch)))
-    results = list(chain.from_iterable(parts))
+    items = list(chain.from_iterable(parts))
     seconds = (time.perf_counter() - start) / len(batch)
-    for result in results:
-        result.record["seconds"] = seconds
-    return results
+    for item in items:
+        item.record["seconds"] = seconds
+    return items
+
+
+def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Item]:
+    """The items of prompts that go through the model together.
+
+    Raises:
+        NumericalError, torch.linalg.LinAlgError: of one of them.
+    """
+    point, rows = linearize(settings, subject, batch)
+    eigen, shares, columns = triplets(settings, point, fisher.Chunks(rows))
+    next_p, next_ids = (c.tolist() for c in point.log_probs.exp().topk(min(NEXT_TOKENS, point.log_probs.shape[-1])))
+    values, vectors = (part.cpu().numpy() for part in eigen[:2])
+    shares = TokenShares(*(part.cpu() for part in shares))
+    columns = {name: column.tolist() for name, column in columns.items()}
+
+    def item(i: int, encoded: Encoded) -> Item:
+        record = {
+            **describe_prompt(encoded),
+            "top_token": subject.tokenizer.decode(next_ids[i][:1]),
+            "top_probability": next_p[i][0],
+            "next_tokens": subject.next_tokens(encoded.prompt.text, next_ids[i], next_p[i]),
+            **{name: column[i] for name, column in columns.items()},
+            "singular_values": values[i].tolist(),
+            "directions": shares.records((i,), subject.show),
+        }
+        return Item(encoded.prompt.index, record, arrays_of(values[i], vectors[i], settings.store))
+
+    return [item(i, encoded) for i, encoded in enumerate(batch)]
 
 
 def describe_prompt(encoded: Encoded) -> dict:
@@ -210,13 +222,14 @@ def describe_prompt(encoded: Encoded) -> dict:
     }
 
 
-def without_matrix(settings: Settings, subject: Subject, encoded: Encoded, reason: str) -> Result:
-    """The result of a prompt that failed: why, and zeros."""
+def without_matrix(settings: Settings, subject: Subject, encoded: Encoded, reason: str) -> Item:
+    """The item of a prompt that failed: why, and zeros."""
     r, width = settings.num_singular_values, stream_width(subject.model, subject.module)
     zeros = dict.fromkeys(("top_probability", "captured_mass", "trace", "effective_rank"), 0.0)
     lists = {"next_tokens": [], "singular_values": [0.0] * r, "directions": []}
     record = {**describe_prompt(encoded), "failed": reason, "top_token": "", **zeros, **lists}
-    return Result(record, np.zeros(r, np.float32), np.zeros((r, width), np.float32))
+    arrays = arrays_of(np.zeros(r, np.float32), np.zeros((r, width), np.float32), settings.store)
+    return Item(encoded.prompt.index, record, arrays)
 
 
 def check_padding(subject: Subject, batch: list[Encoded]) -> None:
@@ -240,7 +253,7 @@ def check_once(settings: Settings, subject: Subject, batch: list[Encoded], check
     if kind in checked:
         return False
     use_attention(subject.model, kind)
-    with explain_failures(subject, batch):
+    with explain_unsupported(subject):
         check_padding(subject, batch)
     checked.add(kind)
     return True
@@ -267,10 +280,7 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
         with hooked((subject.module.register_forward_hook, edit_stream(add))):
             return last_logits(subject.model, *pad(batch * len(deltas)))
 
-    try:
+    # a prompt that leads to NaN or infinity will be recorded as failed
+    with explain_unsupported(subject), suppress(fisher.NumericalError):
         point, rows = linearize(settings, subject, batch)
         fisher.check_prediction(point, moved, fisher.Chunks(rows))
-    except fisher.NumericalError:
-        return  # it will be recorded as failed
-    except fisher.UnsupportedModelError as error:
-        raise UserError(f"no Fisher matrix at {subject.path}: {error}") from error

@@ -34,7 +34,7 @@ class Settings(CommandOptions):
     dataset_split: str = option("train", nonempty, "NAME", "split of a hub dataset (train)")
     dataset_config: str | None = option(None, nonempty, "NAME", "configuration of a hub dataset")
     prompt_column: str | None = option(None, nonempty, "NAME", "column that holds the prompts (found by its name)")
-    num_prompts: int | str = option(100, or_all(positive), "N", "prompts to take, or all (100)")
+    num_prompts: int | str = option(100, or_all(positive), "N", "prompts to take, or all (100)", identity=False)
     max_length: int = option(2048, positive, "N", "tokens of a prompt; longer user texts are cut (2048)")
     hook_layer_name: str = option(
         "model.layers.15", nonempty, "PATH", "module path, or the number of a decoder layer (model.layers.15)"

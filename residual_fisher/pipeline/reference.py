@@ -1,32 +1,31 @@
 """The finished run that a run's prompts are scored against: trusted prompts, or the same prompts in a base model."""
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+import hashlib
 import json
 from pathlib import Path
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.text import first_line
-from residual_fisher.pipeline.evidence import Lexicon, Prompts
-from residual_fisher.pipeline.metadata import read_metadata, seal, shown
+from residual_fisher.common.run import checksum, read_manifest, shown
+from residual_fisher.pipeline.matrices import load_fisher_matrices, records_of
+from residual_fisher.pipeline.scores import ScoredRun
 from residual_fisher.pipeline.settings import Settings
-from residual_fisher.pipeline.store import PROMPTS, load_fisher_matrices
 
 FEWEST = 20  # prompts of a reference
-SAME_SETTINGS = ("bias_positions", "top_k_tokens", "num_singular_values")  # which F are of one kind
+SAME_SETTINGS = ("bias_positions", "top_k_tokens", "num_singular_values")  # F of one kind have these in common
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Reference:
     """A finished run, and what it is taken for."""
 
     kind: str  # "reference" or "base", as the setting is called
     path: Path
-    metadata: dict
+    manifest: dict
 
     @classmethod
-    def asked_for(cls, settings: Settings) -> "Comparison | None":
+    def asked_for(cls, settings: Settings) -> "Reference | None":
         """
         Raises:
             UserError: there is no finished run there, it is damaged, or has other settings.
@@ -39,20 +38,20 @@ class Comparison:
         kind, path = asked[0][0], Path(asked[0][1])
         if path.resolve() == Path(settings.output_dir).resolve():
             raise UserError(f"--{kind} is the --output-dir itself ({path}): it takes another, finished run")
-        metadata = read_metadata(path)
-        if metadata is None or not metadata["complete"]:
+        manifest = read_manifest(path)
+        if manifest is None or not manifest["complete"]:
             raise UserError(f"no finished run in {path}: --{kind} takes the --output-dir of one")
-        for file, known in metadata["files"].items():
-            if known is None or seal(path / file) != known:
+        for file, known in manifest["primary"].items():
+            if checksum(path / file) != known:
                 raise UserError(f"{path / file} is missing or damaged: the command that made it makes it again")
         for key in SAME_SETTINGS:
-            then, now = metadata["config"].get(key), getattr(settings, key)
+            then, now = manifest["identity"]["settings"].get(key), getattr(settings, key)
             if then != now:
                 raise UserError(
                     f"the run in {path} has {key} {shown(then)}, and this one {shown(now)}: "
                     f"--{kind} takes one with the same settings"
                 )
-        return cls(kind, path, metadata)
+        return cls(kind, path, manifest)
 
     def require_same_model(self, identity: dict) -> None:
         """
@@ -61,25 +60,25 @@ class Comparison:
         """
         keys = {"hook_layer": "is hooked at another layer"}
         if self.kind == "reference":
-            keys["model_fingerprint"] = "is of another model"
+            keys["model"] = "is of another model"
         for key, what in keys.items():
-            if self.metadata[key] != identity[key]:
-                change = f"{shown(self.metadata[key])}, and this one {shown(identity[key])}"
+            if self.manifest["identity"][key] != identity[key]:
+                change = f"{shown(self.manifest['identity'][key])}, and this one {shown(identity[key])}"
                 raise UserError(f"the run in {self.path} {what} ({change}): --{self.kind} takes one with the same")
 
     @property
-    def seal(self) -> list:
+    def checksum(self) -> str:
         """By which the run is known again, wherever it is."""
-        return self.metadata["files"][PROMPTS]
+        return hashlib.sha256(json.dumps(self.manifest["primary"]).encode()).hexdigest()[:16]
 
-    def open(self, stack: ExitStack, lexicon: Lexicon, own: Prompts) -> Prompts:
+    def open(self, stack: ExitStack, own: ScoredRun) -> ScoredRun:
         """Its prompts.
 
         Raises:
             UserError: they cannot be read, or are too few; or not those of `own` in a base model.
         """
         matrices = stack.enter_context(load_fisher_matrices(self.path))
-        found = Prompts.of(read_records(self.path / PROMPTS), matrices, lexicon)
+        found = ScoredRun.of(records_of(self.path), matrices)
         if matrices[0].U.shape != own.matrices[0].U.shape:
             raise UserError(f"the matrices in {self.path} are of another shape: --{self.kind} takes a run of the same")
         if self.kind == "base" and found.texts != own.texts:
@@ -92,16 +91,3 @@ class Comparison:
         if self.kind == "reference" and len(found.usable()) < FEWEST:
             raise UserError(f"{len(found.usable())} prompts in {self.path} are too few to trust: {FEWEST} at least")
         return found
-
-
-def read_records(path: Path) -> Iterator[dict]:
-    """The records of a finished run, one at a time.
-
-    Raises:
-        UserError: they cannot be read.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            yield from map(json.loads, file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no readable {path.name} in {path.parent}: {first_line(error)}") from error

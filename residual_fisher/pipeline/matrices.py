@@ -1,0 +1,170 @@
+"""The pipeline's Fisher matrices on disk: one NPZ archive, or numbered ones for a large run; and how to read them.
+
+    from residual_fisher import load_fisher_matrices
+
+For prompt i an archive holds `U_{i}`, `S_{i}` and `V_{i}`.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+import json
+from pathlib import Path
+from typing import NamedTuple
+import zipfile
+
+import numpy as np
+
+from residual_fisher.common.files import atomic_open, json_text, write_archive
+from residual_fisher.common.program import UserError
+from residual_fisher.common.run import ITEMS, RECORDS, Item, Run, archives_in, read_array, read_manifest, record_lines
+
+ARRAYS = "fisher_matrices_compressed.npz"
+LINES = f"{ITEMS}/{RECORDS}"  # beside ARRAYS: what was computed of each prompt besides its matrix
+ONE_FILE = 10_000  # prompts that are put into one archive: opening one reads the names of all its members
+
+
+class Triplets(NamedTuple):
+    """One prompt's Fisher matrix, F ~ U @ diag(S) @ V: its best approximation of rank r."""
+
+    U: np.ndarray  # (d, r) float32, orthonormal columns
+    S: np.ndarray  # (r,) float32, descending, nats / unit^2
+    V: np.ndarray  # (r, d) float32, the transpose of U, since F is symmetric
+
+
+def arrays_of(values: np.ndarray, vectors: np.ndarray, store: str) -> dict[str, np.ndarray]:
+    """What is kept of leading eigenpairs, values (r,) and vectors (r, d) float32: U, S and V, or U in float16 and S."""
+    u = np.ascontiguousarray(vectors.T)
+    return {"U": u.astype(np.float16), "S": values} if store == "compact" else {"U": u, "S": values, "V": vectors}
+
+
+# --- from items to primary files, and back -------------------------------------------------------
+
+
+def merge(run: Run, count: int) -> list[str] | None:
+    """Merges the items of `count` prompts into one archive and the lines of their records; returns the files' names.
+
+    A larger run keeps the archives that it has: None.
+
+    Raises:
+        UserError: items are missing or damaged, or a file cannot be written.
+    """
+    one_file, lines, seen = count <= ONE_FILE, [], 0
+
+    def members() -> Iterator[tuple[str, np.ndarray]]:
+        nonlocal seen
+        for number, record, arrays in run.items():
+            if number != seen:
+                raise UserError(f"finished items have vanished from {run.folder / ITEMS}: run the same command again")
+            seen += 1
+            lines.append(json_text(record))
+            yield from ((f"{name}_{number}.npy", array) for name, array in arrays.items())
+
+    try:
+        if one_file:
+            write_archive(run.folder / ARRAYS, members())
+        else:
+            seen = sum(1 for _ in run.items())
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise UserError(f"an archive in {run.folder / ITEMS} is damaged: run the same command again") from error
+    if seen != count:
+        raise UserError(f"finished items have vanished from {run.folder / ITEMS}: run the same command again")
+    if not one_file:
+        for name in (ARRAYS, LINES):  # of a smaller run that was extended
+            (run.folder / name).unlink(missing_ok=True)
+        return None
+    with atomic_open(run.folder / LINES) as file:
+        file.writelines(lines)
+    return [ARRAYS, LINES]
+
+
+def split(folder: Path) -> Iterator[Item]:
+    """The items that `merge` has put into one archive, one in memory at a time."""
+    with zipfile.ZipFile(folder / ARRAYS) as archive, open(folder / LINES, encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            names = [name for name in Triplets._fields if f"{name}_{number}.npy" in archive.NameToInfo]
+            yield Item(number, json.loads(line), {name: read_array(archive, f"{name}_{number}") for name in names})
+
+
+def records_of(folder: Path) -> Iterator[dict]:
+    """The records of a finished run's prompts, in order, one in memory at a time (of a large run, an archive's).
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    try:
+        if (folder / LINES).is_file():
+            with open(folder / LINES, encoding="utf-8") as lines:
+                yield from map(json.loads, lines)
+        else:
+            for *_, path in archives_in(folder / ITEMS):
+                yield from (record for _, record in record_lines(path))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"no readable records of prompts in {folder}: run the command that made them again") from error
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+class FisherMatrices(Sequence):
+    """All prompts' triplets, read from disk when asked for: only one prompt is in memory at a time.
+
+    `len(matrices)` prompts; `matrices[i]` is prompt i's `Triplets`.
+    """
+
+    def __init__(self, files: Sequence[Path], firsts: Sequence[int], prompts: int):
+        """`firsts` are the numbers of the first prompt in each of `files`, ascending."""
+        self._files, self._firsts, self._prompts = files, firsts, prompts
+        self._open, self._archive = None, None  # which of the files is open
+
+    def __len__(self) -> int:
+        return self._prompts
+
+    def __getitem__(self, index: int) -> Triplets:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"prompt {index} of {len(self)}")
+        index %= len(self)
+        place = bisect_right(self._firsts, index) - 1
+        if place != self._open:
+            self.close()
+            self._archive, self._open = zipfile.ZipFile(self._files[place]), place
+        u, s = self._read(f"U_{index}"), self._read(f"S_{index}")
+        v = self._read(f"V_{index}") if f"V_{index}.npy" in self._archive.NameToInfo else u.T
+        return Triplets(u, s, v)
+
+    def _read(self, name: str) -> np.ndarray:
+        return read_array(self._archive, name).astype(np.float32, copy=False)
+
+    def close(self) -> None:
+        if self._archive is not None:
+            self._archive.close()
+        self._open, self._archive = None, None
+
+    def __enter__(self) -> "FisherMatrices":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def load_fisher_matrices(path: str | Path) -> FisherMatrices:
+    """The Fisher matrices that `compute_fisher.py` wrote to `path`, in one archive or several, full or compact.
+
+    Args:
+        path: the output directory, or an NPZ file in it.
+    Raises:
+        UserError: there are none, they are damaged, or the run is not finished.
+    """
+    path = Path(path)
+    one = path if path.suffix == ".npz" else path / ARRAYS
+    if one.is_file():
+        try:
+            with zipfile.ZipFile(one) as archive:
+                prompts = sum(name.startswith("S_") for name in archive.namelist())
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{one} is damaged: {error}") from error
+        return FisherMatrices([one], [0], prompts)
+    manifest, archives = read_manifest(path), archives_in(path / ITEMS)
+    if manifest is None or not manifest["complete"] or not archives:
+        raise UserError(f"no finished Fisher matrices in {path}: run compute_fisher.py, which resumes where it stopped")
+    firsts, _, files = zip(*archives, strict=True)
+    return FisherMatrices(files, firsts, manifest["items"])
