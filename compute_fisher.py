@@ -25,6 +25,7 @@ from residual_fisher.common.command_line import (
     UserError,
     end_with_error,
     exit_code,
+    first_line,
     model_line,
     printable,
     settle_network,
@@ -45,6 +46,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 import os
 import time
@@ -68,6 +70,7 @@ from residual_fisher.model.loading import (
 from residual_fisher.model.passes import devices_of
 from residual_fisher.pipeline import estimate, figures, processes, report
 from residual_fisher.pipeline.batches import Subject, check_once, into_batches, measure, try_first
+from residual_fisher.pipeline.comparison import read_records
 from residual_fisher.pipeline.processes import Processes
 from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts, encode
 from residual_fisher.pipeline.run_directory import FILES, RunDirectory
@@ -291,7 +294,7 @@ def run(command: Command, process: Processes) -> int:
 def finish(directory: RunDirectory, count: int, skipped: int) -> int:
     """Makes the final files, and says what is in them; returns the exit code."""
     statistics = directory.finish(count, SHARD_BATCHES * directory.settings.batch_size, skipped)
-    print(report.final_table(directory.path / PROMPTS, statistics, directory.settings))
+    print(report.final_table(partial(read_records, directory.path / PROMPTS), statistics, directory.settings))
     print(f"Written to {printable(str(directory.path))}: {', '.join(FILES)}")
     return SOME_FAILED if statistics["failed_prompts"] else 0
 
@@ -306,7 +309,7 @@ def conclude(directory: RunDirectory, process: Processes) -> int:
         return 0
     statistics = directory.score_again()
     directory.clean_up()
-    print(report.final_table(directory.path / PROMPTS, statistics, directory.settings))
+    print(report.final_table(partial(read_records, directory.path / PROMPTS), statistics, directory.settings))
     print(f"{printable(directory.settings.output_dir)} was finished: its prompts were scored anew")
     return 0
 
@@ -383,7 +386,11 @@ def try_some(settings: Settings, subject: Subject, batches: list[list[Encoded]])
 def main(command: Command) -> int:
     def run_or_redraw() -> int:
         if command.redraw:
-            figures.draw(command.redraw)
+            try:
+                figures.draw(command.redraw, read_records(command.redraw / PROMPTS))
+            except (KeyError, TypeError, ValueError) as error:
+                where = f"{PROMPTS} in {command.redraw}"
+                raise UserError(f"no readable {where}: {first_line(error)}") from error
             print(f"Drawn in {printable(str(command.redraw))}: {figures.SPECTRA}")
             return 0
         with processes.join() as process:

@@ -256,7 +256,7 @@ def perturb_all(
     bar = tqdm(total=total, initial=len(results), desc="perturbing", unit="sentence", disable=None)
     with explain_unsupported(), bar:
         for _ in steps:
-            tqdm.write(report.sentence_block(results, len(results) - 1))
+            tqdm.write(report.sentence_block(results.last_record(), len(results) - 1, results.config))
             bar.update()
             if len(results) == settings.num_sentences:
                 break
@@ -281,10 +281,10 @@ def nothing_found(settings: Settings, contexts: list[Context], results: Results)
 
 def redraw(directory: Path) -> int:
     try:
-        figures.draw(directory)
+        figures.draw(directory, read_results(directory))
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"the results in {directory} are of another form: {excerpt(repr(error), 80)}") from error
-    print(f"Drawn in {printable(str(directory))}: {', '.join(figures.drawn_of(read_results(directory)))}")
+    print(f"Drawn in {printable(str(directory))}: {', '.join(figures.names_of(read_results(directory)))}")
     return 0
 
 
@@ -346,7 +346,7 @@ def run(settings: Settings) -> int:
                 return say_finished(directory, earlier.document)
             results.go_on_from(*earlier)
             print(going_on(results))
-        print(report.block_legend(results))
+        print(report.block_legend(results.config))
         measure(settings, model, contexts, results, files, clock)
     return SOME_FAILED if results.failed else 0
 
@@ -360,8 +360,8 @@ def finished(directory: Path) -> str:
 
 
 def say_finished(directory: Path, document: dict) -> int:
-    if not figures.are_of(directory, document):
-        figures.draw(directory)
+    if not all((directory / name).exists() for name in figures.names_of(document)):
+        figures.draw(directory, document)
     print(finished(directory))
     return 0
 
@@ -387,8 +387,8 @@ def measure(
                 print(
                     f"Stopped: {len(results)} finished sentences are kept; the same command goes on.", file=sys.stderr
                 )
-            figures.draw(files.path)
-        print(report.conclusion(results, len(contexts)))
+            figures.draw(files.path, results.document())
+        print(report.conclusion(results.document(), len(contexts)))
         print(f"Written to {printable(str(files.path))}: {', '.join(files.written(results))}")
     if stopped:
         raise stopped

@@ -8,7 +8,7 @@ import numpy as np
 from residual_fisher.common.amounts import duration, size
 from residual_fisher.common.command_line import excerpt, excerpt_end
 from residual_fisher.common.files import json_text
-from residual_fisher.experiment.figures import drawn_of
+from residual_fisher.experiment.figures import names_of
 from residual_fisher.experiment.report import EXCERPT
 from residual_fisher.experiment.results import EIGENVECTORS, MAX_SIMILARITY, RESULTS, Results
 from residual_fisher.experiment.sentences import Context, Found
@@ -80,7 +80,7 @@ def describe_costs(trial: Trial, seconds: float, loading: float, memory: str, se
     each = " to ".join(dict.fromkeys(duration(part) for part in sorted(trial.seconds)))
     longest = len(trial.contexts[-1].ids)
     records, arrays = file_sizes(results, sentences)
-    pictures = len(drawn_of({"steering": results.steering}))
+    pictures = len(names_of({"steering": results.steering}))
     return "\n".join(
         [
             f"each: {perturbations(results)} perturbations at each of {len(results.layers)} layers",

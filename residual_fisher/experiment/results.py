@@ -125,12 +125,10 @@ class Results:
         """(layers, d), of the sentence finished last."""
         return torch.from_numpy(self.arrays["activations"][-1]) if len(self) else None
 
-    @property
-    def overflows(self) -> int:
-        """How many perturbations were so long that the logits, or the prediction of KL, overflowed."""
-        along_v = (r for sentence in self.perturbations for layer in sentence.values() for r in layer.values())
-        records = (record for r in along_v for record in (r, *r["controls"].values()))
-        return sum(record["kl"] is None or record["predicted_kl"] is None for record in records)
+    def last_record(self) -> dict:
+        columns = {"context": self.contexts, "fisher": self.fisher, "perturbations": self.perturbations}
+        columns |= {"continuation": self.continuations, "steering": self.steering}
+        return {key: column[-1] for key, column in columns.items() if column}
 
     def go_on_from(self, document: dict, arrays: Arrays) -> None:
         """Takes in what an earlier run has finished."""
@@ -141,11 +139,6 @@ class Results:
         self.arrays = {name: list(array) for name, array in arrays.items()}
         for stage, seconds in document["timings"].items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-
-    @property
-    def farthest(self) -> str:
-        """The scale farthest from 0, as the records name it."""
-        return f"{max(self.scales, key=abs):g}"
 
     def add(self, measured: Measured) -> None:
         """Takes in the next sentence, whole or not at all."""

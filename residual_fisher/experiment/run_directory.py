@@ -120,4 +120,4 @@ class RunDirectory:
 
     def written(self, results: Results) -> tuple[str, ...]:
         """The names of the files that there are of these results."""
-        return (RESULTS, EIGENVECTORS, *figures.drawn_of({"steering": results.steering}))
+        return (RESULTS, EIGENVECTORS, *figures.names_of({"steering": results.steering}))

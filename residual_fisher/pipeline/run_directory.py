@@ -180,7 +180,7 @@ class RunDirectory:
             for index, record in enumerate(records()):
                 record.update({name: column[index] for name, column in columns.items()})
                 file.write(json_text({key: value for key, value in record.items() if key not in EARLIER_SCORES}))
-        figures.draw(self.path)
+        figures.draw(self.path, read_records(self.path / PROMPTS))
         return shape
 
     def _scoring(self) -> dict:
