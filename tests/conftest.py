@@ -16,8 +16,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_t
 import torch
 import transformers as hf
 
-import residual_fisher.experiment.figures
-import residual_fisher.pipeline.figures
+from residual_fisher.common import drawing
 import scripts
 import tiny
 
@@ -117,12 +116,11 @@ def finished_pipeline(chat_directory, dataset, tmp_path_factory) -> Path:
 def without_pictures(monkeypatch) -> None:
     """For tests of something else: of a small run's time, drawing takes the most. The files are there, and empty."""
 
-    def touch(directory: Path, drawn: dict, note: str | None = None) -> None:
-        for name in drawn:
-            (directory / name).touch()
+    def touch(folder: Path, figures: dict) -> None:
+        for name in figures:
+            (folder / name).touch()
 
-    monkeypatch.setattr(residual_fisher.experiment.figures, "save", touch)
-    monkeypatch.setattr(residual_fisher.pipeline.figures, "save", touch)
+    monkeypatch.setattr(drawing, "save", touch)
 
 
 class Disk(NamedTuple):

@@ -1,8 +1,8 @@
 """The pictures: their size, and that every panel shows the numbers it is named for."""
 
 import copy
-import json
 from pathlib import Path
+import warnings
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -149,9 +149,7 @@ def test_the_trust_panel_draws_when_rounding_hides_the_radii(known, results, tmp
     for entries in results["fisher"]:
         for layer in known:
             entries[layer]["trust_radius"] = {"step": 2.0, "nats": 0.5, "norms": 0.01, "steps": [2.0, 3.0]}
-    del results["checksum"]
-    (tmp_path / "experiment_results.json").write_text(json.dumps(results))
-    figures.draw(tmp_path)
+    figures.draw(tmp_path, results)
     assert_is_a_picture(tmp_path / "perturbation_analysis.png", 3000, 1611)
     axes = panel(figures.perturbation_figure(results), "½ λ s² holds to 10% up to")
     if known:
@@ -172,17 +170,25 @@ def test_labels_hold_nothing_that_matplotlib_or_a_terminal_takes_for_an_instruct
         context["prompt"] = context["target_token"] = "$\\alpha \x1b[31m$"
     axes = panel(figures.perturbation_figure(results), "S")
     assert axes.get_title().endswith(r"“\$\\alpha \x1b[31m\$”".replace("\\\\", "\\"))
-    del results["checksum"]
-    (tmp_path / "experiment_results.json").write_text(json.dumps(results))
-    figures.draw(tmp_path)
+    figures.draw(tmp_path, results)
     assert drawing.label("a$b\x07") == r"a\$b\x07"
+
+
+def test_there_is_a_picture_of_steering_if_a_target_was_below_a_goal(results):
+    entry = {"kl": 1.0, "ratio": 2.0}
+    for directions, names in (({}, figures.FILES[:2]), ({"natural": {"0.9": entry}}, figures.FILES)):
+        layers = dict.fromkeys(("0", "2"), directions)
+        results["steering"] = [{"token": " a", "id": 1, "probability": 0.85, "layers": layers}]
+        assert figures.names_of(results) == names
+    axes = panel(figures.steering_figure(results), "KL over the least, to probability 0.9")
+    assert axes.lines[1].get_ydata().tolist() == [2, 2]
 
 
 # --- the pipeline --------------------------------------------------------------------------------
 
 
 def spectra_figure(folder: Path) -> tuple[Figure, list[dict]]:
-    return spectra.spectra_figure(spectra._read_prompts(folder / "prompts.jsonl")), scripts.records(folder)
+    return spectra.spectra_figure(iter(scripts.records(folder))), scripts.records(folder)
 
 
 def dots(axes: Axes) -> np.ndarray:
@@ -249,11 +255,10 @@ def test_beside_each_of_them_stand_the_tokens_of_the_direction_in_which_it_diffe
 
 def test_results_of_an_earlier_version_without_directions_are_drawn(finished_pipeline, tmp_path):
     found = scripts.records(finished_pipeline)
-    for missing in (found[0:1], found):  # of a run that went on, and of a whole one
+    for missing in (found[0:1], found):  # of a run that a newer version resumed, and of all of one
         for record in missing:
             record.pop("directions", None)
-        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
-        spectra.draw(tmp_path)
+        spectra.draw(tmp_path, found)
         assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1950)
 
 
@@ -262,9 +267,22 @@ def test_matrices_that_are_zero_are_survived_by_the_log_scales(zero, finished_pi
     found = scripts.records(finished_pipeline)
     for record in found[zero]:
         record["singular_values"] = [0.0] * 4
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
-    spectra.draw(tmp_path)
+    spectra.draw(tmp_path, found)
     assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1950)
+
+
+@pytest.mark.parametrize("coordinates", [[0.0, 0.0], []], ids=["zero", "none"])
+def test_a_few_prompts_that_all_failed_are_drawn(coordinates, finished_pipeline, tmp_path):
+    """Too few for scores, and without a Fisher matrix: all that is drawn is zero."""
+    nothing = dict.fromkeys(("captured_mass", "outlier_score", *SCORES), 0.0)
+    lists = {"singular_values": [0.0] * 4, "principal_coordinates": coordinates, "directions": [], "odd_words": []}
+    found = [{**record, **nothing, **lists, "failed": "NaN"} for record in scripts.records(finished_pipeline)[:7]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spectra.draw(tmp_path, found)
+    assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1950)
+    points = dots(panel(spectra.spectra_figure(found), "Which directions"))
+    assert points.tolist() == [[0.0, 0.0]] * 7
 
 
 def test_more_prompts_than_can_be_told_apart_are_thinned_out(finished_pipeline, monkeypatch):

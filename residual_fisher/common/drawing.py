@@ -1,6 +1,6 @@
-"""What all pictures share: style, colours, and how they are saved."""
+"""What all pictures share: style, colours, parts of panels, and how they are saved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 import warnings
 
@@ -12,13 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image  # which matplotlib depends on
 
 from residual_fisher.common.files import atomic_open
 from residual_fisher.common.text import printable
 
 DPI = 150
-NOTE = "Comment"  # the name, in a PNG file, of what `save` notes there
 STYLE = {
     "font.size": 13,
     "axes.spines.top": False,
@@ -31,33 +29,23 @@ BLACK, ORANGE, BLUE, GREEN, PINK, YELLOW, GREY = (
     "#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#7A7A7A",
 )  # fmt: skip
 DISTINCT = [BLACK, ORANGE, BLUE, GREEN, PINK, YELLOW]
+# Glyph: a token in a script that the font lacks is drawn as a box. The others: NaN, which leaves a gap in the picture.
+EXPECTED_WARNINGS = "Glyph|All-NaN|Mean of empty"
 
 
-def save(directory: Path, figures: dict[str, Callable[[], Figure]], note: str | None = None) -> None:
+def save(folder: Path, figures: dict[str, Callable[[], Figure]]) -> None:
     """Draws figures into files of these names, one at a time.
 
-    Args:
-        note: is kept in the file: see `note_of`.
     Raises:
-        UserError: the directory cannot be written to.
+        UserError: the folder cannot be written to.
     """
     with plt.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a token in a script that the font lacks is drawn as a box
+        warnings.filterwarnings("ignore", EXPECTED_WARNINGS)
         for name, make in figures.items():
             figure = make()
-            with atomic_open(directory / name) as file:
-                figure.savefig(file, format="png", dpi=DPI, metadata={NOTE: note} if note else None)
+            with atomic_open(folder / name) as file:
+                figure.savefig(file, format="png", dpi=DPI)
             plt.close(figure)
-
-
-def note_of(path: Path) -> str | None:
-    """The note in a picture that is whole; None if it is missing or damaged, or has none."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()  # checks its checksums
-            return picture.info.get(NOTE)
-    except (OSError, SyntaxError, ValueError):
-        return None
 
 
 def label(text: str) -> str:
@@ -65,28 +53,35 @@ def label(text: str) -> str:
     return printable(text).replace("$", r"\$")
 
 
-def token_bar(panel: Axes, height: float, said: list[dict], colours: tuple[str, str], character: float) -> None:
-    """The tokens of a direction as one bar: those that it lowers to the left of 0, those that it raises to the right.
+def longest_bars(directions: Sequence[list[dict]]) -> list[float]:
+    """The lengths of the longest of `token_bars` to the left of 0 and to the right."""
+    return [max(sum(t["share"] for t in tokens if sign * t["slope"] > 0) for tokens in directions) for sign in (-1, 1)]
+
+
+def token_bars(panel: Axes, directions: Sequence[list[dict]], colours: Sequence, character: float) -> None:
+    """Each direction's tokens as one bar: to the left of 0 those that it lowers, to the right those that it raises.
 
     Args:
-        said: the tokens, the largest share first: a token's length in the bar.
-        colours: of either side; the tokens further out are paler.
+        directions: the tokens of each, the largest share first: a token's length in the bar.
+        colours: of either side, a pair for each direction; the tokens further out are paler.
         character: share as wide as a character; a token with less room is drawn without its text.
     """
-    for sign, colour in zip((-1, 1), colours, strict=True):
-        end = 0.0
-        for place, token in enumerate(t for t in said if sign * t["slope"] > 0):
-            share, text = token["share"], label(token["token"])
-            alpha = max(0.5 - 0.1 * place, 0.2)
-            panel.barh(height, sign * share, 0.8, sign * end, color=colour, alpha=alpha, edgecolor="white")
-            if share > character * (len(text) + 1):
-                panel.text(sign * (end + share / 2), height, text, ha="center", va="center", fontsize=11)
-            end += share
+    for height, (tokens, pair) in enumerate(zip(directions, colours, strict=True)):
+        for sign, colour in zip((-1, 1), pair, strict=True):
+            end = 0.0
+            for place, token in enumerate(t for t in tokens if sign * t["slope"] > 0):
+                share, text = token["share"], label(token["token"])
+                alpha = max(0.5 - 0.1 * place, 0.2)
+                panel.barh(height, sign * share, 0.8, sign * end, color=colour, alpha=alpha, edgecolor="white")
+                if share > character * (len(text) + 1):
+                    panel.text(sign * (end + share / 2), height, text, ha="center", va="center", fontsize=11)
+                end += share
+    panel.axvline(0, color=BLACK, linewidth=1)
 
 
-def median_band(panel: Axes, x: np.ndarray, samples: list, colour: str, floor: float = 0.0, **line) -> None:
+def median_band(panel: Axes, x: Sequence[float], samples: list, floor: float = 0.0, **style) -> None:
     """The median of each of `samples` against x as a line, and their quartiles as a band around it; NaN is left out."""
     quartiles = [np.nanpercentile(values, [25, 50, 75]) for values in samples]
     low, median, high = np.maximum(quartiles, floor).T
-    panel.plot(x, median, color=colour, **line)
-    panel.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    panel.plot(x, median, **style)
+    panel.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)

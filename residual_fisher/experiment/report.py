@@ -1,11 +1,12 @@
-"""The experiment's tables and lines for the terminal."""
+"""The experiment's tables and notes for the terminal, from its records as they are in experiment_results.json."""
 
+from functools import reduce
 import shutil
+import statistics
 import textwrap
 
 from residual_fisher.common.text import excerpt_end, model_line, printable, table
-from residual_fisher.experiment.results import RESULTS, Results, median_or_none
-from residual_fisher.model.words import in_a_line
+from residual_fisher.model.words import summary_line
 
 FELT_KL = 0.05  # nats: below it a perturbation has hardly moved a prediction
 CONTINUED = 3  # sentences whose continuations are shown: the first
@@ -17,12 +18,15 @@ def heading(name: str, environment: dict, layers: tuple[int, ...]) -> str:
     return f"{model_line(name, environment)}; layers {' '.join(map(str, layers))} of {environment['depth']}"
 
 
-def block_legend(results: Results) -> str:
+# --- sentence by sentence ------------------------------------------------------------------------
+
+
+def block_legend(config: dict) -> str:
     legend = (
-        f"By sentence, KL in nats after the perturbation at scale {results.farthest}; * the top token changed. By "
+        f"By sentence, KL in nats after the perturbation at scale {_farthest(config)}; * the top token changed. By "
         "layer, the tokens with the largest shares of lambda: those that lose probability along v ← → that gain it"
     )
-    if not (tokens := results.config["continue_"]):
+    if not (tokens := config["continue_"]):
         return textwrap.fill(legend + ":", 110)
     legend += (
         f". Of the first {CONTINUED}, also the {tokens} tokens that the model goes on to say (the most probable "
@@ -32,50 +36,52 @@ def block_legend(results: Results) -> str:
     return textwrap.fill(legend, 110)
 
 
-def sentence_block(results: Results, index: int) -> str:
+def _farthest(config: dict) -> str:
+    """The scale farthest from 0, as the records name it."""
+    return f"{max(config['scales'], key=abs):g}"
+
+
+def sentence_block(record: dict, number: int, config: dict) -> str:
     """A finished sentence in a few lines: a column a layer."""
-    entries, perturbations, context = results.fisher[index], results.perturbations[index], results.contexts[index]
-    far = results.farthest
+    context, fisher, layers = record["context"], record["fisher"], list(record["fisher"])
     target = f"{printable(context['target_token'])}: {context['target_probability']:.3f}, rank {context['target_rank']}"
-    title = f"S{index}  {excerpt_end(context['prompt'], EXCERPT)}  ({target.strip()})"
-    names = ["fisher", *next(iter(perturbations.values()))[far]["controls"]]
-    width = max(map(len, results.layers))
-    rows = [["  lambda", *(f"{entries[layer]['eigenvalues'][0]:.2g}" for layer in results.layers)]]
-    for name in names:
-        cells = []
-        for layer in results.layers:
-            record = perturbations[layer][far]
-            record = record if name == "fisher" else record["controls"][name]
-            cells.append(_cell(record["kl"], ".2g") + ("*" if record["top_changed"] else ""))
+    title = f"S{number}  {excerpt_end(context['prompt'], EXCERPT)}  ({target.strip()})"
+    farthest = [record["perturbations"][layer][_farthest(config)] for layer in layers]
+    rows = [["  lambda", *(f"{fisher[layer]['eigenvalues'][0]:.2g}" for layer in layers)]]
+    for name in ("fisher", *farthest[0]["controls"]):
+        at_layers = farthest if name == "fisher" else [along_v["controls"][name] for along_v in farthest]
+        cells = [_cell(found["kl"], ".2g") + "*" * bool(found["top_changed"]) for found in at_layers]
         rows.append([f"  KL {name}", *cells])
-    said = [f"  layer {layer:>{width}}  {in_a_line(entries[layer]['tokens'][0])}" for layer in results.layers]
-    parts = [title, table(["  layer", *results.layers], rows), *said]
-    if results.continuations and index < CONTINUED:
-        asked = results.config["continue_"]
-        parts.append(continuation_block(results.continuations[index], results.layers, asked))
+    width = max(map(len, layers))
+    tokens = [f"  layer {layer:>{width}}  {summary_line(fisher[layer]['tokens'][0])}" for layer in layers]
+    parts = [title, table(["  layer", *layers], rows), *tokens]
+    if "continuation" in record and number < CONTINUED:
+        parts.append(continuation_block(record["continuation"], layers, config["continue_"]))
     return "\n".join(parts)
 
 
-def continuation_block(said: dict, layers: list[str], asked: int) -> str:
-    """What the model goes on to say: as it is, and a line a layer and sign after a perturbation along v."""
-    usual, at_random = said["none"]["ids"], []
-    rows = [("  layer", "scale", "nats", ""), ("  none", "", "", _said(said["none"], asked))]
+def continuation_block(continuation: dict, layers: list[str], asked: int) -> str:
+    """How the model continues: as it is, and by layer and sign after a perturbation along v."""
+    usual, random_same = continuation["none"]["ids"], []
+    rows = [("  none", "", "", _continued(continuation["none"], asked))]
     for layer in layers:
-        for scale, entries in said[layer].items():
+        for scale, entries in continuation[layer].items():
             entry, random = entries["fisher"], entries.get("random_0")
-            text = "(the same)" if entry["ids"] == usual else _said(entry, asked)
+            text = "(the same)" if entry["ids"] == usual else _continued(entry, asked)
             rows.append((f"  {layer}", scale, _cell(entry["predicted_kl"], ".2g"), text))
-            at_random += [random["ids"] == usual] if random else []
-    first, second, third, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = [f"{a:{first}}  {b:>{second}}  {c:>{third}}  {text}".rstrip() for a, b, c, text in rows]
-    if at_random:
-        lines.append(f"  random_0 of the same lengths: {sum(at_random)} of {len(at_random)} the same")
+            random_same += [random["ids"] == usual] if random else []
+    longest = max(len(text) for *_, text in rows)
+    lines = table(
+        ["  layer", "scale", "nats", ""], [[*cells, text.ljust(longest)] for *cells, text in rows]
+    ).splitlines()
+    if random_same:
+        lines.append(f"  random_0 of the same lengths: {sum(random_same)} of {len(random_same)} the same")
     width = max(MIN_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 0)).columns)
     return "\n".join(line if len(line) <= width else line[: width - 1] + "…" for line in lines)
 
 
-def _said(entry: dict, asked: int) -> str:
-    """After a bar, since it may begin with a space."""
+def _continued(entry: dict, asked: int) -> str:
+    """The text after a bar, since it may begin with a space."""
     return "|" + printable(entry["text"]) + (" [end]" if len(entry["ids"]) < asked else "")
 
 
@@ -83,57 +89,90 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def conclusion(results: Results, read: int) -> str:
-    """The summary by layer, what is not in it (of `read` sentences), and how long each stage took."""
-    parts = [layer_table(results)]
-    if results.overflows:
-        parts.append(f"note: {results.overflows} perturbations were too long for numbers to hold: null in {RESULTS}")
-    if results.failed:
-        parts.append(f"{len(results.failed)} sentences failed: `failed` in {RESULTS} says why")
-    if results.continuations:
-        parts.append(continuation_line(results))
-    asked = results.config["num_sentences"]
-    if results.complete and len(results) < asked:
-        among = f" among the {read} that were read" if len(results) < read else ""
-        parts.append(f"note: {asked} sentences were asked for, only {len(results)} are available{among}")
-    return "\n".join([*parts, timing_line(results.seconds)])
+# --- at the end ----------------------------------------------------------------------------------
 
 
-def layer_table(results: Results) -> str:
-    """The summary by layer."""
-    summary = results.summary()
-    kinds = list(next(iter(summary["layers"].values()))["kl_median"])
-    header = ["layer", "lambda", "mass", "eff. rank", *(f"KL {k}" for k in kinds), *(f"flips {k}" for k in kinds)]
-    rows = [
-        [str(layer), f"{s['eigenvalue_median']:.3g}", f"{s['captured_mass_median']:.3f}",
-         f"{s['effective_rank_median']:.2f}", *(_cell(s["kl_median"][k], ".2g") for k in kinds),
-         *(_cell(s["flips"][k], ".0%") for k in kinds)]
-        for layer, s in summary["layers"].items()
-    ]  # fmt: skip
+def conclusion(document: dict, usable: int) -> str:
+    """The summary by layer, what is not in it, and how long each stage took.
+
+    Args:
+        usable: sentences that could have been used.
+    """
+    config, count, parts = document["experiment_config"], len(document["sentences"]), [summary_tables(document)]
+    if overflows := count_overflows(document):
+        parts.append(
+            f"note: {overflows} perturbations were too long for numbers to hold: null in experiment_results.json"
+        )
+    if failed := document["failed"]:
+        parts.append(f"{len(failed)} sentences failed: `failed` in experiment_results.json says why")
+    if continuations := document.get("continuations"):
+        parts.append(continuation_line(continuations))
+    asked = config["num_sentences"]
+    if document["complete"] and count < asked:
+        among = f" among the {usable} that were read" if count < usable else ""
+        parts.append(f"note: {asked} sentences were asked for, only {count} are available{among}")
+    seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in document["timings"].items())
+    return "\n".join([*parts, f"seconds: {seconds}"])
+
+
+def count_overflows(document: dict) -> int:
+    """How many perturbations were so long that the logits, or the prediction of KL, overflowed."""
+    layers = (layer for sentence in document["perturbation_results"] for layer in sentence.values())
+    along_v = (record for layer in layers for record in layer.values())
+    records = (record for found in along_v for record in (found, *found["controls"].values()))
+    return sum(record["kl"] is None or record["predicted_kl"] is None for record in records)
+
+
+def summary_tables(document: dict) -> str:
+    """The summary by layer, and what else was asked for."""
+    config, summary = document["experiment_config"], document["summary"]
+    layers, count = summary["layers"], len(document["sentences"])
+    kinds = list(next(iter(layers.values()))["kl_median"])
+    columns = {
+        "lambda": (".3g", "eigenvalue_median"),
+        "mass": (".3f", "captured_mass_median"),
+        "eff. rank": (".2f", "effective_rank_median"),
+        **{f"KL {kind}": (".2g", "kl_median", kind) for kind in kinds},
+        **{f"flips {kind}": (".0%", "flips", kind) for kind in kinds},
+    }
     far = f"±{summary['at_scale']:g}"
-    note = f"Medians over {len(results)} sentences; KL in nats and share of changed top tokens at {far}."
-    middle = median_or_none([s["kl_median"]["fisher"] for s in summary["layers"].values()])
-    if middle is not None and middle < FELT_KL and results.config["scale_unit"] == "eigenvalue":
+    note = f"Medians over {count} sentences; KL in nats and share of changed top tokens at {far}."
+    medians = [entry["kl_median"]["fisher"] for entry in layers.values() if entry["kl_median"]["fisher"] is not None]
+    if medians and statistics.median(medians) < FELT_KL and config["scale_unit"] == "eigenvalue":
         note += " At half of the layers or more, steps of lambda are too short to move a prediction: --scale-unit nats"
         note += " makes them long enough."
-    parts = [table(header, rows), textwrap.fill(note, 100)]
-    if results.config["compare_exact"]:
-        parts.append(exact_table(summary))
-    if results.config["trust_radius"]:
-        parts.append(trust_table(summary))
+    parts = [_table_by_layer(layers, columns), textwrap.fill(note, 100)]
+    if config["compare_exact"]:
+        names = {"lambda_K/lambda": "eigenvalue_share", "trace_K/trace": "trace_share", "|cos|": "cosine"}
+        columns = {title: (".4f", f"exact_{name}_median") for title, name in names.items()}
+        parts.append("Share of the exact matrix that the top-k tokens find (medians):")
+        parts.append(_table_by_layer(layers, columns))
+    if config["trust_radius"]:
+        columns = {"nats": (".3g", "trust_radius_nats_median"), "norms of h": (".3g", "trust_radius_norms_median")}
+        parts.append("Along v, KL is within 10% of its quadratic prediction up to (medians, the shorter of -v and v):")
+        parts.append(_table_by_layer(layers, columns))
     if "steering" in summary:
-        parts.append(steering_table(results, summary["steering"]))
+        parts.append(steering_table(document["steering"], summary["steering"]))
     return "\n".join(parts)
 
 
-def steering_table(results: Results, by_layer: dict) -> str:
+def _table_by_layer(layers: dict[str, dict], columns: dict[str, tuple[str, ...]]) -> str:
+    """A row a layer; a column's format, and the keys that lead to its number: "-" if it is null or missing."""
+
+    def row(entry: dict) -> list[str]:
+        return [_cell(reduce(lambda at, key: at.get(key), keys, entry), form) for form, *keys in columns.values()]
+
+    return table(["layer", *columns], [[layer, *row(entry)] for layer, entry in layers.items()])
+
+
+def steering_table(records: list[dict], by_layer: dict) -> str:
     """What it costs to make the target probable, over the least that it costs whatever is done."""
-    tokens = " ".join(sorted({entry["token"] for entry in results.steering})[:3])
-    goal = max((g for names in by_layer.values() for goals in names.values() for g in goals if float(g) <= 0.5),
-               key=float, default=None)  # fmt: skip
+    tokens = " ".join(sorted({record["token"] for record in records})[:3])
+    goals = {goal for directions in by_layer.values() for found in directions.values() for goal in found}
+    goal = max((goal for goal in goals if float(goal) <= 0.5), key=float, default=None)
     if goal is None:
         return f"Steering: {tokens} is more probable than 1/2 in all sentences."
-    names = list(dict.fromkeys(name for layer in by_layer.values() for name in layer))
+    names = dict.fromkeys(name for directions in by_layer.values() for name in directions)
 
     def cell(found: dict | None) -> str:
         return "-" if found is None else f"{_cell(found['ratio_median'], '.3g')} ({found['reached']:.0%})"
@@ -146,38 +185,14 @@ def steering_table(results: Results, by_layer: dict) -> str:
     return textwrap.fill(note, 100) + "\n" + table(["layer", *(name.replace("_", ", ") for name in names)], rows)
 
 
-def exact_table(summary: dict) -> str:
-    """What the top-k tokens find of the exact matrix, by layer."""
-    names = {"eigenvalue_share": "lambda_K/lambda", "trace_share": "trace_K/trace", "cosine": "|cos|"}
-    rows = [
-        [str(layer), *(f"{entry[f'exact_{name}_median']:.4f}" for name in names)]
-        for layer, entry in summary["layers"].items()
-    ]
-    return "Share of the exact matrix that the top-k tokens find (medians):\n" + table(["layer", *names.values()], rows)
-
-
-def trust_table(summary: dict) -> str:
-    """How far the quadratic prediction holds, by layer."""
-    rows = [
-        [str(layer), f"{entry['trust_radius_nats_median']:.3g}", f"{entry['trust_radius_norms_median']:.3g}"]
-        if "trust_radius_nats_median" in entry
-        else [str(layer), "-", "-"]
-        for layer, entry in summary["layers"].items()
-    ]
-    note = "Along v, KL is within 10% of its quadratic prediction up to (medians, the shorter of -v and v):\n"
-    return note + table(["layer", "nats", "norms of h"], rows)
-
-
-def continuation_line(results: Results) -> str:
+def continuation_line(continuations: list[dict]) -> str:
     """How many of all continuations are not the unperturbed one, by direction."""
     differ: dict[str, list[bool]] = {}
-    for said in results.continuations:
-        for by_name in (by_name for layer in results.layers for by_name in said[layer].values()):
-            for name, entry in by_name.items():
-                differ.setdefault(name, []).append(entry["ids"] != said["none"]["ids"])
+    for continuation in continuations:
+        usual = continuation["none"]["ids"]
+        layers = [by_scale for layer, by_scale in continuation.items() if layer != "none"]
+        for entries in (entries for by_scale in layers for entries in by_scale.values()):
+            for name, entry in entries.items():
+                differ.setdefault(name, []).append(entry["ids"] != usual)
     shares = ", ".join(f"{name} {sum(answers) / len(answers):.0%}" for name, answers in differ.items())
     return f"Share of continuations that the perturbation changed: {shares}"
-
-
-def timing_line(seconds: dict[str, float]) -> str:
-    return "seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())

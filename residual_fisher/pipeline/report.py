@@ -1,24 +1,29 @@
 """What a pipeline run found: its statistics, and a table for the terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import heapq
 from itertools import chain
-import json
-from pathlib import Path
 
 import numpy as np
 
 from residual_fisher.common.text import excerpt, printable, table
-from residual_fisher.model.words import in_a_line
+from residual_fisher.model.words import summary_line
 from residual_fisher.pipeline.scores import OUTLIER, SCORES, THRESHOLD
 from residual_fisher.pipeline.settings import Settings
 
 NAMED = 5  # prompts named at the end
 EXCERPT = 60  # characters of a prompt shown in a line
+SPREADS = {  # whose median and range are told
+    "lambda_1": "lambda 1, nats per unit²",
+    "trace": "trace of F",
+    "effective_rank": "effective rank",
+    "captured_mass": "captured mass",
+    "tokens": "tokens",
+}
 
 
 def columns_of(records: Iterable[dict]) -> dict[str, np.ndarray]:
-    """What the summary needs of all records, as arrays: there may be millions."""
+    """What the summary needs of all records, as arrays (n,) of float64: there may be millions."""
     keys = ("index", "tokens", "truncated", "captured_mass", "trace", "effective_rank", "seconds")
     rows = ([*(record[key] for key in keys), record["singular_values"][0], "failed" in record] for record in records)
     numbers = np.fromiter(chain.from_iterable(rows), dtype=np.float64).reshape(-1, len(keys) + 2)
@@ -31,12 +36,12 @@ def summarize(columns: dict[str, np.ndarray], skipped: int) -> dict:
     def largest(key: str) -> list[int]:
         return np.argsort(-columns[key], kind="stable")[:NAMED].tolist()
 
-    keys = ("lambda_1", "trace", "effective_rank", "captured_mass", "tokens")
+    failed = columns["failed"] == 1
     return {
-        **{key: _spread(columns[key][columns["failed"] == 0]) for key in keys},
+        **{key: _spread(columns[key][~failed]) for key in SPREADS},
         "total_tokens": int(columns["tokens"].sum()),
         "skipped_rows": skipped,
-        "failed_prompts": columns["index"][columns["failed"] == 1].astype(int).tolist(),
+        "failed_prompts": columns["index"][failed].astype(int).tolist(),
         "truncated_prompts": int(columns["truncated"].sum()),
         "longest_prompts": largest("tokens"),
         "slowest_prompts": largest("seconds"),
@@ -48,17 +53,10 @@ def _spread(values: np.ndarray) -> dict:
     return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
 
 
-def final_table(records: Path, statistics: dict, settings: Settings) -> str:
-    """What a run found, for a terminal; `records` is its prompts.jsonl."""
+def final_table(records: Callable[[], Iterable[dict]], statistics: dict, settings: Settings) -> str:
+    """What a run found, for a terminal; `records` are those of prompts.jsonl, from the first."""
     rows = [
-        [label, *(f"{statistics[key][part]:.4g}" for part in ("median", "min", "max"))]
-        for key, label in {
-            "lambda_1": "lambda 1, nats per unit²",
-            "trace": "trace of F",
-            "effective_rank": "effective rank",
-            "captured_mass": "captured mass",
-            "tokens": "tokens",
-        }.items()
+        [name, *(f"{statistics[key][part]:.4g}" for part in ("median", "min", "max"))] for key, name in SPREADS.items()
     ]
     lines = [table(["", "median", "least", "most"], rows)]
     for kind in ("longest", "slowest"):
@@ -67,18 +65,16 @@ def final_table(records: Path, statistics: dict, settings: Settings) -> str:
     lines.append(f"{skipped} rows without a text skipped, {truncated} prompts shortened to --max-length")
     if failed := statistics["failed_prompts"]:
         some = ", ".join(map(str, failed[:NAMED])) + (", …" if len(failed) > NAMED else "")
-        lines.append(f"{len(failed)} prompts failed ({some}): `failed` in {records.name} says why")
-    lines += _outstanding(records, settings)
-    return "\n".join(lines)
+        lines.append(f"{len(failed)} prompts failed ({some}): `failed` in prompts.jsonl says why")
+    return "\n".join([*lines, *_outstanding(records(), settings)])
 
 
-def _outstanding(records: Path, settings: Settings) -> list[str]:
+def _outstanding(records: Iterable[dict], settings: Settings) -> list[str]:
     """The prompts that stand out: on which scores, and in which tokens."""
-    beyond, count, leading = 0, 0, []
-    with open(records, encoding="utf-8") as file:  # one line in memory at a time: there may be millions
-        for record in map(json.loads, file):
-            count, beyond = count + 1, beyond + (record[OUTLIER] > THRESHOLD)
-            leading = heapq.nlargest(NAMED, [*leading, record], key=lambda record: record[OUTLIER])
+    count, beyond, leading = 0, 0, []
+    for record in records:  # one in memory at a time: there may be millions
+        count, beyond = count + 1, beyond + (record[OUTLIER] > THRESHOLD)
+        leading = heapq.nlargest(NAMED, [*leading, record], key=lambda record: record[OUTLIER])
     lines = [
         f"{beyond} of {count} prompts stand out {_from_what(settings)}: scores above {THRESHOLD:g}, in robust\n"
         "standard deviations. Below each its unusual words, and the tokens that lose ← → gain in the direction in\n"
@@ -89,7 +85,7 @@ def _outstanding(records: Path, settings: Settings) -> list[str]:
     lines.append(title)
     for line, record in zip(numbers, leading, strict=True):
         lines.append(f"{line}  {excerpt(record['prompt'], EXCERPT)}")
-        if why := explained(record):
+        if why := _explanation(record):
             lines.append(" " * (len(line) + 2) + excerpt(why, EXCERPT))
     return lines
 
@@ -102,9 +98,14 @@ def _from_what(settings: Settings) -> str:
     return "from most of them"
 
 
-def explained(record: dict) -> str:
-    """What a prompt's unusual words are, and what the direction says in which it differs."""
-    words = " ".join(record.get("odd_words", []))
-    said = record.get("directions", [])  # a prompt that failed has none, nor has one of an earlier version
-    along = in_a_line(said[record["differs_along"]]) if record.get("differs_along", 0) < len(said) else ""
-    return "; ".join(filter(None, [words, along]))
+def _explanation(record: dict) -> str:
+    """A prompt's odd words, and the tokens of the direction in which it differs."""
+    tokens = differing_tokens(record)
+    parts = " ".join(record.get("odd_words", [])), "" if tokens is None else summary_line(tokens)
+    return "; ".join(filter(None, parts))
+
+
+def differing_tokens(record: dict) -> list[dict] | None:
+    """The tokens of the direction in which a prompt differs from others; None if it failed, or is of an old version."""
+    directions, along = record.get("directions", []), int(record.get("differs_along", 0))
+    return directions[along] if along < len(directions) else None
