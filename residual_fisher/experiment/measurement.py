@@ -14,8 +14,8 @@ from residual_fisher.experiment.results import SPECTRUM, TOP, Measured
 from residual_fisher.experiment.sentences import Context
 from residual_fisher.experiment.settings import Settings
 from residual_fisher.experiment.steering import TOKENS, steer
-from residual_fisher.model.reading import Way
-from residual_fisher.model.words import what_is_said
+from residual_fisher.model.reading import PrefixMode
+from residual_fisher.model.words import token_shares
 
 
 class Clock:
@@ -49,7 +49,7 @@ class Batches:
 
 def fit_to_way(batches: Batches, point: fisher.Point, contexts: list[Context]) -> None:
     """Where a row of a pass is a whole prompt, in place of its last token, fewer go together; and it is said."""
-    if point.reading.way is not Way.WHOLE:
+    if point.reading.mode is not PrefixMode.WHOLE:
         return
     lengths = [len(context.ids) for context in contexts]
     for chunks in (batches.gradients, batches.perturbations, batches.steering):
@@ -125,7 +125,7 @@ def perturb(
             )  # fmt: skip
     mass = 1.0 if settings.max_vocab_subset == "all" else float(matrix.mass)
     slopes = matrix.slopes(eigen.vectors[:, : settings.num_eigenvectors])
-    said = what_is_said(slopes, matrix.weights, matrix.tokens)
+    said = token_shares(slopes, matrix.weights, matrix.tokens)
     return Measured(
         context, point, list(controls), mass, eigen, said, exact, radii, steps, predicted_kl, swept, continued, steered
     )

@@ -5,7 +5,7 @@ import textwrap
 
 from residual_fisher.common.command_line import excerpt_end, model_line, printable, table
 from residual_fisher.experiment.results import RESULTS, Results, median_or_none
-from residual_fisher.model.words import in_a_line
+from residual_fisher.model.words import summary_line
 
 FELT_KL = 0.05  # nats: below it a perturbation has hardly moved a prediction
 CONTINUED = 3  # sentences whose continuations are shown: the first
@@ -48,7 +48,7 @@ def sentence_block(results: Results, index: int) -> str:
             record = record if name == "fisher" else record["controls"][name]
             cells.append(_cell(record["kl"], ".2g") + ("*" if record["top_changed"] else ""))
         rows.append([f"  KL {name}", *cells])
-    said = [f"  layer {layer:>{width}}  {in_a_line(entries[layer]['tokens'][0])}" for layer in results.layers]
+    said = [f"  layer {layer:>{width}}  {summary_line(entries[layer]['tokens'][0])}" for layer in results.layers]
     parts = [title, table(["  layer", *results.layers], rows), *said]
     if results.continuations and index < CONTINUED:
         asked = results.config["continue_"]

@@ -20,7 +20,7 @@ from residual_fisher.experiment.continuation import Continuations
 from residual_fisher.experiment.perturbation import Sweep, TrustRadii
 from residual_fisher.experiment.sentences import Context
 from residual_fisher.experiment.steering import GOALS, Steered, steering_record, steering_summary
-from residual_fisher.model.words import Said, shown_by
+from residual_fisher.model.words import TokenShares, token_writer
 
 RESULTS, EIGENVECTORS = "experiment_results.json", "fisher_eigenvectors.npz"
 SPECTRUM = 10  # leading eigenvalues recorded per sentence and layer
@@ -42,7 +42,7 @@ class Measured:
     controls: list[str]  # names of the directions after the first
     mass: float  # probability that the top-k tokens hold
     eigen: Eigenpairs
-    said: Said  # by the leading eigenvectors, (layers, m, said)
+    said: TokenShares  # by the leading eigenvectors, (layers, m, said)
     exact: Eigenpairs | None  # of the whole vocabulary, if a comparison was asked for
     trust_radii: TrustRadii | None  # if asked for
     steps: Tensor  # (layers, scales without 0): signed lengths
@@ -100,7 +100,7 @@ class Results:
         self.decode_all = tokenizer.decode
         # the same few tokens, thousands of times
         self.decode = functools.cache(lambda token: tokenizer.decode([token]))
-        self.show = functools.cache(shown_by(tokenizer))
+        self.show = functools.cache(token_writer(tokenizer))
         self.scales = config["scales"]
         self.complete = False
         # an entry a sentence

@@ -23,7 +23,7 @@ from residual_fisher.model.passes import (
     stream_width,
     use_attention,
 )
-from residual_fisher.model.words import Said, found_in, shown_by, what_is_said
+from residual_fisher.model.words import TokenShares, prompt_words_test, token_shares, token_writer
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 from residual_fisher.pipeline.prompts import Encoded, Prompt, check_template, encode, plan_batches
 from residual_fisher.pipeline.settings import Settings
@@ -54,12 +54,12 @@ class Subject:
     @cached_property
     def show(self) -> Callable[[int], str]:
         """Writes a token: the same few, thousands of times."""
-        return cache(shown_by(self.tokenizer))
+        return cache(token_writer(self.tokenizer))
 
     @cached_property
     def found_in(self) -> Callable[[str, Sequence[str]], list[bool]]:
         """Tells which tokens a prompt holds."""
-        return found_in(self.tokenizer, self.show)
+        return prompt_words_test(self.tokenizer, self.show)
 
     def next_tokens(self, prompt: str, ids: list[int], p: list[float]) -> list[dict]:
         """The most probable next tokens as they are recorded; `in_prompt` are those that a word there begins with."""
@@ -126,7 +126,9 @@ def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) 
     return max(1, min(len(batch), ATTENTION_BYTES // each))
 
 
-def triplets(settings: Settings, point: fisher.Point, chunks: fisher.Chunks) -> tuple[fisher.Eigenpairs, Said, dict]:
+def triplets(
+    settings: Settings, point: fisher.Point, chunks: fisher.Chunks
+) -> tuple[fisher.Eigenpairs, TokenShares, dict]:
     """The leading eigenpairs of each prompt's F, what they say, and columns (prompts,) of what they leave out."""
     r = settings.num_singular_values
     if settings.top_k_tokens == "all":
@@ -134,13 +136,13 @@ def triplets(settings: Settings, point: fisher.Point, chunks: fisher.Chunks) -> 
             found = leading_eigenpairs(point, r, chunks=chunks)
         eigen, mass = found.eigen, torch.ones_like(found.trace_error[0])
         slopes = point.output_head().times(found.pushed[..., :DIRECTIONS, :])
-        said = what_is_said(slopes[0], point.log_probs.exp(), num=TOKENS)
+        said = token_shares(slopes[0], point.log_probs.exp(), num=TOKENS)
         errors = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
     else:
         top = fisher.top_k(point, settings.top_k_tokens, chunks)
         eigen, mass, errors = top.eigenpairs(r, allow_zero=True), top.mass, {}
         slopes = top.slopes(eigen.vectors[..., :DIRECTIONS, :])
-        said = what_is_said(slopes[0], top.weights, top.tokens, TOKENS)
+        said = token_shares(slopes[0], top.weights, top.tokens, TOKENS)
     eigen = fisher.Eigenpairs(*(part[0] for part in eigen))  # of the one module
     columns = {"captured_mass": mass, **errors, "trace": eigen.trace, "effective_rank": eigen.effective_rank}
     return eigen, said, columns
@@ -171,7 +173,7 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
         next_tokens = point.log_probs.exp().topk(min(NEXT_TOKENS, point.log_probs.shape[-1]))
         next_p, next_ids = (column.tolist() for column in next_tokens)
         values, vectors = (part.cpu().numpy() for part in eigen[:2])
-        said = Said(*(part.cpu() for part in said))
+        said = TokenShares(*(part.cpu() for part in said))
         columns = {name: column.tolist() for name, column in columns.items()}
         return [
             Result(

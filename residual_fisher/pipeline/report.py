@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from residual_fisher.common.command_line import excerpt, printable, table
-from residual_fisher.model.words import in_a_line
+from residual_fisher.model.words import summary_line
 from residual_fisher.pipeline.scores import OUTLIER, SCORES, THRESHOLD
 from residual_fisher.pipeline.settings import Settings
 
@@ -106,5 +106,5 @@ def explained(record: dict) -> str:
     """What a prompt's unusual words are, and what the direction says in which it differs."""
     words = " ".join(record.get("odd_words", []))
     said = record.get("directions", [])  # a prompt that failed has none, nor has one of an earlier version
-    along = in_a_line(said[record["differs_along"]]) if record.get("differs_along", 0) < len(said) else ""
+    along = summary_line(said[record["differs_along"]]) if record.get("differs_along", 0) < len(said) else ""
     return "; ".join(filter(None, [words, along]))
