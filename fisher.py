@@ -13,20 +13,21 @@ of a prompt: a change of the whole residual stream.
     top_k(point, 200).eigenpairs().values          # (layers, 1): F of the 200 most probable tokens
     full_vocabulary(point).eigenpairs().values     # (layers, 1): F of all tokens
 
-How it is computed, whichever tokens F counts:
+How F is computed, whichever tokens it counts:
 
-    linearize          a prompt's last token, with a zero bias at every chosen layer, over a cached prefix
-    linearize_prompts  or a batch of whole prompts, with a zero bias for each, at one module
-    linearize_perturbed  or where perturbations of the last token have led, each at its own layer
-    OutputHead         rows z_i at x, the input of the output head, and weights w_i, such that
-                       F = sum_i w_i (J^T z_i)(J^T z_i)^T  with J = dx/dh
-    pull_back          G: all rows J^T z_i at all layers, in one batched backward pass per chunk
-    fisher_matrix      F = G^T diag(w) G;  eigenpairs: its leading ones, without F while G has few rows
-    perturb            logits after h + delta;  kl_divergence: what the perturbation cost
+    1. linearize            a prompt's last token, with a zero bias at every chosen layer, over a cached prefix
+       linearize_prompts    a batch of whole prompts, with a zero bias for each, at one module
+       linearize_perturbed  perturbed copies of a prompt's last token, each at its own layer
+    2. OutputHead           cotangents z_i at x, the input of the output head, and weights w_i, such that
+                            F = sum_i w_i (J^T z_i)(J^T z_i)^T  with J = dx/dh
+    3. pull_back            G: the rows J^T z_i of all layers, in batched backward passes
+    4. fisher_matrix        F = G^T diag(w) G
+       eigenpairs           the leading ones of F, without F if G has few rows
+    5. perturb              logits after h + delta
+       kl_divergence        what the perturbation did
 
-Tensors in, tensors out: this module reads no files, prints nothing and keeps no state. The model is any
-transformers causal LM in evaluation mode; it is handed back as it came. In the shapes below, "..." is nothing
-for one prompt, and (prompts,) for a batch.
+Tensors in, tensors out: this module reads no files and prints nothing. The model is any transformers causal LM in
+evaluation mode, and is left as it was. In the shapes below, "..." is nothing for one prompt and (prompts,) for a batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,34 +43,38 @@ from residual_fisher.model.head import OutputHead, cotangents_through, is_linear
 from residual_fisher.model.loading import decoder_layers, load
 from residual_fisher.model.passes import (
     Chunks,
+    HeadCapture,
     UnsupportedModelError,
     add_at_last,
-    at_token,
     batched_gradients,
+    capture_head,
     differentiated_twice,
     edit_stream,
     hooked,
     require_known_tokens,
+    tokens_at,
     unwrapped,
 )
 from residual_fisher.model.reading import Reading, read
 
 __all__ = [
-    "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PushForward", "TopK",
-    "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs", "full_vocabulary",
-    "kl_divergence", "linearize", "linearize_perturbed", "linearize_prompts", "load", "perturb", "pull_back", "top_k",
+    "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PromptPoint", "PushForward",
+    "TopK", "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs",
+    "full_vocabulary", "kl_divergence", "linearize", "linearize_perturbed", "linearize_prompts", "load", "perturb",
+    "pull_back", "top_k",
 ]  # fmt: skip
 
-EIGH_MAX_WIDTH = 256  # up to here `eigh` is no slower than iterating for ten pairs (at 576 it takes 4 times as long)
-MAX_RESIDUAL = 1e-5  # |F v - lambda v| / lambda_1 that float32 allows an eigenpair of a matrix
-LARGE_KL = 0.1  # nats: above it, the rounding of a plain log-sum-exp (1e-6) no longer matters
+EIGH_MAX_WIDTH = 256  # matrices up to this width: `eigh` is as fast as iteration for ten pairs (4 times slower at 576)
+MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration; float32 allows less
+LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats, no longer matters
 
 
 class NumericalError(ArithmeticError):
-    """Numbers that no result can be made of: NaN, infinity, or a Fisher matrix that is zero.
+    """NaN, infinity, a Fisher matrix that is zero, or an eigensolver that failed: there is no result.
 
-    `layer` and `prompt` are the indices of the first layer of the point and the first prompt of the batch where
-    they appeared, or None where no layer or prompt is at fault (the logits belong to no layer).
+    Attributes:
+        layer: index of the first layer of the point where it appeared; None if no layer is at fault.
+        prompt: index of the first prompt of the batch, or row, where it appeared; None for one prompt.
     """
 
     def __init__(self, message: str, layer: int | None = None, prompt: int | None = None):
@@ -77,24 +82,22 @@ class NumericalError(ArithmeticError):
         self.layer, self.prompt = layer, prompt
 
 
-# --- the model, linearised at a prompt's last token ----------------------------------------------
+# --- 1. the model, linearised at a prompt's last token --------------------------------------------
 
 
 @dataclass(frozen=True)
 class Point:
-    """The last token of a prompt, or of each of a batch: what was read there, and the graph from biases to x."""
+    """Where the model is linearised: what was read at the last token of each prompt, and the graph from h to x."""
 
     model: nn.Module
-    layers: list[int] | None  # numbers of the decoder layers; None for a batch of prompts
-    modules: list[nn.Module]  # what was hooked, in order: "layers" in the shapes below
-    reading: Reading | None  # of the prompt's last token, for passes that perturb it; None for a batch
-    activations: Tensor  # (layers, ..., d) float32, the residual stream leaving each module
+    modules: list[nn.Module]  # the hooked ones, in order: "layers" in the shapes below
+    activations: Tensor  # (layers, ..., d) float32, the residual stream h leaving each module
     log_probs: Tensor  # (..., V) float32, nats
-    biases: list[Tensor]  # one (..., d) leaf a layer, all zero: the point where gradients are taken
-    x: Tensor  # (prompts, 1, d_head): the head's input, the final normalised hidden state
-    head: nn.Module  # x -> raw logits, (V, d_head) if linear
-    raw_logits: Tensor  # (prompts, 1, V): the head's output
-    logits: Tensor  # (..., V) float32: after the scaling or soft-capping that follows the head
+    biases: list[Tensor]  # one leaf (..., d) for each layer, added to h; gradients are taken at it
+    x: Tensor  # (prompts, 1, d_head), the head's input: the final normalised hidden state
+    head: nn.Module  # x -> raw_logits, (V, d_head) if linear
+    raw_logits: Tensor  # (prompts, 1, V), the head's output
+    logits: Tensor  # (..., V) float32, after the scaling or soft-capping that follows the head
 
     def output_head(self) -> OutputHead:
         """Raises UnsupportedModelError: the head is not linear."""
@@ -103,7 +106,7 @@ class Point:
     def cotangents(self, tokens: Tensor) -> Tensor:
         """z (..., k, d_head) float32: the gradients at x of the log-probabilities of `tokens` (..., k).
 
-        With a linear head a gather and one matrix-vector product, in place of k backward passes through the
+        With a linear head it takes a gather and one matrix-vector product; else k backward passes through the
         vocabulary.
         """
         if is_linear(self.head):
@@ -111,19 +114,27 @@ class Point:
         return cotangents_through(self.model, self.x, self.logits, tokens)
 
 
-def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None) -> Point:
+@dataclass(frozen=True)
+class PromptPoint(Point):
+    """The last token of one prompt, which can be perturbed: "..." is nothing."""
+
+    layers: list[int]  # numbers of the decoder layers
+    reading: Reading  # for the passes that perturb it
+
+
+def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None) -> PromptPoint:
     """Runs a prompt's last token with a zero bias added to the residual stream of every layer in `layers`.
 
-    The biases change nothing; one backward pass from x returns the gradients at all layers for the price of the
-    deepest. The tokens before the last one are run once, without gradients, into a cache; or with it, in every pass,
-    if the model's memory is not keys and values alone (see `model/reading.py`).
+    The biases change nothing. One backward pass from x returns the gradients at all layers, at the cost of the
+    deepest one. The earlier tokens are run once, without gradients, into a cache. If the model's memory is more than
+    keys and values, every pass runs the whole prompt instead (see `model/reading.py`).
 
     Args:
         ids: (tokens,) or (1, tokens) int64.
         layers: numbers of decoder layers, ascending; all by default.
     Raises:
-        ValueError: `ids` is empty or a batch, or `layers` are not ascending numbers of layers that the model has.
-        UnsupportedModelError: no way of reading the model is right, or it does not know a token.
+        ValueError: `ids` is empty or a batch, or `layers` are not ascending numbers of the model's layers.
+        UnsupportedModelError: the model cannot be read rightly, or does not know a token.
         NumericalError: activations or logits hold NaN or infinity.
     """
     ids = torch.as_tensor(ids).cpu()
@@ -138,7 +149,7 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
         raise ValueError(f"layers {layers} are not ascending numbers from 0 to {len(found) - 1}")
     modules = [found[number] for number in layers]
     reading = read(wrapped, ids)
-    streams, biases, head = [], [], {}
+    streams, biases = [], []  # a (d,) tensor for each layer
 
     def add_zero_bias(h: Tensor) -> Tensor:
         bias = torch.zeros(h.shape[-1], dtype=h.dtype, device=h.device, requires_grad=True)
@@ -146,79 +157,59 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
         biases.append(bias)
         return add_at_last(h, bias)
 
-    def keep_head(module: nn.Module, args: tuple, output: Tensor) -> None:
-        head.update(x=args[0], raw_logits=output)
-
     hooks = [(module.register_forward_hook, edit_stream(add_zero_bias)) for module in modules]
-    hooks.append((model.get_output_embeddings().register_forward_hook, keep_head))
-    with torch.enable_grad(), hooked(*hooks):
-        logits = reading.logits()[0]
+    with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
+        logits = reading.logits()[0]  # (V,)
     if not logits.requires_grad:
         raise UnsupportedModelError("no gradient leads from its layers to its prediction (is it quantised?)")
     if len(biases) != len(modules):
         raise UnsupportedModelError(f"some of its layers {layers} do not run, or not once, in a pass: choose others")
-    where = {"model": model, "layers": layers, "modules": modules, "reading": reading}
-    return _point(where, streams, biases, logits, **head)
+    return PromptPoint(**_measured(model, modules, streams, biases, head, logits), layers=layers, reading=reading)
 
 
-def linearize_perturbed(point: Point, deltas: Tensor, at: int | Tensor) -> Point:
-    """The model linearised again where perturbations have led: at h + delta, each row at its own layer.
+def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Point:
+    """Linearises the model at h + delta, each row at its own layer.
 
-    The point's "layers" are one and its "..." the rows: G, F and what is made of them have the shapes (1, rows, ...).
+    The result's "layers" axis has length one, and its "..." are the rows: G is (1, rows, k, d).
 
     Args:
-        point: of one prompt.
         deltas: (rows, d) float32, added to the residual stream at the prompt's last token.
         at: see `perturb`.
     Raises:
-        ValueError: as `perturb` does.
+        ValueError: see `perturb`.
         NumericalError: logits hold NaN or infinity; `prompt` is the row.
     """
     at = torch.as_tensor(at).expand(len(deltas))
-    leaf, head = deltas.detach().float().clone().requires_grad_(), {}
-
-    def keep_own_rows(module: nn.Module, args: tuple) -> tuple:
-        return (args[0][-len(deltas) :], *args[1:])  # the others are unperturbed
-
-    def keep_head(module: nn.Module, args: tuple, output: Tensor) -> None:
-        head.update(x=args[0], raw_logits=output)
-
-    with (
-        torch.enable_grad(),
-        hooked(
-            (point.head.register_forward_pre_hook, keep_own_rows),
-            (point.head.register_forward_hook, keep_head),
-        ),
-    ):
-        logits = perturb.__wrapped__(point, leaf, at)
-    where = {"model": point.model, "layers": None, "modules": point.modules, "reading": point.reading}
-    streams = point.activations[at] + deltas.to(point.activations)
-    return _point(where, [streams], [leaf], logits, **head)
+    leaf = deltas.detach().float().clone().requires_grad_()
+    # the rows before these are unperturbed
+    with torch.enable_grad(), capture_head(point.model, lambda x: x[-len(deltas) :]) as head:
+        logits = _perturbed_logits(point, leaf, at)  # (rows, V)
+    streams = point.activations[at] + deltas.to(point.activations)  # (rows, d)
+    return Point(**_measured(point.model, point.modules, [streams], [leaf], head, logits))
 
 
 def linearize_prompts(
     model: nn.Module, module: nn.Module, ids: Tensor, lengths: Tensor, last_only: bool = False
 ) -> Point:
-    """Runs whole prompts with a zero bias, each its own, added to what leaves `module` at every token.
+    """Runs whole prompts, each with a zero bias of its own added to the output of `module` at every token.
 
-    The prompts are padded on the right, where causal attention lets no real token see it, so no mask is
-    needed. Each row's last real token is picked before the head by its length: nothing is left that a
-    padding side could turn wrong.
+    The prompts are padded on the right. Causal attention hides that padding from all real tokens, so no mask is
+    needed. Each prompt's last token is picked by its length before the head.
 
     Args:
-        module: any module of the model whose output is (prompts, tokens, d), or a tuple that begins with it.
+        module: any module whose output is (prompts, tokens, d), or a tuple that begins with it.
         ids: (prompts, tokens) int64, padded with any token.
         lengths: (prompts,) int64, the tokens of each prompt.
         last_only: add the bias at each prompt's last token alone.
     Raises:
         NumericalError: activations or logits hold NaN or infinity.
-        UnsupportedModelError: the module's output is of another shape, or does not lead to the
-            predictions; or the model does not know a token.
+        UnsupportedModelError: the module's output has another shape or does not lead to the predictions, or the
+            model does not know a token.
     """
     model = unwrapped(model)
     require_known_tokens(model, ids)
     prompts, last = torch.arange(len(ids)), lengths.cpu() - 1
-    streams, biases, head = [], [], {}
+    streams, biases = [], []  # one (prompts, d) tensor each
 
     def add_zero_biases(h: Tensor) -> Tensor:
         if not isinstance(h, Tensor) or h.ndim != 3 or h.shape[:2] != ids.shape or not h.is_floating_point():
@@ -231,50 +222,42 @@ def linearize_prompts(
             return h + at_last[..., None].to(h) * bias[:, None]
         return h + bias[:, None]
 
-    def pick_last(module: nn.Module, args: tuple) -> tuple:
-        head["x"] = at_token(args[0], ids.shape, last)[:, None]
-        return (head["x"], *args[1:])
-
-    def keep_logits(module: nn.Module, args: tuple, output: Tensor) -> None:
-        head["raw_logits"] = output
-
-    output_head = model.get_output_embeddings()
-    with (
-        torch.enable_grad(),
-        hooked(
-            (module.register_forward_hook, edit_stream(add_zero_biases)),
-            (output_head.register_forward_pre_hook, pick_last),
-            (output_head.register_forward_hook, keep_logits),
-        ),
-    ):
-        logits = model(ids.to(model.device), use_cache=False).logits[:, 0].float()
-    if len(biases) != 1 or not head["x"].requires_grad:
+    hook = (module.register_forward_hook, edit_stream(add_zero_biases))
+    with torch.enable_grad(), hooked(hook), capture_head(model, tokens_at(last, ids.shape)) as head:
+        logits = model(ids.to(model.device), use_cache=False).logits[:, 0].float()  # (prompts, V)
+    if len(biases) != 1 or not head.x.requires_grad:
         raise UnsupportedModelError("it does not stand, once, between the prompt and the output head")
-    where = {"model": model, "layers": None, "modules": [module], "reading": None}
-    return _point(where, streams, biases, logits, **head)
+    return Point(**_measured(model, [module], streams, biases, head, logits))
 
 
-def _point(
-    where: dict, streams: list[Tensor], biases: list[Tensor], logits: Tensor, x: Tensor, raw_logits: Tensor
-) -> Point:
-    logits = logits.to(raw_logits.device)  # a model spread over devices returns it to the first
-    activations = torch.stack([h.float().to(logits.device) for h in streams])
+def _measured(
+    model: nn.Module,
+    modules: list[nn.Module],
+    streams: list[Tensor],
+    biases: list[Tensor],
+    head: HeadCapture,
+    logits: Tensor,
+) -> dict:
+    """The fields of a Point. Raises NumericalError: activations or logits hold NaN or infinity."""
+    logits = logits.to(head.raw_logits.device)  # a model that is spread over devices returns them on the first
+    activations = torch.stack([h.float().to(logits.device) for h in streams])  # (layers, ..., d)
     _require_finite(activations, "activations", places=activations.ndim - 1)
     _require_finite(logits.detach()[None], "logits", places=logits.ndim)
-    return Point(
-        **where,
-        activations=activations,
-        log_probs=logits.detach().log_softmax(-1),
-        biases=biases,
-        x=x,
-        head=where["model"].get_output_embeddings(),
-        raw_logits=raw_logits,
-        logits=logits,
-    )
+    return {
+        "model": model,
+        "modules": modules,
+        "activations": activations,
+        "log_probs": logits.detach().log_softmax(-1),
+        "biases": biases,
+        "x": head.x,
+        "head": model.get_output_embeddings(),
+        "raw_logits": head.raw_logits,
+        "logits": logits,
+    }
 
 
 def _require_finite(values: Tensor, what: str, places: int) -> None:
-    """Raises NumericalError unless `values` is finite; its first `places` axes are layers and prompts."""
+    """Raises NumericalError unless `values` are finite. Their first `places` axes are layers and prompts."""
     finite = values.flatten(places).isfinite().all(dim=-1)
     if not finite.all():
         layer, *prompt = (~finite).nonzero()[0].tolist()
@@ -282,16 +265,16 @@ def _require_finite(values: Tensor, what: str, places: int) -> None:
         raise NumericalError(f"the {what} hold NaN or infinity", layer, *prompt)
 
 
-# --- J: from the residual stream to x, and back --------------------------------------------------
+# --- 2, 3. J = dx/dh: cotangents pulled back, directions pushed forward ---------------------------
 
 
 def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tensor:
-    """G (layers, ..., k, d) float32: row i at a layer is J^T z_i, one batched backward pass per chunk of rows.
+    """G (layers, ..., k, d) float32: row i at a layer is J^T z_i. Each chunk of rows is one batched backward pass.
 
-    For top-k cotangents, row t is the gradient of log p_t with respect to the bias.
+    For the cotangents of tokens, row t is the gradient of log p_t with respect to h.
 
     Args:
-        rows: z (..., k, d_head) float32.
+        rows: cotangents z (..., k, d_head) float32.
     Raises:
         NumericalError: gradients hold NaN or infinity.
     """
@@ -312,8 +295,8 @@ def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tenso
 class PushForward:
     """u -> J u, by differentiating the backward pass: J^T z is linear in z, and its gradient in z along u is J u.
 
-    (J. Townsend, "A new trick for calculating Jacobian vector products", 2017.) It works wherever a backward
-    pass can itself be differentiated, which that of fused attention cannot.
+    (J. Townsend, "A new trick for calculating Jacobian vector products", 2017.) The backward pass has to be
+    differentiable itself, which that of fused attention is not.
     """
 
     def __init__(self, point: Point):
@@ -343,7 +326,7 @@ class PushForward:
         return pushed
 
 
-# --- F and its eigenpairs ------------------------------------------------------------------------
+# --- 4. F and its eigenpairs ----------------------------------------------------------------------
 
 
 def fisher_matrix(gradients: Tensor, weights: Tensor) -> Tensor:
@@ -358,7 +341,7 @@ def _require_nonzero(trace: Tensor) -> None:
 
 
 def float64(tensor: Tensor) -> Tensor:
-    """In float64; on the CPU if it was on MPS, which has neither float64 nor eigh."""
+    """The tensor in float64; on the CPU if it was on MPS, which has neither float64 nor eigh."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
@@ -372,10 +355,14 @@ class Eigenpairs(NamedTuple):
 
 
 def fix_signs(vectors: Tensor, slopes: Tensor, scale: Tensor) -> Tensor:
-    """Eigenvectors (..., m, d) with the signs that all results have: an eigenvector's own sign is arbitrary.
+    """Eigenvectors (..., m, d) with the project's signs; an eigenvector's own sign is arbitrary.
 
-    v points where the most probable token's log-probability grows: `slopes` (..., m) is its derivative
-    along v. Where that vanishes beside `scale` (..., 1), v's largest component is positive.
+    Along v the log-probability of the most probable token grows. Where its derivative vanishes, v's largest component
+    is positive.
+
+    Args:
+        slopes: (..., m), the derivatives of that log-probability along the vectors.
+        scale: (..., 1); a slope below 1e-6 of it counts as zero.
     """
     largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))[..., 0]
     sign = torch.where(slopes.abs() <= 1e-6 * scale, largest, slopes)
@@ -383,23 +370,21 @@ def fix_signs(vectors: Tensor, slopes: Tensor, scale: Tensor) -> Tensor:
 
 
 def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: bool = False) -> Eigenpairs:
-    """The `num` largest eigenpairs (or as many as there are) of each F = G^T diag(w) G.
+    """The `num` largest eigenpairs of each F = G^T diag(w) G; all of them if there are fewer.
 
-    With R = diag(sqrt(w)) G, F = R^T R and the k x k Gram matrix R R^T share their nonzero
-    eigenvalues, and u of the latter gives v = R^T u / sqrt(lambda) of F. The smaller of the two is
-    decomposed, in float64: a Gram matrix squares R's condition number, and float64 has the room.
+    With R = diag(sqrt(w)) G, F = R^T R and the k x k Gram matrix R R^T have the same nonzero eigenvalues. An
+    eigenvector u of R R^T gives v = R^T u / sqrt(lambda) of F. The smaller of the two matrices is decomposed, in
+    float64, since a Gram matrix squares R's condition number.
 
-    Since F is symmetric and positive semi-definite, this is also its singular value decomposition:
+    F is symmetric and positive semi-definite, so this is also its singular value decomposition:
     F ~ U diag(S) V with S = values, V = vectors and U = V^T.
 
-    Row 0 of G has to be the most probable token's: it fixes the signs (`fix_signs`).
-
     Args:
-        gradients: G (..., k, d).
+        gradients: G (..., k, d). Row 0 belongs to the most probable token: it fixes the signs (`fix_signs`).
         weights: w (k,) or (..., k).
-        allow_zero: let F be zero (a certain prediction), with eigenvalues and vectors that are zero.
+        allow_zero: return zeros if F is zero (a certain prediction).
     Raises:
-        NumericalError: F is zero, so that it has no direction; `layer` is its first index.
+        NumericalError: F is zero; `layer` and `prompt` are its indices.
         torch.linalg.LinAlgError: the decomposition failed.
     """
     k, d = gradients.shape[-2:]
@@ -414,12 +399,12 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     values = values[..., -num:].flip(-1).clamp(min=0)
     u = u[..., -num:].flip(-1).mT  # (..., num, k or d)
     v = nn.functional.normalize(u @ r, dim=-1) if k <= d else u
-    v = torch.linalg.qr(v.mT).Q.mT  # small eigenvalues' vectors carry the rounding of large ones'
+    v = torch.linalg.qr(v.mT).Q.mT  # the vectors of small eigenvalues carry the rounding of large ones
 
     toward = work[..., 0, :, None]
     v = fix_signs(v, (v @ toward)[..., 0], toward.norm(dim=-2))
 
-    # What is below the rounding of the Gram matrix is no eigenvalue, and its vector no direction.
+    # An eigenvalue below the rounding of the Gram matrix is zero, and its vector arbitrary.
     real = values > values[..., :1] * 10 * k * torch.finfo(torch.float64).eps
     values, v = values * real, v * real[..., None]
     rank = trace**2 / gram.pow(2).sum(dim=(-2, -1)).clamp(min=torch.finfo(torch.float64).tiny)
@@ -428,7 +413,7 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
 
 @dataclass(frozen=True)
 class TopK:
-    """F over the k most probable tokens, F = G^T diag(p) G, at each layer; p is not renormalised."""
+    """F over the k most probable tokens, F = G^T diag(p) G, at each layer. p is not renormalised."""
 
     gradients: Tensor  # G (layers, ..., k, d) float32: row t is grad_h log p_t, the most probable token first
     weights: Tensor  # p (..., k) float32
@@ -445,13 +430,13 @@ class TopK:
         return eigenpairs(self.gradients, self.weights, num, allow_zero)
 
     def curvature(self, directions: Tensor) -> Tensor:
-        """u^T F u (layers, ..., n) for directions u (layers, ..., n, d): s u is predicted to cost 1/2 s^2 of it."""
+        """u^T F u (layers, ..., n) for directions u (layers, ..., n, d). The KL predicted of s u is 1/2 s^2 u^T F u."""
         return torch.einsum("...nk,...k->...n", self.slopes(directions) ** 2, self.weights)
 
     def slopes(self, directions: Tensor) -> Tensor:
-        """d log p_t along directions u (layers, ..., n, d), per unit: (layers, ..., n, k), in nats.
+        """d log p_t along directions u (layers, ..., n, d): (layers, ..., n, k), nats per unit.
 
-        Of an eigenvector v, each token's share of the eigenvalue is p_t slope^2 / lambda: they sum to 1.
+        Along an eigenvector, p_t slope_t^2 / lambda is each token's share of the eigenvalue. The shares sum to 1.
         """
         return directions @ self.gradients.mT
 
@@ -461,7 +446,7 @@ def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor |
 
     Args:
         chunks: how many gradients one backward pass may take.
-        jacobian: `FullVocabulary.jacobian` of this point, if it is known: it saves the backward pass.
+        jacobian: `FullVocabulary.jacobian` of this point, if it is known; it replaces the backward pass.
     Raises:
         NumericalError: gradients hold NaN or infinity.
     """
@@ -473,13 +458,13 @@ def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor |
 
 @dataclass(frozen=True)
 class FullVocabulary:
-    """F over all tokens, F = J^T C J, at each layer: nothing is left out."""
+    """F over all tokens, F = J^T C J, at each layer."""
 
     jacobian: Tensor  # J (layers, ..., d_head, d) float32: z @ J is J^T z for any z at x
     matrix: Tensor  # F (layers, ..., d, d) float32, nats / unit^2
     top_gradient: Tensor  # (layers, ..., d) float32: of the most probable token's log-probability
     head: OutputHead
-    tokens = None  # all of them, in order
+    tokens = None  # TopK's field; here it is all tokens, in order
 
     @property
     def weights(self) -> Tensor:
@@ -490,7 +475,7 @@ class FullVocabulary:
         """The `num` largest eigenpairs of each F, with signs as in `eigenpairs`.
 
         Raises:
-            NumericalError: F is zero and may not be, or the solver failed; `layer` is its index.
+            NumericalError: F is zero and may not be, or the solver failed; `layer` and `prompt` are its indices.
         """
         trace = self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         if not allow_zero:
@@ -515,8 +500,8 @@ class FullVocabulary:
 def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabulary:
     """F over the whole vocabulary, at every layer of the point.
 
-    d_head backward rows whatever is asked of F: J whole, in one batched sweep for all layers. At a prompt's last
-    token, where a row costs little, that is faster than iterating for a few eigenpairs.
+    It takes d_head backward rows, which give all of J at all layers. At a prompt's last token a row costs little, and
+    this is faster than iterating for a few eigenpairs.
 
     Raises:
         UnsupportedModelError: the head is not linear.
@@ -532,7 +517,7 @@ def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabular
 
 
 def full_curvature(point: Point, directions: Tensor, chunks: Chunks | None = None) -> Tensor:
-    """u^T F u = (J u)^T C (J u), (layers, ..., n), with F over all tokens, without forming F.
+    """u^T F u = (J u)^T C (J u), (layers, ..., n), of F over all tokens, without forming F.
 
     Args:
         directions: u (layers, ..., n, d).
@@ -554,7 +539,7 @@ def _largest_eigenpairs(matrix: Tensor, num: int, place: tuple[int, ...]) -> tup
     def times(v: np.ndarray) -> np.ndarray:
         return (matrix @ torch.from_numpy(np.ascontiguousarray(v)).to(matrix)).cpu().numpy()
 
-    on_cpu = matrix.device.type == "cpu"  # where the two libraries' threads would wait for each other
+    on_cpu = matrix.device.type == "cpu"  # there torch's threads and scipy's would wait for each other
     operator = matrix.numpy() if on_cpu else LinearOperator((d, d), matvec=times, dtype=np.float32)
     start = np.random.default_rng(0).standard_normal(d).astype(np.float32)  # the same in every run
     try:
@@ -569,94 +554,100 @@ def _largest_eigenpairs(matrix: Tensor, num: int, place: tuple[int, ...]) -> tup
     return values.clamp(min=0), vectors
 
 
-# --- perturbing the residual stream --------------------------------------------------------------
+# --- 5. perturbing the residual stream ------------------------------------------------------------
 
 
 @torch.no_grad()
-def perturb(point: Point, deltas: Tensor, at: int | Tensor) -> Tensor:
-    """Next-token logits (rows, V) float32 after h + delta; every delta is a row of one batched pass.
+def perturb(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Tensor:
+    """Next-token logits (rows, V) float32 after h + delta. All rows run in one batched pass.
 
     Args:
-        point: of one prompt.
         deltas: (rows, d) float32, added to the residual stream at the prompt's last token.
-        at: the index in `point.layers` of the one layer where they are added; or (rows,) int64 on the CPU,
-            ascending, one for each row.
+        at: index in `point.layers` of the layer where they are added: one for all rows, or (rows,) int64 on the CPU,
+            ascending.
     Raises:
         ValueError: `at` is not ascending, or the point is of a batch.
     """
-    if point.reading is None:
-        raise ValueError("perturb takes the point of one prompt, from `linearize`")
-    at = torch.as_tensor(at).expand(len(deltas))
-    logits = point.reading.perturbed_logits(point.modules, deltas, at)
-    return logits.to(point.log_probs.device)
+    return _perturbed_logits(point, deltas, at).to(point.log_probs.device)
 
 
-class Trial(NamedTuple):
-    """The perturbations that `check_prediction` tries, by the precision of the model."""
-
-    nats: tuple[float, ...]  # predicted, of each: KL's next term may be too large for the first, not for the last
-    least: float  # what rounding drowns below
-    factor: float  # by which the changes may differ from those predicted
-
-
-TRIALS = {
-    **dict.fromkeys((torch.float64, torch.float32), Trial((1e-4, 1e-6, 1e-7), 1e-8, 1.2)),
-    # a logit of 20 is rounded to 0.06, and a change of 0.1 nats is one of about 0.4; experts may change too
-    **dict.fromkeys((torch.bfloat16, torch.float16), Trial((0.1, 0.03), 0.02, 2.0)),
-}
-TRIAL_TOKENS, TRIAL_SHARE = 20, 0.1  # most probable ones, and of |h|, which the perturbation does not exceed
-
-
-def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Chunks | None = None) -> bool:
-    """Compares a small perturbation with what F predicts of it: delta along v, at the first layer and prompt.
-
-    KL = 1/2 delta^T F delta holds if log p_t changes by g_t delta for the tokens t that F counts, and those changes are
-    compared: those of delta and -delta, so that terms of second order cancel, weighted as in F, so that rounding does.
-    Shorter ones are tried where one does not do (it may turn a token to another expert). Rounding to integers shows at
-    any length in a network of real size, where some of many activations always fall to another integer.
-    A model whose gradient is not its own derivative (activations that are rounded to integers) fails.
-
-    Args:
-        moved: next-token logits (2, V) for the perturbations (2, d).
-    Returns:
-        False if F is too small (the prediction is certain) for rounding to let anything be seen.
-    Raises:
-        UnsupportedModelError: the prediction changes otherwise.
-    """
-    trial, tokens = TRIALS[point.model.dtype], min(TRIAL_TOKENS, point.log_probs.shape[-1])
-    top = top_k(point, tokens, chunks)
-    first = (0,) * (top.gradients.ndim - 2)  # layer and prompt
-    eigen = top.eigenpairs(allow_zero=True)
-    value, v, h = eigen.values[first][0], eigen.vectors[first][0], point.activations[first]
-    ids, p = point.log_probs[first[1:]].topk(tokens).indices, top.weights[first[1:]]
-    for nats in trial.nats:
-        step = torch.minimum((2 * nats / value).sqrt(), TRIAL_SHARE * h.norm())
-        if not 0.5 * step**2 * value >= trial.least:
-            return False
-        log_probs = moved(torch.stack([step * v, -step * v])).float().log_softmax(-1)[:, ids.cpu()].to(v)
-        expected, found = step * (top.gradients[first] @ v), (log_probs[0] - log_probs[1]) / 2
-        ratio = float((p * found * expected).sum() / (p * expected**2).sum())
-        if 1 / trial.factor <= ratio <= trial.factor:
-            return True
-    raise UnsupportedModelError(
-        f"a small perturbation changes its prediction {ratio:.2g} times as much as its gradients say "
-        "(are its activations quantised?)"
-    )
+def _perturbed_logits(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Tensor:
+    if not isinstance(point, PromptPoint):
+        raise ValueError("only the point of one prompt, from `linearize`, can be perturbed")
+    return point.reading.perturbed_logits(point.modules, deltas, torch.as_tensor(at).expand(len(deltas)))
 
 
 def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
     """KL(p || q) in nats (rows,) of p = exp(log_p) (V,) and q = softmax(logits) (rows, V).
 
-    KL = log E_p[exp(u)] - E_p[u] with u = logits - log_p, which no shift of u changes. Shifted to
-    E_p[u] = 0, and with expm1 and log1p, what is left is of second order in u: 1e-10 nats is right in
-    float32, where the sum of p (log p - log q) is noise below 1e-7. Large divergences, whose
-    exp(u) would overflow, are taken as they stand.
+    With u = logits - log_p, KL = log E_p[exp(u)] - E_p[u], whatever constant is added to u. With u shifted to
+    E_p[u] = 0, and with expm1 and log1p, only terms of second order in u remain. So 1e-10 nats is right in float32,
+    where the sum of p (log p - log q) is noise below 1e-7. Large divergences, whose exp(u) would overflow, use the
+    formula as it stands.
     """
     p = log_p.exp()
     u = logits - log_p
     mean = u @ p
     far = logits.logsumexp(-1) - mean
     u -= mean[..., None]
-    left = u @ p  # rounding of the mean
+    left = u @ p  # what rounding left of the mean
     near = torch.log1p(u.clamp_(max=80).expm1_() @ p) - left
     return torch.where(far > LARGE_KL, far, near.clamp(min=0))
+
+
+# --- does F predict what a small perturbation does? -----------------------------------------------
+
+
+class PredictionCheck(NamedTuple):
+    """What `check_prediction` tries and allows, for one precision of the model."""
+
+    nats: tuple[float, ...]  # predicted KL of each perturbation; KL's next term may be too large for the first only
+    least: float  # nats that rounding hides
+    factor: float  # largest ratio between the changes and their prediction
+
+
+CHECKS = {
+    **dict.fromkeys((torch.float64, torch.float32), PredictionCheck((1e-4, 1e-6, 1e-7), 1e-8, 1.2)),
+    # a logit of 20 is rounded to 0.06, and 0.1 nats change logits by about 0.4; a token may also switch experts
+    **dict.fromkeys((torch.bfloat16, torch.float16), PredictionCheck((0.1, 0.03), 0.02, 2.0)),
+}
+CHECKED_TOKENS = 20  # the most probable ones
+LONGEST_CHECK = 0.1  # length of the longest perturbation, as a share of |h|
+
+
+def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Chunks | None = None) -> bool:
+    """Compares small perturbations along v, at the first layer and prompt, with what F predicts of them.
+
+    KL = 1/2 delta^T F delta holds if log p_t changes by g_t delta for the tokens t that F counts. Those changes are
+    compared: half the difference between delta and -delta, which cancels terms of second order, weighted as in F. If a
+    perturbation fails, shorter ones are tried, since a long one may switch a token to another expert.
+
+    A model fails if its gradient is not its derivative, for example if its activations are rounded to integers: in a
+    network of real size, some activations always fall to another integer.
+
+    Args:
+        moved: takes perturbations (2, d), returns next-token logits (2, V).
+    Returns:
+        False if F is too small (the prediction is certain) to see anything beyond rounding.
+    Raises:
+        UnsupportedModelError: the prediction changes by another amount.
+    """
+    check, tokens = CHECKS[point.model.dtype], min(CHECKED_TOKENS, point.log_probs.shape[-1])
+    top = top_k(point, tokens, chunks)
+    first = (0,) * (top.gradients.ndim - 2)  # layer and prompt
+    eigen = top.eigenpairs(allow_zero=True)
+    value, v, h = eigen.values[first][0], eigen.vectors[first][0], point.activations[first]
+    ids, p = point.log_probs[first[1:]].topk(tokens).indices, top.weights[first[1:]]  # both (tokens,)
+    for nats in check.nats:
+        step = torch.minimum((2 * nats / value).sqrt(), LONGEST_CHECK * h.norm())
+        if not 0.5 * step**2 * value >= check.least:
+            return False
+        log_probs = moved(torch.stack([step * v, -step * v])).float().log_softmax(-1)[:, ids.cpu()].to(v)
+        expected, found = step * (top.gradients[first] @ v), (log_probs[0] - log_probs[1]) / 2  # both (tokens,)
+        ratio = float((p * found * expected).sum() / (p * expected**2).sum())
+        if 1 / check.factor <= ratio <= check.factor:
+            return True
+    raise UnsupportedModelError(
+        f"a small perturbation changes its prediction {ratio:.2g} times as much as its gradients say "
+        "(are its activations quantised?)"
+    )

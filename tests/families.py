@@ -194,7 +194,7 @@ RIGHT = 1e-3
 class Verdict(NamedTuple):
     """What came out for one type: an error relative to the largest entry of F, or the line of a refusal."""
 
-    way: str
+    mode: str  # of the prefix
     experiment: float | str
     pipeline: float | str
 
@@ -215,7 +215,7 @@ def in_float64(model: nn.Module) -> nn.Module:
 
 
 def examine_experiment(model: nn.Module, wide: nn.Module) -> tuple[str, float]:
-    """The way chosen, and the largest error of F over some tokens and all, and of the KL of two perturbations."""
+    """The mode of the prefix, and the largest error of F over some tokens and all, and of the KL of two perturbations."""
     ids = torch.randint(3, VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(1))
     layers = loading.decoder_layers(model)
     chosen = [0, len(layers) // 2]
@@ -230,7 +230,7 @@ def examine_experiment(model: nn.Module, wide: nn.Module) -> tuple[str, float]:
         matrix, exact = reference.fisher(K), reference.fisher(VOCABULARY)
         expected = reference.kl(deltas[i])
         errors += [error_of(top.matrix[i], matrix), error_of(whole.matrix[i], exact), abs(float(kl[i]) / expected - 1)]
-    return point.reading.way.value, max(errors)
+    return point.reading.mode.value, max(errors)
 
 
 def examine_pipeline(model: nn.Module, wide: nn.Module) -> float:
@@ -246,18 +246,18 @@ def examine_pipeline(model: nn.Module, wide: nn.Module) -> float:
 
 
 def examine(model_type: str) -> Verdict:
-    """What becomes of a type; an exception other than a refusal goes through."""
+    """What becomes of a type. Exceptions other than a refusal are raised."""
     model = build(model_type)
     wide = in_float64(model)
-    way, results = "", []
+    mode, results = "", []
     for look in (examine_experiment, examine_pipeline):
         try:
             found = look(model, wide)
-            way, error = found if isinstance(found, tuple) else (way, found)
+            mode, error = found if isinstance(found, tuple) else (mode, found)
             results.append(error)
         except (UserError, fisher.UnsupportedModelError) as refusal:
             results.append(str(refusal))
-    return Verdict(way, *results)
+    return Verdict(mode, *results)
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def row(model_type: str) -> tuple[str, str]:
     cells = [result if isinstance(result, str) else "right" if result < RIGHT else "WRONG" for result in verdict[1:]]
     cells = ["the same" if i and cell == cells[0] != "right" else cell for i, cell in enumerate(cells)]
     outcome = next((word for word in ("WRONG", "right") if word == cells[0]), "refused")
-    return f"| {model_type} | {verdict.way} | {cells[0]} | {cells[1]} |\n", f"{outcome} {verdict.way}".strip()
+    return f"| {model_type} | {verdict.mode} | {cells[0]} | {cells[1]} |\n", f"{outcome} {verdict.mode}".strip()
 
 
 def main(model_types: list[str]) -> int:

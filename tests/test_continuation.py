@@ -12,7 +12,7 @@ import fisher
 from residual_fisher.experiment import figures
 from residual_fisher.experiment.continuation import choose_scales, continuations, end_tokens
 from residual_fisher.experiment.report import continuation_block
-from residual_fisher.model.reading import Way
+from residual_fisher.model.reading import PrefixMode
 import scripts
 from scripts import experiment_results
 import tiny
@@ -52,21 +52,21 @@ def perturbed_point(model: nn.Module, tokens: int = 9) -> tuple[fisher.Point, Te
 
 
 @pytest.mark.parametrize(
-    ("name", "way", "tokens"),
+    ("name", "mode", "tokens"),
     [
-        ("llama", Way.SHARED, 9),
-        ("llama", Way.SHARED, 1),  # nothing is cached before it
-        ("gemma3", Way.SHARED, 9),  # windows shorter than the prompt
-        ("gpt2", Way.SHARED, 9),
-        ("bloom", Way.COPIED, 9),
-        ("mamba", Way.WHOLE, 9),
-        ("jamba", Way.WHOLE, 9),
+        ("llama", PrefixMode.SHARED, 9),
+        ("llama", PrefixMode.SHARED, 1),  # nothing is cached before it
+        ("gemma3", PrefixMode.SHARED, 9),  # windows shorter than the prompt
+        ("gpt2", PrefixMode.SHARED, 9),
+        ("bloom", PrefixMode.COPIED, 9),
+        ("mamba", PrefixMode.WHOLE, 9),
+        ("jamba", PrefixMode.WHOLE, 9),
     ],
 )
-def test_continuations_are_those_of_full_passes_without_a_cache(name, way, tokens):
+def test_continuations_are_those_of_full_passes_without_a_cache(name, mode, tokens):
     model = build(name)
     point, deltas = perturbed_point(model, tokens)
-    assert point.reading.way is way
+    assert point.reading.mode is mode
     chosen = [(layer, scale) for layer in range(len(deltas)) for scale in (0, 1)]
     before = point.reading.logits()
     found = continuations(point, tokens, deltas, chosen, TOKENS, fisher.Chunks(5))

@@ -1,4 +1,4 @@
-"""Model families beyond those of tiny.py: each is read in a way that is right, or refused in a line."""
+"""Model families beyond those of tiny.py: each is read in a mode that is right, or refused in a line."""
 
 from typing import NamedTuple
 
@@ -11,22 +11,23 @@ import fisher
 from residual_fisher.common.program import UserError
 from residual_fisher.model import loading, reading
 from residual_fisher.model.passes import edit_stream, require_causal
-from residual_fisher.model.reading import Way, choose_way, prepare
+from residual_fisher.model.reading import PrefixMode, choose_mode, read_in_mode
 import tiny
 
-WAYS = {
-    "gemma4_text": Way.SHARED,
-    "got_ocr2": Way.SHARED,  # with a vision tower as deep as the decoder
-    "phimoe": Way.SHARED,  # experts, whose sums change their order with the batch
-    "deepseek_v3": Way.SHARED if tiny.before("5.15") else Way.COPIED,  # since then, its keys change after the cache
-    "gpt_bigcode": Way.COPIED,
-    "xmod": Way.COPIED,
-    "mamba": Way.WHOLE,
-    "rwkv": Way.WHOLE,
-    "jamba": Way.WHOLE,
-    "qwen3_next": Way.WHOLE,
-    "zaya": Way.WHOLE,  # its layers' cache is a subclass of the plain one
-    "lfm2_moe": Way.WHOLE,
+MODES = {
+    "gemma4_text": PrefixMode.SHARED,
+    "got_ocr2": PrefixMode.SHARED,  # with a vision tower as deep as the decoder
+    "phimoe": PrefixMode.SHARED,  # experts, whose sums change their order with the batch
+    # since then, its keys change after they are cached
+    "deepseek_v3": PrefixMode.SHARED if tiny.before("5.15") else PrefixMode.COPIED,
+    "gpt_bigcode": PrefixMode.COPIED,
+    "xmod": PrefixMode.COPIED,
+    "mamba": PrefixMode.WHOLE,
+    "rwkv": PrefixMode.WHOLE,
+    "jamba": PrefixMode.WHOLE,
+    "qwen3_next": PrefixMode.WHOLE,
+    "zaya": PrefixMode.WHOLE,  # its layers' cache is a subclass of the plain one
+    "lfm2_moe": PrefixMode.WHOLE,
 }
 
 
@@ -39,10 +40,10 @@ def known(*model_types: str) -> list:
     ]
 
 
-@pytest.mark.parametrize("model_type", known(*WAYS))
-def test_a_family_is_read_in_a_way_that_is_right(model_type):
+@pytest.mark.parametrize("model_type", known(*MODES))
+def test_a_family_is_read_in_a_mode_that_is_right(model_type):
     verdict = families.examine(model_type)
-    assert verdict.way == WAYS[model_type].value
+    assert verdict.mode == MODES[model_type].value
     assert verdict.experiment < families.RIGHT and verdict.pipeline < families.RIGHT
 
 
@@ -53,12 +54,12 @@ def test_a_family_that_does_not_fit_is_refused_in_a_line(model_type):
         assert isinstance(said, str) and "\n" not in said
 
 
-def test_all_three_ways_agree_where_all_are_possible():
+def test_all_three_modes_agree_where_all_are_possible():
     model, ids = tiny.shared("llama"), tiny.prompt()
     layers, deltas, at = tiny.layers_of(model), torch.randn(3, tiny.D), torch.tensor([0, 1, 2])
-    found = [prepare(model, ids, way).perturbed_logits(layers, deltas, at) for way in Way]
+    found = [read_in_mode(model, ids, mode).perturbed_logits(layers, deltas, at) for mode in PrefixMode]
     assert torch.allclose(found[0], found[1], atol=1e-4) and torch.allclose(found[0], found[2], atol=1e-4)
-    assert choose_way(model, ids) is Way.SHARED
+    assert choose_mode(model, ids) is PrefixMode.SHARED
 
 
 def test_a_linearization_by_whole_prompts_is_that_of_a_batch():
@@ -67,7 +68,7 @@ def test_a_linearization_by_whole_prompts_is_that_of_a_batch():
     module = list(loading.decoder_layers(model).values())[1]
     batch = fisher.linearize_prompts(model, module, ids[None], torch.tensor([len(ids)]), last_only=True)
     ours, theirs = fisher.top_k(point, 20).matrix[0], fisher.top_k(batch, 20).matrix[0, 0]
-    assert point.reading.way is Way.WHOLE
+    assert point.reading.mode is PrefixMode.WHOLE
     assert (ours - theirs).abs().max() <= 3e-5 * theirs.abs().max()
 
 
@@ -82,7 +83,7 @@ def test_a_second_linearization_equals_the_first(model_type):
 def test_a_longer_prompt_is_tried_anew(monkeypatch):
     model = tiny.build("llama")
     tried = []
-    monkeypatch.setattr(reading, "_difference", lambda model, ids, *_: tried.append(len(ids)) or 0.0)
+    monkeypatch.setattr(reading, "_departure", lambda model, ids, *_: tried.append(len(ids)) or 0.0)
     for length in (5, 3, 5, 9, 8):
         fisher.linearize(model, tiny.prompt(length))
     assert tried == [5, 9]
@@ -93,7 +94,7 @@ def test_a_cache_that_misleads_is_not_used(monkeypatch):
     prefill = reading.prefill
     monkeypatch.setattr(reading, "prefill", lambda model, ids, shared: prefill(model, ids.flip(0), shared))
     point = fisher.linearize(model, ids)
-    assert point.reading.way is Way.WHOLE
+    assert point.reading.mode is PrefixMode.WHOLE
     assert torch.allclose(point.log_probs.double(), tiny.reference_log_probs("llama", ids), atol=1e-4)
 
 

@@ -15,13 +15,18 @@ from residual_fisher.experiment.sentences import token_of
 from residual_fisher.experiment.steering import GOALS, Linearised, Steered, least_kl, steer, steering_record, waypoints
 from residual_fisher.model.embedded import EMBEDDED
 from residual_fisher.model.loading import decoder_layers, load
-from residual_fisher.model.reading import Way
+from residual_fisher.model.reading import PrefixMode
 import scripts
 from scripts import experiment_results
 import tiny
 
 TARGET = 11
-WAYS = {"llama": Way.SHARED, "gemma2": Way.SHARED, "bloom": Way.COPIED, "mamba": Way.WHOLE}
+MODES = {
+    "llama": PrefixMode.SHARED,
+    "gemma2": PrefixMode.SHARED,
+    "bloom": PrefixMode.COPIED,
+    "mamba": PrefixMode.WHOLE,
+}
 
 
 def build(name: str, dtype: torch.dtype = torch.float32):
@@ -39,12 +44,12 @@ def random_deltas(point: fisher.Point, rows: int, share: float = 0.2) -> Tensor:
     return share * u * point.activations.norm(dim=-1).mean() / tiny.D**0.5
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", MODES)
 def test_where_a_perturbation_has_led_gradients_are_those_of_float64(name):
     """Two rows at the first layer and one at the last, each with derivatives of its own."""
     model, reference, ids = build(name), build(name, torch.float64), tiny.prompt()
     point = fisher.linearize(model, ids)
-    assert point.reading.way is WAYS[name]
+    assert point.reading.mode is MODES[name]
     at = torch.tensor([0, 0, len(point.modules) - 1])
     deltas = random_deltas(point, 3)
     here = fisher.linearize_perturbed(point, deltas, at)

@@ -8,7 +8,7 @@ import transformers as hf
 
 import fisher
 from residual_fisher.model import loading
-from residual_fisher.model.words import found_in, in_a_line, shown_by, what_is_said
+from residual_fisher.model.words import prompt_words_test, summary_line, token_shares, token_writer
 from residual_fisher.pipeline import load_fisher_matrices
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 import scripts
@@ -66,10 +66,10 @@ def test_the_shares_of_all_counted_tokens_make_the_eigenvalue(name):
         eigen = matrix.eigenpairs(3)
         slopes, p = matrix.slopes(eigen.vectors), matrix.weights
         assert_close((p * slopes**2).sum(-1), eigen.values.double())
-        every = what_is_said(slopes, p, matrix.tokens, num=slopes.shape[-1])
+        every = token_shares(slopes, p, matrix.tokens, num=slopes.shape[-1])
         assert (every.shares.sum(-1) - 1).abs().max() < 1e-5
         assert (every.shares.diff() <= 0).all()
-        few = what_is_said(slopes, p, matrix.tokens, num=3)
+        few = token_shares(slopes, p, matrix.tokens, num=3)
         assert all(torch.equal(part, whole[..., :3]) for part, whole in zip(few, every, strict=True))
 
 
@@ -78,7 +78,7 @@ def test_a_token_with_a_positive_slope_gains_probability_along_v(name):
     _, point = point_of(name)
     matrix = fisher.full_vocabulary(point)
     eigen = matrix.eigenpairs()
-    said = what_is_said(matrix.slopes(eigen.vectors), matrix.weights)
+    said = token_shares(matrix.slopes(eigen.vectors), matrix.weights)
     steps = (2 * 1e-3 / eigen.values).sqrt() * eigen.vectors[:, 0]  # a thousandth of a nat
     moved = fisher.perturb(point, steps, torch.arange(tiny.DEPTH)).log_softmax(-1)
     for layer in range(tiny.DEPTH):
@@ -88,10 +88,10 @@ def test_a_token_with_a_positive_slope_gains_probability_along_v(name):
 
 
 def test_where_nothing_is_felt_no_token_has_a_share():
-    said = what_is_said(torch.zeros(2, 5), torch.full((5,), 0.2), num=3)
+    said = token_shares(torch.zeros(2, 5), torch.full((5,), 0.2), num=3)
     assert not said.shares.any()
     assert said.records((), str) == [[], []]
-    assert in_a_line([]) == "- ← → -"
+    assert summary_line([]) == "- ← → -"
 
 
 # --- the pipeline's records ----------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_a_records_tokens_are_those_of_its_prompt_alone(
         output = tmp_path / "out"
         options = {"top_k_tokens": "all", "num_prompts": 3}
         assert scripts.compute_fisher(chat_directory, dataset, output, **options) == 0
-    model, show = loading.load(str(chat_directory), "float64", "cpu")[0], shown_by(chat_tokenizer)
+    model, show = loading.load(str(chat_directory), "float64", "cpu")[0], token_writer(chat_tokenizer)
     matrices = load_fisher_matrices(output)
     for record in scripts.records(output)[:: 9 if count == 6 else 1]:
         turn = [{"role": "user", "content": record["prompt"]}]
@@ -169,7 +169,7 @@ def assert_readable_and_distinct(shown: list[str]):
 @pytest.mark.parametrize("kind", VOCABULARIES)
 def test_no_two_tokens_look_alike_and_none_is_invisible(kind):
     pieces, decoder = VOCABULARIES[kind]
-    show = shown_by(tokenizer_of(pieces, decoder))
+    show = token_writer(tokenizer_of(pieces, decoder))
     shown = [show(token) for token in range(len(pieces))]
     assert_readable_and_distinct(shown)
     found = dict(zip(TEXTS, shown, strict=False))
@@ -183,12 +183,12 @@ def test_no_two_tokens_look_alike_and_none_is_invisible(kind):
 @pytest.mark.parametrize("name", ["byte_level", "sentencepiece"])
 def test_all_tokens_of_a_trained_vocabulary_are_told_apart(name, request):
     tokenizer = request.getfixturevalue(name)
-    show = shown_by(tokenizer)
+    show = token_writer(tokenizer)
     assert_readable_and_distinct([show(token) for token in range(len(tokenizer))])
 
 
 def test_rows_of_the_head_beyond_the_tokenizer_are_shown_by_number(byte_level):
-    assert shown_by(byte_level)(len(byte_level) + 3) == f"<{len(byte_level) + 3}>"
+    assert token_writer(byte_level)(len(byte_level) + 3) == f"<{len(byte_level) + 3}>"
 
 
 def test_a_tokenizer_written_in_python_may_raise_for_them():
@@ -199,14 +199,14 @@ def test_a_tokenizer_written_in_python_may_raise_for_them():
         def decode(self, ids: list[int], **options) -> str:
             return "".join(map(self.convert_ids_to_tokens, ids))
 
-    assert [shown_by(Pythonic())(token) for token in (0, 5)] == ["a", "<5>"]
+    assert [token_writer(Pythonic())(token) for token in (0, 5)] == ["a", "<5>"]
 
 
 @pytest.mark.parametrize("name", ["byte_level", "sentencepiece"])
 def test_a_prompt_holds_the_tokens_that_its_words_begin_with(name, request):
     tokenizer = request.getfixturevalue(name)
-    show = shown_by(tokenizer)
-    found = found_in(tokenizer, show)
+    show = token_writer(tokenizer)
+    found = prompt_words_test(tokenizer, show)
 
     def first(text: str) -> str:
         """What an answer that begins with a text begins with."""
@@ -223,5 +223,5 @@ def test_a_prompt_holds_the_tokens_that_its_words_begin_with(name, request):
 
 def test_a_line_has_the_tokens_of_either_side_by_their_shares():
     said = [{"token": token, "slope": slope} for token, slope in (("a", 1), ("b", -2), ("c", 3), ("d", -1), ("e", 1))]
-    assert in_a_line(said) == "b d ← → a c e"
-    assert in_a_line(said[::2], 2) == "- ← → a c"
+    assert summary_line(said) == "b d ← → a c e"
+    assert summary_line(said[::2], 2) == "- ← → a c"

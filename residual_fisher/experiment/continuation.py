@@ -1,7 +1,7 @@
-"""What the model goes on to say: greedy continuations after perturbations of the prompt's last token.
+"""Greedy continuations of a prompt after perturbations of its last token.
 
-A perturbation is added once, at one layer and at the prompt's last token. What that token leaves in the deeper layers'
-memory is perturbed with it; the tokens that follow are run as they are.
+A perturbation is added once, at one layer and at the prompt's last token. It also changes the keys and values that the
+deeper layers keep of that token. The following tokens are not perturbed.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from fisher import Chunks, Point
+from fisher import Chunks, PromptPoint
 from residual_fisher.model.last_token import growing_copy
-from residual_fisher.model.loading import longest_prompt
-from residual_fisher.model.passes import attention, edit_stream, hooked
-from residual_fisher.model.reading import Way
+from residual_fisher.model.loading import longest_prompt, text_config
+from residual_fisher.model.passes import attention, capture_head, edit_stream, hooked, last_token
+from residual_fisher.model.reading import PrefixMode
 
-ROUNDING = 1e-3  # relative, by which a predicted KL may exceed the limit: one of 2 nats is computed as 2.0000002
-OVERFLOWED = -1  # in place of a token, where the logits hold NaN or infinity
+LIMIT_ROUNDING = 1e-3  # relative excess of a predicted KL over the limit that is rounding: 2 nats come as 2.0000002
+OVERFLOWED = -1  # stands for a token where the logits hold NaN or infinity
 
 
 class Continuation(NamedTuple):
@@ -28,7 +28,7 @@ class Continuation(NamedTuple):
     layer: int  # index in the point's layers
     scale: int  # index of its scale
     direction: int
-    ids: list[int]  # fewer than were asked for where it ended
+    ids: list[int]  # fewer than asked for if it ended
 
 
 class Continuations(NamedTuple):
@@ -39,20 +39,21 @@ class Continuations(NamedTuple):
 
 
 def continuations(
-    point: Point,
+    point: PromptPoint,
     prompt_length: int,
     deltas: Tensor,
     chosen: list[tuple[int, int]],
     tokens: int,
     chunks: Chunks,
 ) -> Continuations:
-    """The most probable tokens, one after the other, after a prompt and after each perturbation of its last token.
+    """Greedy continuations of a prompt, unperturbed and after perturbations of its last token.
 
-    A row ends before an end token of the model, where its numbers overflow, or with the model's last position.
+    A continuation ends before the model's end token, where its numbers overflow, or at the model's last position.
 
     Args:
         deltas: (layers, directions, scales, d) float32.
-        chosen: (layer, scale) of the perturbations that are continued, in all directions.
+        chosen: indices (layer, scale) of the perturbations to continue, in all directions.
+        tokens: the length of a continuation.
     """
     if longest := longest_prompt(point.model):
         tokens = min(tokens, longest - prompt_length + 1)
@@ -70,58 +71,59 @@ def continuations(
 
 
 def choose_scales(scales: Sequence[float], predicted: Tensor, limit: float) -> list[tuple[int, int]]:
-    """(layer, index of a scale): by layer and sign the scale with the largest KL predicted within the limit.
-
-    It is the smallest scale where every one exceeds the limit.
+    """By layer and sign, the farthest scale whose predicted KL is within the limit; else the nearest scale.
 
     Args:
         scales: none is 0.
         predicted: (layers, scales) nats.
+        limit: nats.
+    Returns:
+        pairs (layer, index of the scale)
     """
     chosen = []
     for layer, nats in enumerate(predicted.tolist()):
         for sign in (-1, 1):
             columns = sorted((i for i, scale in enumerate(scales) if scale * sign > 0), key=lambda i: abs(scales[i]))
-            within = [i for i in columns if nats[i] <= limit * (1 + ROUNDING)]
+            within = [i for i in columns if nats[i] <= limit * (1 + LIMIT_ROUNDING)]
             chosen += [(layer, i) for i in within[-1:] or columns[:1]]
     return chosen
 
 
 def end_tokens(model: nn.Module) -> set[int]:
-    """The tokens after which the model says nothing more, by its generation settings, or else its configuration."""
-    settings = (getattr(model, "generation_config", None), model.config, model.config.get_text_config(decoder=True))
+    """The model's end-of-sequence tokens, by its generation settings, else by its configuration."""
+    settings = (getattr(model, "generation_config", None), model.config, text_config(model))
     ends = next((e for s in settings if (e := getattr(s, "eos_token_id", None)) is not None), [])
     return {ends} if isinstance(ends, int) else set(ends)
 
 
 def until_end(ids: list[int], ends: set[int]) -> list[int]:
-    """The tokens before the first end token, or before the numbers overflowed."""
+    """The tokens before the first end token or overflow."""
     stop = {*ends, OVERFLOWED}
     return list(takewhile(lambda token: token not in stop, ids))
 
 
 @torch.no_grad()
-def greedy(point: Point, deltas: Tensor, at: Tensor, tokens: int, ends: set[int]) -> Tensor:
-    """The next `tokens` tokens (rows, at most so many) int64 of every row, whatever comes after its end.
+def greedy(point: PromptPoint, deltas: Tensor, at: Tensor, tokens: int, ends: set[int]) -> Tensor:
+    """The most probable next tokens (rows, at most `tokens`) int64; after a row's end they mean nothing.
 
-    A row has a memory of its own, which begins as a copy of the prefix and grows by a token a pass; a model whose
-    memory is more than keys and values runs every row whole in every pass.
+    Each row has its own cache, which starts as a copy of the prefix and grows by one token a pass. Without a cache
+    (`PrefixMode.WHOLE`), every pass runs all tokens.
 
     Args:
         deltas: (rows, d) float32, each added to the residual stream at the prompt's last token.
-        at: (rows,) int64 on the CPU: the index in `point.layers` of each row's.
+        at: (rows,) int64 on the CPU: the index in `point.layers` of each row's layer.
     """
     reading, model, rows = point.reading, point.reading.model, len(deltas)
-    last = reading.ids.shape[1] - 1  # where the prompt's last token is among the tokens of the first pass
+    last = reading.ids.shape[1] - 1  # index of the prompt's last token among the tokens of the first pass
     ids = reading.ids.expand(rows, -1).to(model.device)
     cache = None
-    if reading.way is not Way.WHOLE:
+    if reading.mode is not PrefixMode.WHOLE:
         empty = reading.prefix is None
         cache = DynamicCache(config=model.config) if empty else growing_copy(reading.prefix, rows)
     memory = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
 
     def add(index: int) -> Callable[[Tensor], Tensor]:
-        own = torch.where((at == index)[:, None].to(deltas.device), deltas, 0)
+        own = torch.where((at == index)[:, None].to(deltas.device), deltas, 0)  # (rows, d)
 
         def add_to_own_rows(h: Tensor) -> Tensor:
             h = h.clone()
@@ -130,16 +132,13 @@ def greedy(point: Point, deltas: Tensor, at: Tensor, tokens: int, ends: set[int]
 
         return add_to_own_rows
 
-    def pick_last(module: nn.Module, args: tuple) -> tuple:
-        return (args[0][:, -1:], *args[1:])
-
     perturbing = [
         (point.modules[index].register_forward_hook, edit_stream(add(index))) for index in at.unique().tolist()
     ]
     written, ended = [], torch.zeros(rows, dtype=torch.bool, device=model.device)
-    with attention(model, "eager"), hooked((model.get_output_embeddings().register_forward_pre_hook, pick_last)):
+    with attention(model, "eager"), capture_head(model, last_token):
         while len(written) < tokens and not ended.all():
-            perturbed = cache is None or not written  # else what it did is in the cache
+            perturbed = cache is None or not written  # later its effect is in the cache
             with hooked(*perturbing if perturbed else ()):
                 logits = model(ids, **memory).logits[:, -1].float()
             token = torch.where(logits.logsumexp(-1).isfinite(), logits.argmax(-1), OVERFLOWED).to(model.device)

@@ -14,6 +14,9 @@ from residual_fisher.common.program import UserError
 from residual_fisher.common.rows import JUDGED, choose_column, parse_json, read_rows, text_of
 from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.words import shown_by
+=======
+from residual_fisher.model.words import token_writer
+from residual_fisher.model.words import token_writer
 
 TEXT_COLUMNS = ("text", "sentence", "content")  # recognised when --text-column is not given
 # Enough to choose from: a dataset is read until it has given so many sentences with the word, or as many as are wanted.
@@ -209,5 +212,5 @@ def token_of(tokenizer, text: str) -> int:
     for ids in found:
         if len(ids) == 1:
             return ids[0]
-    pieces = " ".join(map(shown_by(tokenizer), found[0]))
+    pieces = " ".join(map(token_writer(tokenizer), found[0]))
     raise UserError(f"--steer-token {text!r} has to be one token, and is {len(found[0])}: {pieces}")

@@ -253,8 +253,8 @@ def describe(model: nn.Module) -> dict:
     return {
         "model_class": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "depth": model.config.get_text_config(decoder=True).num_hidden_layers,
-        "hidden_size": model.config.get_text_config(decoder=True).hidden_size,
+        "depth": text_config(model).num_hidden_layers,
+        "hidden_size": text_config(model).hidden_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
@@ -333,6 +333,11 @@ def dtype_advice(model: nn.Module) -> str:
 # --- the layers of any decoder -------------------------------------------------------------------
 
 
+def text_config(model: nn.Module):
+    """The configuration of the decoder; in a model that also sees images, it is a part of the model's own."""
+    return model.config.get_text_config(decoder=True)
+
+
 def vocabulary_size(model: nn.Module) -> int:
     """Tokens that the output head knows, which may be more than the tokenizer's."""
     return model.get_output_embeddings().weight.shape[0]
@@ -340,14 +345,14 @@ def vocabulary_size(model: nn.Module) -> int:
 
 def rotation_change(model: nn.Module) -> float:
     """The padded length above which a model rotates positions in another way for a whole batch (Phi-3's longrope)."""
-    config = model.config.get_text_config(decoder=True).to_dict()
+    config = text_config(model).to_dict()
     places = [config, *(config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))]
     return min((p.get("original_max_position_embeddings") or math.inf for p in places), default=math.inf)
 
 
 def longest_prompt(model: nn.Module) -> int | None:
     """Tokens that the model has positions for; None if its configuration names no limit."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or None
+    return getattr(text_config(model), "max_position_embeddings", None) or None
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -360,7 +365,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         UserError: no such list.
     """
-    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    depth = getattr(text_config(model), "num_hidden_layers", None)
     paths = {module: path for path, module in model.named_modules()}
     for part in (model.get_decoder(), model):
         lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == depth and m in paths]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 import warnings
 
 import torch
@@ -10,20 +11,20 @@ from transformers import PreTrainedModel
 
 from residual_fisher.common.program import is_out_of_memory
 
-# KL in nats that rounding may explain between two passes that should agree. On the embedded model it is 3e-11 in
-# float32 and 7e-3 in bfloat16; a prefix that is lost or misread costs nats.
+# Largest KL in nats between two passes that should agree, by dtype. Rounding causes 3e-11 in float32 and 7e-3 in
+# bfloat16 on the embedded model; a lost or misread prefix causes whole nats.
 ROUNDING_NATS = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
 class UnsupportedModelError(ValueError):
-    """A model whose architecture this project cannot work with; the message says why."""
+    """This project cannot work with the model's architecture; the message says why."""
 
 
 @contextmanager
 def hooked(*hooks: tuple[Callable, Callable]) -> Iterator[None]:
-    """Installs hooks, pairs of (module.register_..., hook), and removes every one of them, whatever happens.
+    """Installs hooks, pairs of (module.register_..., hook), and always removes them.
 
-    What `torch.compile` has compiled runs as it was written: compiled code may pass over hooks.
+    Modules compiled by `torch.compile` run uncompiled meanwhile: compiled code may skip hooks.
     """
     handles = []
     try:
@@ -39,7 +40,7 @@ def hooked(*hooks: tuple[Callable, Callable]) -> Iterator[None]:
 def edit_stream(edit: Callable[[Tensor], Tensor]) -> Callable:
     """A forward hook that replaces the residual stream h leaving a decoder layer by edit(h).
 
-    Decoder layers return h alone, or a tuple or list that begins with it, by architecture and version.
+    Decoder layers return h, or a tuple or list that begins with h, depending on architecture and version.
     """
 
     def hook(module: nn.Module, args: tuple, output):
@@ -59,32 +60,71 @@ def add_at_last(h: Tensor, delta: Tensor) -> Tensor:
     return torch.cat([h[:, :-1].to(last), last], dim=1)
 
 
-def at_token(x: Tensor, shape: tuple[int, int], index: Tensor) -> Tensor:
-    """x (prompts, d) at one token of each prompt, of the head's input x (prompts, tokens, d).
+@dataclass
+class HeadCapture:
+    """What went into and out of the output head in the last pass."""
 
-    Raises:
-        UnsupportedModelError: it is of another shape.
+    x: Tensor | None = None  # (rows, tokens, d_head): the final normalised hidden state
+    raw_logits: Tensor | None = None  # (rows, tokens, V): before the scaling or soft-capping that may follow
+
+
+@contextmanager
+def capture_head(model: PreTrainedModel, pick: Callable[[Tensor], Tensor] = lambda x: x) -> Iterator[HeadCapture]:
+    """Captures the output head's input and output, and gives the head only what `pick` takes of its input.
+
+    The logits of all other tokens and rows are never computed: they would be the peak of memory. Of nested
+    captures, the outer one picks first, and all hold what the head got in the end.
+
+    Args:
+        pick: takes x (rows, tokens, d_head), returns some of its rows or tokens.
     """
-    if x.ndim != 3 or x.shape[:2] != shape:
-        raise UnsupportedModelError(f"its output head is not given (prompts, tokens, d), but {tuple(x.shape)}")
-    return x[torch.arange(len(x)), index]
+    head, captured = model.get_output_embeddings(), HeadCapture()
+
+    def before(module: nn.Module, args: tuple) -> tuple:
+        return (pick(args[0]), *args[1:])
+
+    def after(module: nn.Module, args: tuple, output: Tensor) -> None:
+        captured.x, captured.raw_logits = args[0], output
+
+    with hooked((head.register_forward_pre_hook, before), (head.register_forward_hook, after)):
+        yield captured
+
+
+def last_token(x: Tensor) -> Tensor:
+    """(rows, 1, d) of x (rows, tokens, d)."""
+    return x[:, -1:]
+
+
+def tokens_at(index: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor]:
+    """A `pick` for `capture_head`: x (prompts, 1, d) at token index (prompts,) of each prompt.
+
+    Args:
+        shape: (prompts, tokens); another one raises UnsupportedModelError.
+    """
+
+    def pick(x: Tensor) -> Tensor:
+        if x.ndim != 3 or x.shape[:2] != shape:
+            raise UnsupportedModelError(f"its output head is not given (prompts, tokens, d), but {tuple(x.shape)}")
+        return x[torch.arange(len(x)), index][:, None]
+
+    return pick
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside whatever is around it: an adapter, `torch.compile`, data parallelism.
+    """The transformers model inside a wrapper: an adapter, `torch.compile`, data parallelism.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: there is none inside.
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
-    raise UnsupportedModelError(f"{type(model).__name__} is no model of transformers")
+    raise UnsupportedModelError(f"{type(model).__name__} is not a model of transformers")
 
 
 @contextmanager
 def attention(model: PreTrainedModel, kind: str) -> Iterator[None]:
-    """Runs the model's attention as `kind`, where it has that choice, then gives the model its own back."""
+    """Runs the model with another kind of attention, if its class offers the choice, and restores its own after."""
     if not model.is_backend_compatible() or model.config._attn_implementation == kind:
         yield
         return
@@ -94,8 +134,9 @@ def attention(model: PreTrainedModel, kind: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for config, its_own in zip(configs, own, strict=True):
-            config._attn_implementation_internal = its_own  # of this configuration alone, not of those inside
+        for config, before in zip(configs, own, strict=True):
+            # the public setter would also change the configurations inside this one
+            config._attn_implementation_internal = before
 
 
 @contextmanager
@@ -110,7 +151,7 @@ def differentiated_twice() -> Iterator[None]:
 
 
 def use_attention(model: nn.Module, kind: str) -> None:
-    """Sets the model's attention to "eager" (plain) or "sdpa" (fused), where it has that choice."""
+    """Sets the model's attention to "eager" (plain) or "sdpa" (fused), if its class offers the choice."""
     if model.is_backend_compatible() and model.config._attn_implementation != kind:
         try:
             model.set_attn_implementation(kind)
@@ -119,7 +160,7 @@ def use_attention(model: nn.Module, kind: str) -> None:
 
 
 def require_known_tokens(model: nn.Module, ids: Tensor) -> None:
-    """Raises UnsupportedModelError: a token has no row in the model's embedding, which a GPU would not survive."""
+    """Raises UnsupportedModelError if a token has no row in the embedding. On a GPU such a token ends the process."""
     known = model.get_input_embeddings().weight.shape[0]
     for token in (int(ids.max()), int(ids.min())) if ids.numel() else ():
         if not 0 <= token < known:
@@ -127,47 +168,50 @@ def require_known_tokens(model: nn.Module, ids: Tensor) -> None:
 
 
 def stream_width(model: nn.Module, module: nn.Module) -> int:
-    """The width d of what leaves `module`, (prompts, tokens, d) or a tuple that begins with it, in a short pass."""
+    """The width d of a module's output, (prompts, tokens, d) or a tuple that begins with it, found by a short pass."""
     widths = []
 
-    def look(h: Tensor) -> Tensor:
+    def note_width(h: Tensor) -> Tensor:
         widths.append(h.shape[-1])
         return h
 
-    with torch.no_grad(), hooked((module.register_forward_hook, edit_stream(look))):
+    with torch.no_grad(), hooked((module.register_forward_hook, edit_stream(note_width))):
         model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     return widths[0]
 
 
 @torch.no_grad()
 def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Logits (prompts, V) after the last of each prompt's tokens, ids (prompts, tokens) padded on the right.
+    """Logits (prompts, V) after the last token of each prompt.
 
+    Args:
+        ids: (prompts, tokens) int64, padded on the right.
+        lengths: (prompts,) int64.
     Raises:
-        UnsupportedModelError: a token that the model does not know.
+        UnsupportedModelError: the model does not know a token.
     """
+    return _last_logits(model, ids, lengths)
+
+
+def _last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
     require_known_tokens(model, ids)
-
-    def pick_last(module: nn.Module, args: tuple) -> tuple:
-        return (at_token(args[0], ids.shape, lengths - 1)[:, None], *args[1:])
-
-    with hooked((model.get_output_embeddings().register_forward_pre_hook, pick_last)):
+    with capture_head(model, tokens_at(lengths - 1, ids.shape)):
         return model(ids.to(model.device), use_cache=False).logits[:, 0]
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
-    """Where the model's weights are: several devices if it is spread over them."""
+    """The devices that hold the model's weights."""
     return {p.device for p in model.parameters()}
 
 
 def batched_gradients(
     model: nn.Module, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The gradients (rows, ...) at each of `inputs` for every row of `cotangents`, in one backward pass.
+    """Vector-Jacobian products (rows, ...) at each of `inputs`, one for each row of `cotangents`, in one backward pass.
 
     Args:
-        model: what leads from `inputs` to `outputs`.
-        cotangents: (rows, ...) for each of `outputs`.
+        model: contains the graph from `inputs` to `outputs`.
+        cotangents: (rows, ...), one tensor for each of `outputs`.
     """
 
     def one(*cotangents: Tensor) -> tuple[Tensor, ...]:
@@ -177,20 +221,29 @@ def batched_gradients(
         return tuple(gradient[None] for gradient in one(*(c[0] for c in cotangents)))
     if len(devices_of(model)) == 1:
         return torch.func.vmap(one)(*cotangents)
-    # `func.vmap` cannot follow a graph across devices. The older batching that the engine brings along can; it has
-    # rules for fewer operations, and loops over the rows of the others.
+    # `func.vmap` cannot follow a graph across devices. Autograd's own batching can, but it has rules for fewer
+    # operations, and loops over the rows of the others.
     return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, is_grads_batched=True)
 
 
+def largest_kl(logits: Tensor, others: Tensor) -> float:
+    """The largest KL(softmax(logits) || softmax(others)) in nats, over all rows (rows, V)."""
+    log_p, log_q = (some.cpu().double().log_softmax(-1) for some in (logits, others))  # MPS has no float64
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).max())
+
+
 def require_causal(model: nn.Module, ids: Tensor, lengths: Tensor) -> None:
-    """Runs prompts, ids (prompts, tokens) padded on the right, with two kinds of padding.
+    """Checks that predictions do not depend on later tokens, by running prompts with two kinds of padding.
 
-    Nothing that a causal model computes for a token depends on what comes after it: the logits have to be the same
-    to the last bit, in every dtype. Only where other tokens change the order of the same sums (a mixture of experts,
-    which sorts the tokens of a batch by expert) they may differ by rounding, if their gradient at the padding is zero.
+    In a causal model the logits are the same to the last bit, in every dtype. One exception is allowed: a mixture of
+    experts sorts the tokens of a batch by expert, so other padding changes the order of its sums. Its logits may differ
+    by rounding if their gradient at the padding is zero.
 
+    Args:
+        ids: (prompts, tokens) int64, padded on the right.
+        lengths: (prompts,) int64.
     Raises:
-        UnsupportedModelError: they are not.
+        UnsupportedModelError: the predictions do depend on them.
     """
     padding = torch.arange(ids.shape[1]) >= lengths[:, None]
     tokens = model.get_output_embeddings().weight.shape[0]
@@ -198,31 +251,32 @@ def require_causal(model: nn.Module, ids: Tensor, lengths: Tensor) -> None:
     first, second = (last_logits(model, some, lengths).nan_to_num() for some in (ids, other))
     if torch.equal(first, second):
         return
-    log_p, log_q = (logits.cpu().double().log_softmax(-1) for logits in (first, second))
-    differ = float((log_p.exp() * (log_p - log_q)).sum(-1).max())
-    if not differ <= ROUNDING_NATS[model.dtype] or _gradient_at_tokens(model, ids, lengths).cpu()[padding].any():
+    if (
+        not largest_kl(first, second) <= ROUNDING_NATS[model.dtype]
+        or _gradient_at_tokens(model, ids, lengths).cpu()[padding].any()
+    ):
         raise UnsupportedModelError("its predictions change with the padding of a batch: it is not causal")
 
 
 def _gradient_at_tokens(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
     """The gradient (prompts, tokens, d) of a random sum of the last tokens' logits at the tokens' embeddings."""
-    embedded = []
+    embeddings = []
 
-    def start(h: Tensor) -> Tensor:
-        embedded.append(h.detach().requires_grad_())
-        return embedded[0]
+    def require_gradient(h: Tensor) -> Tensor:
+        embeddings.append(h.detach().requires_grad_())
+        return embeddings[0]
 
-    hook = (model.get_input_embeddings().register_forward_hook, edit_stream(start))
+    hook = (model.get_input_embeddings().register_forward_hook, edit_stream(require_gradient))
     with torch.enable_grad(), hooked(hook):
-        logits = last_logits.__wrapped__(model, ids, lengths)
+        logits = _last_logits(model, ids, lengths)
         if not logits.requires_grad:
             raise UnsupportedModelError("it lets no gradient through (is it quantised?)")
         noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-        return torch.autograd.grad((logits * noise).sum(), embedded[0])[0]
+        return torch.autograd.grad((logits * noise).sum(), embeddings[0])[0]
 
 
 class Chunks:
-    """Splits rows into chunks of at most `size`, and halves `size` for good when memory runs out."""
+    """Splits rows into chunks of at most `size`. Halves `size` for good when memory runs out."""
 
     def __init__(self, size: int = 256):
         self.size = size
@@ -231,13 +285,13 @@ class Chunks:
         """function(chunk of each tensor in `rows`) for every chunk, in order.
 
         Raises:
-            torch.OutOfMemoryError, or whatever says it (`is_out_of_memory`): not even one row fits.
+            torch.OutOfMemoryError: a single row does not fit; or another error that `is_out_of_memory` knows.
         """
         results, start = [], 0
         while left := len(rows[0]) - start:
-            # of equal sizes: a small remainder takes as long as a chunk of several times its rows
-            here = -(-left // -(-left // self.size))
-            chunk = [r[start : start + here] for r in rows]
+            # chunks of equal size: a small remainder takes as long as a chunk of several times its rows
+            count = -(-left // -(-left // self.size))
+            chunk = [r[start : start + count] for r in rows]
             try:
                 results.append(function(*chunk))
                 start += len(chunk[0])
@@ -245,21 +299,21 @@ class Chunks:
             except Exception as error:
                 if self.size == 1 or not is_out_of_memory(error):
                     raise
-            # out here the failed attempt's tensors, which the exception held, can be freed
+            # The exception held the failed attempt's tensors: only out here can they be freed.
             self.size = max(1, min(self.size, len(chunk[0])) // 2)
             warnings.warn(f"out of memory: going on with batches of {self.size}", stacklevel=2)
             torch.cuda.empty_cache()  # does nothing where CUDA is not in use
         return results
 
     def join(self, function: Callable, *rows: Tensor, dim: int = 0) -> Tensor:
-        """The tensors that `map` would list, as one along `dim`.
+        """The results of `map`, which are tensors, concatenated along `dim`.
 
-        It is allocated along with the first chunk, which can be halved to make room for it; concatenated at the
-        end, the parts would be held twice.
+        The concatenation is allocated with the first chunk, which can still be halved to make room for it. Allocated
+        at the end, it would hold all parts twice.
         """
         whole, filled = None, 0
 
-        def put(*chunk: Tensor) -> None:
+        def fill(*chunk: Tensor) -> None:
             nonlocal whole, filled
             part = function(*chunk)
             count = part.shape[dim]
@@ -273,5 +327,5 @@ class Chunks:
             whole.narrow(dim, filled, count).copy_(part)
             filled += count
 
-        self.map(put, *rows)
+        self.map(fill, *rows)
         return whole

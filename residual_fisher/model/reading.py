@@ -1,12 +1,12 @@
-"""Reading a prompt's last token: its prediction, as it is and perturbed, in the fastest way that is right for a model.
+"""Reading a prompt's last token: its prediction, as it is and perturbed, in the fastest mode that is right.
 
-Three ways, of which the first that agrees with a plain forward pass is taken; nothing else needs to know which.
+There are three modes. The first one whose predictions agree with plain forward passes is chosen. Nothing outside this
+module has to know which.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,20 +22,24 @@ from residual_fisher.model.passes import (
     UnsupportedModelError,
     add_at_last,
     attention,
+    capture_head,
+    devices_of,
     edit_stream,
     hooked,
+    largest_kl,
+    last_token,
     require_causal,
     require_known_tokens,
     unwrapped,
 )
 
 
-class Way(Enum):
-    """How a pass over the last token, in many rows, comes by what stands before it."""
+class PrefixMode(Enum):
+    """Where the rows of a pass over the last token find the prefix, the tokens before it."""
 
-    SHARED = "shared prefix"  # keys and values that all rows attend to; a row joins at the layer of its perturbation
-    COPIED = "copied prefix"  # keys and values copied for each row, for attentions that do more than attend to them
-    WHOLE = "whole prompts"  # run again in each row, for models whose memory is not keys and values alone
+    SHARED = "shared prefix"  # in keys and values that all rows share; a row joins at the layer of its perturbation
+    COPIED = "copied prefix"  # in keys and values copied for each row, if attention does more than attend to them
+    WHOLE = "whole prompts"  # nowhere: each row runs the whole prompt, if the memory is not keys and values alone
 
 
 @dataclass(frozen=True)
@@ -43,30 +47,25 @@ class Reading:
     """The last token of one prompt, ready to be run."""
 
     model: nn.Module
-    way: Way
-    ids: Tensor  # (1, tokens) int64: what a row of a pass is, the last token or the whole prompt
-    prefix: DynamicCache | None  # the tokens before it
+    mode: PrefixMode
+    ids: Tensor  # (1, tokens) int64, the tokens that each row of a pass runs: the last one, or the whole prompt
+    prefix: DynamicCache | None  # the tokens before them
 
     def logits(self, rows: int = 1) -> Tensor:
-        """Logits of `rows` copies of the last token, (rows, V) float32."""
-
-        def pick_last(module: nn.Module, args: tuple) -> tuple:
-            return (args[0][:, -1:], *args[1:])
-
-        kind = LAST_TOKEN_ATTENTION if self.way is Way.SHARED else "eager"
+        """Logits (rows, V) float32 of `rows` copies of the last token."""
+        kind = LAST_TOKEN_ATTENTION if self.mode is PrefixMode.SHARED else "eager"
         ids = self.ids.expand(rows, -1).to(self.model.device)
-        head = self.model.get_output_embeddings()
         memory = {"use_cache": False} if self.prefix is None else {"past_key_values": self.prefix, "use_cache": True}
-        with attention(self.model, kind), hooked((head.register_forward_pre_hook, pick_last)):
-            output = self.model(ids, **memory)
-        return output.logits[:, -1].float()
+        with attention(self.model, kind), capture_head(self.model, last_token):
+            return self.model(ids, **memory).logits[:, -1].float()
 
     def perturbed_logits(self, modules: Sequence[nn.Module], deltas: Tensor, at: Tensor) -> Tensor:
-        """Logits (rows, V) float32 with deltas (rows, d) added to what leaves one module each, at the last token.
+        """Logits (rows, V) float32 after perturbations, each added to the output of one module at the last token.
 
         Args:
             modules: decoder layers, in order.
-            at: (rows,) int64 on the CPU, ascending: the index in `modules` of each row's.
+            deltas: (rows, d).
+            at: (rows,) int64 on the CPU, ascending: the index in `modules` of each row's layer.
         Raises:
             ValueError: `at` is not ascending.
         """
@@ -74,20 +73,20 @@ class Reading:
             raise ValueError("the rows' layers must be ascending")
         counts = torch.bincount(at, minlength=len(modules)).tolist()
         starts = [sum(counts[:index]) for index in range(len(counts))]
-        # A row is the unperturbed one below its layer, so the batch starts as one row and grows at every layer by the
-        # rows perturbed there. What is more than attention may need all rows from the start.
-        growing = self.way is Way.SHARED
+        # Below its layer a row equals the unperturbed one. So the batch starts as one row, and each layer adds the rows
+        # that are perturbed there. In the other modes a layer may depend on the number of rows.
+        growing = self.mode is PrefixMode.SHARED
 
         def add(index: int) -> Callable[[Tensor], Tensor]:
-            here = deltas[starts[index] : starts[index] + counts[index], None]  # (count, 1, d)
+            own = deltas[starts[index] : starts[index] + counts[index], None]  # (count, 1, d)
 
             def add_rows(h: Tensor) -> Tensor:
                 # the sum is float32 or wider: in half precision, only the result is rounded
-                return torch.cat([h, (h[:1] + here.to(h.device)).to(h.dtype)])
+                return torch.cat([h, (h[:1] + own.to(h.device)).to(h.dtype)])
 
             def add_to_own_rows(h: Tensor) -> Tensor:
                 padding = (0, 0, 0, 0, starts[index], len(deltas) - starts[index] - counts[index])
-                return add_at_last(h, nn.functional.pad(here, padding).to(h.device)).to(h.dtype)
+                return add_at_last(h, nn.functional.pad(own, padding).to(h.device)).to(h.dtype)
 
             return add_rows if growing else add_to_own_rows
 
@@ -101,123 +100,129 @@ class Reading:
         return logits[-len(deltas) :]
 
 
-def prepare(model: nn.Module, ids: Tensor, way: Way) -> Reading:
-    """The last of `ids` (tokens,) int64, its prefix run, to be read in one way.
+def read(model: nn.Module, ids: Tensor) -> Reading:
+    """The last of a prompt's `ids` (tokens,) int64, in the mode chosen for the model.
 
     Raises:
-        UnsupportedModelError: the model cannot be read in this way.
+        UnsupportedModelError: see `choose_mode`.
     """
-    if way is Way.WHOLE:
-        return Reading(model, way, ids[None], None)
-    if way is Way.SHARED and not model.is_backend_compatible():
+    return read_in_mode(unwrapped(model), ids, choose_mode(model, ids))
+
+
+def read_in_mode(model: nn.Module, ids: Tensor, mode: PrefixMode) -> Reading:
+    """The last of a prompt's `ids` (tokens,) int64; runs its prefix.
+
+    Raises:
+        UnsupportedModelError: the model cannot be read in this mode.
+    """
+    if mode is PrefixMode.WHOLE:
+        return Reading(model, mode, ids[None], None)
+    if mode is PrefixMode.SHARED and not model.is_backend_compatible():
         raise UnsupportedModelError(f"{type(model).__name__} has an attention of its own")
     with attention(model, "eager"), hooked():
-        prefix = prefill(model, ids[:-1], shared=way is Way.SHARED)
-    return Reading(model, way, ids[None, -1:], prefix)
+        prefix = prefill(model, ids[:-1], shared=mode is PrefixMode.SHARED)
+    return Reading(model, mode, ids[None, -1:], prefix)
 
 
-# --- the choice ----------------------------------------------------------------------------------
+# --- choosing the mode ---------------------------------------------------------------------------
 
-# The way chosen for a model, and the longest prompt that it was right for: a window may make a longer one another case.
-_chosen: WeakKeyDictionary[nn.Module, tuple[Way, int]] = WeakKeyDictionary()
 PROBE = 0.1  # length of the perturbations that are tried, as a share of the residual stream's
 
-
-def read(model: nn.Module, ids: Tensor) -> Reading:
-    """The last of a prompt's `ids` (tokens,) int64, in the way that is chosen for the model.
-
-    Raises:
-        UnsupportedModelError: see `choose_way`.
-    """
-    return prepare(unwrapped(model), ids, choose_way(model, ids))
+# By model and `_conditions`: the mode chosen, and the longest prompt it was found right for.
+_chosen: WeakKeyDictionary[nn.Module, dict[tuple, tuple[PrefixMode, int]]] = WeakKeyDictionary()
 
 
-def choose_way(model: nn.Module, ids: Tensor) -> Way:
-    """The first way whose predictions of this prompt, as it is and perturbed, are those of plain forward passes.
+def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
+    """The first mode in which this prompt's predictions, as it is and perturbed, are those of plain forward passes.
 
-    It is remembered for the model, and tried again with a longer prompt.
+    The choice is remembered. It is made again for a longer prompt, which may exceed a window of attention, and if the
+    model's dtype, devices or attention have changed.
 
     Raises:
-        UnsupportedModelError: there is none; or the model is no decoder-only one.
+        UnsupportedModelError: no mode is right, or the model is not decoder-only.
     """
-    way, longest = _chosen.get(model, (None, 0))
+    inner = unwrapped(model)
+    chosen, conditions = _chosen.setdefault(model, {}), _conditions(inner)
+    mode, longest = chosen.get(conditions, (None, 0))
     if len(ids) <= longest:
-        return way
+        return mode
     probe = _probe(model, ids)
     if not probe.expected[0].isfinite().all():
-        return Way.WHOLE  # nothing can be compared; what is read next will be NaN as well
-    for way in Way:
+        return PrefixMode.WHOLE  # nothing can be compared; what is read next will be NaN as well
+    for mode in PrefixMode:
         try:
-            differ = _difference(unwrapped(model), ids, way, probe)
-        except Exception as error:  # an architecture may fail in any manner where it was not written for this
+            kl = _departure(inner, ids, mode, probe)
+        except Exception as error:  # an unknown architecture may fail in any manner
             if is_out_of_memory(error):
                 raise
             reason = first_line(error)
             continue
-        if differ <= ROUNDING_NATS[probe.dtype]:
+        if kl <= ROUNDING_NATS[inner.dtype]:
             break
-        reason = f"the cached and plain predictions differ by {differ:.2g} nats"
+        reason = f"the cached and plain predictions differ by {kl:.2g} nats"
     else:
         raise UnsupportedModelError(f"no way to read {type(model).__name__} is right: {reason}")
-    if way is Way.WHOLE:
-        require_causal(unwrapped(model), torch.cat([ids, ids[-1:]])[None], torch.tensor([len(ids)]))
-    _chosen[model] = (way, len(ids))
-    return way
+    if mode is PrefixMode.WHOLE:
+        require_causal(inner, torch.cat([ids, ids[-1:]])[None], torch.tensor([len(ids)]))
+    chosen[conditions] = (mode, len(ids))
+    return mode
 
 
-class _Probe(NamedTuple):
+def _conditions(model: nn.Module) -> tuple:
+    """What a user may change of a model that may make another mode right."""
+    return model.dtype, frozenset(devices_of(model)), model.config._attn_implementation
+
+
+@dataclass(frozen=True)
+class _Probe:
     """Perturbations at the first and the last layer, and what plain forward passes make of them, one by one."""
 
     modules: list[nn.Module]
     deltas: Tensor  # (3, d): the first is zero
-    at: Tensor  # (3,)
-    expected: Tensor  # (4, V): log-probabilities unperturbed, and after each
-    dtype: torch.dtype
+    at: Tensor  # (3,) int64
+    expected: Tensor  # (4, V): logits unperturbed, and after each perturbation
 
 
 @torch.no_grad()
 def _probe(model: nn.Module, ids: Tensor) -> _Probe:
     inner = unwrapped(model)
+    name = type(inner).__name__
     if inner.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{type(inner).__name__} is an encoder-decoder, not a decoder alone")
+        raise UnsupportedModelError(f"{name} is an encoder-decoder, not a decoder alone")
     require_known_tokens(inner, ids)
-    first, *_, last = [*decoder_layers(inner).values()] * 2
+    first, *_, last = [*decoder_layers(inner).values()] * 2  # the same one, if there is one layer
     streams = []
 
-    def look(h: Tensor) -> Tensor:
+    def note_stream(h: Tensor) -> Tensor:
         if h.ndim != 3 or h.shape[:2] != (1, len(ids)):
             raise UnsupportedModelError(f"its layers' output is not (prompts, tokens, d), but {tuple(h.shape)}")
         streams.append(h[0, -1].float())
         return h
 
-    with attention(inner, "eager"), hooked(*((m.register_forward_hook, edit_stream(look)) for m in (first, last))):
+    with (
+        attention(inner, "eager"),
+        hooked(*((m.register_forward_hook, edit_stream(note_stream)) for m in (first, last))),
+    ):
         try:
             plain = model(ids[None].to(inner.device), use_cache=False).logits[:, -1]
         except UnsupportedModelError:
             raise
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-            name = type(inner).__name__
             raise UnsupportedModelError(f"{name} does not run on token ids alone: {first_line(error)}") from error
     if len(streams) != 2:
-        raise UnsupportedModelError(f"the layers of {type(inner).__name__} do not run once each in a pass")
+        raise UnsupportedModelError(f"the layers of {name} do not run once each in a pass")
     noise = torch.randn(2, streams[0].shape[-1], generator=torch.Generator().manual_seed(0)).to(streams[0])
     size = PROBE * torch.stack([streams[0].norm(), streams[-1].to(noise).norm()])
     noise = nn.functional.normalize(noise, dim=-1) * size[:, None]
     deltas, at = torch.cat([torch.zeros_like(noise[:1]), noise]), torch.tensor([0, 0, 1])
-    alone = prepare(inner, ids, Way.WHOLE)
+    alone = read_in_mode(inner, ids, PrefixMode.WHOLE)
     moved = [alone.perturbed_logits([m], delta[None], at[:1]) for m, delta in zip((first, last), noise, strict=True)]
-    expected = _log_probs(torch.cat([plain, plain, *moved]))
-    return _Probe([first, last], deltas, at, expected, inner.dtype)
-
-
-def _log_probs(logits: Tensor) -> Tensor:
-    return logits.cpu().double().log_softmax(-1)  # MPS has no float64
+    return _Probe([first, last], deltas, at, torch.cat([plain, plain, *moved]))
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, ids: Tensor, way: Way, probe: _Probe) -> float:
-    """KL in nats, the largest, of what is expected from what is read in this way."""
-    reading = prepare(model, ids, way)
+def _departure(model: nn.Module, ids: Tensor, mode: PrefixMode, probe: _Probe) -> float:
+    """The largest KL in nats of the expected predictions from those read in this mode."""
+    reading = read_in_mode(model, ids, mode)
     found = torch.cat([reading.logits(), reading.perturbed_logits(probe.modules, probe.deltas, probe.at)])
-    log_p, log_q = probe.expected, _log_probs(found)
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).max())
+    return largest_kl(probe.expected, found)

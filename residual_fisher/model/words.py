@@ -13,7 +13,7 @@ import unicodedata
 import torch
 from torch import Tensor
 
-SAID = 8  # tokens recorded for a direction
+TOKENS_RECORDED = 8  # tokens recorded for a direction
 
 # How byte-level tokenizers (GPT-2's, and most since) write bytes: printable ones as they are, the others from 256 on.
 _PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -22,7 +22,7 @@ _BYTES = {chr(byte): byte for byte in _PLAIN} | {chr(256 + place): byte for plac
 SPACE = "·"
 
 
-class Said(NamedTuple):
+class TokenShares(NamedTuple):
     """The tokens with the largest shares of each direction's curvature u^T F u, the largest first."""
 
     ids: Tensor  # (..., n, said) int64
@@ -42,7 +42,7 @@ class Said(NamedTuple):
         ]
 
 
-def what_is_said(slopes: Tensor, p: Tensor, tokens: Tensor | None = None, num: int = SAID) -> Said:
+def token_shares(slopes: Tensor, p: Tensor, tokens: Tensor | None = None, num: int = TOKENS_RECORDED) -> TokenShares:
     """
     Args:
         slopes: (..., n, k), of the tokens that F counts.
@@ -53,10 +53,10 @@ def what_is_said(slopes: Tensor, p: Tensor, tokens: Tensor | None = None, num: i
     largest, at = parts.topk(min(num, parts.shape[-1]))
     shares = largest / parts.sum(-1, keepdim=True).clamp(min=torch.finfo(parts.dtype).tiny)
     ids = at if tokens is None else tokens[..., None, :].expand(parts.shape).gather(-1, at)
-    return Said(ids, shares, slopes.gather(-1, at))
+    return TokenShares(ids, shares, slopes.gather(-1, at))
 
 
-def shown_by(tokenizer) -> Callable[[int], str]:
+def token_writer(tokenizer) -> Callable[[int], str]:
     """Writes tokens by id so that no two of different text look alike: "·animals", "\\n", "\\xe2" (half a character).
 
     A space is a middle dot; everything else that does not print, and the backslash, is an escape. So is a mark at the
@@ -123,7 +123,7 @@ def found_in(tokenizer, show: Callable[[int], str]) -> Callable[[str, Sequence[s
     return found
 
 
-def in_a_line(said: list[dict], num: int = 3) -> str:
+def summary_line(said: list[dict], num: int = 3) -> str:
     """The tokens that one direction moves most, "lost ← → gained" along +v; they hold no spaces themselves."""
     sides = ([t["token"] for t in said if sign * t["slope"] > 0][:num] for sign in (-1, 1))
     return " ← → ".join(" ".join(side) or "-" for side in sides)
