@@ -61,7 +61,7 @@ from residual_fisher.experiment.measurement import Batches, Clock, fit_to_way, p
 from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.experiment.results import Results, rank, read_results
 from residual_fisher.experiment.run_directory import Earlier, RunDirectory, identify
-from residual_fisher.experiment.sentences import Context, Found, diverse_order, find_sentences, locate, token_of
+from residual_fisher.experiment.sentences import Context, Matches, diverse_order, find_sentences, locate, token_of
 from residual_fisher.model.loading import (
     decoder_layers,
     describe,
@@ -293,7 +293,7 @@ class Prepared(NamedTuple):
 
     settings: Settings  # as far as the model has what they ask for
     model: torch.nn.Module
-    found: Found
+    found: Matches
     contexts: list[Context]
     files: RunDirectory
     new_results: Callable[[dict[str, float]], Results]  # from the clock's seconds

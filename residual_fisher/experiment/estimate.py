@@ -11,7 +11,7 @@ from residual_fisher.common.files import json_text
 from residual_fisher.experiment.figures import drawn_of
 from residual_fisher.experiment.report import EXCERPT
 from residual_fisher.experiment.results import EIGENVECTORS, MAX_SIMILARITY, RESULTS, Results
-from residual_fisher.experiment.sentences import Context, Found
+from residual_fisher.experiment.sentences import Context, Matches
 
 SHOWN = 3  # prompts
 
@@ -64,7 +64,9 @@ def file_sizes(results: Results, sentences: int) -> tuple[float, float]:
 # --- in words ------------------------------------------------------------------------------------
 
 
-def describe_sentences(word: str, found: Found, contexts: Sequence[Context], todo: Sequence[Context], most: str) -> str:
+def describe_sentences(
+    word: str, found: Matches, contexts: Sequence[Context], todo: Sequence[Context], most: str
+) -> str:
     """How many there are, and the first prompts; `most` goes before a number that is not reached by all."""
     read, holding, usable = found.read, len(found.sentences), len(contexts)
     lines = [

@@ -13,7 +13,7 @@ from residual_fisher.experiment.perturbation import step_lengths, sweep, trust_r
 from residual_fisher.experiment.results import SPECTRUM, TOP, Measured
 from residual_fisher.experiment.sentences import Context
 from residual_fisher.experiment.settings import Settings
-from residual_fisher.experiment.steering import TOKENS, steer
+from residual_fisher.experiment.steering import STEERING_TOKENS, steer
 from residual_fisher.model.reading import Way
 from residual_fisher.model.words import what_is_said
 
@@ -118,7 +118,7 @@ def perturb(
             others = {name: controls[name] for name in controls if name == "difference"}
             others["fisher"] = eigen.vectors[:, 0]
             target = context.target_id if context.steer_id is None else context.steer_id
-            tokens = TOKENS if settings.max_vocab_subset == "all" else settings.max_vocab_subset
+            tokens = STEERING_TOKENS if settings.max_vocab_subset == "all" else settings.max_vocab_subset
             steered = steer(
                 point, others, target, tokens, settings.steer_steps, settings.steer_damping, batches.steering,
                 batches.perturbations,
