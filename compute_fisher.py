@@ -11,7 +11,7 @@ F is unlike the others' are prompts on which the model behaves unlike itself.
     torchrun --nproc-per-node 8 compute_fisher.py --config configs/lmsys_1b.yaml
 
 Writes fisher_matrices_compressed.npz, prompts.jsonl, metadata.yaml and fisher_spectra.png to the output
-directory. A stopped run is resumed by the same command; a finished one is extended by the same command with more prompts.
+directory. The same command resumes a stopped run, and with more prompts extends a finished one.
 """
 
 from residual_fisher.common.program import INTERRUPTED, before_imports

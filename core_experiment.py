@@ -9,8 +9,8 @@ of the same length along random directions, and towards another sentence's activ
     python core_experiment.py --model-name meta-llama/Llama-3.1-8B --scale-unit nats
 
 Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matrix.png and
-perturbation_analysis.png to --output-dir. A stopped run is resumed by the same command; a finished one is extended by
-the same command with more sentences.
+perturbation_analysis.png to --output-dir. The same command resumes a stopped run, and with more sentences extends a
+finished one.
 """
 
 from residual_fisher.common.program import before_imports, undisturbed
@@ -61,7 +61,7 @@ from residual_fisher.experiment import figures, records, report
 from residual_fisher.experiment.measurement import Batches, Clock, perturb
 from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.experiment.records import Recorder, failure, rank, read_results, split_results, write_results
-from residual_fisher.experiment.sentences import Context, Found, diverse_order, find_sentences, locate, token_of
+from residual_fisher.experiment.sentences import Context, Matches, diverse_order, find_sentences, locate, token_of
 from residual_fisher.model.loading import (
     decoder_layers,
     describe,
@@ -87,7 +87,7 @@ class Experiment:
 
     settings: Settings  # no more is asked for than the model has
     model: torch.nn.Module
-    found: Found
+    found: Matches
     contexts: list[Context]  # of all sentences that can be used, diverse ones first; an item's number is its place here
     recorder: Recorder
     about: dict  # "run", "experiment_config" and "environment" of the results

@@ -10,9 +10,9 @@ import threading
 import time
 
 import pytest
+from residual_fisher.pipeline.run_directory import RunDirectory
 
 from residual_fisher.common.program import Console, interruptible, undisturbed
-from residual_fisher.pipeline.run_directory import RunDirectory
 import scripts
 from scripts import EXPERIMENT_FILES, PIPELINE_FILES, ROOT, experiment_words, pipeline_words
 

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from residual_fisher.pipeline.run_directory import INCIDENTAL
 import torch
 import transformers as hf
 import yaml
@@ -24,7 +25,6 @@ from residual_fisher.common.program import UserError
 from residual_fisher.model import loading
 from residual_fisher.pipeline import load_fisher_matrices, run_directory, store
 from residual_fisher.pipeline.processes import Processes
-from residual_fisher.pipeline.run_directory import INCIDENTAL
 import scripts
 from scripts import PIPELINE_FILES, ROOT, arrays, assert_same_results, pipeline_words, records
 

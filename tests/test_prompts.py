@@ -11,9 +11,9 @@ import transformers as hf
 
 from conftest import CHAT_TEMPLATE, make_model_directory
 from residual_fisher.common.program import UserError
-from residual_fisher.common.rows import JUDGED
+from residual_fisher.common.rows import SAMPLE_ROWS
 from residual_fisher.pipeline.prompts import (
-    OVERHEAD,
+    PASS_OVERHEAD,
     TURNS,
     Prompt,
     Prompts,
@@ -131,11 +131,11 @@ def test_words_that_mean_nothing_elsewhere_are_prompts(tmp_path):
 
 
 def test_the_column_is_chosen_by_its_first_rows(tmp_path):
-    late = [{"prompt": "", "text": "x"}] * (JUDGED - 1) + [{"prompt": "at last", "text": "x"}] * 2
+    late = [{"prompt": "", "text": "x"}] * (SAMPLE_ROWS - 1) + [{"prompt": "at last", "text": "x"}] * 2
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in late))
     prompts = Prompts(str(tmp_path / "t.jsonl"))
-    assert [(p.index, p.row, p.text) for p in prompts] == [(0, JUDGED - 1, "at last"), (1, JUDGED, "at last")]
-    assert (prompts.usable, prompts.skipped) == (2, JUDGED - 1)
+    assert [(p.index, p.row, p.text) for p in prompts] == [(0, SAMPLE_ROWS - 1, "at last"), (1, SAMPLE_ROWS, "at last")]
+    assert (prompts.usable, prompts.skipped) == (2, SAMPLE_ROWS - 1)
 
 
 NOTHING = {  # files without a prompt, and what is said of each
@@ -357,7 +357,7 @@ def test_a_text_without_a_token_is_named():
 
 
 def cost(lengths, batches) -> int:
-    return sum(max(lengths[i] for i in batch) * len(batch) + OVERHEAD for batch in batches)
+    return sum(max(lengths[i] for i in batch) * len(batch) + PASS_OVERHEAD for batch in batches)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.rows import JUDGED, choose_column, parse_json, read_rows, text_of
+from residual_fisher.common.rows import SAMPLE_ROWS, choose_column, parse_json, read_rows, text_of
 
 TWO = [{"a": "1st", "b": "x"}, {"a": "2nd", "b": "y"}]
 FILES = {  # of every kind of file, what it holds, and the rows that are read of it
@@ -142,6 +142,6 @@ def test_a_column_that_is_not_there_is_said_with_those_that_are():
     with pytest.raises(UserError, match=r"^no column 'w': t.csv has the columns x, z$"):
         choose([{"x": "1", "z": 2}], asked="w")
     with pytest.raises(UserError, match=r"^t.csv has the columns z: say with --column which one to read$"):
-        choose([{"z": 2}] * JUDGED)
+        choose([{"z": 2}] * SAMPLE_ROWS)
     with pytest.raises(UserError, match=r"^t.csv has no columns: say with --column"):
         choose([{}])

@@ -10,6 +10,7 @@ import tempfile
 
 import numpy as np
 import pytest
+from residual_fisher.pipeline.run_directory import RunDirectory
 import yaml
 
 import compute_fisher
@@ -20,7 +21,6 @@ from residual_fisher.common.lock import LOCK, lock_directory
 from residual_fisher.common.options import count, finite, path, positive
 from residual_fisher.common.program import UserError
 from residual_fisher.pipeline import processes, store
-from residual_fisher.pipeline.run_directory import RunDirectory
 from residual_fisher.pipeline.scores import SCORES
 from residual_fisher.pipeline.settings import Settings, parse
 import scripts

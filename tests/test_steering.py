@@ -118,7 +118,7 @@ def test_the_natural_gradient_solves_with_f_and_its_damping(name):
         found = here.solve(here.rise, 0.01)[0]
         assert (found - expected).norm() <= 1e-3 * expected.norm()
         before = tiny.plain_log_probs(reference, ids).exp()  # d KL(before || here) / d delta
-        assert torch.allclose(here.loss[0], -before @ rows, atol=1e-5)
+        assert torch.allclose(here.kl_gradient[0], -before @ rows, atol=1e-5)
 
 
 def steered_at_all_layers(name: str) -> tuple[fisher.Point, Steered]:

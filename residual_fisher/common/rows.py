@@ -1,4 +1,4 @@
-"""Rows of a table: a local file, or a dataset of the hub as a stream; the column that is meant; a few of many rows."""
+"""Rows of a table (a local file, or a hub dataset as a stream), the choice of a column, and strict JSON."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,22 +13,22 @@ import numpy as np
 from residual_fisher.common.program import UserError, hub_hint
 from residual_fisher.common.text import excerpt, first_line
 
-JUDGED = 100  # rows by which a column is chosen
-PARQUET_ROWS = 100  # read at once: they may hold images
+SAMPLE_ROWS = 100  # first rows, from which a column is chosen
+PARQUET_ROWS = 100  # rows read at once: each may hold images
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
 def read_rows(source: str, split: str = "train", config: str | None = None, shuffle: int | None = None) -> Iterator:
-    """The rows of `source`, as dicts, read as they are asked for.
+    """The rows of `source`, as dicts, read lazily.
 
     Args:
-        source: a file with one of the endings of READERS, or the name of a dataset on the hub.
-        split, config: which part of a hub dataset.
-        shuffle: a seed to shuffle with, in a buffer of 10,000 rows; None for the dataset's order.
+        source: a file with one of the suffixes of READERS, or the name of a hub dataset.
+        split, config: part of a hub dataset.
+        shuffle: seed of a shuffle in a buffer of 10,000 rows; None keeps the dataset's order.
     Raises:
-        UserError: whatever keeps the rows from being read, in a line.
+        UserError: the rows cannot be read, for whatever reason.
     """
     read = READERS.get(Path(source).suffix.lower())
     if os.path.exists(source) and (read is None or not os.path.isfile(source)):
@@ -51,7 +51,7 @@ def read_rows(source: str, split: str = "train", config: str | None = None, shuf
         yield from rows
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {source}: it is not UTF-8 text") from error
-    except Exception as error:  # whatever a reader or the network brings, the user can mend it
+    except Exception as error:  # a malformed file or a network failure: the user can mend any of them
         what = "" if read else "no such file, and as a dataset of the hub: "
         hint = hub_hint(error, "")
         hint = hint and f" ({hint}; or give a local file)"
@@ -59,7 +59,7 @@ def read_rows(source: str, split: str = "train", config: str | None = None, shuf
 
 
 def _json_rows(path: str) -> Iterator[dict]:
-    """Of JSON lines, or of one JSON value over all lines: which of the two, the ending and the first line say."""
+    """Rows of JSON lines, or of one JSON value over all lines; the suffix and the first line tell which."""
     with open(path, encoding="utf-8-sig") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         head = list(islice(lines, 2))
@@ -85,9 +85,9 @@ def _is_json(text: str) -> bool:
 
 
 def _table(value) -> list[dict]:
-    """The rows of a list; of an object of columns, which are lists of one length; or the one row that an object is.
+    """The rows of a JSON value: a list of rows, an object of columns (lists of one length), or one row.
 
-    A list of objects is no column: the turns of a conversation are one.
+    A list of objects is not a column: it may be a conversation, a list of turns.
     """
     if isinstance(value, list):
         return [_row(item, f"item {number}") for number, item in enumerate(value, 1)]
@@ -142,14 +142,15 @@ READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parqu
 
 
 def parse_json(text: str, line: int | None = None):
-    """The value of a JSON text; its numbers, of which none is used, as floats: an int has at most 4,300 digits.
+    """The value of a JSON text.
 
-    NaN is read too: it is what pandas writes for a cell that is missing. So are line breaks within a text.
+    Integers are read as floats, since Python limits an int to 4,300 digits and none is used. NaN is accepted, which
+    pandas writes for a missing cell. So are line breaks within a text.
 
     Args:
-        line: where the text stands in a file of JSON lines.
+        line: number of the line, in a file of JSON lines.
     Raises:
-        ValueError: it is not JSON, is nested too deeply, or an object has a key twice; in a line.
+        ValueError: it is not JSON, is nested too deeply, or an object has a key twice; a one-line message.
     """
     where = f" (line {line})" if line else ""
     try:
@@ -177,9 +178,9 @@ def _refuse_twice(names: Iterable[str]) -> None:
 
 
 def text_of(cell) -> str | None:
-    """The text of a cell; None if it is blank or no text.
+    """The text of a cell; None if it is blank or not a string.
 
-    Half of a surrogate pair, which JSON can express and no file can hold, becomes U+FFFD.
+    A lone surrogate becomes U+FFFD: JSON can express it, but no UTF-8 file can hold it.
     """
     if not isinstance(cell, str) or not cell.strip():
         return None
@@ -189,14 +190,16 @@ def text_of(cell) -> str | None:
 def choose_column(
     source: str, rows: Sequence[dict], asked: str | None, recognised: Sequence[str], flag: str, read: Callable
 ) -> str:
-    """The column asked for; or the first recognised one of which a cell in `rows` can be read, or that is there at all.
+    """The column asked for, or else the first recognised one with a readable cell, or else the first that exists.
 
     Args:
-        rows: the first JUDGED ones.
-        flag: asks for a column.
-        read: what is read of a column's name and a cell; None if nothing.
+        rows: the first SAMPLE_ROWS rows.
+        asked: a column name, or None to choose one.
+        recognised: column names, in order of preference.
+        flag: the option that names a column, for the error message.
+        read: reads a cell of a column (name, cell); None if it cannot be read.
     Raises:
-        UserError: there is no such column.
+        UserError: no such column exists.
     """
     names = dict.fromkeys(name for row in rows for name in row)
     has = f"{source} has " + (f"the columns {excerpt(', '.join(map(str, names)), 200)}" if names else "no columns")
@@ -209,5 +212,5 @@ def choose_column(
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:
-    """At most `most` of the indices 0 ... count - 1, the first and the last among them."""
+    """At most `most` of the indices 0 ... count - 1, the first and the last included."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))

@@ -13,8 +13,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 import numpy as np
 
 from residual_fisher.common import drawing
-from residual_fisher.common.text import excerpt_end
 from residual_fisher.common.rows import evenly_spaced
+from residual_fisher.common.text import excerpt_end
 from residual_fisher.experiment.steering import entries_of, least_kl, median_of
 
 SIMILARITY, PERTURBATION, STEERING = "fisher_similarity_matrix.png", "perturbation_analysis.png", "steering.png"

@@ -15,7 +15,7 @@ from residual_fisher.experiment.continuation import Continuations, choose_scales
 from residual_fisher.experiment.perturbation import Sweep, TrustRadii, step_lengths, sweep, trust_radii_along
 from residual_fisher.experiment.sentences import Context
 from residual_fisher.experiment.settings import Settings
-from residual_fisher.experiment.steering import TOKENS, Steered, steer
+from residual_fisher.experiment.steering import STEERING_TOKENS, Steered, steer
 from residual_fisher.model.reading import PrefixMode
 from residual_fisher.model.words import TokenShares, token_shares
 
@@ -153,7 +153,7 @@ def perturb(
             others = {name: controls[name] for name in controls if name == "difference"}
             others["fisher"] = eigen.vectors[:, 0]
             target = context.target_id if context.steer_id is None else context.steer_id
-            tokens = TOKENS if settings.max_vocab_subset == "all" else settings.max_vocab_subset
+            tokens = STEERING_TOKENS if settings.max_vocab_subset == "all" else settings.max_vocab_subset
             steered = steer(
                 point, others, target, tokens, settings.steer_steps, settings.steer_damping, batches.steering,
                 batches.perturbations,

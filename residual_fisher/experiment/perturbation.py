@@ -1,4 +1,4 @@
-"""Perturbations of the residual stream: their directions and lengths, what they do, how far the prediction holds."""
+"""Perturbations of the residual stream: directions, lengths, effects, and the trust radius of the prediction."""
 
 from collections.abc import Callable
 import math
@@ -11,9 +11,10 @@ from torch import Tensor
 import fisher
 from fisher import Chunks, Eigenpairs, Point
 
-DEPARTURE = 0.1  # relative, of KL from its quadratic prediction
-# Predicted nats between which a trust radius is looked for, in so many steps; then, twice, in so many parts.
-NATS, GRID, CUTS = (1e-5, 1e2), 12, 6
+DEPARTURE = 0.1  # relative difference of KL from its quadratic prediction that ends the trust radius
+SEARCH_NATS = (1e-5, 1e2)  # predicted KL between which a trust radius is searched
+GRID = 12  # steps tried over that range
+SECTIONS = 6  # steps tried within the interval found, which fixes the radius to 1% when done twice
 
 
 # --- directions and lengths ----------------------------------------------------------------------
@@ -22,12 +23,12 @@ NATS, GRID, CUTS = (1e-5, 1e2), 12, 6
 def control_directions(
     activations: Tensor, other: Tensor | None, layers: list[int], num: int, key: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Unit directions (layers, d) to compare v with: `num` random ones, and towards another sentence.
+    """Unit directions (layers, d) by name: `num` random ones, and the one towards another sentence.
 
     Args:
-        activations: (layers, d), of this sentence.
-        other: the same of another sentence, if there is one.
-        key: seed and number of the sentence. With layer and its own number they determine a random direction.
+        activations: (layers, d) of this sentence.
+        other: (layers, d) of another sentence, if there is one.
+        key: (seed, number of the sentence). The generator is seeded with them, the layer and the direction's number.
     """
     controls = {}
     for number in range(num):
@@ -40,29 +41,29 @@ def control_directions(
 
 def step_lengths(unit: str, scales: Tensor, eigenvalues: Tensor, norms: Tensor) -> Tensor:
     """Signed step lengths (layers, scales) from scales (scales,), lambda (layers,) and |h| (layers,)."""
-    one = {"eigenvalue": eigenvalues, "nats": eigenvalues.rsqrt(), "norm": norms / 100}[unit]
-    return one[:, None] * scales
+    length = {"eigenvalue": eigenvalues, "nats": eigenvalues.rsqrt(), "norm": norms / 100}[unit]
+    return length[:, None] * scales
 
 
-# --- what they do --------------------------------------------------------------------------------
+# --- effects -------------------------------------------------------------------------------------
 
 
 class Sweep(NamedTuple):
-    """The next-token distribution after each perturbation. KL is not finite after one that overflowed."""
+    """The next-token distribution after each perturbation. KL is not finite where the model overflowed."""
 
     kl: Tensor  # (...) float32, KL(unperturbed || perturbed) in nats
     top_ids: Tensor  # (..., top) int64, the most probable tokens, descending
     top_log_probs: Tensor  # (..., top) float32, nats
-    target_log_prob: Tensor  # (...) float32, nats, of the one token asked about
+    target_log_prob: Tensor  # (...) float32, nats, of one chosen token
 
 
 def sweep(point: Point, deltas: Tensor, target: int = 0, top: int = 5, chunks: Chunks | None = None) -> Sweep:
-    """Perturbs the prompt's last token and reads the predictions; every perturbation is a row of a batch.
+    """Perturbs the prompt's last token and returns the predictions. Every perturbation is a row of a batch.
 
     Args:
         deltas: (layers, ..., d) float32, each added to the residual stream at its own layer.
-        target: a token whose probability to return.
-        top: how many of the most probable tokens to return.
+        target: the token for `target_log_prob`.
+        top: number of most probable tokens to return.
     """
     shape, rows = deltas.shape[:-1], deltas.flatten(0, -2)
     at = torch.arange(shape[0]).repeat_interleave(deltas[0, ..., 0].numel())
@@ -78,21 +79,21 @@ def sweep(point: Point, deltas: Tensor, target: int = 0, top: int = 5, chunks: C
     return Sweep(*(torch.cat(column).unflatten(0, shape) for column in zip(*parts, strict=True)))
 
 
-# --- how far the quadratic prediction holds ------------------------------------------------------
+# --- trust radius --------------------------------------------------------------------------------
 
 
 class TrustRadii(NamedTuple):
     """Where KL departs from its quadratic prediction, along -v and v at every layer."""
 
-    steps: Tensor  # (layers, 2): lengths; NaN where rounding hides the departure, infinity where there is none
-    nats: Tensor  # (layers, 2): what F of all tokens predicts at those lengths
+    steps: Tensor  # (layers, 2) lengths; NaN where rounding hides the departure, infinity where there is none
+    nats: Tensor  # (layers, 2) KL that the exact F predicts at those lengths
 
 
 def trust_radii_along(point: Point, eigen: Eigenpairs, full: bool, chunks: Chunks) -> TrustRadii:
     """The trust radii of the top eigenvectors.
 
-    A matrix of the top-k tokens underestimates the curvature along v, so that KL would depart from it at once;
-    the true one takes a single pass (`fisher.full_curvature`).
+    The curvature along v is always the exact one. F over the top-k tokens underestimates it, so KL would depart from
+    that prediction at once. `fisher.full_curvature` takes a single pass.
 
     Args:
         full: `eigen` is of the whole vocabulary.
@@ -104,29 +105,28 @@ def trust_radii_along(point: Point, eigen: Eigenpairs, full: bool, chunks: Chunk
     def kl_of(steps: Tensor) -> Tensor:  # (layers * 2, n)
         deltas = ends[:, :, None] * steps.unflatten(0, ends.shape[:2])[..., None]
         kl = sweep(point, deltas, chunks=chunks).kl.flatten(0, 1)
-        return kl.nan_to_num(nan=math.inf, posinf=math.inf)  # what overflows has departed
+        return kl.nan_to_num(nan=math.inf, posinf=math.inf)  # an overflow is a departure
 
     steps = trust_radii(kl_of, curvature.flatten()).unflatten(0, curvature.shape)
     return TrustRadii(steps, 0.5 * steps**2 * curvature)
 
 
 def trust_radii(kl_of: Callable[[Tensor], Tensor], curvature: Tensor) -> Tensor:
-    """The step lengths (rows,) at which KL first departs by DEPARTURE from 1/2 s^2 u^T F u, one a direction u.
+    """Step lengths s (rows,), one a direction u, at which KL first departs by DEPARTURE from 1/2 s^2 u^T F u.
 
-    Found by sections: KL at a grid of steps for all directions at once, then twice at CUTS steps between the two
-    where it departed; the result is right to 1%. NaN where the departure begins below what the model's rounding
-    allows to be seen (KL at step 0 is not 0 in half precision); infinity where there is none up to 100 predicted
-    nats.
+    KL is computed at GRID steps for all directions at once. Then, twice, it is computed at SECTIONS steps between the
+    two where the departure begins. The result is right to 1%. It is NaN where the departure begins below the model's
+    rounding (in half precision KL at step 0 is not 0), and infinity where there is none up to 100 predicted nats.
 
     Args:
-        kl_of: KL in nats (rows, n) after steps (rows, n).
+        kl_of: maps steps (rows, n) to KL in nats (rows, n).
         curvature: u^T F u (rows,), of the whole vocabulary.
     """
     curvature = curvature[:, None]
-    nats = torch.logspace(*(math.log10(end) for end in NATS), GRID, device=curvature.device)
+    nats = torch.logspace(*(math.log10(end) for end in SEARCH_NATS), GRID, device=curvature.device)
     steps = torch.cat([torch.zeros_like(curvature), (2 * nats / curvature).sqrt()], dim=1)
     kl = kl_of(steps)
-    # at each of these the noise is at most a tenth of the departure looked for
+    # where the noise, KL at step 0, is at most a tenth of the departure
     seen = nats * DEPARTURE >= 10 * kl[:, :1]
     departs = ((kl[:, 1:] / nats - 1).abs() > DEPARTURE) & seen
     first = departs.int().argmax(dim=1, keepdim=True)  # 0 if none does
@@ -136,7 +136,7 @@ def trust_radii(kl_of: Callable[[Tensor], Tensor], curvature: Tensor) -> Tensor:
     low, high = steps.gather(1, first), steps.gather(1, first + 1)
     low = torch.where(low > 0, low, high / 2)
     for _ in range(2):
-        cuts = low * (high / low) ** (torch.arange(CUTS + 2, device=low.device) / (CUTS + 1))
+        cuts = low * (high / low) ** (torch.arange(SECTIONS + 2, device=low.device) / (SECTIONS + 1))
         kl = kl_of(cuts[:, 1:-1])
         departs = (kl / (0.5 * cuts[:, 1:-1] ** 2 * curvature) - 1).abs() > DEPARTURE
         departs = torch.cat([departs, torch.ones_like(none)], dim=1)

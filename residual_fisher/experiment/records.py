@@ -188,7 +188,7 @@ def failure(number: int, sentence: str, reason: str) -> Item:
 
 
 def rank(log_probs: Tensor, token: int) -> int:
-    """The place of a token among all, 1 for the most probable one; of equally probable ones the lower id comes first."""
+    """A token's place among all, 1 for the most probable one; of equally probable ones the lower id comes first."""
     own = log_probs[token]
     return int((log_probs > own).sum() + (log_probs[:token] == own).sum()) + 1
 

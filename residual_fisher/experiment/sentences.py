@@ -1,4 +1,4 @@
-"""Sentences that contain the target word: reading them, choosing diverse ones, finding the word's token."""
+"""Sentences that contain the target word: reads them, chooses diverse ones, finds the token of the word."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,27 +11,24 @@ import numpy as np
 import scipy.sparse
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.rows import JUDGED, choose_column, parse_json, read_rows, text_of
 from residual_fisher.common.text import excerpt, first_line
-from residual_fisher.model.words import shown_by
-=======
+from residual_fisher.common.rows import SAMPLE_ROWS, choose_column, parse_json, read_rows, text_of
 from residual_fisher.model.words import token_writer
 from residual_fisher.model.words import token_writer
 
-TEXT_COLUMNS = ("text", "sentence", "content")  # recognised when --text-column is not given
-# Enough to choose from: a dataset is read until it has given so many sentences with the word, or as many as are wanted.
-CANDIDATES = 2000
+TEXT_COLUMNS = ("text", "sentence", "content")  # recognised without --text-column, in this order
+CANDIDATES = 2000  # sentences with the word after which reading stops, unless more are wanted: enough to choose from
 SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]]))\s+|\n+""")
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
-    """The sentences that contain a word, in order, none twice."""
+class Matches(NamedTuple):
+    """The sentences that contain a word."""
 
-    sentences: list[str]
-    read: int  # how many sentences they were found among
+    sentences: list[str]  # in the order of the source, without duplicates
+    read: int  # number of sentences read to find them
 
 
 def find_sentences(
@@ -41,14 +38,14 @@ def find_sentences(
     config: str | None = None,
     split: str = "train",
     num: int = 0,
-) -> Found:
+) -> Matches:
     """The sentences of a file or hub dataset that contain `word`.
 
     Args:
-        source: a .json file {word: [sentences]}, a .txt file with a sentence a line, a .jsonl, .csv or
-            .parquet file, or the name of a dataset on the hub (streamed).
-        text_column, config, split: which part of a dataset to read.
-        num: how many are wanted; of more than CANDIDATES, only so many are read.
+        source: a .json file {word: [sentences]}, a .txt file with one sentence a line, a .jsonl, .csv or .parquet file,
+            or the name of a hub dataset (streamed).
+        text_column, config, split: column, configuration and split of a dataset.
+        num: number of sentences wanted; reading stops at CANDIDATES of them, or at `num` if that is more.
     Raises:
         UserError: unreadable, malformed or empty source, or no sentence with the word.
     """
@@ -63,7 +60,7 @@ def find_sentences(
         raise UserError(f"{source} holds no sentences")
     if not found:
         raise UserError(f"none of the {read} sentences of {source} has {word!r} as a whole word after another word")
-    return Found(list(found), read)
+    return Matches(list(found), read)
 
 
 def read_sentences(*source, **options) -> list[str]:
@@ -73,11 +70,11 @@ def read_sentences(*source, **options) -> list[str]:
 
 def _texts(source: str, word: str, column: str | None, config: str | None, split: str) -> Iterator[str]:
     """The sentences of a source, without blank ones."""
-    ending = Path(source).suffix.lower()
-    cells = _json_list(Path(source), word) if ending == ".json" else _column(source, column, config, split)
-    whole = ending in (".json", ".txt")  # each text is a sentence
+    suffix = Path(source).suffix.lower()
+    cells = _json_list(Path(source), word) if suffix == ".json" else _column(source, column, config, split)
+    one_each = suffix in (".json", ".txt")  # each text is one sentence
     for text in filter(None, map(text_of, cells)):
-        yield from filter(str.strip, [text] if whole else SENTENCE_END.split(text))
+        yield from filter(str.strip, [text] if one_each else SENTENCE_END.split(text))
 
 
 def _json_list(path: Path, word: str) -> list[str]:
@@ -103,10 +100,10 @@ def _column(source: str, asked: str | None, config: str | None, split: str) -> I
     """The cells of the column that holds the texts.
 
     Raises:
-        UserError: there is none, or no text in it.
+        UserError: no such column exists, or it holds no text.
     """
     rows = read_rows(source, split, config)
-    first = list(islice(rows, JUDGED))
+    first = list(islice(rows, SAMPLE_ROWS))
     if not first:
         return
     column = choose_column(source, first, asked, TEXT_COLUMNS, "--text-column", lambda _, cell: text_of(cell))
@@ -122,17 +119,17 @@ def _column(source: str, asked: str | None, config: str | None, split: str) -> I
 
 
 def diverse_order(texts: Sequence[str]) -> Iterator[int]:
-    """Indices of `texts`, each next one the farthest from all before it (Gonzalez, 1985).
+    """Indices of `texts` in farthest-point order: each next one is farthest from all before it (Gonzalez, 1985).
 
-    The distance of two texts is 1 - cosine of their counts of character trigrams, lower-cased. The
-    first is the most typical, the nearest to the mean. Ties go to the lower index, so the order is
-    a function of the texts alone; texts equal to an earlier one are left out.
+    The distance of two texts is 1 - cosine of their counts of lower-cased character trigrams. The first is the most
+    typical text, nearest to the mean. Ties go to the lower index, so the order is a function of the texts alone. Texts
+    equal to an earlier one are left out.
     """
     counts = _trigrams(texts)
     by_trigram = counts.T.tocsr()
     norms = np.sqrt(counts.multiply(counts).sum(axis=1))
 
-    def cosines(index: int) -> np.ndarray:  # the products are of whole numbers, so that ties are exact
+    def cosines(index: int) -> np.ndarray:  # products of integers: ties are exact
         return (counts[[index]] @ by_trigram).toarray()[0] / (norms * norms[index])
 
     chosen = int((counts @ (by_trigram @ (1 / norms)) / norms).argmax())
@@ -147,11 +144,11 @@ def diverse_order(texts: Sequence[str]) -> Iterator[int]:
 
 
 def _trigrams(texts: Sequence[str]) -> scipy.sparse.csr_array:
-    """Counts of character trigrams, (texts, distinct trigrams); sparse: long texts have few in common."""
+    """Counts of character trigrams, (texts, distinct trigrams); sparse, since a text has few of them."""
     grams = []
     for text in texts:
         codes = np.frombuffer(f" {text.lower()} ".encode("utf-32-le"), dtype="<u4").astype(np.int64)
-        grams.append(codes[:-2] << 42 | codes[1:-1] << 21 | codes[2:])  # a character has 21 bits
+        grams.append(codes[:-2] << 42 | codes[1:-1] << 21 | codes[2:])  # a code point has 21 bits
     distinct, column = np.unique(np.concatenate(grams), return_inverse=True)
     row = np.repeat(np.arange(len(texts)), [len(part) for part in grams])
     ones = np.ones(len(row))
@@ -162,7 +159,7 @@ def _trigrams(texts: Sequence[str]) -> scipy.sparse.csr_array:
 
 
 def find_word(text: str, word: str) -> Iterator[int]:
-    """Where `word` begins in `text` as a whole word, in any case, with another word before it."""
+    """Character offsets of `word` in `text`: as a whole word, ignoring case, after at least one other word."""
     for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE):
         if re.search(r"\w", text[: match.start()]):
             yield match.start()
@@ -170,26 +167,25 @@ def find_word(text: str, word: str) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Context:
-    """A sentence cut just before its target word: what the model reads, and what it should predict."""
+    """A sentence cut just before its target word: the prompt, and the token to predict."""
 
     sentence: str
     prompt: str  # the sentence up to the target word
-    ids: list[int]  # the prompt's tokens, as they stand in the tokenized sentence
-    target_id: int  # the next token: the first of the target word
-    steer_id: int | None = None  # the token that steering raises, if it is another
+    ids: list[int]  # the prompt's tokens, cut from those of the sentence
+    target_id: int  # the next token: the first one of the target word
+    steer_id: int | None = None  # token that steering raises; None for target_id
 
     @property
     def position(self) -> int:
-        """Index of the prompt's last token, the one whose residual stream is read and perturbed."""
+        """Index of the prompt's last token, where the residual stream is read and perturbed."""
         return len(self.ids) - 1
 
 
 def locate(tokenizer, sentence: str, word: str) -> Context | None:
-    """The sentence's first occurrence of `word` that has a token before it, or None.
+    """The context of the first occurrence of `word` with a token before it; None if there is none.
 
-    Tokens are matched by character offsets, never by their text: byte-level tokenizers write a space
-    as Ġ, SentencePiece as ▁, and a word may be several tokens or share one with the bracket before it.
-    A tokenizer may also drop it.
+    Tokens are matched by character offsets, never by their text. Byte-level tokenizers write a space as Ġ,
+    SentencePiece as ▁. A word may be several tokens, share one with the bracket before it, or be dropped.
     """
     encoded = tokenizer(sentence, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -202,13 +198,13 @@ def locate(tokenizer, sentence: str, word: str) -> Context | None:
 
 
 def token_of(tokenizer, text: str) -> int:
-    """The token that `text` is, as a word of its own if there is such a token.
+    """The one token of `text`, preferably after a space, as a word of its own.
 
     Raises:
-        UserError: it is none, or several.
+        UserError: `text` is no token, or several.
     """
-    written = (f" {text}", text)  # a tokenizer that puts a space before every word makes two of the first
-    found = [tokenizer(words, add_special_tokens=False)["input_ids"] for words in written]
+    spellings = (f" {text}", text)  # a tokenizer that adds a space itself makes two tokens of the first
+    found = [tokenizer(spelling, add_special_tokens=False)["input_ids"] for spelling in spellings]
     for ids in found:
         if len(ids) == 1:
             return ids[0]

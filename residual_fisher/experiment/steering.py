@@ -1,13 +1,14 @@
-"""Steering: how much a chosen token's probability can be raised, and at which cost in KL.
+"""Steering: how far a token's probability can be raised, and at which cost in KL.
 
-Whatever is done to a model, raising a token from probability p0 to p costs at least
+Any change of a model that raises a token from probability p0 to p costs at least
 
     KL >= p0 ln(p0 / p) + (1 - p0) ln((1 - p0) / (1 - p))
 
-which is reached if all other tokens keep their proportions. The direction that raises it most per nat of a small KL is
-the natural gradient, n = (F + damping lambda_1)^-1 grad log-odds (Amari, "Natural gradient works efficiently in
-learning", 1998). In steps, each from where the last one led, F and the gradients are taken anew, and n is joined by
-the step that undoes what was lost on the way: Gauss-Newton steps for the least KL at given log-odds.
+The limit is reached if all other tokens keep their proportions. Per nat of a small KL, the natural gradient raises the
+token most: n = (F + damping lambda_1)^-1 grad log-odds (Amari, "Natural gradient works efficiently in learning", 1998).
+
+Steering in several steps linearises the model anew at each point reached. Each step is a Gauss-Newton step for the
+least KL at given log-odds: an advance along n, and a correction that undoes the avoidable KL of the earlier steps.
 """
 
 from collections.abc import Callable
@@ -22,34 +23,34 @@ import fisher
 from fisher import Chunks, Point
 from residual_fisher.experiment.perturbation import Sweep, sweep
 
-GOALS = (0.1, 0.25, 0.5, 0.9)  # probabilities of the target
-ROUNDING = 1e-7  # of a probability close to 1, in float32
-PACED = 0.5  # the goal that is reached in the number of steps asked for
-IN_STEPS = ("natural_steps", "gradient_steps")
-TOKENS = 200  # that F counts, where all are asked for: with the rest as one more, all of them measured no better
-DAMPINGS = (0.1, 0.02, 0.005, 0.001)  # of lambda_1, tried at each of several steps
-LENGTHS = (3e-3, 1e1, 17)  # tried along a straight direction: shortest and longest, in norms of h, and how many
-MULTIPLES = (0.6, 0.85, 1.0, 1.25, 1.8)  # of a step, which does not quite do what its gradient says
-CUTS = 6  # of the interval in which a goal is reached
+GOALS = (0.1, 0.25, 0.5, 0.9)  # probabilities to which the target is raised
+PACED_GOAL = 0.5  # reached in the number of steps asked for; higher goals continue at the same pace
+STEPPED = ("natural_steps", "gradient_steps")  # directions followed in several steps
+STEERING_TOKENS = 200  # counted by F when the whole vocabulary is asked for: measured as good as all tokens
+DAMPINGS = (0.1, 0.02, 0.005, 0.001)  # in units of lambda_1; each of several steps takes the cheapest
+LENGTHS = (3e-3, 1e1, 17)  # lengths tried along a straight direction: shortest and longest (norms of h), count
+MULTIPLES = (0.6, 0.85, 1.0, 1.25, 1.8)  # of a step, tried because its gradient holds only nearby
+SECTIONS = 6  # parts of the interval in which a goal is reached, tried to locate it
+ROUNDING = 1e-7  # rounding error of a float32 probability close to 1
 
 
 class Steered(NamedTuple):
-    """What the first perturbations that reach each goal do; NaN where there is none."""
+    """The shortest perturbation along each direction that reaches each goal; NaN where none does."""
 
-    target: int
-    before: float  # its probability, unperturbed
+    target: int  # token that is raised
+    before: float  # probability of the target, unperturbed
     names: list[str]  # of the directions
-    goals: list[float]  # probabilities, ascending: those of GOALS that the target does not exceed unperturbed
-    log_prob: Tensor  # (layers, directions, goals) float32, nats, of the target: just above the goal's
-    kl: Tensor  # the same, nats
-    norms: Tensor  # the same: |delta| in units of |h|
-    deltas: Tensor  # (layers, goals, d) float32, of the natural gradient in steps
+    goals: list[float]  # ascending: the GOALS above the target's unperturbed probability
+    log_prob: Tensor  # (layers, directions, goals) float32, nats: log-probability of the target, at or above the goal
+    kl: Tensor  # (layers, directions, goals) float32, nats
+    norms: Tensor  # (layers, directions, goals) float32: |delta| / |h|
+    deltas: Tensor  # (layers, goals, d) float32: the perturbations of "natural_steps"
 
 
 def least_kl(before: float, after: float) -> float:
-    """Nats that it costs at least to bring a token from one probability to a higher one.
+    """The least KL in nats that raises a token from probability `before` to `after`.
 
-    Of probabilities that are rounded to 0 or to 1, too.
+    Probabilities that were rounded to 0 or 1 are allowed.
     """
     after = min(after, 1 - ROUNDING)
     own = before * math.log(before / after) if before else 0.0
@@ -66,12 +67,14 @@ def steer(
     gradients: Chunks,
     perturbations: Chunks,
 ) -> Steered:
-    """Raises the target along straight directions and in steps, at every layer of a point.
+    """Raises the target's probability at every layer of a point, in one straight step and in several.
 
     Args:
-        directions: (layers, d) by name, to compare with; each is turned so that it raises the target.
-        tokens: the most probable ones, that F counts.
-        damping: of the straight natural gradient, in units of lambda_1.
+        directions: (layers, d) by name, for comparison; each is turned so that it raises the target.
+        tokens: number of most probable tokens that F counts.
+        steps: number of steps to PACED_GOAL.
+        damping: of the natural gradient in one step, in units of lambda_1.
+        gradients, perturbations: rows of one backward and one forward pass.
     """
     probability = point.log_probs[target].exp().item()
     goals = [goal for goal in GOALS if goal > probability]
@@ -86,27 +89,32 @@ def steer(
     downhill = torch.einsum("lnd,ld->ln", along, here.rise) < 0
     along = torch.nn.functional.normalize(torch.where(downhill[..., None], -along, along), dim=-1)
 
-    found = [_along(point, along.to(point.activations), goals, target, perturbations)]
-    way = waypoints(probability, goals, steps)
+    found = [_straight(point, along.to(point.activations), goals, target, perturbations)]
+    route = waypoints(probability, goals, steps)
     for natural in (True, False):
-        found.append(_in_steps(point, way, goals, target, tokens if natural else 1, natural, gradients, perturbations))
+        found.append(
+            _in_steps(point, route, goals, target, tokens if natural else 1, natural, gradients, perturbations)
+        )
     log_prob, kl, norms = (torch.cat(part, dim=1) for part in zip(*(f[:3] for f in found), strict=True))
     norms = norms / point.activations.norm(dim=-1)[:, None, None]
-    return Steered(target, probability, [*straight, *IN_STEPS], goals, log_prob, kl, norms, found[1].deltas[:, 0])
+    return Steered(target, probability, [*straight, *STEPPED], goals, log_prob, kl, norms, found[1].deltas[:, 0])
 
 
-class _Found(NamedTuple):
-    log_prob: Tensor  # (layers, n, goals)
-    kl: Tensor
-    length: Tensor
+class _Reached(NamedTuple):
+    """The perturbations along n directions that reach each goal; NaN where none does."""
+
+    log_prob: Tensor  # (layers, n, goals) nats
+    kl: Tensor  # (layers, n, goals) nats
+    length: Tensor  # (layers, n, goals)
     deltas: Tensor  # (layers, n, goals, d)
 
 
 def log_odds(log_prob: Tensor) -> Tensor:
+    """log(p / (1 - p)) from log p."""
     return log_prob - torch.log1p(-log_prob.exp().clamp(max=1 - ROUNDING))
 
 
-def _odds_of(probability: float) -> float:
+def _log_odds_of(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
@@ -114,10 +122,14 @@ def _odds_of(probability: float) -> float:
 
 
 def crossing(steps: Tensor, odds: Tensor, wanted: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(low, high, index): of ascending steps (..., m) the first whose log-odds reach `wanted`, and the one before it.
+    """(low, high, index) of the interval in which the log-odds reach `wanted`.
+
+    `high` is the first of the ascending steps whose log-odds reach it, at `index`; `low` is the step before.
 
     Args:
-        before: (...): what stands before the first step.
+        steps, odds: (..., m), ascending steps and the log-odds after each.
+        wanted: (...) log-odds.
+        before: (...) the step that precedes the first one.
     """
     index = (odds >= wanted[..., None]).int().argmax(-1, keepdim=True)
     low = steps.gather(-1, (index - 1).clamp(min=0))[..., 0]
@@ -125,14 +137,14 @@ def crossing(steps: Tensor, odds: Tensor, wanted: Tensor, before: Tensor) -> tup
 
 
 def at_crossing(values: Tensor, odds: Tensor, wanted: Tensor, index: Tensor) -> Tensor:
-    """`values` (...), interpolated between place `index` - 1 and place `index` to where the log-odds are `wanted`."""
+    """`values` (..., m) interpolated to (...), where the log-odds are `wanted` between `index` - 1 and `index`."""
     ends = [torch.stack([(index - 1).clamp(min=0), index], dim=-1)]
     (x0, x1), (y0, y1) = (part.gather(-1, *ends).unbind(-1) for part in (odds, values))
     share = torch.where(index > 0, ((wanted - x0) / (x1 - x0)).clamp(0, 1), torch.ones_like(x0))
     return y0 + (y1 - y0) * share
 
 
-def _along(point: Point, along: Tensor, goals: list[float], target: int, chunks: Chunks) -> _Found:
+def _straight(point: Point, along: Tensor, goals: list[float], target: int, chunks: Chunks) -> _Reached:
     """The shortest steps along unit vectors (layers, n, d) that reach each goal."""
 
     def swept(steps: Tensor) -> tuple[Tensor, Sweep]:  # (layers, n, ..., m)
@@ -144,67 +156,72 @@ def _along(point: Point, along: Tensor, goals: list[float], target: int, chunks:
     lengths = torch.logspace(math.log10(shortest), math.log10(longest), count, device=along.device)
     lengths = (point.activations.norm(dim=-1)[:, None, None] * lengths).expand(-1, along.shape[1], -1)
     odds, _ = swept(lengths)
-    wanted = torch.tensor([_odds_of(goal) for goal in goals], device=along.device)
+    wanted = torch.tensor([_log_odds_of(goal) for goal in goals], device=along.device)
     wanted = wanted.expand(*along.shape[:2], -1)  # (layers, n, goals)
-    nowhere = ~(odds[:, :, None] >= wanted[..., None]).any(-1)
+    unreached = ~(odds[:, :, None] >= wanted[..., None]).any(-1)
     lengths, odds = (part[:, :, None].expand(-1, -1, len(goals), -1) for part in (lengths, odds))
     low, high, _ = crossing(lengths, odds, wanted, torch.zeros_like(wanted))
 
-    cuts = low[..., None] + (high - low)[..., None] * torch.linspace(0, 1, CUTS + 1, device=along.device)
+    cuts = low[..., None] + (high - low)[..., None] * torch.linspace(0, 1, SECTIONS + 1, device=along.device)
     odds, _ = swept(cuts)
     _, _, index = crossing(cuts, odds, wanted, low)
     length = at_crossing(cuts, odds, wanted, index)
-    _, found = swept(length[..., None])  # interpolated, so see what is there
+    _, found = swept(length[..., None])  # the length is interpolated: record what it really does
     parts = (found.target_log_prob[..., 0], found.kl[..., 0], length)
-    log_prob, kl, length = (part.masked_fill(nowhere, math.nan) for part in parts)
-    return _Found(log_prob, kl, length, along[:, :, None] * length[..., None])
+    log_prob, kl, length = (part.masked_fill(unreached, math.nan) for part in parts)
+    return _Reached(log_prob, kl, length, along[:, :, None] * length[..., None])
 
 
 # --- in steps ------------------------------------------------------------------------------------
 
 
 def waypoints(probability: float, goals: list[float], steps: int) -> list[float]:
-    """Probabilities on the way to all goals, which are among them: `steps` of them to PACED, and on at that pace.
+    """Ascending probabilities to aim at in turn, all goals included.
 
-    They are evenly spaced in arcsin sqrt p, the distance in the Fisher metric of two outcomes.
+    `steps` of them lead to PACED_GOAL; the rest continue at that pace. They are evenly spaced in arcsin sqrt p, the
+    distance in the Fisher metric of two outcomes.
     """
-    start, paced = (math.asin(math.sqrt(p)) for p in (probability, PACED))
+    start, paced = (math.asin(math.sqrt(p)) for p in (probability, PACED_GOAL))
     pace = max(paced - start, 0.1) / steps
-    way, here = [], start
+    route, here = [], start
     for goal in goals:
         end = math.asin(math.sqrt(goal))
-        count = max(1, round((end - start) / pace) - len(way))
-        way += [math.sin(here + (end - here) * i / count) ** 2 for i in range(1, count)] + [goal]
+        count = max(1, round((end - start) / pace) - len(route))
+        route += [math.sin(here + (end - here) * i / count) ** 2 for i in range(1, count)] + [goal]
         here = end
-    return way
+    return route
 
 
 class Linearised:
-    """The model linearised where perturbations (layers, d) have led, one at each layer."""
+    """The model linearised at perturbed points, one perturbation (layers, d) a layer.
+
+    `log_odds` (layers,) are the target's, `rise` (layers, d) their gradient, `kl_gradient` (layers, d) that of
+    KL(unperturbed || here). F is root^T root at each layer, over `tokens` tokens and all others as one.
+    """
 
     def __init__(self, point: Point, deltas: Tensor, target: int, tokens: int, chunks: Chunks):
         layers = len(deltas)
         here = fisher.linearize_perturbed(point, deltas, torch.arange(layers))
         head, p = here.output_head(), here.log_probs.exp()
         weights, ids = p.topk(min(tokens, p.shape[-1]))
-        asked = torch.full_like(ids[:, :1], target)
+        target_ids = torch.full_like(ids[:, :1], target)
         unperturbed = point.log_probs.exp().expand(layers, 1, -1)
         rows = head.cotangents(ids)
-        # All other tokens as one: its gradient follows, since the expectation of all is zero.
+        # All other tokens count as one. Its gradient follows, since the expectation over all tokens is zero.
         rest = (1 - weights.sum(-1, keepdim=True)).clamp(min=1e-9)
         others = -(weights[..., None] * rows).sum(1, keepdim=True) / rest[..., None]
         rows = torch.cat([rows, others], dim=1) * torch.cat([weights, rest], dim=1).sqrt()[..., None]
-        rows = torch.cat([rows, head.cotangents(asked), -head.combine(unperturbed)], dim=1)
+        rows = torch.cat([rows, head.cotangents(target_ids), -head.combine(unperturbed)], dim=1)
         gradients = fisher.float64(fisher.pull_back(here, rows, chunks)[0])  # (layers, tokens + 3, d)
-        self.root, target_gradient, self.loss = gradients[:, :-2], gradients[:, -2], gradients[:, -1]
+        self.root, target_gradient, self.kl_gradient = gradients[:, :-2], gradients[:, -2], gradients[:, -1]
         self.values, self.vectors = torch.linalg.eigh(self.root @ self.root.mT)
         log_prob = here.log_probs[:, target].to(gradients)
-        self.odds = log_odds(log_prob)  # (layers,)
-        # At given log-odds the Hessian of KL is that of the other tokens' own KL times their unperturbed probability,
-        # while F weighs it with their present one. (F also differs along the rise, where the step is given.)
-        other = (1 - log_prob.exp()).clamp(min=ROUNDING)
-        self.shrink = (other / (1 - point.log_probs[target].exp().to(other)))[:, None]
-        self.rise = target_gradient / (1 - log_prob.exp()).clamp(min=ROUNDING)[:, None]  # (layers, d): grad log-odds
+        self.log_odds = log_odds(log_prob)
+        remainder = (1 - log_prob.exp()).clamp(min=ROUNDING)  # probability of all other tokens
+        # At given log-odds, the Hessian of KL is that of the other tokens' own KL times their unperturbed probability.
+        # F weighs it with their present probability instead. (F also differs along `rise`, where the step is given.)
+        self.correction_factor = (remainder / (1 - point.log_probs[target].exp().to(remainder)))[:, None]
+        self.rise = target_gradient / remainder[:, None]
 
     def solve(self, b: Tensor, damping: float) -> Tensor:
         """(F + damping lambda_1)^-1 b (layers, d), through the Gram matrix of F's factor."""
@@ -215,65 +232,80 @@ class Linearised:
         return (b - (self.root.mT @ inner[..., None]).squeeze(-1)) / shift
 
     def natural_steps(self, wanted: float) -> tuple[Tensor, Tensor]:
-        """(back, on), both (layers, dampings, d): they lead to the wanted log-odds, to first order, at the least KL."""
-        back = torch.stack([-self.shrink * self.solve(self.loss, damping) for damping in DAMPINGS], dim=1)
-        on = torch.stack([self.solve(self.rise, damping) for damping in DAMPINGS], dim=1)
-        missing = wanted - self.odds[:, None] - torch.einsum("lnd,ld->ln", back, self.rise)
-        return back, on * (missing / torch.einsum("lnd,ld->ln", on, self.rise))[..., None]
+        """(correction, advance), both (layers, dampings, d), for each of DAMPINGS.
+
+        To first order, their sum leads to the wanted log-odds at the least KL.
+        """
+        correction = [-self.correction_factor * self.solve(self.kl_gradient, damping) for damping in DAMPINGS]
+        correction = torch.stack(correction, dim=1)
+        advance = torch.stack([self.solve(self.rise, damping) for damping in DAMPINGS], dim=1)
+        missing = wanted - self.log_odds[:, None] - torch.einsum("lnd,ld->ln", correction, self.rise)
+        return correction, advance * (missing / torch.einsum("lnd,ld->ln", advance, self.rise))[..., None]
 
     def gradient_step(self, wanted: float) -> tuple[Tensor, Tensor]:
-        on = self.rise * ((wanted - self.odds) / self.rise.pow(2).sum(-1))[:, None]
-        return torch.zeros_like(on)[:, None], on[:, None]
+        """(zero, advance), both (layers, 1, d): the same along the plain gradient, without a correction."""
+        advance = self.rise * ((wanted - self.log_odds) / self.rise.pow(2).sum(-1))[:, None]
+        return torch.zeros_like(advance)[:, None], advance[:, None]
 
 
 def _in_steps(
     point: Point,
-    way: list[float],
+    route: list[float],
     goals: list[float],
     target: int,
     tokens: int,
     natural: bool,
     gradients: Chunks,
     perturbations: Chunks,
-) -> _Found:
-    """What the perturbations do that are reached in steps, each linearised where the last one led."""
+) -> _Reached:
+    """The perturbations that reach each goal in several steps, each linearised where the last one led.
+
+    Args:
+        natural: take natural gradient steps; otherwise plain gradient steps.
+    """
     deltas, layers = torch.zeros_like(point.activations), torch.arange(len(point.activations))
     multiples = torch.tensor(MULTIPLES, device=deltas.device)
-    parts = torch.linspace(0, 1, CUTS + 1, device=deltas.device)
+    parts = torch.linspace(0, 1, SECTIONS + 1, device=deltas.device)
     found = []
-    for goal in way:
-        here, wanted = Linearised(point, deltas, target, tokens, gradients), _odds_of(goal)
-        back, on = (part.to(deltas) for part in (here.natural_steps if natural else here.gradient_step)(wanted))
-        back = deltas[:, None] + back
-        swept = sweep(point, back[:, :, None] + on[:, :, None] * multiples[:, None], target, 1, perturbations)
+    for goal in route:
+        here, wanted = Linearised(point, deltas, target, tokens, gradients), _log_odds_of(goal)
+        step = (here.natural_steps if natural else here.gradient_step)(wanted)
+        correction, advance = (part.to(deltas) for part in step)  # (layers, n, d)
+        start = deltas[:, None] + correction
+        swept = sweep(point, start[:, :, None] + advance[:, :, None] * multiples[:, None], target, 1, perturbations)
         odds = log_odds(swept.target_log_prob).nan_to_num(nan=-math.inf)  # (layers, n, multiples)
         reached, wanted = (odds >= wanted).any(-1), torch.full_like(odds[..., 0], wanted)
         low, high, index = crossing(multiples.expand(odds.shape), odds, wanted, torch.zeros_like(wanted))
-        # of several dampings the one that costs least where it reaches the goal; of none that does, the one nearest
+        # Of the dampings that reach the goal, the cheapest is taken; if none does, the one that comes nearest.
         cost = at_crossing(swept.kl, odds, wanted, index).masked_fill(~reached, math.inf).nan_to_num(nan=math.inf)
         best = torch.where(cost.isfinite().any(-1), cost.argmin(-1), odds.amax(-1).argmax(-1))
-        odds, reached, wanted, back, on, low, high = (
-            part[layers, best] for part in (odds, reached, wanted, back, on, low, high)
+        odds, reached, wanted, start, advance, low, high = (
+            part[layers, best] for part in (odds, reached, wanted, start, advance, low, high)
         )
 
         cuts = low[:, None] + (high - low)[:, None] * parts
-        there = log_odds(sweep(point, back[:, None] + on[:, None] * cuts[..., None], target, 1, perturbations)[-1])
-        _, _, index = crossing(cuts, there, wanted, low)
-        length = torch.where(reached, at_crossing(cuts, there, wanted, index), multiples[odds.argmax(-1)])
-        deltas = back + on * length[:, None]
+        swept = sweep(point, start[:, None] + advance[:, None] * cuts[..., None], target, 1, perturbations)
+        odds_at_cuts = log_odds(swept.target_log_prob)
+        _, _, index = crossing(cuts, odds_at_cuts, wanted, low)
+        length = torch.where(reached, at_crossing(cuts, odds_at_cuts, wanted, index), multiples[odds.argmax(-1)])
+        deltas = start + advance * length[:, None]
         if goal in goals:
             swept = sweep(point, deltas[:, None], target, 1, perturbations)
             column = (swept.target_log_prob[:, 0], swept.kl[:, 0], deltas.norm(dim=-1))
             column = [part.masked_fill(~reached, math.nan) for part in column]
             found.append((*column, deltas.masked_fill(~reached[:, None], math.nan)))
-    return _Found(*(torch.stack(part, dim=1)[:, None] for part in zip(*found, strict=True)))
+    return _Reached(*(torch.stack(part, dim=1)[:, None] for part in zip(*found, strict=True)))
 
 
-# --- as it is written ----------------------------------------------------------------------------
+# --- records and summary -------------------------------------------------------------------------
 
 
 def steering_record(steered: Steered, layers: list[str], show: Callable[[int], str]) -> dict:
-    """By layer, direction and goal what it costs; None where the goal is not reached."""
+    """The JSON record of one sentence: costs by layer, direction and goal; None where the goal is not reached.
+
+    Args:
+        show: writes a token.
+    """
     columns, before = [part.tolist() for part in (steered.log_prob, steered.kl, steered.norms)], steered.before
 
     def entry(row: int, direction: int, goal: int) -> dict | None:
@@ -281,7 +313,7 @@ def steering_record(steered: Steered, layers: list[str], show: Callable[[int], s
         if not math.isfinite(kl):
             return None
         least = least_kl(before, after := math.exp(log_prob))
-        others = max(0.0, kl - least) / (1 - before)  # the rest of KL, by its chain rule
+        others = max(0.0, kl - least) / (1 - before)  # by the chain rule of KL
         found = {"probability": after, "kl": kl, "least_kl": least, "ratio": kl / least}
         return {**found, "others_kl": others, "norms": norms}
 
@@ -296,8 +328,10 @@ def steering_record(steered: Steered, layers: list[str], show: Callable[[int], s
 
 
 def steering_summary(records: list[dict], layers: list[str]) -> dict:
-    """By layer, direction and goal, of the sentences below the goal: the median `ratio` of KL to the least, None if it
-    is not finite, and the share that reach it."""
+    """Over sentences whose target starts below the goal, by layer, direction and goal.
+
+    `ratio_median` is the median of KL / least KL (None if it is infinite), `reached` the share that reach the goal.
+    """
 
     def over_sentences(layer: str, name: str, goal: str) -> dict | None:
         found = entries_of(records, layer, name, goal)
@@ -319,12 +353,12 @@ def steering_summary(records: list[dict], layers: list[str]) -> dict:
 
 
 def entries_of(records: list[dict], layer: str, name: str, goal: str) -> list[dict | None]:
-    """What a direction costs, by sentence whose target is below the goal; None where it does not reach it."""
+    """What a direction costs in each sentence whose target starts below the goal; None where it is not reached."""
     directions = (record["layers"][layer].get(name, {}) for record in records)
     return [direction[goal] for direction in directions if goal in direction]
 
 
 def median_of(entries: list[dict | None], key: str) -> float:
-    """Infinite where at most half of them reach the goal; NaN of none."""
+    """The median of a key, infinite for an entry that is None; NaN without entries."""
     values = [math.inf if entry is None else entry[key] for entry in entries]
     return statistics.median(values) if values else math.nan

@@ -1,8 +1,8 @@
-"""The leading eigenpairs of the whole vocabulary's Fisher matrix, F = J^T C J, by block Krylov iteration.
+"""Leading eigenpairs of the whole vocabulary's Fisher matrix, F = J^T C J, by block Lanczos iteration.
 
-A few directions at a time go through J and back, until the leading eigenpairs are found; the trace is estimated.
-`fisher.full_vocabulary` takes d_head backward rows instead, whatever is asked of F. This takes a few dozen, and
-pays where every row goes through all tokens of a prompt.
+A few directions at a time go through J and back, until the leading eigenpairs have converged. The trace is estimated.
+This takes a few dozen backward rows, `fisher.full_vocabulary` takes d_head of them. It pays where every row goes
+through all tokens of a prompt.
 """
 
 from typing import NamedTuple
@@ -23,25 +23,25 @@ from fisher import (
     pull_back,
 )
 
-OVERSAMPLING = 6  # tokens that the first block has beyond the pairs asked for
-HUTCHINSON_PROBES = 8  # random rows that the trace is estimated from
-MAX_ITERATIONS = 40  # of the iteration; half a dozen are usual
-# Of a new direction, the least share outside of the basis (squared, in the norm of C) that is more than rounding:
-# before orthogonalisation, and again after it.
+OVERSAMPLING = 6  # tokens in the first block beyond the number of eigenpairs asked for
+HUTCHINSON_PROBES = 8  # random rows from which the trace is estimated
+MAX_ITERATIONS = 40  # half a dozen are usual
+# A new direction is kept if its share outside the basis (squared, in the norm of C) exceeds rounding. The least share
+# in the first and in the second round of orthogonalisation.
 MIN_NEW_SHARE = (1e-9, 0.25)
 
 
 class Leading(NamedTuple):
-    """The leading part of the spectrum, and how well it is known. "..." begins with the layers."""
+    """The leading eigenpairs and their accuracy. In shapes, "..." begins with the layers."""
 
     eigen: Eigenpairs  # its trace and effective rank are estimates
-    pushed: Tensor  # (..., m, d_head) float32: J v, what the eigenvectors do to x
-    residuals: Tensor  # (..., m) float32: |F v - lambda v| / lambda_1, measured
-    trace_error: Tensor  # (...) float32: standard error of the trace, same units
+    pushed: Tensor  # (..., m, d_head) float32: J v, the change of x along each eigenvector
+    residuals: Tensor  # (..., m) float32: |F v - lambda v| / lambda_1
+    trace_error: Tensor  # (...) float32: standard error of the trace, in its units
 
 
 class _Basis:
-    """Directions W at x with W C W^T = 1, and G = W C J: F is G^T G plus what lies outside of W."""
+    """Directions W at x with W C W^T = 1, and G = W C J. F is G^T G plus the part outside of W."""
 
     def __init__(self, point: Point, head: OutputHead, chunks: Chunks):
         self.point, self.head, self.chunks = point, head, chunks
@@ -50,8 +50,8 @@ class _Basis:
         self.g = None  # (layers, ..., n, d)
 
     def add(self, y: Tensor, probes: Tensor | None = None) -> Tensor:
-        """Takes in y (..., m, d_head); pulls probes (..., q, d_head) back along with it: (layers, ..., q, d)."""
-        for least in MIN_NEW_SHARE:  # twice: rounding of the first pass is as large as what it may leave
+        """Adds y (..., m, d_head) to the basis. Returns probes (..., q, d_head) pulled back, (layers, ..., q, d)."""
+        for least in MIN_NEW_SHARE:  # twice: the rounding of the first round may be as large as what it leaves
             known = y @ self.cw.mT
             y = y - known @ self.w
             cy = self.head.fisher_times(y)
@@ -71,23 +71,23 @@ class _Basis:
 
 
 def leading_eigenpairs(point: Point, num: int, tolerance: float = 1e-3, chunks: Chunks | None = None) -> Leading:
-    """The `num` largest eigenpairs of F at each layer, or of each prompt, by block Krylov iteration.
+    """The `num` largest eigenpairs of F at each layer, or of each prompt, by block Lanczos iteration.
 
-    Let V be the leading eigenvectors of G^T G, the part of F seen so far (at first through a few of the most
-    probable tokens). A round takes Y = J V into the basis; then F V = G^T (W C Y) is exact, which gives
-    Rayleigh-Ritz values, vectors and their true residuals in the span of V, and the next V sees more of F. It is
-    the block Lanczos method for the singular values of C^(1/2) J (Golub, Luk and Overton, ACM TOMS 7, 1981)
-    with full orthogonalisation and one basis for all layers.
+    G^T G is the part of F seen so far, at first through a few of the most probable tokens. Let V be its leading
+    eigenvectors. A round adds Y = J V to the basis. Then F V = G^T (W C Y) is exact. It gives Rayleigh-Ritz values,
+    vectors and their true residuals in the span of V, and the next V sees more of F. This is the block Lanczos method
+    for the singular values of C^(1/2) J (Golub, Luk and Overton, ACM TOMS 7, 1981), with full orthogonalisation and
+    one basis for all layers.
 
-    Of the trace, |G|^2 is known, and the rest is estimated from random rows z with E[z z^T] = C, as the mean of
-    |J^T z|^2 outside of the basis (Hutchinson's estimator, deflated).
+    The trace is |G|^2 plus an estimate of the rest, from random rows z with E[z z^T] = C: the mean of |J^T z|^2
+    outside of the basis (Hutchinson's estimator, deflated).
 
-    Every prompt is finished at the first round in which its own residuals are small: what else is in the batch
+    A prompt's result is that of the first round in which its own residuals are small. So the rest of the batch
     changes nothing but rounding.
 
     Args:
-        tolerance: the largest residual |F v - lambda v| / lambda_1 allowed; in half precision, whose rounding
-            alone is more, 4 times the spacing of its numbers around 1 instead.
+        tolerance: the largest residual |F v - lambda v| / lambda_1 allowed. In half precision it is at least 4 times
+            the spacing of the numbers around 1.
     Raises:
         UnsupportedModelError: the head is not linear.
         NumericalError: NaN or infinity, or no convergence; `layer` and `prompt` say where.
@@ -117,6 +117,7 @@ def leading_eigenpairs(point: Point, num: int, tolerance: float = 1e-3, chunks: 
 
 
 def _keep_finished(done: Leading, new: Leading, tolerance: float) -> Leading:
+    """`new`, except for layers and prompts that had converged in `done`."""
     finished = done.residuals.amax(-1) <= tolerance  # (layers, ...)
 
     def keep(old: Tensor, now: Tensor) -> Tensor:
@@ -129,7 +130,9 @@ def _keep_finished(done: Leading, new: Leading, tolerance: float) -> Leading:
 def _rayleigh_ritz(v: Tensor, fv: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Values (..., m), vectors (..., m, d) and relative residuals (..., m) in the span of v (..., m, d).
 
-    Slopes (..., m, 1) are the derivatives of the most probable token's log-probability along v.
+    Args:
+        fv: F v (..., m, d).
+        slopes: (..., m, 1) derivatives of the most probable token's log-probability along v.
     """
     h = float64(v @ fv.mT)
     values, u = torch.linalg.eigh((h + h.mT) / 2)
@@ -141,7 +144,7 @@ def _rayleigh_ritz(v: Tensor, fv: Tensor, slopes: Tensor) -> tuple[Tensor, Tenso
 
 
 def _probes(head: OutputHead) -> Tensor:
-    """Rows z (..., HUTCHINSON_PROBES, d_head) with E[z z^T] = C: sums of all s_t with sqrt(p_t) and random signs."""
+    """Rows z (..., HUTCHINSON_PROBES, d_head) with E[z z^T] = C: sums of sqrt(p_t) s_t with random signs."""
     generator = torch.Generator().manual_seed(0)  # the same for every prompt
     signs = torch.randint(0, 2, (HUTCHINSON_PROBES, head.p.shape[-1]), generator=generator) * 2 - 1
     return head.combine(signs.to(head.p) * head.p[..., None, :].sqrt())
@@ -153,7 +156,7 @@ def _estimates(basis: _Basis, probes: Tensor, pulled: Tensor) -> tuple[Tensor, T
     outside = float64(pulled) - float64(probes @ basis.w.mT) @ g  # (layers, ..., HUTCHINSON_PROBES, d)
     squares = outside.pow(2).sum(-1)
     trace = g.pow(2).sum(dim=(-2, -1)) + squares.mean(-1)
-    # |F|^2 with F = G^T G + T, and products of different probes for T
+    # |F|^2 of F = G^T G + T; |T|^2 is estimated from products of different probes
     products = (outside @ outside.mT).pow(2).sum(dim=(-2, -1)) - squares.pow(2).sum(-1)
     norm = (
         (g @ g.mT).pow(2).sum(dim=(-2, -1))

@@ -12,9 +12,9 @@ from matplotlib.transforms import Bbox, TransformedBbox
 import numpy as np
 
 from residual_fisher.common import drawing
-from residual_fisher.common.text import excerpt
 from residual_fisher.common.drawing import BLACK, BLUE, DISTINCT, label
 from residual_fisher.common.rows import evenly_spaced
+from residual_fisher.common.text import excerpt
 from residual_fisher.pipeline.report import differing_tokens
 from residual_fisher.pipeline.scores import OUTLIER, SCORES, THRESHOLD
 

@@ -1,4 +1,4 @@
-"""Chat prompts: the user's text from the rows of a dataset, and the tokens that the model reads."""
+"""Chat prompts: the user's text from a dataset's rows, its tokens in the chat template, and the plan of batches."""
 
 import bisect
 from collections.abc import Iterator, Sequence
@@ -7,39 +7,38 @@ from datetime import datetime
 from itertools import chain, islice
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.rows import JUDGED, choose_column, parse_json, read_rows, text_of
+from residual_fisher.common.rows import SAMPLE_ROWS, choose_column, parse_json, read_rows, text_of
 from residual_fisher.common.text import excerpt, first_line
 
-TURNS = ("conversation", "conversations", "messages")  # columns of these names hold conversations, and no texts
-COLUMNS = (*TURNS, "prompt", "instruction", "question", "text")  # recognised, in this order
-USER = ("user", "human")  # a turn's role, in lower case
-# Some chat templates tell the day's date, some the hour: results must not change overnight.
-NOW = datetime(2024, 7, 26)
-DATE = NOW.strftime("%d %b %Y")
+TURNS = ("conversation", "conversations", "messages")  # columns of these names must hold conversations, not texts
+COLUMNS = (*TURNS, "prompt", "instruction", "question", "text")  # recognised without --prompt-column, in this order
+USER_ROLES = ("user", "human")  # in lower case
+# The time that chat templates are given: some state the date or the hour, and results must not change overnight.
+FIXED_TIME = datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user's text, and where it came from."""
+    """A user's text, and its place in the dataset."""
 
-    index: int  # among the usable rows
-    row: int  # among all rows of the dataset
+    index: int  # number among the usable rows
+    row: int  # number among all rows
     text: str
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt as the model reads it."""
+    """A prompt's tokens, as the model reads them."""
 
     prompt: Prompt
     ids: list[int]
-    truncated: bool  # the user's text was shortened
+    truncated: bool  # the end of the user's text was cut
 
 
 class Prompts:
-    """The prompts of a dataset, in order, read as they are asked for.
+    """The prompts of a dataset, in order, read lazily.
 
-    Rows without a usable text (empty, or no text at all) are passed over, and counted in `skipped`.
+    Rows without a usable text are skipped, and counted in `skipped`.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Prompts:
         config: str | None = None,
         shuffle: int | None = None,
     ):
-        """`column` holds texts, or turns of which the user's first counts; None: the first of COLUMNS that does.
+        """`column` holds texts or conversations; None takes the first of COLUMNS that does.
 
         The other arguments are those of `common.rows.read_rows`.
         """
@@ -59,8 +58,8 @@ class Prompts:
         self.usable, self.skipped = 0, 0
 
     def __iter__(self) -> Iterator[Prompt]:
-        """Raises UserError: the dataset cannot be read, has no such column, or no text in it."""
-        first = list(islice(self.rows, JUDGED))
+        """Raises UserError: the dataset cannot be read, or has no such column, or no text in it."""
+        first = list(islice(self.rows, SAMPLE_ROWS))
         if not first:
             raise UserError(f"{self.source} has no usable prompt: it holds no rows")
         self.column = choose_column(self.source, first, self.column, COLUMNS, "--prompt-column", prompt_text)
@@ -81,20 +80,21 @@ class Prompts:
 
 
 def prompt_text(column: str, cell) -> str | None:
-    """The user's text in a cell of a column, which has to hold turns if it is called so; None if there is none."""
+    """The user's text in a cell, which must be a conversation if the column is one of TURNS; None if there is none."""
     return first_user_turn(turns_of(cell) or []) if column in TURNS else user_text(cell)
 
 
 def user_text(cell) -> str | None:
-    """The text of a cell: the user's first turn if it is a conversation, else itself; None if there is none."""
+    """The user's first turn if a cell is a conversation, otherwise the text of the cell; None if there is none."""
     turns = turns_of(cell)
     return text_of(cell) if turns is None else first_user_turn(turns)
 
 
 def turns_of(cell) -> list[dict] | None:
-    """The turns of a conversation: a list, a dict of columns, or either as JSON text; None if it is none of them.
+    """The turns of a conversation, or None if the cell is not one.
 
-    A turn is {"role": "user", "content": text} or {"from": "human", "value": text}.
+    A conversation is a list of turns, a dict of columns, or either as JSON text. A turn is
+    {"role": "user", "content": text} or {"from": "human", "value": text}.
     """
     if isinstance(cell, str):
         try:
@@ -114,11 +114,11 @@ def _role(turn: dict) -> str | None:
 
 
 def first_user_turn(turns: Sequence[dict]) -> str | None:
-    """What the user says first, whatever precedes it; None if that is blank, or no text.
+    """The text of the first turn by the user, whatever precedes it; None if it is blank, or not a text.
 
-    A content may be a list of parts, of which those of text count.
+    Of a content that is a list of parts, the texts are joined.
     """
-    turn = next((turn for turn in turns if _role(turn) in USER), {})
+    turn = next((turn for turn in turns if _role(turn) in USER_ROLES), {})
     content = turn.get("content") or turn.get("value")
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
@@ -130,43 +130,43 @@ def first_user_turn(turns: Sequence[dict]) -> str | None:
 
 
 def encode(tokenizer, prompt: Prompt, max_length: int) -> Encoded:
-    """The prompt in the tokenizer's chat template, if it has one, in at most `max_length` tokens.
+    """At most `max_length` tokens of the prompt, in the tokenizer's chat template if it has one.
 
-    What is too long loses the end of the user's text; the template around it stays whole.
+    A longer prompt loses the end of the user's text; the template around it stays intact.
 
     Raises:
-        UserError: the template alone is longer, or fails; or there is no token.
+        UserError: the template fails or leaves no room for a text, or the text has no token.
     """
 
     def ids(text: str) -> list[int]:
         return _in_template(tokenizer, text) if tokenizer.chat_template else _bare(tokenizer, text)
 
-    whole, kept = ids(prompt.text), len(prompt.text)
-    if len(whole) > max_length:
+    all_ids, kept = ids(prompt.text), len(prompt.text)
+    if len(all_ids) > max_length:
         lengths = range(len(prompt.text))
         kept = bisect.bisect_right(lengths, max_length, key=lambda n: len(ids(prompt.text[:n]))) - 1
         if kept <= 0:
             raise UserError(f"--max-length {max_length} leaves no room for a user's text: give more")
     truncated = kept < len(prompt.text)
-    encoded = Encoded(prompt, ids(prompt.text[:kept]) if truncated else whole, truncated)
+    encoded = Encoded(prompt, ids(prompt.text[:kept]) if truncated else all_ids, truncated)
     if not encoded.ids:
         raise UserError(f"the tokenizer makes no token of {excerpt(repr(prompt.text), 60)} (row {prompt.row})")
     return encoded
 
 
 def _bare(tokenizer, text: str) -> list[int]:
-    """The tokens of a text, and what the tokenizer puts in front of them.
+    """The tokens of a text, with the special tokens that the tokenizer puts in front.
 
-    What it puts behind (an end-of-sequence token) is left out: the next token would be that of another text.
+    Those that it puts behind (end of sequence) are left out: the next token would begin another text.
     """
-    whole, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    special, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
     if not bare:
         return []
-    starts = range(len(whole) - len(bare) + 1)
-    start = next((start for start in starts if whole[start : start + len(bare)] == bare), None)
+    starts = range(len(special) - len(bare) + 1)
+    start = next((start for start in starts if special[start : start + len(bare)] == bare), None)
     if start is None:
         raise UserError(f"{tokenizer.name_or_path} is not supported: its tokenizer puts special tokens into a text")
-    return whole[: start + len(bare)]
+    return special[: start + len(bare)]
 
 
 def _in_template(tokenizer, text: str) -> list[int]:
@@ -174,7 +174,7 @@ def _in_template(tokenizer, text: str) -> list[int]:
 
 
 def render(tokenizer, text: str) -> str:
-    """A user's text in the tokenizer's chat template, whatever the day.
+    """A user's text in the tokenizer's chat template, at FIXED_TIME.
 
     Raises:
         UserError: the template is malformed, raises, or renders nothing.
@@ -183,9 +183,13 @@ def render(tokenizer, text: str) -> str:
     try:
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
-            template = STOPPED_CLOCK + template
+            template = FIXED_CLOCK + template
         rendered = tokenizer.apply_chat_template(
-            turn, chat_template=template, tokenize=False, add_generation_prompt=True, date_string=DATE
+            turn,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+            date_string=FIXED_TIME.strftime("%d %b %Y"),
         )
     except Exception as error:  # a template is a program that came with the model
         raise UserError(f"{_template_of(tokenizer)} fails: {excerpt(first_line(error), 200)}") from error
@@ -198,44 +202,44 @@ def _template_of(tokenizer) -> str:
     return f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
 
 
-def _stopped_clock() -> str:
-    """A template's beginning that has its `strftime_now` tell NOW.
+def _fixed_clock() -> str:
+    """A macro at the beginning of a template that makes its `strftime_now` give FIXED_TIME.
 
-    transformers lets no function be given to a template, but a macro goes before its own. The line break is
-    the block's: templates are read with trim_blocks.
+    transformers passes no function to a template, but a macro takes precedence over its own. The line break belongs to
+    the block: templates are read with trim_blocks.
     """
-    told = {f"%{letter}": NOW.strftime(f"%{letter}") for letter in "aAbBcdDeFGHIjmMpRSTuUVwWxXyYzZ"}
-    told |= {f"%-{letter}": told[f"%{letter}"].lstrip("0") or "0" for letter in "dHIjmMSy"}
-    replaced = "".join(f"|replace({directive!r}, {value!r})" for directive, value in told.items())
+    values = {f"%{letter}": FIXED_TIME.strftime(f"%{letter}") for letter in "aAbBcdDeFGHIjmMpRSTuUVwWxXyYzZ"}
+    values |= {f"%-{letter}": values[f"%{letter}"].lstrip("0") or "0" for letter in "dHIjmMSy"}
+    replaced = "".join(f"|replace({directive!r}, {value!r})" for directive, value in values.items())
     return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
 
 
-STOPPED_CLOCK = _stopped_clock()
+FIXED_CLOCK = _fixed_clock()
 
 
 def check_template(tokenizer) -> None:
-    """Raises UserError: a chat template renders different texts alike."""
+    """Raises UserError if the chat template renders two different texts alike."""
     if tokenizer.chat_template and render(tokenizer, "yes") == render(tokenizer, "no"):
         raise UserError(f"{_template_of(tokenizer)} leaves out the user's text: every prompt would be the same")
 
 
 # --- batches -------------------------------------------------------------------------------------
 
-# What a pass costs beside its tokens, in tokens: reading the weights, starting the kernels.
-OVERHEAD = 256
+# The fixed cost of a pass, as a number of tokens: reading the weights, starting the kernels.
+PASS_OVERHEAD = 256
 
 
 def plan_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Which prompts to run together: indices into `lengths`, at most `size` a batch, long ones first.
+    """Batches of prompts to run together, as indices into `lengths`: at most `size` each, long prompts first.
 
-    Sorted by length, so that little is padded; of all ways to cut the sorted list, the one for which padded
-    tokens and the passes' overhead are least, found by dynamic programming. A function of its arguments alone.
+    Prompts are sorted by length, so that little is padded. Dynamic programming finds the cuts of the sorted list with
+    the fewest padded tokens plus PASS_OVERHEAD a batch. The plan is a function of the arguments alone.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    best = [(0, 0)]  # of the first `end` prompts: the least cost, and where its last batch begins
+    best = [(0, 0)]  # by number of prompts: the least cost, and the start of its last batch
     for end in range(1, len(order) + 1):
         starts = range(max(0, end - size), end)
-        best.append(min((best[s][0] + lengths[order[s]] * (end - s) + OVERHEAD, s) for s in starts))
+        best.append(min((best[s][0] + lengths[order[s]] * (end - s) + PASS_OVERHEAD, s) for s in starts))
     batches, end = [], len(order)
     while end:
         start = best[end][1]
