@@ -11,9 +11,8 @@ import numpy as np
 import scipy.sparse
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.common.rows import SAMPLE_ROWS, choose_column, parse_json, read_rows, text_of
-from residual_fisher.model.words import token_writer
+from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.words import token_writer
 
 TEXT_COLUMNS = ("text", "sentence", "content")  # recognised without --text-column, in this order
