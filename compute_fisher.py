@@ -48,6 +48,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
+import json
 import os
 from pathlib import Path
 from statistics import fmean, median
@@ -60,7 +61,7 @@ import yaml
 from residual_fisher.common.estimate import Trial
 from residual_fisher.common.files import atomic_open, json_ready, json_text
 from residual_fisher.common.options import identity_of, settings_of
-from residual_fisher.common.rows import evenly_spaced, parse_json
+from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.run import ITEMS, Item, Run, State, checksum, stamps
 from residual_fisher.common.text import duration, excerpt, first_line, model_line, printable, size
 from residual_fisher.model.loading import (
@@ -323,7 +324,7 @@ def scored_records(folder: Path) -> Iterator[dict]:
     """
     try:
         with open(folder / PROMPTS, encoding="utf-8") as file:
-            yield from (parse_json(line, number) for number, line in enumerate(file, 1))
+            yield from map(json.loads, file)
     except (OSError, ValueError) as error:
         raise UserError(f"no readable {PROMPTS} in {folder}: {first_line(error)}") from error
 
@@ -474,7 +475,7 @@ def redraw(folder: Path) -> int:
     try:
         figures.draw(folder, scored_records(folder))
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"the records in {folder} are of another form: {excerpt(repr(error), 80)}") from error
+        raise UserError(f"no readable {PROMPTS} in {folder}: it lacks {excerpt(repr(error), 80)}") from error
     print(f"Drawn in {printable(str(folder))}: {figures.SPECTRA}")
     return 0
 

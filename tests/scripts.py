@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 # --- core_experiment.py --------------------------------------------------------------------------
 
 EXPERIMENT_FILES = {
+    "items",
     "experiment_results.json",
     "fisher_eigenvectors.npz",
     "fisher_similarity_matrix.png",
@@ -46,7 +47,7 @@ def experiment_results(output: Path) -> tuple[dict, dict[str, np.ndarray]]:
 
 # --- compute_fisher.py ---------------------------------------------------------------------------
 
-PIPELINE_FILES = {"fisher_matrices_compressed.npz", "fisher_spectra.png", "metadata.yaml", "prompts.jsonl"}
+PIPELINE_FILES = {"items", "fisher_matrices_compressed.npz", "fisher_spectra.png", "metadata.yaml", "prompts.jsonl"}
 PIPELINE_OPTIONS = {
     "hook-layer-name": "1", "top-k-tokens": "6", "num-singular-values": "4", "batch-size": "2",
     "num-prompts": "40", "device": "cpu",

@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 
+from residual_fisher import load_fisher_matrices
 from residual_fisher.model import loading
-from residual_fisher.pipeline import batches, load_fisher_matrices, store
+from residual_fisher.pipeline import batches, matrices
 from residual_fisher.pipeline.scores import SCORES, THRESHOLD
 import scripts
 from scripts import PIPELINE_FILES, ROOT, arrays, records
@@ -20,7 +21,7 @@ import tiny
 # --- the files -----------------------------------------------------------------------------------
 
 
-def test_a_run_writes_four_files_and_nothing_else(finished_pipeline):
+def test_a_run_writes_four_files_and_what_it_needs_to_be_extended(finished_pipeline):
     assert {path.name for path in finished_pipeline.iterdir()} == PIPELINE_FILES
 
 
@@ -64,9 +65,9 @@ def test_records_follow_the_dataset_and_metadata_counts_what_was_skipped(finishe
     found = records(finished_pipeline, timings=True)
     assert [r["prompt"] for r in found] == [row for row in rows if row]
     assert all(rows[r["row"]] == r["prompt"] for r in found)
-    matrices = load_fisher_matrices(finished_pipeline)
+    triplets = load_fisher_matrices(finished_pipeline)
     for record in found:
-        assert record["singular_values"] == pytest.approx(matrices[record["index"]].S.tolist(), rel=1e-5)
+        assert record["singular_values"] == pytest.approx(triplets[record["index"]].S.tolist(), rel=1e-5)
         assert record["seconds"] > 0
     metadata = yaml.safe_load((finished_pipeline / "metadata.yaml").read_text())
     assert metadata["complete"] is True
@@ -194,24 +195,24 @@ def test_long_prompts_go_one_by_one_where_attention_keeps_its_matrices(chat_dire
 
 @pytest.mark.usefixtures("without_pictures")
 def test_compact_and_sharded_results_read_the_same(chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "ONE_FILE", 10)
+    monkeypatch.setattr(matrices, "ONE_FILE", 10)
     expected = load_fisher_matrices(finished_pipeline)
     for form, tolerance in (("full", 0), ("compact", 1e-3)):
         output = tmp_path / form
         assert scripts.compute_fisher(chat_directory, dataset, output, store=form) == 0
         assert not (output / "fisher_matrices_compressed.npz").exists()
-        files = {path.name for path in (output / "shards").iterdir()}
-        assert files == {"index.json", "shard_00000.npz", "shard_00001.npz"}
+        files = {path.name for path in (output / "items").iterdir()}
+        assert files == {"run.json", "00000000-00000031.npz", "00000032-00000039.npz"}
         with load_fisher_matrices(output) as found:
             assert len(found) == 40
-            for index in (0, 31, 32, 39, -1):  # on both sides of the shards' border
+            for index in (0, 31, 32, 39, -1):  # on both sides of the archives' border
                 assert found[index].U.dtype == np.float32 and found[index].V.shape == (4, tiny.D)
                 for ours, theirs in zip(found[index], expected[index], strict=True):
                     assert np.abs(ours - theirs).max() <= tolerance
             with pytest.raises(IndexError, match="prompt 40 of 40"):
                 found[40]
         assert records(output)[3]["prompt"] == records(finished_pipeline)[3]["prompt"]
-    sizes = [sum(p.stat().st_size for p in (tmp_path / s / "shards").iterdir()) for s in ("full", "compact")]
+    sizes = [sum(p.stat().st_size for p in (tmp_path / s / "items").glob("*.npz")) for s in ("full", "compact")]
     assert sizes[1] < 0.8 * sizes[0]  # of matrices this small, records and zip headers are the larger part
 
 
