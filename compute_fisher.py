@@ -62,7 +62,7 @@ from residual_fisher.common.estimate import Trial
 from residual_fisher.common.files import atomic_open, json_ready, json_text
 from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.rows import evenly_spaced
-from residual_fisher.common.run import ITEMS, Item, Run, State, checksum, stamps
+from residual_fisher.common.run import ITEMS, Item, Run, State, checksum, read_manifest, stamps
 from residual_fisher.common.text import duration, excerpt, first_line, model_line, printable, size
 from residual_fisher.model.loading import (
     describe,
@@ -474,7 +474,10 @@ def report_finished(run: Run, settings: Settings, against: Reference | None) -> 
 def redraw(folder: Path) -> int:
     try:
         figures.draw(folder, scored_records(folder))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        manifest = read_manifest(folder)
+        if manifest and manifest["derived"].get(PROMPTS, {}).get("checksum") == checksum(folder / PROMPTS):
+            raise  # it is as this program has written it
         raise UserError(f"no readable {PROMPTS} in {folder}: it lacks {excerpt(repr(error), 80)}") from error
     print(f"Drawn in {printable(str(folder))}: {figures.SPECTRA}")
     return 0

@@ -360,15 +360,20 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
     batches, clock = Batches(settings.batch_size, len(settings.layers)), Clock(devices_of(experiment.model))
     new = measure(experiment, numbers, count, other, batches, clock)
     with tqdm(total=total, initial=count, desc="perturbing", unit="sentence", disable=None) as bar:
+        failed = []  # kept with the next sentence that is finished: failures alone are no results
         while count < settings.num_sentences and (item := next(new, None)):
-            run.append([item])
             items.append(item)
             if "failed" in item.record:
+                failed.append(item)
                 require_few_failures(items)
                 continue
+            run.append([*failed, item])
+            failed.clear()
             tqdm.write(report.sentence_block(item.record, count, config))
             bar.update()
             count += 1
+    if failed and count:
+        run.append(failed)
 
 
 def require_few_failures(items: list[Item]) -> None:
@@ -409,7 +414,9 @@ def redraw(folder: Path) -> int:
     document = read_results(folder)
     try:
         figures.draw(folder, document)
-    except (KeyError, IndexError, TypeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        if "checksum" in document:  # it is as this program has written it
+            raise
         raise UserError(f"the results in {folder} are of another form: {excerpt(repr(error), 80)}") from error
     print(f"Drawn in {printable(str(folder))}: {', '.join(figures.names_of(document))}")
     return 0

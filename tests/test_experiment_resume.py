@@ -1,7 +1,6 @@
-"""An experiment in a directory that has one already: it is gone on with, left alone, or refused."""
+"""An experiment in a directory that has one already: it is resumed, extended, left alone, or refused."""
 
 import json
-import math
 import os
 from pathlib import Path
 import shutil
@@ -11,8 +10,8 @@ import time
 import pytest
 
 import core_experiment
-from residual_fisher.common.files import write_json
-from residual_fisher.experiment import results
+from residual_fisher.common.run import archives_in
+from residual_fisher.experiment import figures, records
 from residual_fisher.model import loading
 import scripts
 from scripts import EXPERIMENT_FILES, experiment_results, experiment_words
@@ -33,7 +32,7 @@ def undisturbed(model_directory, tmp_path_factory) -> Path:
 
 def assert_same(output: Path, expected: Path) -> None:
     """All files, byte for byte, but for timings and the directory's name."""
-    for name in EXPERIMENT_FILES - {"experiment_results.json"}:
+    for name in EXPERIMENT_FILES - {"experiment_results.json", "items"}:
         assert (output / name).read_bytes() == (expected / name).read_bytes(), name
     documents = []
     for path in (output, expected):
@@ -41,12 +40,14 @@ def assert_same(output: Path, expected: Path) -> None:
         del document["timings"], document["experiment_config"]["output_dir"]
         documents.append(json.dumps(document))
     assert documents[0] == documents[1]
-    assert set(os.listdir(output)) == EXPERIMENT_FILES
+    assert set(os.listdir(output)) == EXPERIMENT_FILES and os.listdir(output / "items") == ["run.json"]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def slow_down() -> None:
-    """And save after every sentence."""
-    core_experiment.SAVE_EVERY, core_experiment.SAVE_SHARE = 0.0, math.inf
     perturb = core_experiment.perturb
     core_experiment.perturb = lambda *arguments: (time.sleep(0.1), perturb(*arguments))[1]
 
@@ -55,8 +56,7 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(model_directory, und
     output, kept = tmp_path / "out", []
 
     def sentences() -> int:
-        path = output / "experiment_results.json"
-        return len(json.loads(path.read_text())["sentences"]) if path.exists() else 0
+        return len(archives_in(output / "items"))
 
     for wanted in (1, 3):
         running = scripts.start("core_experiment", experiment_words(model_directory, output, *WORDS), output, slow_down)
@@ -72,66 +72,72 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(model_directory, und
     assert_same(output, undisturbed)
 
 
-@pytest.mark.parametrize("moment", ["arrays of the first save", "arrays of a later save", "pictures"])
-def test_stopped_between_two_files_it_goes_on(moment, model_directory, undisturbed, tmp_path, monkeypatch):
-    saves = []
-
-    def stop_or_write(path, document):
-        saves.append(1)
-        if len(saves) == (1 if moment == "arrays of the first save" else 2):
-            raise Stopped
-        write_json(path, document)
-
+@pytest.mark.parametrize("moment", ["arrays", "results", "pictures"])
+def test_stopped_while_it_finishes_it_can_finish_again(moment, model_directory, undisturbed, tmp_path, monkeypatch):
     def stop(*_):
         raise Stopped
 
-    monkeypatch.setattr(core_experiment, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(core_experiment, "SAVE_SHARE", math.inf)
-    with monkeypatch.context() as patch:
-        if moment == "pictures":
-            patch.setattr(core_experiment.figures, "draw", stop)
-        else:
-            patch.setattr(results, "write_json", stop_or_write)
-            patch.setattr(core_experiment.RunDirectory, "save", once(core_experiment.RunDirectory.save))
-        with pytest.raises(Stopped):
-            scripts.core_experiment(model_directory, tmp_path / "out", *WORDS)
-    assert (tmp_path / "out" / "fisher_eigenvectors.npz").exists()
+    places = {"arrays": (records, "write_npz"), "results": (records, "write_json"), "pictures": (figures, "draw")}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(*places[moment], stop)
+        scripts.core_experiment(model_directory, tmp_path / "out", *WORDS)
+    monkeypatch.setattr(core_experiment, "perturb", None)  # all sentences are finished
     assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 0
     assert_same(tmp_path / "out", undisturbed)
 
 
-def once(save):
-    """`save`, and nothing more after it was stopped: as a kill would have it."""
-    stopped = []
+@pytest.mark.parametrize("first", [["--num-sentences", "2"], ["--num-sentences", "4", "--batch-size", "3"]])
+def test_a_finished_run_is_extended(first, model_directory, undisturbed, tmp_path, monkeypatch):
+    """The rest has the same bytes; a batch size is no other run (after running out of memory, say)."""
+    assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS, *first) == 0
+    calls, perturb = [], core_experiment.perturb
+    monkeypatch.setattr(core_experiment, "perturb", lambda *a: calls.append(1) or perturb(*a))
+    assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 0
+    assert len(calls) == 6 - int(first[1])
+    if len(first) == 2:
+        assert_same(tmp_path / "out", undisturbed)
+    assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS, *first) == 0 and len(calls) < 6
 
-    def until_stopped(*arguments):
-        if stopped:
-            raise Stopped
-        try:
-            save(*arguments)
-        except Stopped:
-            stopped.append(1)
-            raise
 
-    return until_stopped
+def test_a_single_sentence_is_not_extended(model_directory, tmp_path, capsys):
+    """It has no other sentence to be compared with."""
+    assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS, "--num-sentences", "1") == 0
+    assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 2
+    assert "num_sentences was 1 and is 'several'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--steer-token=a", "--steer-steps=3", "--continue-nats=1", "--batch-size=5"])
+def test_an_option_without_effect_is_no_other_run(option, model_directory, undisturbed, capsys):
+    before = contents(undisturbed)
+    assert scripts.core_experiment(model_directory, undisturbed, *WORDS, option) == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert contents(undisturbed) == before
 
 
 def test_a_finished_run_is_left_alone(model_directory, undisturbed, capsys):
-    before = {path: path.stat().st_mtime_ns for path in undisturbed.iterdir()}
-    assert scripts.core_experiment(model_directory, undisturbed, *WORDS) == 0
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.*")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core_experiment, "load", None)  # no model is needed to see it
+        assert scripts.core_experiment(model_directory, undisturbed, *WORDS) == 0
     assert "is finished: nothing to do" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in undisturbed.iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.*")} == before
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
         *(("fisher_eigenvectors.npz", damage) for damage in ("gone", "cut", "flipped", "of another run")),
+        *(("experiment_results.json", damage) for damage in ("gone", "cut", "flipped")),
         ("perturbation_analysis.png", "flipped"),
+        ("perturbation_analysis.png", "gone"),
         ("fisher_similarity_matrix.png", "of another run"),
     ],
 )
-def test_what_is_damaged_is_made_again(name, damage, model_directory, undisturbed, finished_experiment, tmp_path):
+def test_what_is_damaged_is_made_again(
+    name, damage, model_directory, undisturbed, finished_experiment, tmp_path, monkeypatch
+):
+    if name.endswith(".png"):  # which is never a reason to compute anything
+        monkeypatch.setattr(core_experiment, "load", None)
     output = Path(shutil.copytree(undisturbed, tmp_path / "out"))
     content = bytearray((output / name).read_bytes())
     if damage == "gone":
@@ -145,24 +151,18 @@ def test_what_is_damaged_is_made_again(name, damage, model_directory, undisturbe
     assert_same(output, undisturbed)
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "flipped"])
-def test_results_that_cannot_be_read_are_refused_and_overwritten_when_asked(
+@pytest.mark.parametrize("content", [None, "", "[]", '{"format": "residual-fisher/1"}'])
+def test_results_without_a_manifest_are_refused_and_overwritten_when_asked(
     content, model_directory, undisturbed, tmp_path, capsys
 ):
     output = Path(shutil.copytree(undisturbed, tmp_path / "out"))
-    records = output / "experiment_results.json"
-    if content == "flipped":
-        records.write_text(records.read_text().replace('"trace": 0.', '"trace": 1.', 1))
-    elif content is None:
-        records.unlink()
-        (output / "fisher_eigenvectors.npz").unlink()
-    else:
-        records.write_text(content)
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    manifest = output / "items" / "run.json"
+    manifest.unlink() if content is None else manifest.write_text(content)
+    before = contents(output)
     assert scripts.core_experiment(model_directory, output, *WORDS) == 2
     said = capsys.readouterr().err
-    assert "no readable experiment_results.json in" in said and "--overwrite replaces" in said
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert "holds results without a readable items/run.json: --overwrite replaces them" in said
+    assert contents(output) == before
     assert scripts.core_experiment(model_directory, output, *WORDS, "--overwrite") == 0
     assert_same(output, undisturbed)
 
@@ -173,30 +173,32 @@ def test_another_run_is_refused_and_its_files_stay(model_directory, undisturbed,
     data.write_text("The zoo has many animals.\nWe like wild animals.")
     words, output = ["--data-file", str(data)], tmp_path / "out"
     assert scripts.core_experiment(model, output, *words) == 0
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    before = contents(output)
 
     def refused(*more: str) -> str:
         assert scripts.core_experiment(model, output, *words, *more) == 2
-        assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+        assert contents(output) == before
         return capsys.readouterr().err
 
     assert "holds a run with other settings (seed was 0 and is 1): --overwrite replaces it" in refused("--seed", "1")
     data.write_text("The zoo has many animals.\nWe like tame animals.")
-    assert "holds a run of other sentences: --overwrite replaces it" in refused()
+    assert "the data have changed since the run in" in refused()
+    assert "holds a run of other sentences" in refused("--num-sentences", "21")
     data.write_text("The zoo has many animals.\nWe like wild animals.")
     lm, _ = loading.load(str(model), device="cpu")
     lm.model.layers[0].mlp.up_proj.weight[0, 0] += 0.01
     lm.save_pretrained(model)
-    assert "holds a run of another model: --overwrite replaces it" in refused()
+    assert "holds a run of another model" in refused()
 
 
 def test_results_of_an_older_version_are_not_lost(model_directory, undisturbed, tmp_path, capsys):
     output = Path(shutil.copytree(undisturbed, tmp_path / "out"))
+    shutil.rmtree(output / "items")
     document = json.loads((output / "experiment_results.json").read_text())
     del document["run"], document["checksum"]
     (output / "experiment_results.json").write_text(json.dumps(document))
     assert scripts.core_experiment(model_directory, output, *WORDS) == 2
-    assert "--overwrite replaces it" in capsys.readouterr().err
+    assert "--overwrite replaces them" in capsys.readouterr().err
     assert core_experiment.main(core_experiment.parse(["--redraw", str(output)])) == 0
 
 
@@ -212,19 +214,19 @@ def test_overwriting_that_is_stopped_early_leaves_the_earlier_run(model_director
     assert_same(output, undisturbed)
 
 
-@pytest.mark.parametrize("name", sorted(EXPERIMENT_FILES))
+@pytest.mark.parametrize("name", sorted(EXPERIMENT_FILES - {"items"}))
 def test_a_directory_in_a_files_place_is_found_before_the_work(name, model_directory, tmp_path, capsys, monkeypatch):
     (tmp_path / name).mkdir()
     monkeypatch.setattr(core_experiment, "perturb", None)
     assert scripts.core_experiment(model_directory, tmp_path) == 2
     said = capsys.readouterr().err
-    assert said == f"core_experiment.py: error: cannot write {tmp_path / name}: a directory has its place\n"
+    assert said.startswith(f"core_experiment.py: error: cannot write {tmp_path / name}: a directory has its place")
 
 
 def test_a_second_run_in_the_directory_says_who_has_it(model_directory, tmp_path, capsys):
     words = experiment_words(model_directory, tmp_path / "out", "--num-sentences", "60")
     running = scripts.start("core_experiment", words, tmp_path / "out", slow_down)
-    running.wait_until((tmp_path / "out" / "experiment_results.json").exists)
+    running.wait_until((tmp_path / "out" / "items" / "run.json").exists)
     assert scripts.core_experiment(model_directory, tmp_path / "out") == 2
     assert f"is in use by process {running.process.pid} on " in capsys.readouterr().err
     running.send(signal.SIGINT)
