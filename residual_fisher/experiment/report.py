@@ -6,6 +6,7 @@ import statistics
 import textwrap
 
 from residual_fisher.common.text import excerpt_end, model_line, printable, table
+from residual_fisher.experiment.records import RESULTS
 from residual_fisher.model.words import summary_line
 
 FELT_KL = 0.05  # nats: below it a perturbation has hardly moved a prediction
@@ -71,9 +72,8 @@ def continuation_block(continuation: dict, layers: list[str], asked: int) -> str
             rows.append((f"  {layer}", scale, _cell(entry["predicted_kl"], ".2g"), text))
             random_same += [random["ids"] == usual] if random else []
     longest = max(len(text) for *_, text in rows)
-    lines = table(
-        ["  layer", "scale", "nats", ""], [[*cells, text.ljust(longest)] for *cells, text in rows]
-    ).splitlines()
+    aligned = [[*cells, text.ljust(longest)] for *cells, text in rows]  # texts to the left
+    lines = table(["  layer", "scale", "nats", ""], aligned).splitlines()
     if random_same:
         lines.append(f"  random_0 of the same lengths: {sum(random_same)} of {len(random_same)} the same")
     width = max(MIN_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 0)).columns)
@@ -100,11 +100,9 @@ def conclusion(document: dict, usable: int) -> str:
     """
     config, count, parts = document["experiment_config"], len(document["sentences"]), [summary_tables(document)]
     if overflows := count_overflows(document):
-        parts.append(
-            f"note: {overflows} perturbations were too long for numbers to hold: null in experiment_results.json"
-        )
+        parts.append(f"note: {overflows} perturbations were too long for numbers to hold: null in {RESULTS}")
     if failed := document["failed"]:
-        parts.append(f"{len(failed)} sentences failed: `failed` in experiment_results.json says why")
+        parts.append(f"{len(failed)} sentences failed: `failed` in {RESULTS} says why")
     if continuations := document.get("continuations"):
         parts.append(continuation_line(continuations))
     asked = config["num_sentences"]
@@ -189,10 +187,9 @@ def continuation_line(continuations: list[dict]) -> str:
     """How many of all continuations are not the unperturbed one, by direction."""
     differ: dict[str, list[bool]] = {}
     for continuation in continuations:
-        usual = continuation["none"]["ids"]
         layers = [by_scale for layer, by_scale in continuation.items() if layer != "none"]
         for entries in (entries for by_scale in layers for entries in by_scale.values()):
             for name, entry in entries.items():
-                differ.setdefault(name, []).append(entry["ids"] != usual)
+                differ.setdefault(name, []).append(entry["ids"] != continuation["none"]["ids"])
     shares = ", ".join(f"{name} {sum(answers) / len(answers):.0%}" for name, answers in differ.items())
     return f"Share of continuations that the perturbation changed: {shares}"
