@@ -9,7 +9,7 @@ __all__ = ["FisherMatrices", "Triplets", "load_fisher_matrices"]
 def __getattr__(name: str):
     """Imports what is asked for, and no earlier: the scripts import parts of the package before slow libraries."""
     if name in __all__:
-        from residual_fisher.pipeline import store
+        from residual_fisher.pipeline import matrices
 
-        return getattr(store, name)
+        return getattr(matrices, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -101,7 +101,7 @@ def _escaped(character: str) -> str:
     return f"\\u{code:04x}" if 0x80 <= code <= 0xFF else character.encode("unicode_escape").decode()
 
 
-def found_in(tokenizer, show: Callable[[int], str]) -> Callable[[str, Sequence[str]], list[bool]]:
+def prompt_words_test(tokenizer, show: Callable[[int], str]) -> Callable[[str, Sequence[str]], list[bool]]:
     """Tells which tokens, as they are shown, a prompt holds: answers often begin with a question's words.
 
     A token is in a prompt if a word there begins with it, as this tokenizer splits it, whether with a large letter, a

@@ -21,6 +21,7 @@ from residual_fisher.common.program import EMBEDDED
 
 CONFIG = HOME / "config.yaml"  # in a checkout, where users edit it; its values are the defaults below
 BUNDLED = "data/prompts.jsonl"
+DIRECTIONS = 3  # leading directions of each F whose tokens are recorded, and of which one is named in the scores
 
 
 @dataclass(frozen=True)
