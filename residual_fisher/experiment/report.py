@@ -16,6 +16,7 @@ EXCERPT = 48  # characters of a prompt's end shown in a line
 
 
 def heading(name: str, environment: dict, layers: tuple[int, ...]) -> str:
+    """The model, and at which of its layers a run measures."""
     return f"{model_line(name, environment)}; layers {' '.join(map(str, layers))} of {environment['depth']}"
 
 
@@ -23,6 +24,7 @@ def heading(name: str, environment: dict, layers: tuple[int, ...]) -> str:
 
 
 def block_legend(config: dict) -> str:
+    """How to read a `sentence_block`."""
     legend = (
         f"By sentence, KL in nats after the perturbation at scale {_farthest(config)}; * the top token changed. By "
         "layer, the tokens with the largest shares of lambda: those that lose probability along v ← → that gain it"
@@ -43,7 +45,7 @@ def _farthest(config: dict) -> str:
 
 
 def sentence_block(record: dict, number: int, config: dict) -> str:
-    """A finished sentence in a few lines: a column a layer."""
+    """What one sentence's record says, in a few lines with a column for each layer; `number` counts from 0."""
     context, fisher, layers = record["context"], record["fisher"], list(record["fisher"])
     target = f"{printable(context['target_token'])}: {context['target_probability']:.3f}, rank {context['target_rank']}"
     title = f"S{number}  {excerpt_end(context['prompt'], EXCERPT)}  ({target.strip()})"
@@ -155,7 +157,11 @@ def summary_tables(document: dict) -> str:
 
 
 def _table_by_layer(layers: dict[str, dict], columns: dict[str, tuple[str, ...]]) -> str:
-    """A row a layer; a column's format, and the keys that lead to its number: "-" if it is null or missing."""
+    """A table with a row for each layer.
+
+    Args:
+        columns: by title the number's format, then the keys that lead to it; "-" stands where it is null or missing.
+    """
 
     def row(entry: dict) -> list[str]:
         return [_cell(reduce(lambda at, key: at.get(key), keys, entry), form) for form, *keys in columns.values()]
