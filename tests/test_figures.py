@@ -14,7 +14,9 @@ import pytest
 from residual_fisher.common import drawing
 from residual_fisher.experiment import figures
 from residual_fisher.pipeline import figures as spectra
+from residual_fisher.pipeline import report
 from residual_fisher.pipeline.scores import SCORES
+from residual_fisher.pipeline.settings import Settings
 import scripts
 
 
@@ -280,9 +282,19 @@ def test_a_few_prompts_that_all_failed_are_drawn(coordinates, finished_pipeline,
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         spectra.draw(tmp_path, found)
+        warnings.filterwarnings("ignore", "All-NaN")
+        figure = spectra.spectra_figure(found)
     assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1950)
-    points = dots(panel(spectra.spectra_figure(found), "Which directions"))
-    assert points.tolist() == [[0.0, 0.0]] * 7
+    assert dots(panel(figure, "Which directions")).tolist() == [[0.0, 0.0]] * 7
+
+
+def test_a_run_whose_prompts_all_failed_has_statistics_and_a_table(finished_pipeline):
+    nothing = {"failed": "NaN", "trace": 0.0, "singular_values": [0.0] * 4, "odd_words": [], "directions": []}
+    found = [{**record, **nothing} for record in scripts.records(finished_pipeline, timings=True)[:7]]
+    statistics = report.summarize(report.columns_of(found), skipped=0)
+    assert statistics["trace"] == {"median": 0, "min": 0, "max": 0} and statistics["tokens"]["max"] > 0
+    said = report.final_table(lambda: found, statistics, Settings())
+    assert "7 prompts failed (0, 1, 2, 3, 4, …): `failed` in prompts.jsonl says why" in said
 
 
 def test_more_prompts_than_can_be_told_apart_are_thinned_out(finished_pipeline, monkeypatch):

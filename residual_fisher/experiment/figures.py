@@ -191,9 +191,8 @@ def _kl_panel(panel: Axes, document: dict, layer: str) -> None:
             drawing.median_band(panel, x, kl, KL_FLOOR, markersize=4, **{**style, "label": name})
             if kind == "fisher":
                 predicted = np.maximum([np.nanmedian(_column(at, "predicted_kl")) for at in records], KL_FLOOR)
-                panel.plot(
-                    x, predicted, "--", color=drawing.BLACK, linewidth=1.3, label=name and "predicted for it, ½ δᵀFδ"
-                )
+                name = name and "predicted for it, ½ δᵀFδ"
+                panel.plot(x, predicted, "--", color=drawing.BLACK, linewidth=1.3, label=name)
     panel.set_yscale("log")
     _scale_axis(panel, scales)
     panel.set_title(f"layer {layer}")
@@ -219,19 +218,12 @@ def _overlap(record: dict, base: list[int]) -> float:
     return len(set(record["top_ids"]) & set(base)) / len(base)
 
 
-def _heatmap(
-    panel: Axes, document: dict, statistic: Callable[[dict, list[int]], float | None], title: str, cmap: str
-) -> None:
+def _heatmap(panel: Axes, document: dict, statistic: Callable, title: str, cmap: str) -> None:
     """Mean over sentences of statistic(record, unperturbed top ids), layers by scales."""
     layers, scales = _layers(document), _scales(document)
     bases = [context["top_ids"] for context in document["contexts"]]
-    values = np.array(
-        [
-            [list(map(statistic, _records(document, layer, scale, "fisher"), bases)) for scale in scales]
-            for layer in layers
-        ],
-        dtype=float,
-    )
+    at_layers = [[_records(document, layer, scale, "fisher") for scale in scales] for layer in layers]
+    values = np.array([[list(map(statistic, at, bases)) for at in at_scales] for at_scales in at_layers], dtype=float)
     image = panel.imshow(np.nanmean(values, axis=-1), cmap=cmap, vmin=0, vmax=1, aspect="auto")
     _layer_axis(panel.yaxis, layers)
     ticks = np.arange(0, len(scales), -(-len(scales) // MAX_TICKS))

@@ -6,6 +6,7 @@ import statistics
 import textwrap
 
 from residual_fisher.common.text import excerpt_end, model_line, printable, table
+from residual_fisher.experiment.records import RESULTS
 from residual_fisher.model.words import summary_line
 
 FELT_KL = 0.05  # nats: below it a perturbation has hardly moved a prediction
@@ -15,6 +16,7 @@ EXCERPT = 48  # characters of a prompt's end shown in a line
 
 
 def heading(name: str, environment: dict, layers: tuple[int, ...]) -> str:
+    """The model, and at which of its layers a run measures."""
     return f"{model_line(name, environment)}; layers {' '.join(map(str, layers))} of {environment['depth']}"
 
 
@@ -22,6 +24,7 @@ def heading(name: str, environment: dict, layers: tuple[int, ...]) -> str:
 
 
 def block_legend(config: dict) -> str:
+    """How to read a `sentence_block`."""
     legend = (
         f"By sentence, KL in nats after the perturbation at scale {_farthest(config)}; * the top token changed. By "
         "layer, the tokens with the largest shares of lambda: those that lose probability along v ← → that gain it"
@@ -42,7 +45,7 @@ def _farthest(config: dict) -> str:
 
 
 def sentence_block(record: dict, number: int, config: dict) -> str:
-    """A finished sentence in a few lines: a column a layer."""
+    """What one sentence's record says, in a few lines with a column for each layer; `number` counts from 0."""
     context, fisher, layers = record["context"], record["fisher"], list(record["fisher"])
     target = f"{printable(context['target_token'])}: {context['target_probability']:.3f}, rank {context['target_rank']}"
     title = f"S{number}  {excerpt_end(context['prompt'], EXCERPT)}  ({target.strip()})"
@@ -71,9 +74,8 @@ def continuation_block(continuation: dict, layers: list[str], asked: int) -> str
             rows.append((f"  {layer}", scale, _cell(entry["predicted_kl"], ".2g"), text))
             random_same += [random["ids"] == usual] if random else []
     longest = max(len(text) for *_, text in rows)
-    lines = table(
-        ["  layer", "scale", "nats", ""], [[*cells, text.ljust(longest)] for *cells, text in rows]
-    ).splitlines()
+    aligned = [[*cells, text.ljust(longest)] for *cells, text in rows]  # texts to the left
+    lines = table(["  layer", "scale", "nats", ""], aligned).splitlines()
     if random_same:
         lines.append(f"  random_0 of the same lengths: {sum(random_same)} of {len(random_same)} the same")
     width = max(MIN_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 0)).columns)
@@ -100,11 +102,9 @@ def conclusion(document: dict, usable: int) -> str:
     """
     config, count, parts = document["experiment_config"], len(document["sentences"]), [summary_tables(document)]
     if overflows := count_overflows(document):
-        parts.append(
-            f"note: {overflows} perturbations were too long for numbers to hold: null in experiment_results.json"
-        )
+        parts.append(f"note: {overflows} perturbations were too long for numbers to hold: null in {RESULTS}")
     if failed := document["failed"]:
-        parts.append(f"{len(failed)} sentences failed: `failed` in experiment_results.json says why")
+        parts.append(f"{len(failed)} sentences failed: `failed` in {RESULTS} says why")
     if continuations := document.get("continuations"):
         parts.append(continuation_line(continuations))
     asked = config["num_sentences"]
@@ -157,7 +157,11 @@ def summary_tables(document: dict) -> str:
 
 
 def _table_by_layer(layers: dict[str, dict], columns: dict[str, tuple[str, ...]]) -> str:
-    """A row a layer; a column's format, and the keys that lead to its number: "-" if it is null or missing."""
+    """A table with a row for each layer.
+
+    Args:
+        columns: by title the number's format, then the keys that lead to it; "-" stands where it is null or missing.
+    """
 
     def row(entry: dict) -> list[str]:
         return [_cell(reduce(lambda at, key: at.get(key), keys, entry), form) for form, *keys in columns.values()]
@@ -189,10 +193,9 @@ def continuation_line(continuations: list[dict]) -> str:
     """How many of all continuations are not the unperturbed one, by direction."""
     differ: dict[str, list[bool]] = {}
     for continuation in continuations:
-        usual = continuation["none"]["ids"]
         layers = [by_scale for layer, by_scale in continuation.items() if layer != "none"]
         for entries in (entries for by_scale in layers for entries in by_scale.values()):
             for name, entry in entries.items():
-                differ.setdefault(name, []).append(entry["ids"] != usual)
+                differ.setdefault(name, []).append(entry["ids"] != continuation["none"]["ids"])
     shares = ", ".join(f"{name} {sum(answers) / len(answers):.0%}" for name, answers in differ.items())
     return f"Share of continuations that the perturbation changed: {shares}"

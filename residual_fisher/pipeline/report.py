@@ -31,14 +31,15 @@ def columns_of(records: Iterable[dict]) -> dict[str, np.ndarray]:
 
 
 def summarize(columns: dict[str, np.ndarray], skipped: int) -> dict:
-    """The run in numbers."""
+    """The run in numbers. Medians and ranges are of the prompts that did not fail, or of all if all did."""
 
     def largest(key: str) -> list[int]:
         return np.argsort(-columns[key], kind="stable")[:NAMED].tolist()
 
     failed = columns["failed"] == 1
+    counted = failed if failed.all() else ~failed
     return {
-        **{key: _spread(columns[key][~failed]) for key in SPREADS},
+        **{key: _spread(columns[key][counted]) for key in SPREADS},
         "total_tokens": int(columns["tokens"].sum()),
         "skipped_rows": skipped,
         "failed_prompts": columns["index"][failed].astype(int).tolist(),
