@@ -13,7 +13,6 @@ import yaml
 
 import compute_fisher
 import core_experiment
-from residual_fisher.common import options
 from residual_fisher.common.options import count, finite, identity_of, path, positive, settings_of
 from residual_fisher.common.program import UserError
 import residual_fisher.experiment.settings
@@ -202,23 +201,15 @@ def test_a_tilde_is_the_home_directory_in_every_path_of_both_scripts(tmp_path, m
 
 
 def test_bundled_data_are_found_from_anywhere_and_a_users_file_of_that_name_comes_first(tmp_path, monkeypatch):
-    bundled = {"core_experiment": "data/animals.json", "compute_fisher": "data/prompts.jsonl"}
-
-    def found(script: str) -> str:
-        settings = OPTIONS[script]()
-        return settings.data if script == "core_experiment" else settings.dataset
-
     monkeypatch.chdir(tmp_path)
-    for script, name in bundled.items():
-        assert found(script) == str(ROOT / name) and Path(found(script)).is_file()
-    monkeypatch.setattr(options, "HOME", tmp_path / "none")
-    assert [found(script) for script in bundled] == list(bundled.values())
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    experiment, pipeline = core_experiment.parse([]), compute_fisher.parse([])
+    assert experiment.data == str(ROOT / "data" / "animals.json")
+    assert pipeline.dataset == str(ROOT / "data" / "prompts.jsonl")
+    assert core_experiment.parse(["--data-file", "none/such"]).data == "none/such"
     (tmp_path / "data").mkdir()
-    for script, name in bundled.items():
-        (tmp_path / name).touch()
-        assert found(script) == name
+    for name in ("animals.json", "prompts.jsonl"):
+        (tmp_path / "data" / name).touch()
+    assert (experiment.data, pipeline.dataset) == ("data/animals.json", "data/prompts.jsonl")
 
 
 # --- the YAML file -------------------------------------------------------------------------------

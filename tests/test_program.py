@@ -4,12 +4,10 @@ import os
 from pathlib import Path
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 import warnings
 
 import pytest
@@ -218,25 +216,24 @@ def test_ctrl_c_while_a_run_is_finished_loses_nothing(chat_directory, dataset, f
 
 
 @pytest.mark.parametrize(
-    ("name", "address", "proxies", "offline"),
+    ("name", "host", "proxies", "offline"),
     [
-        ("some/model", False, {}, True),
-        ("some/model", True, {}, False),
-        ("some/model", False, {"https": "http://proxy"}, False),
-        ("smollm2-135m", False, {}, False),
-        (str(ROOT), False, {}, False),
+        ("some/model", "hub.invalid", {}, True),  # a name that has no address anywhere
+        ("some/model", "localhost", {}, False),
+        ("some/model", "hub.invalid", {"https_proxy": "http://proxy"}, False),
+        ("smollm2-135m", "hub.invalid", {}, False),
+        (str(ROOT), "hub.invalid", {}, False),
     ],
 )
 def test_the_hubs_libraries_stay_offline_if_a_name_needs_a_hub_without_an_address(
-    name, address, proxies, offline, monkeypatch
+    name, host, proxies, offline, monkeypatch
 ):
-    def look_up(*arguments):
-        if not address:
-            raise OSError
-
+    for variable in [variable for variable in os.environ if variable.lower().endswith("_proxy")]:
+        monkeypatch.delenv(variable)
+    for variable, value in proxies.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("HF_ENDPOINT", f"https://{host}")
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(urllib.request, "getproxies", lambda: proxies)
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     go_offline_without_hub("smollm2-135m", name)
     assert ("HF_HUB_OFFLINE" in os.environ) is offline
 

@@ -21,13 +21,12 @@ MAX_CONFIG = 100_000  # characters of a YAML file: settings have a thousand
 MAX_DEPTH = 20  # lists and mappings inside each other in a YAML file: settings have two
 
 PACKAGE = Path(__file__).parents[1]
-# Where bundled files lie: the package if pip has installed it with its data, else the root of a checkout.
-HOME = PACKAGE if (PACKAGE / "data").is_dir() else PACKAGE.parent
+ROOT = PACKAGE if (PACKAGE / "data").is_dir() else PACKAGE.parent  # data/ is in the package only if pip installed it
 
 
 def bundled(name: str) -> str:
     """`name`, or the path of the bundled file of this name if there is no such file where the script is called."""
-    found = HOME / name
+    found = ROOT / name
     return str(found) if not os.path.exists(name) and os.path.isfile(found) else name
 
 
@@ -272,7 +271,7 @@ def _compose(text: str) -> yaml.Node | None:
     depth = 0
     for event in yaml.parse(text, yaml.BaseLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        alias, tag = isinstance(event, yaml.AliasEvent), getattr(event, "tag", None) not in (None, "!")
+        alias, tag = isinstance(event, yaml.AliasEvent), getattr(event, "tag", None) is not None
         if alias or tag or depth > MAX_DEPTH:
             what = "an alias (*name)" if alias else "a tag (!name)" if tag else f"a depth of more than {MAX_DEPTH}"
             raise yaml.MarkedYAMLError(problem=f"{what} is not allowed", problem_mark=event.start_mark)
