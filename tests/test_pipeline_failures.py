@@ -317,7 +317,6 @@ BAD = {
     "hook-layer-name model.layer.1": "has no module 'model.layer.1': its layers are model.layers.0 ... model.layers.2",
     "hook-layer-name 7": "has no module '7': its layers are model.layers.0 ... model.layers.2",
     "hook-layer-name lm_head": "no Fisher matrix at lm_head: its output is not of shape",
-    "config none.yaml": "cannot read the config none.yaml",
     "dataset-name none.jsonl": "no such file",
     "dataset-name no/such": "as a dataset of the hub",
     "prompt-column question": "no column 'question'",

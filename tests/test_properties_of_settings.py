@@ -8,41 +8,28 @@ import tempfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 import pytest
-from residual_fisher.pipeline.run_directory import RunDirectory
-from residual_fisher.pipeline.store import INDEX, PROMPTS, load_fisher_matrices
 import yaml
 
+import compute_fisher
+import core_experiment
 from residual_fisher.common.program import UserError
 from residual_fisher.common.text import printable
 from residual_fisher.pipeline import figures, run_directory
-from residual_fisher.pipeline.settings import Settings, parse
+from residual_fisher.pipeline.run_directory import RunDirectory
+from residual_fisher.pipeline.settings import Settings
+from residual_fisher.pipeline.store import INDEX, PROMPTS, load_fisher_matrices
 
 few = settings(
     max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 
-WORDS = ["batch_size", "output_dir", "seed", "trust_remote_code", "num_prompts", "~", "null", "010", "²", "all", "nan"]
+WORDS = [
+    "batch_size", "output_dir", "seed", "layers", "scales", "trust_remote_code", "num_prompts", "~", "null", "010", "²",
+    "all", "nan",
+]  # fmt: skip
 MARKS = [
-    ": ",
-    "\n",
-    "- ",
-    "[",
-    "]",
-    "{",
-    "}",
-    "&x ",
-    "*x",
-    "!!int ",
-    "!",
-    "<<",
-    "'",
-    '"\\U',
-    "|",
-    ">",
-    "%YAML 1",
-    "? ",
-    "#",
-]
+    ": ", "\n", "- ", "[", "]", "{", "}", "&x ", "*x", "!!int ", "!", "<<", "'", '"\\U', "|", ">", "%YAML 1", "? ", "#",
+]  # fmt: skip
 yaml_text = st.lists(st.sampled_from(WORDS + MARKS) | st.text(max_size=3), max_size=12).map("".join)
 json_value = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
@@ -72,8 +59,9 @@ def changed(record: dict) -> st.SearchStrategy[dict]:
 def test_any_config_is_read_or_refused_in_a_line(content):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "c.yaml").write_bytes(content)
-        with one_line_at_most():
-            assert isinstance(parse(["--config", f"{folder}/c.yaml"]), Settings)
+        for script in (core_experiment, compute_fisher):
+            with one_line_at_most():
+                assert isinstance(script.parse(["--config", f"{folder}/c.yaml"]), script.Settings)
 
 
 METADATA = {

@@ -1,7 +1,6 @@
 """Options of both scripts: each is declared once, as a field of a settings dataclass, a flag and a YAML key."""
 
 import argparse
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 import difflib
@@ -14,62 +13,67 @@ from typing import TypeVar
 import yaml
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.text import excerpt, printable
+from residual_fisher.common.text import excerpt, first_line, printable
 
 MAX_TEXT = 4000  # characters of a value: a path may have 4096 bytes, and Python reads numbers of 4300 digits
 MAX_NAME = 255  # bytes of a file's name, on every system
 MAX_CONFIG = 100_000  # characters of a YAML file: settings have a thousand
+MAX_DEPTH = 20  # lists and mappings inside each other in a YAML file: settings have two
 
 PACKAGE = Path(__file__).parents[1]
-# Where bundled files lie: the package if pip has installed it with its data, else the root of a checkout.
-HOME = PACKAGE if (PACKAGE / "data").is_dir() else PACKAGE.parent
+ROOT = PACKAGE if (PACKAGE / "data").is_dir() else PACKAGE.parent  # data/ is in the package only if pip installed it
 
 
 def bundled(name: str) -> str:
     """`name`, or the path of the bundled file of this name if there is no such file where the script is called."""
-    found = HOME / name
+    found = ROOT / name
     return str(found) if not os.path.exists(name) and os.path.isfile(found) else name
 
 
 # --- types of values -----------------------------------------------------------------------------
 
 
-def positive(text: str) -> int:
-    if not _is_whole(text) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a positive whole number")
-    return int(text)
+def _reader(convert: Callable[[str], object], wrong: str) -> Callable[[str], object]:
+    """Reads a word with `convert`, which returns None for a wrong one; the error is the word and what is `wrong`."""
 
+    def read(text: str):
+        value = convert(text)
+        if value is None:
+            raise argparse.ArgumentTypeError(f"{_shown(text)} {wrong}")
+        return value
 
-def count(text: str) -> int:
-    if not _is_whole(text):
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a whole number, 0 or more")
-    return int(text)
-
-
-def _is_whole(text: str) -> bool:
-    """Few enough digits that whatever is computed from it fits 64 bits."""
-    return re.fullmatch("0*[0-9]{1,15}", text) is not None
-
-
-def finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a number")
-    return value + 0.0  # -0.0 becomes 0.0
-
-
-def positive_number(text: str) -> float:
-    value = finite(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is not above 0")
-    return value
+    return read
 
 
 def _shown(text: str) -> str:
     return excerpt(repr(text), 40)
+
+
+def _whole(text: str) -> int | None:
+    """At most 15 digits, so that whatever is computed from the number fits 64 bits."""
+    return int(text) if re.fullmatch("0*[0-9]{1,15}", text) else None
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value + 0.0 if math.isfinite(value) else None  # -0.0 becomes 0.0
+
+
+count = _reader(_whole, "is not a whole number, 0 or more")
+positive = _reader(lambda text: _whole(text) or None, "is not a positive whole number")
+finite = _reader(_number, "is not a number")
+positive_number = _reader(lambda text: value if (value := finite(text)) > 0 else None, "is not above 0")
+switch = _reader(lambda text: {"true": True, "false": False}.get(text.lower()), "is neither true nor false")
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    return _reader(lambda text: text if text in choices else None, f"is none of {', '.join(choices)}")
+
+
+dtype_name = one_of("auto", "float64", "float32", "bfloat16", "float16")
 
 
 def or_all(number: Callable[[str], int]) -> Callable[[str], int | str]:
@@ -101,36 +105,10 @@ def path(text: str) -> str:
     return expanded
 
 
-def switch(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is neither true nor false")
-    return text.lower() == "true"
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    def choose(text: str) -> str:
-        if text not in choices:
-            raise argparse.ArgumentTypeError(f"{_shown(text)} is none of {', '.join(choices)}")
-        return text
-
-    return choose
-
-
-dtype_name = one_of("auto", "float64", "float32", "bfloat16", "float16")
-
-
 # --- options -------------------------------------------------------------------------------------
 
 
-def option(
-    default,
-    read: Callable[[str], object],
-    metavar: str,
-    help: str,
-    several: bool = False,
-    identity: bool = True,
-    needs: str | None = None,
-):
+def option(default, read, metavar: str, help: str, several=False, identity=True, needs: str | None = None):
     """A field of a settings dataclass that is also a flag and a YAML key.
 
     Args:
@@ -174,13 +152,10 @@ def settings_of(settings: CommandOptions) -> dict:
 
 def identity_of(settings: CommandOptions) -> dict:
     """What `settings_of` holds, less all that has no effect on results: runs with the same are the same run."""
-    values, about = settings_of(settings), {opt.name: opt.metadata for opt in fields(settings)}
-
-    def counts(name: str) -> bool:
-        needs = about[name]["needs"]
-        return about[name]["identity"] and (needs is None or bool(values[needs]))
-
-    return {name: value for name, value in values.items() if counts(name)}
+    values = settings_of(settings)
+    about = {opt.name: opt.metadata for opt in fields(settings)}
+    in_effect = {name for name in values if values.get(about[name]["needs"], True)}
+    return {name: value for name, value in values.items() if about[name]["identity"] and name in in_effect}
 
 
 # --- flags ---------------------------------------------------------------------------------------
@@ -239,11 +214,7 @@ def _parser(kind: type[S], program: str, about: str, config: Path | None) -> _Pa
 
 
 def _read_yaml(kind: type[S], path: Path) -> dict:
-    """The options that a YAML file sets, by field, each read as its flag would read it.
-
-    Raises:
-        UserError: the file is missing, malformed, or has an unknown key or a value of the wrong type.
-    """
+    """The options that a YAML file sets, by field, each read as its flag would read it."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(MAX_CONFIG + 1)
@@ -254,22 +225,22 @@ def _read_yaml(kind: type[S], path: Path) -> dict:
     if len(text) > MAX_CONFIG:
         raise UserError(f"cannot read the config {path}: it has more than {MAX_CONFIG:,} characters")
     try:
-        values = _load(text, _Words)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
+        root = _compose(text)
+    except YAML_ERRORS as error:
+        raise UserError(f"{path} is not valid YAML: {_reason(error)}") from error
+    if not isinstance(root, yaml.MappingNode):
+        if root is None or _plain(root) is None:
+            return {}
         raise UserError(f"{path} should hold keys and values, like `batch_size: 8`")
-    keys = yaml_keys(kind)
-    found = {}
-    for name, value in values.items():
+    keys, found = yaml_keys(kind), {}
+    for key, value in root.value:
+        name = str(_plain(key))
         if name not in keys:
-            near = difflib.get_close_matches(str(name), keys, 1)
+            near = difflib.get_close_matches(name, keys, 1)
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
             raise UserError(f"{path}: unknown key {_shown(name)}: {hint}")
         try:
-            found[keys[name].name] = _yaml_value(keys[name], value)
+            found[keys[name].name] = _yaml_value(keys[name], _plain(value))
         except argparse.ArgumentTypeError as error:
             raise UserError(f"{path}: {name}: {error}") from error
     return found
@@ -278,65 +249,58 @@ def _read_yaml(kind: type[S], path: Path) -> dict:
 def _yaml_value(opt: Field, value):
     if value is None and opt.default is None:
         return None
-    read = opt.metadata["read"]
-    if opt.metadata["several"]:
-        words = value if isinstance(value, list) and value else [value]
-        return tuple(read(_one_word(word)) for word in words)
-    return read(_one_word(value))
+    several = opt.metadata["several"]
+    words = value if several and isinstance(value, list) and value else [value]
+    for word in words:
+        if not isinstance(word, str):
+            kind = {type(None): "null", list: "a list"}.get(type(word), "keys and values")
+            raise argparse.ArgumentTypeError(f"a single value is wanted, not {kind}")
+    values = tuple(map(opt.metadata["read"], words))
+    return values if several else values[0]
 
 
-def _one_word(value) -> str:
-    if not isinstance(value, str):
-        kind = {type(None): "null", list: "a list"}.get(type(value), "keys and values")
-        raise argparse.ArgumentTypeError(f"a single value is wanted, not {kind}")
-    return value
+YAML_ERRORS = (yaml.YAMLError, ValueError, OverflowError)  # the last two of odd numbers, which PyYAML lets through
 
 
-class _Values(yaml.SafeLoader):
-    """YAML of plain keys and values.
+def _compose(text: str) -> yaml.Node | None:
+    """The tree of a YAML text. Raises one of YAML_ERRORS, also for what a plain file does not need.
 
-    An alias can make a short text endless, a tag can make any object of it, and YAML drops one of two equal keys.
+    That is an alias, which can make a short text endless; a tag; a depth that takes PyYAML minutes; and a key twice,
+    of which YAML would drop one.
     """
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or event.tag not in (None, "!"):
-            what = "an alias (*name)" if isinstance(event, yaml.AliasEvent) else "a tag (!name)"
+    depth = 0
+    for event in yaml.parse(text, yaml.BaseLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        alias, tag = isinstance(event, yaml.AliasEvent), getattr(event, "tag", None) is not None
+        if alias or tag or depth > MAX_DEPTH:
+            what = "an alias (*name)" if alias else "a tag (!name)" if tag else f"a depth of more than {MAX_DEPTH}"
             raise yaml.MarkedYAMLError(problem=f"{what} is not allowed", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and keys[key.value] > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
+    root, seen = yaml.compose(text, yaml.BaseLoader), set()
+    for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
+        if (name := str(_plain(key))) in seen:
+            raise yaml.MarkedYAMLError(problem=f"the key {name} is there twice", problem_mark=key.start_mark)
+        seen.add(name)
+    return root
 
 
-class _Words(_Values):
-    """Every scalar but null is its text: `010` is what a command line would read."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012  (PyYAML's own attribute)
-        first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+def _plain(node: yaml.Node) -> str | list | dict | None:
+    """Every scalar but null is its text: `010` is what a command line would read. Of keys and values, only a dict."""
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.style is None and node.value in ("", "~", "null", "Null", "NULL") else node.value
+    return list(map(_plain, node.value)) if isinstance(node, yaml.SequenceNode) else {}
 
 
-def _load(text: str, loader: type):
-    """The value of a YAML text. Raises ValueError, whose message is one line."""
-    try:
-        return yaml.load(text, loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
-        raise ValueError(f"{reason}{where}") from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    except OverflowError as error:  # of a character's number
-        raise ValueError(str(error)) from error
+def _reason(error: Exception) -> str:
+    """One line about one of YAML_ERRORS."""
+    mark = getattr(error, "problem_mark", None)
+    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+    return (getattr(error, "problem", None) or getattr(error, "reason", None) or first_line(error)) + where
 
 
 def parse_values(text: str):
-    """The value of a YAML text, its numbers and so on as YAML reads them. Raises ValueError: a one-line message."""
-    return _load(text, _Values)
+    """The value of a YAML text without aliases and tags. Raises ValueError: a one-line message."""
+    try:
+        _compose(text)
+        return yaml.safe_load(text)
+    except YAML_ERRORS as error:
+        raise ValueError(_reason(error)) from error

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from residual_fisher.common import options
 from residual_fisher.common.options import (
-    HOME,
+    ROOT,
     CommandOptions,
     bundled,
     count,
@@ -19,7 +19,7 @@ from residual_fisher.common.options import (
 )
 from residual_fisher.common.program import EMBEDDED
 
-CONFIG = HOME / "config.yaml"  # in a checkout, where users edit it; its values are the defaults below
+CONFIG = ROOT / "config.yaml"  # in a checkout, where users edit it; its values are the defaults below
 BUNDLED = "data/prompts.jsonl"
 DIRECTIONS = 3  # leading directions of each F whose tokens are recorded, and of which one is named in the scores
 

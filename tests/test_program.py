@@ -1,4 +1,4 @@
-"""Stdout and stderr that are full, gone, closed or of few characters; Ctrl-C at any moment, once or twice."""
+"""Stdout and stderr that are full, gone, closed or of few characters; Ctrl-C at any moment; the hub's network; text."""
 
 import os
 from pathlib import Path
@@ -8,11 +8,20 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import pytest
-from residual_fisher.pipeline.run_directory import RunDirectory
 
-from residual_fisher.common.program import Console, interruptible, undisturbed
+from residual_fisher.common.program import (
+    Console,
+    UserError,
+    exit_code,
+    go_offline_without_hub,
+    interruptible,
+    undisturbed,
+)
+from residual_fisher.common.text import excerpt, excerpt_end, table
+from residual_fisher.pipeline.run_directory import RunDirectory
 import scripts
 from scripts import EXPERIMENT_FILES, PIPELINE_FILES, ROOT, experiment_words, pipeline_words
 
@@ -163,6 +172,23 @@ def test_ctrl_c_that_the_caller_ignores_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_program_runs_in_any_thread(capsys):
+    """As in a notebook's: Ctrl-C is the main thread's alone, and only that may set a handler."""
+    codes = []
+
+    def run() -> int:
+        warnings.warn("small", stacklevel=1)
+        with undisturbed():
+            raise UserError("no such file")
+
+    thread = threading.Thread(target=lambda: codes.append(exit_code("x.py", run, "less")))
+    before = signal.getsignal(signal.SIGINT)
+    thread.start()
+    thread.join()
+    assert codes == [2] and signal.getsignal(signal.SIGINT) is before
+    assert capsys.readouterr().err == "note: small\nx.py: error: no such file\n"
+
+
 def slow_finish() -> None:
     finish = RunDirectory.finish
 
@@ -184,3 +210,42 @@ def test_ctrl_c_while_a_run_is_finished_loses_nothing(chat_directory, dataset, f
     assert code == 130 and "the same command does the rest" in said and "Traceback" not in said
     assert scripts.compute_fisher(chat_directory, dataset, output) == 0
     scripts.assert_same_results(output, finished_pipeline)
+
+
+# --- the hub, and text ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "proxies", "offline"),
+    [
+        ("some/model", "hub.invalid", {}, True),  # a name that has no address anywhere
+        ("some/model", "localhost", {}, False),
+        ("some/model", "hub.invalid", {"https_proxy": "http://proxy"}, False),
+        ("smollm2-135m", "hub.invalid", {}, False),
+        (str(ROOT), "hub.invalid", {}, False),
+    ],
+)
+def test_the_hubs_libraries_stay_offline_if_a_name_needs_a_hub_without_an_address(
+    name, host, proxies, offline, monkeypatch
+):
+    for variable in [variable for variable in os.environ if variable.lower().endswith("_proxy")]:
+        monkeypatch.delenv(variable)
+    for variable, value in proxies.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("HF_ENDPOINT", f"https://{host}")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    go_offline_without_hub("smollm2-135m", name)
+    assert ("HF_HUB_OFFLINE" in os.environ) is offline
+
+
+def test_excerpts_are_short_printable_and_in_one_line():
+    text = "The \x1b[31mzoo\n" + " keeps animals" * 9
+    assert excerpt("The\n  zoo", 10) == excerpt_end("The zoo", 10) == "The zoo"
+    assert excerpt(text, 20) == r"The \x1b[31mzoo kee…"
+    assert excerpt_end(text, 20) == "…imals keeps animals"
+
+
+def test_a_table_is_aligned_to_the_left_in_its_first_column_and_to_the_right_in_the_others():
+    assert table(["layer", "KL"], [["0", "0.25"], ["10", "3"]]).splitlines() == [
+        "layer    KL", "0      0.25", "10        3"
+    ]  # fmt: skip

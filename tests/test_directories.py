@@ -1,6 +1,5 @@
-"""What the options may be, in words and in YAML; and what may stand in an output directory."""
+"""What may stand in an output directory; and counts of prompts and processes."""
 
-import argparse
 from contextlib import contextmanager
 import json
 import os
@@ -13,134 +12,15 @@ import pytest
 from residual_fisher.pipeline.run_directory import RunDirectory
 import yaml
 
-import compute_fisher
-import core_experiment
 from residual_fisher import load_fisher_matrices
 from residual_fisher.common.files import check_writable
 from residual_fisher.common.lock import LOCK, lock_directory
-from residual_fisher.common.options import count, finite, path, positive
 from residual_fisher.common.program import UserError
 from residual_fisher.pipeline import processes, store
 from residual_fisher.pipeline.scores import SCORES
-from residual_fisher.pipeline.settings import Settings, parse
+from residual_fisher.pipeline.settings import Settings
 import scripts
 from scripts import ROOT, arrays, pipeline_words, records
-
-# --- the YAML file -------------------------------------------------------------------------------
-
-
-def config(folder: Path, content: str) -> list[str]:
-    (folder / "c.yaml").write_text(content, encoding="utf-8")
-    return ["--config", str(folder / "c.yaml")]
-
-
-BOMB = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
-BAD = {
-    "batch_size: 2024-13-45": "batch_size: '2024-13-45' is not a positive whole number",
-    "batch_size: ²": "batch_size: '²' is not a positive whole number",
-    "batch_size: ٣": "batch_size: '٣' is not a positive whole number",
-    "batch_size: !!int abc": "a tag (!name) is not allowed (line 1, column 13)",
-    "batch_size: 0x10": "batch_size: '0x10' is not a positive whole number",
-    "batch_size: 1:30": "batch_size: '1:30' is not a positive whole number",
-    "batch_size: " + 30 * "9": "batch_size: '999999999999999999999999999999' is not a positive whole number",
-    "seed: " + 5000 * "9": "seed: '99999999999999",
-    "a: &x [*x]": "an alias (*name) is not allowed",
-    "a0: &a0 [x]\n" + BOMB: "an alias (*name) is not allowed",
-    "a: &a {b: 1}\nc: {<<: *a}": "an alias (*name) is not allowed",
-    "batch_size: 3\nbatch_size: 4": "the key batch_size is there twice",
-    "batch_size: {a: 1, a: 2}": "the key a is there twice",
-    "[" * 5000: "is not valid YAML: ",
-    "batch_size: {}": "a single value is wanted, not keys and values",
-    '"\\UFFFFFFFF": 1': "is not valid YAML",
-    "%YAML 1." + 5000 * "1" + "\n---\n": "is not valid YAML",
-    "output_dir: ''": "output_dir: it is empty",
-    "output_dir: ~": "output_dir: a single value is wanted, not null",
-    'output_dir: "a\\0b"': "output_dir: 'a\\x00b' holds a null character",
-    'output_dir: "\\ud800"': "cannot be a file's name here",
-    f"output_dir: {300 * 'x'}": "has a name of more than 255 bytes",
-    "output_dir: ~no-such-user/x": "is no user's home directory",
-    "x" * 200_000: "it has more than 100,000 characters",
-}
-
-
-@pytest.mark.parametrize("content", BAD, ids=[text[:30] for text in BAD])
-def test_a_bad_config_is_refused_in_one_line(content, tmp_path):
-    with pytest.raises(UserError) as caught:
-        parse(config(tmp_path, content))
-    assert BAD[content] in str(caught.value)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-
-
-def test_a_config_without_an_end_is_refused():
-    with pytest.raises(UserError, match="has more than 100,000 characters"):
-        parse(["--config", "/dev/zero"])
-
-
-def test_a_value_in_yaml_is_read_as_its_flag_would_read_it(tmp_path):
-    for key, word, value in [
-        ("batch_size", "010", 10),
-        ("hook_layer_name", "010", "010"),
-        ("hook_layer_name", "1e3", "1e3"),
-        ("dataset_split", "no", "no"),
-        ("dataset_split", "2024-01-01", "2024-01-01"),
-        ("num_prompts", "all", "all"),
-        ("trust_remote_code", "True", True),
-        ("seed", "0", 0),
-    ]:
-        from_yaml = parse(config(tmp_path, f"{key}: {word}"))
-        from_flag = parse([f"--{key.replace('_', '-')}", word])
-        assert getattr(from_yaml, key) == getattr(from_flag, key) == value
-
-
-def test_null_is_no_value_and_a_quoted_null_is_a_name(tmp_path):
-    for word in ("null", "~", ""):
-        assert parse(config(tmp_path, f"prompt_column: {word}")).prompt_column is None
-    assert parse(config(tmp_path, "prompt_column: 'null'")).prompt_column == "null"
-
-
-# --- values --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["²", "٣", "+1", "1_0", " 1", "1\n", "", 30 * "9", 5000 * "9"])
-def test_a_whole_number_is_a_few_ascii_digits(text):
-    for read in (positive, count):
-        with pytest.raises(argparse.ArgumentTypeError, match="whole number"):
-            read(text)
-
-
-def test_leading_zeros_are_decimal_and_zero_has_no_sign():
-    assert positive("010") == count("010") == 10
-    assert f"{finite('-0'):g}" == "0"
-    assert [f"{scale:g}" for scale in core_experiment.parse(["--scales", "-0", "0", "1", "1.0"]).scales] == ["0", "1"]
-    assert core_experiment.choose_layers(core_experiment.parse(["--layers", "02", "2", "1"]).layers, 3) == (1, 2)
-
-
-PATHS = {
-    compute_fisher: ["config", "model-path", "dataset-name", "output-dir", "redraw"],
-    core_experiment: ["model-name", "data-file", "output-dir", "redraw"],
-}
-
-
-@pytest.mark.parametrize(("script", "flag"), [(script, flag) for script in PATHS for flag in PATHS[script]])
-@pytest.mark.parametrize("word", ["", " ", "a\0b", 300 * "x", "~no-such-user"])
-def test_a_path_that_can_be_none_is_one_line(script, flag, word, capsys):
-    with pytest.raises(SystemExit) as end:
-        script.parse([f"--{flag}", word])
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1 and f"argument --{flag}: " in said and len(said) < 200
-
-
-def test_a_tilde_is_the_home_directory_in_every_path_of_both_scripts(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "c.yaml").write_text("output_dir: ~/out\nmodel_path: org/~model\ndataset_name: ~/d.txt\n")
-    command = compute_fisher.parse(["--config", "~/c.yaml", "--redraw", "~/x"])
-    assert (command.redraw, command.output_dir) == (f"{tmp_path}/x", f"{tmp_path}/out")
-    assert (command.model_path, command.dataset_name) == ("org/~model", f"{tmp_path}/d.txt")
-    words = ["--model-name", "~/m", "--data-file", "~/d", "--output-dir", "~", "--redraw", "~/r"]
-    found = core_experiment.parse(words)
-    names = [f"{tmp_path}/m", f"{tmp_path}/d", str(tmp_path), f"{tmp_path}/r"]
-    assert [found.model_name, found.data_file, found.output_dir, found.redraw] == names
-    assert path("./~") == "./~"
 
 
 @pytest.mark.usefixtures("without_pictures")
