@@ -11,6 +11,7 @@ import time
 import warnings
 
 import pytest
+from residual_fisher.pipeline.run_directory import RunDirectory
 
 from residual_fisher.common.program import (
     Console,
@@ -21,7 +22,6 @@ from residual_fisher.common.program import (
     undisturbed,
 )
 from residual_fisher.common.text import excerpt, excerpt_end, table
-from residual_fisher.pipeline.run_directory import RunDirectory
 import scripts
 from scripts import EXPERIMENT_FILES, PIPELINE_FILES, ROOT, experiment_words, pipeline_words
 

@@ -8,6 +8,8 @@ import tempfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 import pytest
+from residual_fisher.pipeline.run_directory import RunDirectory
+from residual_fisher.pipeline.store import INDEX, PROMPTS, load_fisher_matrices
 import yaml
 
 import compute_fisher
@@ -15,9 +17,7 @@ import core_experiment
 from residual_fisher.common.program import UserError
 from residual_fisher.common.text import printable
 from residual_fisher.pipeline import figures, run_directory
-from residual_fisher.pipeline.run_directory import RunDirectory
 from residual_fisher.pipeline.settings import Settings
-from residual_fisher.pipeline.store import INDEX, PROMPTS, load_fisher_matrices
 
 few = settings(
     max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
