@@ -81,9 +81,10 @@ class Reference:
         found = ScoredRun.of(records_of(self.path), matrices)
         if matrices[0].U.shape != own.matrices[0].U.shape:
             raise UserError(f"the matrices in {self.path} are of another shape: --{self.kind} takes a run of the same")
-        if self.kind == "base" and found.texts != own.texts:
-            pairs = zip(found.texts, own.texts, strict=False)
-            first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found.texts), len(own.texts)))
+        theirs, ours = found.prompt_hashes, own.prompt_hashes
+        if self.kind == "base" and theirs != ours:
+            pairs = zip(theirs, ours, strict=False)
+            first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(theirs), len(ours)))
             raise UserError(
                 f"the run in {self.path} is of other prompts (first at prompt {first}): "
                 "--base takes one of the same prompts through another model"
