@@ -124,15 +124,15 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Device:
-    torch: torch.device
+    place: torch.device
 
     @property
     def is_cuda(self) -> bool:
-        return self.torch.type == "cuda"
+        return self.place.type == "cuda"
 
     def synchronize(self) -> None:
         if self.is_cuda:
-            torch.cuda.synchronize(self.torch)
+            torch.cuda.synchronize(self.place)
 
     def seconds(self, function: Callable) -> float:
         """How long function() takes, on host and device."""
@@ -164,16 +164,16 @@ class Device:
         return start.elapsed_time(end) / 1e3 if self.is_cuda else end - start
 
     def allocated(self) -> int:
-        return torch.cuda.memory_allocated(self.torch) if self.is_cuda else _peak_of_process()
+        return torch.cuda.memory_allocated(self.place) if self.is_cuda else _peak_of_process()
 
     def start_peak(self) -> int:
         """Forgets the peak of allocated memory; what is allocated now."""
         if self.is_cuda:
-            torch.cuda.reset_peak_memory_stats(self.torch)
+            torch.cuda.reset_peak_memory_stats(self.place)
         return self.allocated()
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.torch) if self.is_cuda else _peak_of_process()
+        return torch.cuda.max_memory_allocated(self.place) if self.is_cuda else _peak_of_process()
 
     def free_cache(self) -> None:
         gc.collect()
@@ -185,8 +185,8 @@ class Device:
         """Leaves so little memory free; on the CPU, batches of more than `prompts` run out of memory."""
         self.free_cache()
         if self.is_cuda:
-            free, _ = torch.cuda.mem_get_info(self.torch)
-            hoard = torch.empty(free - bytes_, dtype=torch.uint8, device=self.torch)
+            free, _ = torch.cuda.mem_get_info(self.place)
+            hoard = torch.empty(free - bytes_, dtype=torch.uint8, device=self.place)
             try:
                 yield
             finally:
@@ -383,14 +383,14 @@ class Bench:
     def flops(self) -> float:
         """FLOP/s of a large matrix product in bfloat16."""
         n = self.shape.square
-        a = torch.randn(n, n, device=self.device.torch, dtype=torch.bfloat16)
+        a = torch.randn(n, n, device=self.device.place, dtype=torch.bfloat16)
         return 2 * n**3 / self.device.seconds_on_device(lambda: a @ a)
 
 
 def build(config: dict, device: Device, dtype: torch.dtype) -> nn.Module:
     """A model with random weights, made on the device."""
     torch.manual_seed(0)
-    with torch.device(device.torch):
+    with torch.device(device.place):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**config, dtype=dtype), dtype=dtype)
     return model.eval().requires_grad_(False)
 
@@ -411,10 +411,10 @@ def versions(bench: Bench) -> None:
 
 
 def describe_device(device: Device) -> dict:
-    first = device.seconds(lambda: torch.ones(1, device=device.torch) + 1)  # makes the context
+    first = device.seconds(lambda: torch.ones(1, device=device.place) + 1)  # makes the context
     figures = {"first_kernel_s": first, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.is_cuda:
-        properties = torch.cuda.get_device_properties(device.torch)
+        properties = torch.cuda.get_device_properties(device.place)
         figures |= {
             "gpu": properties.name, "memory_gb": properties.total_memory / 1e9,
             "capability": f"{properties.major}.{properties.minor}", "processors": properties.multi_processor_count,
@@ -508,9 +508,9 @@ def products(bench: Bench) -> dict:
     for name, dtype, tf32 in (
         ("bfloat16", torch.bfloat16, False), ("float32", torch.float32, False), ("tf32", torch.float32, True),
     ):  # fmt: skip
-        weight = torch.randn(n, m, device=bench.device.torch, dtype=dtype)
+        weight = torch.randn(n, m, device=bench.device.place, dtype=dtype)
         for rows in bench.shape.rows:
-            x = torch.randn(rows, n, device=bench.device.torch, dtype=dtype)
+            x = torch.randn(rows, n, device=bench.device.place, dtype=dtype)
             with numerics(tf32):
                 seconds = bench.device.seconds_on_device(lambda: x @ weight)  # noqa: B023
             figures[f"{rows} rows, {name}"] = {"us": 1e6 * seconds, "tflops": 2 * rows * n * m / seconds / 1e12}
@@ -518,7 +518,7 @@ def products(bench: Bench) -> dict:
 
 
 def copy(bench: Bench) -> dict:
-    source = torch.empty(bench.shape.copy_bytes, dtype=torch.uint8, device=bench.device.torch)
+    source = torch.empty(bench.shape.copy_bytes, dtype=torch.uint8, device=bench.device.place)
     target = torch.empty_like(source)
     seconds = bench.device.seconds_on_device(lambda: target.copy_(source), repeats=5)
     return {"bytes": bench.shape.copy_bytes, "read_and_written_gb_per_s": 2 * bench.shape.copy_bytes / seconds / 1e9}
@@ -528,7 +528,7 @@ def eigh(bench: Bench) -> dict:
     """Milliseconds of float64 `eigh`, the copies to the CPU and back counted there."""
     figures = {}
     for count, width in bench.shape.eigh:
-        a = torch.randn(count, width, width, dtype=torch.float64, device=bench.device.torch)
+        a = torch.randn(count, width, width, dtype=torch.float64, device=bench.device.place)
         a = a @ a.mT
 
         def on_cpu(a: Tensor) -> list[Tensor]:
@@ -554,7 +554,7 @@ def attention(bench: Bench) -> dict:
         def gradients(length: int, name: str = name) -> Tensor:
             torch.manual_seed(0)
             shape = (bench.shape.batch_sizes[0], heads, length, width)
-            q, k, v = (torch.randn(shape, device=bench.device.torch, dtype=torch.bfloat16) for _ in range(3))
+            q, k, v = (torch.randn(shape, device=bench.device.place, dtype=torch.bfloat16) for _ in range(3))
             q.requires_grad_()
             with sdpa_kernel(getattr(SDPBackend, name)):
                 out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -824,7 +824,7 @@ def agreement(model: nn.Module, device: Device, prompts: list[list[int]], k: int
     """
 
     def eigenpairs(dtype: torch.dtype, tf32: bool) -> tuple[Tensor, Tensor]:
-        rounded = deepcopy(model).to(device.torch, dtype)
+        rounded = deepcopy(model).to(device.place, dtype)
         with numerics(tf32):
             points = (fisher.linearize(rounded, ids, every_fifth(rounded)) for ids in prompts)
             found = [fisher.top_k(point, k).eigenpairs(10) for point in points]
@@ -969,7 +969,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := set(options.stages) - {name for name, *_ in STAGES}:
         parser.error(f"no stage {', '.join(sorted(unknown))}: they are {', '.join(name for name, *_ in STAGES)}")
     if device.is_cuda:
-        torch.cuda.set_device(device.torch.index or 0)
+        torch.cuda.set_device(device.place.index or 0)
     # under a test runner the script's start is long past
     end = (START if __name__ == "__main__" else time.perf_counter()) + 60 * options.minutes
     stages = [stage for stage in STAGES if stage[0] in options.stages]
@@ -984,7 +984,7 @@ def main(argv: list[str] | None = None) -> None:
                 }
             else:
                 figures = run_stage(bench, function, budget, limit=max(budget, left - later))
-            line = {"stage": name, "shape": options.shape, "device": str(device.torch), **plain(figures)}
+            line = {"stage": name, "shape": options.shape, "device": str(device.place), **plain(figures)}
             output.write(json.dumps(line) + "\n")
             output.flush()
 
