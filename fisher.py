@@ -52,7 +52,7 @@ from residual_fisher.model.passes import (
     edit_stream,
     hooked,
     require_known_tokens,
-    tokens_at,
+    token_at,
     unwrapped,
 )
 from residual_fisher.model.reading import Reading, read
@@ -65,7 +65,7 @@ __all__ = [
 ]  # fmt: skip
 
 EIGH_MAX_WIDTH = 256  # matrices up to this width: `eigh` is as fast as iteration for ten pairs (4 times slower at 576)
-MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration; float32 allows less
+MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration: what float32 can reach
 LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats, no longer matters
 
 
@@ -85,19 +85,32 @@ class NumericalError(ArithmeticError):
 # --- 1. the model, linearised at a prompt's last token --------------------------------------------
 
 
-@dataclass(frozen=True)
 class Point:
     """Where the model is linearised: what was read at the last token of each prompt, and the graph from h to x."""
 
-    model: nn.Module
-    modules: list[nn.Module]  # the hooked ones, in order: "layers" in the shapes below
-    activations: Tensor  # (layers, ..., d) float32, the residual stream h leaving each module
-    log_probs: Tensor  # (..., V) float32, nats
-    biases: list[Tensor]  # one leaf (..., d) for each layer, added to h; gradients are taken at it
-    x: Tensor  # (prompts, 1, d_head), the head's input: the final normalised hidden state
-    head: nn.Module  # x -> raw_logits, (V, d_head) if linear
-    raw_logits: Tensor  # (prompts, 1, V), the head's output
-    logits: Tensor  # (..., V) float32, after the scaling or soft-capping that follows the head
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: list[nn.Module],
+        streams: list[Tensor],
+        biases: list[Tensor],
+        head: HeadCapture,
+        logits: Tensor,
+    ):
+        """Raises NumericalError: activations or logits hold NaN or infinity."""
+        logits = logits.to(head.raw_logits.device)  # a model that is spread over devices returns them on the first
+        self.model = model
+        self.modules = modules  # the hooked ones, in order: "layers" in the shapes below
+        # (layers, ..., d) float32, the residual stream h leaving each module
+        self.activations = torch.stack([h.float().to(logits.device) for h in streams])
+        self.biases = biases  # one leaf (..., d) for each layer, added to h; gradients are taken at it
+        self.x = head.x  # (prompts, 1, d_head), the head's input: the final normalised hidden state
+        self.head = model.get_output_embeddings()  # x -> raw_logits
+        self.raw_logits = head.raw_logits  # (prompts, 1, V)
+        self.logits = logits  # (..., V) float32, after the scaling or soft-capping that follows the head
+        self.log_probs = logits.detach().log_softmax(-1)  # (..., V) float32, nats
+        _require_finite(self.activations, "activations", places=self.activations.ndim - 1)
+        _require_finite(logits.detach()[None], "logits", places=logits.ndim)
 
     def output_head(self) -> OutputHead:
         """Raises UnsupportedModelError: the head is not linear."""
@@ -114,12 +127,13 @@ class Point:
         return cotangents_through(self.model, self.x, self.logits, tokens)
 
 
-@dataclass(frozen=True)
 class PromptPoint(Point):
-    """The last token of one prompt, which can be perturbed: "..." is nothing."""
+    """The last token of one prompt, which can be perturbed; "..." is nothing."""
 
-    layers: list[int]  # numbers of the decoder layers
-    reading: Reading  # for the passes that perturb it
+    def __init__(self, *linearised, layers: list[int], reading: Reading):
+        super().__init__(*linearised)
+        self.layers = layers  # numbers of the decoder layers
+        self.reading = reading  # for the passes that perturb it
 
 
 def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None) -> PromptPoint:
@@ -164,7 +178,7 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
         raise UnsupportedModelError("no gradient leads from its layers to its prediction (is it quantised?)")
     if len(biases) != len(modules):
         raise UnsupportedModelError(f"some of its layers {layers} do not run, or not once, in a pass: choose others")
-    return PromptPoint(**_measured(model, modules, streams, biases, head, logits), layers=layers, reading=reading)
+    return PromptPoint(model, modules, streams, biases, head, logits, layers=layers, reading=reading)
 
 
 def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Point:
@@ -185,7 +199,7 @@ def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) ->
     with torch.enable_grad(), capture_head(point.model, lambda x: x[-len(deltas) :]) as head:
         logits = _perturbed_logits(point, leaf, at)  # (rows, V)
     streams = point.activations[at] + deltas.to(point.activations)  # (rows, d)
-    return Point(**_measured(point.model, point.modules, [streams], [leaf], head, logits))
+    return Point(point.model, point.modules, [streams], [leaf], head, logits)
 
 
 def linearize_prompts(
@@ -223,37 +237,11 @@ def linearize_prompts(
         return h + bias[:, None]
 
     hook = (module.register_forward_hook, edit_stream(add_zero_biases))
-    with torch.enable_grad(), hooked(hook), capture_head(model, tokens_at(last, ids.shape)) as head:
+    with torch.enable_grad(), hooked(hook), capture_head(model, lambda x: token_at(x, last, ids.shape)) as head:
         logits = model(ids.to(model.device), use_cache=False).logits[:, 0].float()  # (prompts, V)
     if len(biases) != 1 or not head.x.requires_grad:
         raise UnsupportedModelError("it does not stand, once, between the prompt and the output head")
-    return Point(**_measured(model, [module], streams, biases, head, logits))
-
-
-def _measured(
-    model: nn.Module,
-    modules: list[nn.Module],
-    streams: list[Tensor],
-    biases: list[Tensor],
-    head: HeadCapture,
-    logits: Tensor,
-) -> dict:
-    """The fields of a Point. Raises NumericalError: activations or logits hold NaN or infinity."""
-    logits = logits.to(head.raw_logits.device)  # a model that is spread over devices returns them on the first
-    activations = torch.stack([h.float().to(logits.device) for h in streams])  # (layers, ..., d)
-    _require_finite(activations, "activations", places=activations.ndim - 1)
-    _require_finite(logits.detach()[None], "logits", places=logits.ndim)
-    return {
-        "model": model,
-        "modules": modules,
-        "activations": activations,
-        "log_probs": logits.detach().log_softmax(-1),
-        "biases": biases,
-        "x": head.x,
-        "head": model.get_output_embeddings(),
-        "raw_logits": head.raw_logits,
-        "logits": logits,
-    }
+    return Point(model, [module], streams, biases, head, logits)
 
 
 def _require_finite(values: Tensor, what: str, places: int) -> None:
@@ -601,7 +589,9 @@ def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
 class PredictionCheck(NamedTuple):
     """What `check_prediction` tries and allows, for one precision of the model."""
 
-    nats: tuple[float, ...]  # predicted KL of each perturbation; KL's next term may be too large for the first only
+    nats: tuple[
+        float, ...
+    ]  # predicted KL of each perturbation; its next term may be too large for the first, not for the last
     least: float  # nats that rounding hides
     factor: float  # largest ratio between the changes and their prediction
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import fisher
-from residual_fisher.model import passes
 import tiny
 
 K = 20
@@ -495,13 +494,10 @@ def test_only_the_point_of_one_prompt_can_be_perturbed():
                 function(other, deltas, 0)
 
 
-def test_functions_that_take_no_gradients_may_be_wrapped_by_a_user(monkeypatch):
-    """Those that do take gradients must not depend on how the others are decorated."""
+def test_perturb_may_be_wrapped_by_a_user(monkeypatch):
+    """What takes gradients must not depend on how the function without gradients is decorated."""
     _, point = point_of("llama")
-    deltas = directions(2)
+    deltas, perturb = directions(2), fisher.perturb
     expected = fisher.linearize_perturbed(point, deltas, 0).logits
-    perturb, last_logits = fisher.perturb, passes.last_logits
     monkeypatch.setattr(fisher, "perturb", lambda *arguments: perturb(*arguments))
-    monkeypatch.setattr(passes, "last_logits", lambda *arguments: last_logits(*arguments))
     assert torch.equal(fisher.linearize_perturbed(point, deltas, 0).logits, expected)
-    passes._gradient_at_tokens(point.model, *tiny.prompts())

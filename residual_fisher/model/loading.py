@@ -1,7 +1,7 @@
 """Loading models by name (the embedded small one, a hub id or a local directory), and finding their layers."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 import difflib
 from functools import partial
 import hashlib
@@ -25,12 +25,7 @@ from residual_fisher.common.command_line import EMBEDDED, UserError, excerpt, fi
 from residual_fisher.common.memory import is_out_of_memory
 from residual_fisher.model.embedded import embedded_model
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 # The backward passes of fused attention and of grouped experts have no batching rule.
 PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 # Share of a GPU's free memory that weights may fill; larger models are spread over devices. The rest is for
@@ -110,7 +105,7 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
 def _explain_failures(name: str, no_bars: bool) -> Iterator[None]:
     """Replaces errors and logs of the libraries about a model's files by a one-line error message."""
     try:
-        with _hold_back_logs(), _no_progress_bars() if no_bars else nullcontext():
+        with _quiet_transformers(no_bars):
             yield
     except UserError:
         raise
@@ -216,21 +211,13 @@ def _exceeds_gpu(config, options: dict) -> bool:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _hold_back_logs() -> Iterator[None]:
-    """Delays the logs of transformers to the end of the block. Drops them if it fails, since that has a message."""
+def _quiet_transformers(no_bars: bool) -> Iterator[None]:
+    """Delays logs to the end of the block, drops them if it fails (that has a message); and may hide progress bars."""
+    bars = no_bars and transformers_logging.is_progress_bar_enabled()
+    if bars:
+        transformers_logging.disable_progress_bar()
     handlers, held = logging.getLogger("transformers").handlers, []
-    hold = held.append  # which returns None: drop the record
+    hold = held.append  # as a filter it drops the record, since it returns None
     for handler in handlers:
         handler.addFilter(hold)
     try:
@@ -239,6 +226,8 @@ def _hold_back_logs() -> Iterator[None]:
         held.clear()
         raise
     finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
         for handler in handlers:
             handler.removeFilter(hold)
             for record in held:
