@@ -267,10 +267,10 @@ def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tenso
         NumericalError: gradients hold NaN or infinity.
     """
     # Rows go through the network at unit norm, so that float16 gradients do not underflow.
-    norms = rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    norms = rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # (..., k, 1)
 
-    def chunk(rows: Tensor, norms: Tensor) -> Tensor:
-        unit = (rows / norms).to(point.x).reshape(-1, *point.x.shape)
+    def chunk(rows: Tensor, norms: Tensor) -> Tensor:  # (layers, rows, ..., d)
+        unit = (rows / norms).to(point.x).reshape(-1, *point.x.shape)  # (rows, prompts, 1, d_head)
         grads = batched_gradients(point.model, [point.x], point.biases, [unit])
         return torch.stack([norms * g.to(norms) for g in grads])
 
@@ -303,7 +303,7 @@ class PushForward:
         by_row = tangents.movedim(-2, 1).flatten(0, 1)  # (layers * m, ..., d)
         own = torch.arange(layers, device=tangents.device).repeat_interleave(m)
 
-        def chunk(u: Tensor, own: Tensor) -> Tensor:
+        def chunk(u: Tensor, own: Tensor) -> Tensor:  # (rows, prompts, 1, d_head)
             own = own.reshape(-1, *(1 for _ in u.shape[1:]))
             seeds = [torch.where(own == layer, u, 0).to(g) for layer, g in enumerate(self.at_biases)]
             return batched_gradients(self.model, self.at_biases, [self.at_x], seeds)[0]
@@ -377,8 +377,8 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     """
     k, d = gradients.shape[-2:]
     work = float64(gradients)
-    r = work * weights.to(work).sqrt()[..., None]
-    gram = r @ r.mT if k <= d else r.mT @ r
+    r = work * weights.to(work).sqrt()[..., None]  # (..., k, d)
+    gram = r @ r.mT if k <= d else r.mT @ r  # (..., k, k) or (..., d, d)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     if not allow_zero:
         _require_nonzero(trace)
@@ -386,10 +386,10 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     values, u = torch.linalg.eigh(gram)
     values = values[..., -num:].flip(-1).clamp(min=0)
     u = u[..., -num:].flip(-1).mT  # (..., num, k or d)
-    v = nn.functional.normalize(u @ r, dim=-1) if k <= d else u
+    v = nn.functional.normalize(u @ r, dim=-1) if k <= d else u  # (..., num, d)
     v = torch.linalg.qr(v.mT).Q.mT  # the vectors of small eigenvalues carry the rounding of large ones
 
-    toward = work[..., 0, :, None]
+    toward = work[..., 0, :, None]  # (..., d, 1)
     v = fix_signs(v, (v @ toward)[..., 0], toward.norm(dim=-2))
 
     # An eigenvalue below the rounding of the Gram matrix is zero, and its vector arbitrary.
@@ -438,8 +438,8 @@ def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor |
     Raises:
         NumericalError: gradients hold NaN or infinity.
     """
-    p, tokens = point.log_probs.exp().topk(k)
-    cotangents = point.cotangents(tokens)
+    p, tokens = point.log_probs.exp().topk(k)  # (..., k)
+    cotangents = point.cotangents(tokens)  # (..., k, d_head)
     gradients = pull_back(point, cotangents, chunks) if jacobian is None else cotangents @ jacobian
     return TopK(gradients, p, p.sum(-1), tokens)
 
@@ -496,9 +496,9 @@ def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabular
         NumericalError: gradients hold NaN or infinity.
     """
     head = point.output_head()
-    fisher_at_x = head.fisher_matrix()
+    fisher_at_x = head.fisher_matrix()  # C (..., d_head, d_head)
     identity = torch.eye(fisher_at_x.shape[-1], device=fisher_at_x.device).expand_as(fisher_at_x)
-    jacobian = pull_back(point, identity, chunks)
+    jacobian = pull_back(point, identity, chunks)  # J (layers, ..., d_head, d)
     top = head.cotangents(point.log_probs.argmax(-1, keepdim=True))
     matrix = torch.stack([j.mT @ (fisher_at_x @ j) for j in jacobian])  # a layer at a time: less memory
     return FullVocabulary(jacobian, matrix, (top @ jacobian)[..., 0, :], head)
