@@ -178,7 +178,7 @@ def test_a_model_is_loaded_straight_to_its_gpu_which_becomes_the_current_one(mod
 def test_a_model_that_would_be_offloaded_is_refused(model_directory, monkeypatch):
     spread(monkeypatch, (0, "cpu", 0))
     with pytest.raises(
-        UserError, match=r"larger than the free memory of the GPUs.*a smaller --dtype, more GPUs"
+        UserError, match=r"larger than the free memory of the GPUs.*a smaller dtype, more GPUs"
     ) as caught:
         loading.load(str(model_directory))
     assert "\n" not in str(caught.value)
