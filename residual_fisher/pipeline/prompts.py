@@ -79,14 +79,12 @@ class Prompts:
 
 
 def prompt_text(column: str, cell) -> str | None:
-    """The user's text in a cell, which must be a conversation if the column is one of TURNS; None if there is none."""
-    return first_user_turn(turns_of(cell) or []) if column in TURNS else user_text(cell)
+    """The user's first turn if a cell is a conversation, otherwise its text; None if there is none.
 
-
-def user_text(cell) -> str | None:
-    """The user's first turn if a cell is a conversation, otherwise the text of the cell; None if there is none."""
+    In the columns of TURNS, what is not a conversation has no text.
+    """
     turns = turns_of(cell)
-    return text_of(cell) if turns is None else first_user_turn(turns)
+    return text_of(cell) if turns is None and column not in TURNS else first_user_turn(turns or [])
 
 
 def turns_of(cell) -> list[dict] | None:
@@ -138,7 +136,9 @@ def encode(tokenizer, prompt: Prompt, max_length: int) -> Encoded:
     """
 
     def ids(text: str) -> list[int]:
-        return _in_template(tokenizer, text) if tokenizer.chat_template else _bare(tokenizer, text)
+        if not tokenizer.chat_template:
+            return _bare(tokenizer, text)
+        return tokenizer(render(tokenizer, text), add_special_tokens=False)["input_ids"]  # the template has its own
 
     all_ids, kept = ids(prompt.text), len(prompt.text)
     if len(all_ids) > max_length:
@@ -166,10 +166,6 @@ def _bare(tokenizer, text: str) -> list[int]:
     if start is None:
         raise UserError(f"{tokenizer.name_or_path} is not supported: its tokenizer puts special tokens into a text")
     return special[: start + len(bare)]
-
-
-def _in_template(tokenizer, text: str) -> list[int]:
-    return tokenizer(render(tokenizer, text), add_special_tokens=False)["input_ids"]  # the template brings its own
 
 
 def render(tokenizer, text: str) -> str:
