@@ -92,7 +92,7 @@ def steer(
     at_once = _at_once(point, along.to(point.activations), goals, target, perturbations)
     route = waypoints(probability, goals, steps)
     (*natural, deltas), (*gradient, _) = (
-        _in_steps(point, route, goals, target, count, step, gradients, perturbations)
+        _in_steps(point, route, target, count, step, gradients, perturbations)
         for count, step in ((tokens, Linearised.natural_steps), (1, Linearised.gradient_step))
     )
     log_prob, kl, length = (torch.cat(part, dim=1) for part in zip(at_once, natural, gradient, strict=True))
@@ -242,21 +242,15 @@ class Linearised:
 
 
 def _in_steps(
-    point: Point,
-    route: list[float],
-    goals: list[float],
-    target: int,
-    tokens: int,
-    step: Callable[[Linearised, float], tuple[Tensor, Tensor]],
-    gradients: Chunks,
-    perturbations: Chunks,
+    point: Point, route: list[float], target: int, tokens: int, step: Callable, gradients: Chunks, perturbations: Chunks
 ) -> tuple[Tensor, ...]:
     """Log-probability, KL, length (layers, 1, goals) and perturbation (layers, 1, goals, d) that reach each goal.
 
     Each step is linearised where the last one led.
 
     Args:
-        step: gives the correction and the advance to the wanted log-odds.
+        route: probabilities to aim at in turn, the goals among them.
+        step: a method of Linearised that gives the correction and the advance to given log-odds.
     """
     deltas, layers = torch.zeros_like(point.activations), torch.arange(len(point.activations))
     multiples = torch.tensor(MULTIPLES, device=deltas.device)
@@ -283,7 +277,7 @@ def _in_steps(
         _, _, index = crossing(cuts, odds_at_cuts, wanted, low)
         length = torch.where(reached, at_crossing(cuts, odds_at_cuts, wanted, index), multiples[odds.argmax(-1)])
         deltas = start + advance * length[:, None]
-        if goal in goals:
+        if goal in GOALS:
             swept = sweep(point, deltas[:, None], target, 1, perturbations)
             column = (swept.target_log_prob[:, 0], swept.kl[:, 0], deltas.norm(dim=-1))
             column = [part.masked_fill(~reached, math.nan) for part in column]

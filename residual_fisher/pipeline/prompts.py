@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import chain, islice
 
@@ -34,35 +34,26 @@ class Encoded:
     truncated: bool  # the end of the user's text was cut
 
 
+@dataclass
 class Prompts:
-    """The prompts of a dataset, in order, read lazily.
+    """The prompts of a dataset, in order, read lazily, to be iterated once. The arguments are those of `read_rows`."""
 
-    Rows without a usable text are skipped, and counted in `skipped`.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        split: str = "train",
-        column: str | None = None,
-        config: str | None = None,
-        shuffle: int | None = None,
-    ):
-        """`column` holds texts or conversations; None takes the first of COLUMNS that does.
-
-        The other arguments are those of `common.rows.read_rows`.
-        """
-        self.source, self.column = source, column
-        self.rows = read_rows(source, split, config, shuffle)
-        self.usable, self.skipped = 0, 0
+    source: str
+    split: str = "train"
+    column: str | None = None  # holds texts or conversations; None takes the first of COLUMNS that does
+    config: str | None = None
+    shuffle: int | None = None
+    usable: int = field(default=0, init=False)  # rows read that have a usable text
+    skipped: int = field(default=0, init=False)  # rows read that have none
 
     def __iter__(self) -> Iterator[Prompt]:
         """Raises UserError: the dataset cannot be read, or has no such column, or no text in it."""
-        first = list(islice(self.rows, SAMPLE_ROWS))
+        rows = read_rows(self.source, self.split, self.config, self.shuffle)
+        first = list(islice(rows, SAMPLE_ROWS))
         if not first:
             raise UserError(f"{self.source} has no usable prompt: it holds no rows")
         self.column = choose_column(self.source, first, self.column, COLUMNS, "--prompt-column", prompt_text)
-        for number, row in enumerate(chain(first, self.rows)):
+        for number, row in enumerate(chain(first, rows)):
             text = prompt_text(self.column, row.get(self.column))
             if text is None:
                 self.skipped += 1
