@@ -26,7 +26,7 @@ from residual_fisher.model.passes import (
 from residual_fisher.model.words import Said, found_in, shown_by, what_is_said
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 from residual_fisher.pipeline.prompts import Encoded, Prompt, check_template, encode, plan_batches
-from residual_fisher.pipeline.settings import Settings
+from residual_fisher.pipeline.settings import DIRECTIONS, Settings
 from residual_fisher.pipeline.store import Result
 
 # Rows (tokens times cotangents) of one backward pass: more of them no longer make better use of the machine.
@@ -37,8 +37,7 @@ PLAIN_ATTENTION = 256
 # With the whole vocabulary attention stays plain, and keeps about this many such matrices a head and layer.
 MATRICES_KEPT = 6
 ATTENTION_BYTES = 4 << 30
-# Of so many leading directions, so many tokens are recorded: a few hold most of the share, and records stay small.
-DIRECTIONS, TOKENS = 3, 6
+TOKENS = 6  # recorded of each of the leading DIRECTIONS, so that records stay small
 NEXT_TOKENS = 10  # recorded of a prediction
 
 

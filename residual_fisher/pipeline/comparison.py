@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from residual_fisher.common.command_line import UserError, first_line
-from residual_fisher.pipeline.evidence import Lexicon, Prompts
 from residual_fisher.pipeline.metadata import read_metadata, seal, shown
+from residual_fisher.pipeline.scores import ScoredRun
 from residual_fisher.pipeline.settings import Settings
 from residual_fisher.pipeline.store import PROMPTS, load_fisher_matrices
 
@@ -71,19 +71,21 @@ class Comparison:
         """By which the run is known again, wherever it is."""
         return self.metadata["files"][PROMPTS]
 
-    def open(self, stack: ExitStack, lexicon: Lexicon, own: Prompts) -> Prompts:
+    def open(self, stack: ExitStack, own: ScoredRun) -> ScoredRun:
         """Its prompts.
 
         Raises:
             UserError: they cannot be read, or are too few; or not those of `own` in a base model.
         """
         matrices = stack.enter_context(load_fisher_matrices(self.path))
-        found = Prompts.of(read_records(self.path / PROMPTS), matrices, lexicon)
+        found = ScoredRun.of(read_records(self.path / PROMPTS), matrices)
         if matrices[0].U.shape != own.matrices[0].U.shape:
             raise UserError(f"the matrices in {self.path} are of another shape: --{self.kind} takes a run of the same")
-        if self.kind == "base" and found.texts != own.texts:
-            pairs = zip(found.texts, own.texts, strict=False)
-            first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found.texts), len(own.texts)))
+        if self.kind == "base" and found.prompt_hashes != own.prompt_hashes:
+            pairs = zip(found.prompt_hashes, own.prompt_hashes, strict=False)
+            first = next(
+                (i for i, (a, b) in enumerate(pairs) if a != b), min(len(found.prompt_hashes), len(own.prompt_hashes))
+            )
             raise UserError(
                 f"the run in {self.path} is of other prompts (first at prompt {first}): "
                 "--base takes one of the same prompts through another model"

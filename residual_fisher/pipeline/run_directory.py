@@ -15,13 +15,11 @@ from residual_fisher.common.files import atomic_open, check_writable, json_ready
 from residual_fisher.common.lock import LOCK
 from residual_fisher.pipeline import figures, report
 from residual_fisher.pipeline.comparison import Comparison, read_records
-from residual_fisher.pipeline.evidence import Lexicon, Prompts
 from residual_fisher.pipeline.metadata import FORMAT, METADATA, SPECTRA, read_metadata, seal, shown
-from residual_fisher.pipeline.scores import outlier_scores
+from residual_fisher.pipeline.scores import SCORING_VERSION, ScoredRun, outlier_scores
 from residual_fisher.pipeline.settings import INCIDENTAL, Settings
 from residual_fisher.pipeline.store import ARRAYS, FOLDER, INDEX, PROMPTS, Store, load_fisher_matrices
 
-SCORING = 2  # what the scores mean
 EARLIER_SCORES = ("z_log_lambda", "subspace_distance", "z_subspace", "z_principal")
 FILES = (ARRAYS, PROMPTS, METADATA, SPECTRA)
 
@@ -166,16 +164,14 @@ class RunDirectory:
 
     def _score(self, records: Callable[[], Iterable[dict]]) -> tuple[int, int]:
         """Writes the prompts' records with their scores, and the picture of them; returns the shape of the matrices."""
-        lexicon, against = Lexicon(), {}
+        against = {}
         with ExitStack() as stack:
             matrices = stack.enter_context(load_fisher_matrices(self.path))
-            prompts = Prompts.of(records(), matrices, lexicon)
+            prompts = ScoredRun.of(records(), matrices)
             if self._comparison:
-                against[self._comparison.kind] = self._comparison.open(stack, lexicon, prompts)
-            scores = outlier_scores(prompts, **against)
+                against[self._comparison.kind] = self._comparison.open(stack, prompts)
+            columns = outlier_scores(prompts, **against)
             shape = matrices[0].U.shape
-        columns = {name: column.tolist() for name, column in scores.items() if name != "odd_words"}
-        columns["odd_words"] = [lexicon.texts(numbers) for numbers in scores["odd_words"]]
         with atomic_open(self.path / PROMPTS) as file:
             for index, record in enumerate(records()):
                 record.update({name: column[index] for name, column in columns.items()})
@@ -187,7 +183,7 @@ class RunDirectory:
         """What the scores are of."""
         against = self._comparison
         known = (against.kind, str(against.path), against.seal) if against else (None, None, None)
-        return {"version": SCORING, **dict(zip(("against", "directory", "seal"), known, strict=True))}
+        return {"version": SCORING_VERSION, **dict(zip(("against", "directory", "seal"), known, strict=True))}
 
     def _results(self, in_one_file: bool) -> list[str]:
         shards = [self.store.folder / INDEX, *self.store.shards()]

@@ -1,22 +1,26 @@
 """Which prompts stand out: by how much, and in which way.
 
-Four scores, each in robust standard deviations of what is usual:
+Four scores, each a robust z-score, compare a prompt with usual prompts:
 
 - strength: how strongly the prediction depends on the residual stream, and how certain it is. The Mahalanobis distance
   of (log tr F, log-odds of the most probable token).
 - spectrum: how the sensitivity is spread. The Mahalanobis distance of the logarithms of F's singular values.
-- directions: where in the residual stream it lies. The share of F outside the directions that other prompts use.
-- words: what it is about. The surprise at the tokens that the prediction makes probable.
+- directions: where in the residual stream it lies. The share of F outside the directions that usual prompts use.
+- words: what the prediction is about. The surprisal of the next tokens.
 
-They see different things, and the outlier score is of their sum, again in robust standard deviations. What is usual is
-learnt from trusted prompts; or, without any, from the more usual ones of the run itself. Beside a base model, the same
-four are of the *change* of each prompt's F, and the outlier score is of the directions alone.
+They see different things. The outlier score is the robust z-score of their sum.
 
-At most LANDMARKS prompts, evenly spaced, are learnt from; one that is among them is measured against the others, so
-that all distances are of prompts not learnt from.
+Usual prompts are those of a reference, which are trusted; else the more usual half of the run itself. With a base
+model, the same four scores are of the *change* of each prompt's F, and the outlier score is of the directions alone.
+
+At most LANDMARKS evenly spaced prompts are learnt from. Each of them is scored leave-one-out, so that no prompt is
+compared with itself.
 """
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 import warnings
 
@@ -24,160 +28,250 @@ import numpy as np
 
 from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.pipeline.distances import (
+    COORDINATES,
     RESOLUTION,
-    Directions,
-    Distances,
+    Mahalanobis,
+    NextTokens,
     PrincipalCoordinates,
-    Words,
+    Subspace,
+    Surprisal,
+    Unlearnt,
+    log_gain,
     robust_z,
-    shift,
+    root,
 )
-from residual_fisher.pipeline.evidence import Prompts, Sample
+from residual_fisher.pipeline.settings import DIRECTIONS
+from residual_fisher.pipeline.store import Triplets
 
+SCORING_VERSION = 2  # another one has other scores: results of an earlier one are scored again
 SCORES = ("z_strength", "z_spectrum", "z_directions", "z_words")
-SPREADS = (RESOLUTION, RESOLUTION, RESOLUTION, 0.01)  # less is none; of words, one prompt more or less is as much
+# The smallest deviation that is not rounding. For words: what one prompt more or less changes.
+LEAST_DEVIATIONS = (RESOLUTION, RESOLUTION, RESOLUTION, 0.01)
 OUTLIER = "outlier_score"
-# Beyond it a prompt stands out: about one of a hundred ordinary prompts does, as of normal data.
-THRESHOLD = 2.3
-LANDMARKS = 256  # prompts that are learnt from: more would hardly change what is usual
-FEWEST = 8  # fewer say nothing
-STEPS = 2  # in which the trusted half of a run's own prompts is found
+THRESHOLD = 2.3  # a prompt above it stands out: 1% of normal data do, about as many of ordinary prompts
+LANDMARKS = 256  # prompts learnt from: more hardly change what is usual
+FEWEST = 8  # prompts learnt from: fewer do not show what is usual
+CONCENTRATION_STEPS = 2  # by which the usual half is found
 SCORED_AT_ONCE = 64  # prompts
-DIRECTIONS = 3  # of which that is named in which a prompt differs most: those whose words are recorded
-WORDS = 3  # named of a prompt
-OFFSET = 0.3  # of distances, of order 1, before the logarithm: very small ones are no more usual than small ones
+ODD_WORDS = 3  # named of a prompt
+OFFSET = 0.3  # added to distances, which are of order 1, before the logarithm: near 0 they should not differ much
+VALUES = 10  # leading singular values and vectors that are compared
+LEAST_VALUE = 1e-9  # of the first singular value: what is less is rounding
+CERTAIN = 1e-7  # the rounding of a float32 probability
+TINY = np.finfo(np.float32).tiny
 
 
-class Found(NamedTuple):
-    """How far prompts are from what is usual, and what is unusual about them."""
-
-    distances: np.ndarray  # (4, n), by score: logarithms, but for the surprise of words
-    outside: np.ndarray  # (n, values): the part of F along each singular vector that is outside the usual directions
-    surprise: list[np.ndarray]  # of each prompt's words
+# --- what is compared ----------------------------------------------------------------------------
 
 
-class Usual:
-    """What is usual, learnt from the `trusted` prompts of a sample; all of the sample sets the scale.
+class Features(NamedTuple):
+    """What is compared of n prompts."""
 
-    Distances are taken as logarithms: only so are they spread like normal data, and their sum not the largest alone.
+    strength: np.ndarray  # (n, 2): log tr F, log-odds of the most probable token
+    spectrum: np.ndarray  # (n, values): logarithms of the singular values
+    roots: list[np.ndarray]  # X (d, values) float32, with F / tr F = X X^T
+    tokens: list[NextTokens]
+
+
+class Change(NamedTuple):
+    """What is compared of n prompts in a model and its base model."""
+
+    strength: np.ndarray  # (n, 2), differences
+    spectrum: np.ndarray  # (n, values), differences
+    outside: np.ndarray  # (n, values): the share of tr F outside the directions of the base model's F
+    gains: list[np.ndarray]  # of each prompt's next tokens, `log_gain`
+
+    @classmethod
+    def between(cls, own: Features, base: Features) -> "Change":
+        pairs = zip(own.roots, base.roots, strict=True)
+        outside = np.concatenate([Subspace([before]).of([after]) for after, before in pairs])
+        gains = [*map(log_gain, own.tokens, base.tokens)]
+        return cls(own.strength - base.strength, own.spectrum - base.spectrum, outside, gains)
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """What the scores are computed from: of each of a run's n prompts, a few numbers in memory, and F on disk."""
+
+    matrices: Sequence[Triplets]
+    trace: np.ndarray  # (n,)
+    top_probability: np.ndarray  # (n,)
+    tokens: list[tuple[str, bool]]  # the next tokens of all prompts, as of `NextTokens`; equal ones are one object
+    p: np.ndarray  # (all tokens,) float32
+    ends: Sequence[int]  # n + 1: tokens[ends[i] : ends[i + 1]] are prompt i's
+    prompt_hashes: Sequence[int]  # n
+    failed: frozenset[int]  # numbers of the prompts without F
+
+    @classmethod
+    def of(cls, records: Iterable[dict], matrices: Sequence[Triplets]) -> "ScoredRun":
+        trace, top, hashes, failed = array("d"), array("d"), array("q"), []
+        tokens, p, ends, known = [], array("f"), array("q", [0]), {}
+        for index, record in enumerate(records):
+            trace.append(record["trace"])
+            top.append(record["top_probability"])
+            hashes.append(hash(record["prompt"]))
+            if "failed" in record:
+                failed.append(index)
+            for token in record.get("next_tokens", ()):  # an earlier version recorded none
+                pair = token["token"], token["in_prompt"]
+                tokens.append(known.setdefault(pair, pair))
+                p.append(token["probability"])
+            ends.append(len(tokens))
+        return cls(matrices, np.array(trace), np.array(top), tokens, np.array(p), ends, hashes, frozenset(failed))
+
+    def usable(self) -> list[int]:
+        """The numbers of the prompts that have F."""
+        return [index for index in range(len(self.trace)) if index not in self.failed]
+
+    def features(self, numbers: Sequence[int]) -> Features:
+        several = [self.matrices[i] for i in numbers]
+        p = np.clip(self.top_probability[numbers], CERTAIN, 1 - CERTAIN)
+        values = np.array([triplets.S[:VALUES] for triplets in several], dtype=np.float64)
+        values = np.maximum(values, np.maximum(LEAST_VALUE * values[:, :1], TINY))
+        strength = np.stack([np.log(np.maximum(self.trace[numbers], TINY)), np.log(p / (1 - p))], axis=1)
+        leading = [(triplets.U[:, :VALUES], triplets.S[:VALUES]) for triplets in several]
+        roots = [root(u, s, s.sum(dtype=np.float64)) for u, s in leading]
+        return Features(strength, np.log(values), roots, [self.next_tokens(i) for i in numbers])
+
+    def next_tokens(self, number: int) -> NextTokens:
+        part = slice(self.ends[number], self.ends[number + 1])
+        return NextTokens(self.tokens[part], self.p[part])
+
+
+# --- how it is compared --------------------------------------------------------------------------
+
+
+class Scorer:
+    """Scores prompts by their distances from `trusted` ones of a sample; z-scores are relative to all of the sample.
+
+    Attributes:
+        sample: the sample's own distances, as `compare` returns them; of trusted prompts leave-one-out.
+        total: (n,) the sum of the sample's z-scores that the outlier score counts.
     """
 
-    def __init__(self, sample: Sample, trusted: Sequence[int]):
-        some = sample.some(trusted)
-        self._strength, self._spectrum = Distances(some.strength), Distances(some.spectrum)
-        self._directions, self._words = (
-            (None, None) if sample.base is not None else (Directions(some.roots), Words(some.words))
-        )
-        self.found = self.find(sample)
-        distances, outside, surprise = self.found
-        distances[0, trusted] = np.log(self._strength.without_itself() + OFFSET)
-        distances[1, trusted] = np.log(self._spectrum.without_itself() + OFFSET)
-        if sample.base is None:
-            outside[trusted] = self._directions.without_itself()
-            distances[2, trusted] = np.log(outside[trusted].sum(axis=1) + OFFSET)
-            for place, own in zip(trusted, self._words.without_itself(), strict=True):
-                surprise[place] = own
-                distances[3, place] = own.sum()
-        # a fine-tune changes how certain a model is of many prompts, but few prompts' directions
-        self._counted = [SCORES.index("z_directions")] if sample.base is not None else slice(None)
-        self.total = self._standardized(distances)[self._counted].sum(axis=0)
+    measures: tuple[type, ...]  # one for each of the features, and for each of SCORES
+    counted: slice | list[int]  # which of SCORES the outlier score counts
 
-    def find(self, sample: Sample) -> Found:
-        """Beside a base model, "usual" directions and words are those of the base model for the same prompt."""
-        if sample.base is not None:
-            pairs = zip(sample.roots, sample.base.roots, strict=True)
-            outside = np.concatenate([Directions([base]).outside([own]) for own, base in pairs])
-            surprise = [*map(shift, sample.words, sample.base.words)]
-        else:
-            outside, surprise = self._directions.outside(sample.roots), self._words.surprise(sample.words)
-        logarithms = np.log(
-            np.stack([self._strength.of(sample.strength), self._spectrum.of(sample.spectrum), outside.sum(axis=1)])
-            + OFFSET
-        )
-        return Found(np.concatenate([logarithms, [[own.sum() for own in surprise]]]), outside, surprise)
+    def __init__(self, sample: Features | Change, trusted: Sequence[int]):
+        learnt = [[part[i] for i in trusted] if isinstance(part, list) else part[trusted] for part in sample]
+        self._measures = [measure(part) for measure, part in zip(self.measures, learnt, strict=True)]
+        self.sample = self.compare(sample)
+        for found, measure in zip(self.sample, self._measures, strict=True):
+            for place, left_out in zip(trusted, measure.leave_one_out(), strict=True):
+                found[place] = left_out
+        self._usual = _logarithms(self.sample)
+        self.total = self._z_scores(self._usual)[self.counted].sum(axis=0)
 
-    def _standardized(self, distances: np.ndarray) -> np.ndarray:
-        pairs = zip(distances, self.found.distances, SPREADS, strict=True)
-        return np.stack([robust_z(row, usual, least) for row, usual, least in pairs])
+    @classmethod
+    def of_usual_half(cls, sample: Features | Change) -> "Scorer":
+        """Trusts the more usual half of a sample.
 
-    def scores(self, distances: np.ndarray) -> np.ndarray:
-        """(5, n): the four, and of the sum of those that count."""
-        four = self._standardized(distances)
-        return np.concatenate([four, robust_z(four[self._counted].sum(axis=0), self.total)[None]])
+        Prompts that are odd in the same way make each other usual. So the half is first chosen by two measures: the
+        outlier score with all of the sample trusted, and each prompt's distance in strength from the medians, which
+        a group does not move. Then concentration steps (Rousseeuw and Van Driessen, 1999): each trusts the half with
+        the lowest outlier scores of the step before.
+        """
+        robust_distance = np.sqrt(sum(robust_z(column, column) ** 2 for column in sample.strength.T))
+        both = cls(sample, np.arange(len(sample.strength))).total, np.log(robust_distance + OFFSET)
+        oddness = sum(robust_z(one, one) for one in both)
+        for _ in range(CONCENTRATION_STEPS):
+            scorer = cls(sample, np.sort(np.argsort(oddness, kind="stable")[: len(oddness) // 2]))
+            oddness = scorer.total
+        return scorer
 
+    def compare(self, prompts: Features | Change) -> list:
+        """[distances in strength, in spectrum, shares of F outside by singular vector, surprisals by token]."""
+        return [measure.of(part) for measure, part in zip(self._measures, prompts, strict=True)]
 
-def learn(sample: Sample, trusted: bool) -> Usual:
-    """From all of a sample that is trusted, else from the more usual half of it.
+    def scores(self, compared: list) -> np.ndarray:
+        """(5, n): the four scores and the outlier score."""
+        four = self._z_scores(_logarithms(compared))
+        return np.concatenate([four, robust_z(four[self.counted].sum(axis=0), self.total)[None]])
 
-    Prompts that are odd in the same way make each other usual. So the half is chosen by two looks: at the scores that
-    all of the sample would lead to, and at how far each prompt's strength is from the medians, which a group does not
-    move. Then it is chosen once more, by what it says itself (a concentration step: Rousseeuw and Van Driessen, 1999).
-    """
-    everyone = Usual(sample, np.arange(len(sample)))
-    if trusted:
-        return everyone
-    strength = np.sqrt(sum(robust_z(column, column) ** 2 for column in sample.strength.T))
-    looks = [everyone.total, np.log(strength + OFFSET)]
-    odd = sum(robust_z(look, look) for look in looks)
-    for _ in range(STEPS):
-        usual = Usual(sample, np.sort(np.argsort(odd, kind="stable")[: len(sample) // 2]))
-        odd = usual.total
-    return usual
+    def _z_scores(self, logarithms: np.ndarray) -> np.ndarray:
+        rows = zip(logarithms, self._usual, LEAST_DEVIATIONS, strict=True)
+        return np.stack([robust_z(row, usual, least) for row, usual, least in rows])
 
 
-def outlier_scores(prompts: Prompts, reference: Prompts | None = None, base: Prompts | None = None) -> dict:
-    """By prompt: the four scores, the outlier score, and what explains them.
+class TrustedScorer(Scorer):
+    """Scores prompts by their distance from trusted ones in all features."""
+
+    measures, counted = (Mahalanobis, Mahalanobis, Subspace, Surprisal), slice(None)
+
+
+class ChangeScorer(Scorer):
+    """Scores the change from a base model: of directions and words, what the base model has not for the same prompt."""
+
+    # a fine-tune changes how certain a model is of many prompts, but the directions of few
+    measures, counted = (Mahalanobis, Mahalanobis, Unlearnt, Unlearnt), [SCORES.index("z_directions")]
+
+
+def _logarithms(compared: list) -> np.ndarray:
+    """(4, n), by score: logarithms of distances are spread like normal data; words' surprisals are summed."""
+    strength, spectrum, outside, surprisals = compared
+    logarithms = np.log(np.stack([strength, spectrum, outside.sum(axis=1)]) + OFFSET)
+    return np.concatenate([logarithms, [[own.sum() for own in surprisals]]])
+
+
+# --- together ------------------------------------------------------------------------------------
+
+
+def outlier_scores(run: ScoredRun, reference: ScoredRun | None = None, base: ScoredRun | None = None) -> dict:
+    """The four scores, the outlier score, and what explains them: lists with an entry for each prompt, by name.
 
     `differs_along` is the one of the first DIRECTIONS singular vectors, from 0, along which most of F lies outside the
-    usual directions; `odd_words`, numbers of words, the most surprising first. Prompts that failed have zeros, and
-    count for nobody else's scores.
+    usual directions. `odd_words` are the texts of the next tokens with most surprisal. `principal_coordinates` are
+    COORDINATES numbers, or as many as there are prompts with F. Prompts that failed have zeros and no words, and do not
+    change the others' scores; if all failed, there are COORDINATES zeros.
 
     Args:
-        reference: trusted prompts; None for the more usual ones of these.
+        reference: trusted prompts; None for the more usual half of the run's own.
         base: the same prompts through another model, from which the change is scored. Not with a reference.
     """
-    kept = [index for index in prompts.usable() if base is None or index not in base.failed]
+    count, usable = len(run.trace), [i for i in run.usable() if base is None or i not in base.failed]
+    scores, along = np.zeros((len(SCORES) + 1, count)), np.zeros(count, dtype=int)
+    words = [[] for _ in range(count)]
 
-    def evidence(numbers: Sequence[int]) -> Sample:
-        own = prompts.sample(numbers)
-        return own if base is None else own.beside(base.sample(numbers))
+    def features(numbers: Sequence[int]) -> Features | Change:
+        own = run.features(numbers)
+        return own if base is None else Change.between(own, base.features(numbers))
 
-    source = kept if reference is None else reference.usable()
-    chosen = [source[place] for place in evenly_spaced(len(source), LANDMARKS)]
-    count = len(prompts.trace)
-    columns = {name: np.zeros(count) for name in (*SCORES, OUTLIER)}
-    columns |= {"differs_along": np.zeros(count, dtype=int), "odd_words": [[] for _ in range(count)]}
-    if len(chosen) < FEWEST:
-        warnings.warn(f"{len(chosen)} prompts do not say what is usual: all scores are 0", stacklevel=2)
+    landmarks = _landmarks(usable if reference is None else reference.usable())
+    if len(landmarks) < FEWEST:
+        warnings.warn(f"{len(landmarks)} prompts do not say what is usual: all scores are 0", stacklevel=2)
     else:
-        usual = learn(evidence(chosen) if reference is None else reference.sample(chosen), reference is not None)
-        places = {number: place for place, number in enumerate(chosen)} if reference is None else {}
-        for numbers in _in_parts(kept):
-            sample = evidence(numbers)
-            distances, outside, surprise = usual.find(sample)
-            for column, number in enumerate(numbers):
-                if number in places:  # measured against the others
-                    distances[:, column] = usual.found.distances[:, places[number]]
-                    outside[column] = usual.found.outside[places[number]]
-                    surprise[column] = usual.found.surprise[places[number]]
-                order = np.argsort(-surprise[column], kind="stable")[:WORDS]
-                columns["odd_words"][number] = sample.words[column][0][order].tolist()
-            for name, scores in zip((*SCORES, OUTLIER), usual.scores(distances), strict=True):
-                columns[name][numbers] = scores
-            columns["differs_along"][numbers] = outside[:, :DIRECTIONS].argmax(axis=1)
-        if alike := [name.removeprefix("z_") for name in SCORES if not columns[name].any()]:
+        if reference is not None:
+            scorer, left_out = TrustedScorer(reference.features(landmarks), np.arange(len(landmarks))), []
+        else:
+            scorer = (TrustedScorer if base is None else ChangeScorer).of_usual_half(features(landmarks))
+            left_out = [(landmarks, scorer.sample)]  # replaces what the parts say of these prompts
+        parts = ((part, scorer.compare(features(part))) for part in _in_parts(usable))
+        for numbers, compared in chain(parts, left_out):
+            scores[:, numbers] = scorer.scores(compared)
+            along[numbers] = compared[2][:, :DIRECTIONS].argmax(axis=1)
+            for number, surprisal in zip(numbers, compared[3], strict=True):
+                tokens = run.next_tokens(number).tokens
+                words[number] = [tokens[i][0] for i in np.argsort(-surprisal, kind="stable")[:ODD_WORDS]]
+        if alike := [name.removeprefix("z_") for name, row in zip(SCORES, scores, strict=False) if not row.any()]:
             warnings.warn(f"all prompts have the same {' and '.join(alike)}: these scores are 0", stacklevel=2)
-    return {**columns, "principal_coordinates": _on_the_map(prompts, kept)}
+    columns = dict(zip((*SCORES, OUTLIER), scores.tolist(), strict=True))
+    columns |= {"differs_along": along.tolist(), "odd_words": words}
+    return {**columns, "principal_coordinates": _principal_coordinates(run, usable)}
+
+
+def _landmarks(numbers: Sequence[int]) -> list[int]:
+    return [numbers[place] for place in evenly_spaced(len(numbers), LANDMARKS)]
 
 
 def _in_parts(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
     return (numbers[start : start + SCORED_AT_ONCE] for start in range(0, len(numbers), SCORED_AT_ONCE))
 
 
-def _on_the_map(prompts: Prompts, kept: Sequence[int]) -> np.ndarray:
-    chosen = [kept[place] for place in evenly_spaced(len(kept), LANDMARKS)]
-    principal = PrincipalCoordinates([prompts.matrices[i] for i in chosen])
-    found = np.concatenate([principal.coordinates([prompts.matrices[i] for i in some]) for some in _in_parts(kept)])
-    coordinates = np.zeros((len(prompts.trace), found.shape[1]))
-    coordinates[kept] = found
-    return coordinates
+def _principal_coordinates(run: ScoredRun, usable: Sequence[int]) -> list[list[float]]:
+    if not usable:
+        return [[0.0] * COORDINATES for _ in range(len(run.trace))]
+    principal = PrincipalCoordinates([run.matrices[i] for i in _landmarks(usable)])
+    found = np.concatenate([principal.of([run.matrices[i] for i in part]) for part in _in_parts(usable)])
+    coordinates = np.zeros((len(run.trace), found.shape[1]))
+    coordinates[usable] = found
+    return coordinates.tolist()

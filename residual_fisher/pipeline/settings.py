@@ -22,6 +22,7 @@ from residual_fisher.common.command_line import (
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config.yaml"
 BUNDLED = "data/prompts.jsonl"
+DIRECTIONS = 3  # leading ones of a prompt whose tokens are recorded: they hold most of the share
 
 
 @dataclass(frozen=True)
