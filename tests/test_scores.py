@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
 from residual_fisher.pipeline import distances, figures, scores
 from residual_fisher.pipeline.distances import (
@@ -12,6 +13,7 @@ from residual_fisher.pipeline.distances import (
     PrincipalCoordinates,
     Subspace,
     Surprisal,
+    largest_eigenvalue,
     log_gain,
     robust_z,
 )
@@ -115,6 +117,29 @@ def test_the_share_outside_goes_from_some_to_all_and_is_told_by_direction(ordina
     found = Subspace(roots(ordinary)).of(roots([odd, triplets(np.eye(D)[:, 20:23])]))
     assert found[0].argmax() == 1
     assert found[0].sum() < 0.7 < found[1].sum() <= 1 + 1e-6
+
+
+def alternating(count: int) -> np.ndarray:
+    """Its only eigenvector with an eigenvalue is orthogonal to a vector of ones."""
+    signs = (-1.0) ** np.arange(count)
+    return np.outer(signs, signs)
+
+
+@pytest.mark.parametrize("count", [1, 2, 200])
+def test_the_largest_eigenvalue_is_found_whatever_the_eigenvector(count):
+    rows = np.random.default_rng(0).standard_normal((count, 3 * count))
+    close = rows @ rows.T  # eigenvalues close to each other
+    for matrix in (close, alternating(count), np.eye(count), np.ones((count, count)), np.zeros((count, count))):
+        expected = np.linalg.eigvalsh(matrix)[-1]
+        assert largest_eigenvalue(matrix) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert largest_eigenvalue(close) == largest_eigenvalue(close)
+
+
+def test_an_eigenvalue_that_does_not_converge_is_an_error(monkeypatch):
+    monkeypatch.setattr(distances, "eigsh", lambda *args, **options: eigsh(*args, **options, maxiter=1))
+    rows = np.random.default_rng(0).standard_normal((300, 900))
+    with pytest.raises(ArpackNoConvergence):
+        largest_eigenvalue(rows @ rows.T)
 
 
 def test_coordinates_are_those_of_kernel_pca_on_the_matrices_themselves(ordinary):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
+from scipy.sparse.linalg import eigsh
 
 from residual_fisher.pipeline.store import Triplets
 
@@ -15,6 +16,7 @@ PSEUDOCOUNT = 0.5  # of additive smoothing: a token is taken to have been certai
 COORDINATES = 5  # principal coordinates of a prompt
 RESOLUTION = 1e-5  # of logarithms and shares, all of order 1: equal prompts of different batches differ by rounding
 MIN_DEVIATION = 1e-3  # standard deviation of a logarithm, added to each column's so that equal rows have an inverse
+SMALL = 64  # rows of a matrix whose eigenvalues are found faster all at once
 
 
 def robust_z(values: np.ndarray, usual: np.ndarray, least: float = RESOLUTION) -> np.ndarray:
@@ -101,14 +103,18 @@ class Subspace:
 
 
 def largest_eigenvalue(matrix: np.ndarray) -> float:
-    vector = np.ones(len(matrix))
-    for _ in range(30):
-        vector = matrix @ vector
-        norm = np.linalg.norm(vector)
-        if norm == 0:
-            return 0.0
-        vector /= norm
-    return float(norm)
+    """The largest eigenvalue of a positive semi-definite matrix, in float64.
+
+    Raises:
+        scipy.sparse.linalg.ArpackNoConvergence: the Lanczos iteration has not converged to float64's precision.
+    """
+    if len(matrix) <= SMALL:
+        return float(np.linalg.eigvalsh(matrix)[-1])
+    if not matrix.any():  # ARPACK refuses it
+        return 0.0
+    # The same vector each time, and random: one of equal entries may be orthogonal to the eigenvector.
+    start = np.random.default_rng(0).standard_normal(len(matrix))
+    return float(eigsh(matrix, 1, which="LA", v0=start, return_eigenvectors=False)[0])
 
 
 class NextTokens(NamedTuple):
