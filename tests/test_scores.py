@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from residual_fisher.pipeline.store import Triplets
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
 from residual_fisher.pipeline import distances, figures, scores
@@ -18,7 +19,6 @@ from residual_fisher.pipeline.distances import (
     robust_z,
 )
 from residual_fisher.pipeline.scores import ScoredRun
-from residual_fisher.pipeline.store import Triplets
 
 D, R = 60, 3
 

@@ -40,8 +40,8 @@ from residual_fisher.pipeline.distances import (
     robust_z,
     root,
 )
-from residual_fisher.pipeline.settings import DIRECTIONS
 from residual_fisher.pipeline.matrices import Triplets
+from residual_fisher.pipeline.settings import DIRECTIONS
 
 SCORING_VERSION = 2  # another one has other scores: results of an earlier one are scored again
 SCORES = ("z_strength", "z_spectrum", "z_directions", "z_words")
