@@ -52,7 +52,7 @@ from residual_fisher.model.passes import (
     edit_stream,
     hooked,
     require_known_tokens,
-    tokens_at,
+    token_at,
     unwrapped,
 )
 from residual_fisher.model.reading import Reading, read
@@ -65,7 +65,7 @@ __all__ = [
 ]  # fmt: skip
 
 EIGH_MAX_WIDTH = 256  # matrices up to this width: `eigh` is as fast as iteration for ten pairs (4 times slower at 576)
-MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration; float32 allows less
+MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration: what float32 can reach
 LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats, no longer matters
 
 
@@ -85,19 +85,32 @@ class NumericalError(ArithmeticError):
 # --- 1. the model, linearised at a prompt's last token --------------------------------------------
 
 
-@dataclass(frozen=True)
 class Point:
     """Where the model is linearised: what was read at the last token of each prompt, and the graph from h to x."""
 
-    model: nn.Module
-    modules: list[nn.Module]  # the hooked ones, in order: "layers" in the shapes below
-    activations: Tensor  # (layers, ..., d) float32, the residual stream h leaving each module
-    log_probs: Tensor  # (..., V) float32, nats
-    biases: list[Tensor]  # one leaf (..., d) for each layer, added to h; gradients are taken at it
-    x: Tensor  # (prompts, 1, d_head), the head's input: the final normalised hidden state
-    head: nn.Module  # x -> raw_logits, (V, d_head) if linear
-    raw_logits: Tensor  # (prompts, 1, V), the head's output
-    logits: Tensor  # (..., V) float32, after the scaling or soft-capping that follows the head
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: list[nn.Module],
+        streams: list[Tensor],
+        biases: list[Tensor],
+        head: HeadCapture,
+        logits: Tensor,
+    ):
+        """Raises NumericalError: activations or logits hold NaN or infinity."""
+        logits = logits.to(head.raw_logits.device)  # a model that is spread over devices returns them on the first
+        self.model = model
+        self.modules = modules  # the hooked ones, in order: "layers" in the shapes below
+        # (layers, ..., d) float32, the residual stream h leaving each module
+        self.activations = torch.stack([h.float().to(logits.device) for h in streams])
+        self.biases = biases  # one leaf (..., d) for each layer, added to h; gradients are taken at it
+        self.x = head.x  # (prompts, 1, d_head), the head's input: the final normalised hidden state
+        self.head = model.get_output_embeddings()  # x -> raw_logits
+        self.raw_logits = head.raw_logits  # (prompts, 1, V)
+        self.logits = logits  # (..., V) float32, after the scaling or soft-capping that follows the head
+        self.log_probs = logits.detach().log_softmax(-1)  # (..., V) float32, nats
+        _require_finite(self.activations, "activations", places=self.activations.ndim - 1)
+        _require_finite(logits.detach()[None], "logits", places=logits.ndim)
 
     def output_head(self) -> OutputHead:
         """Raises UnsupportedModelError: the head is not linear."""
@@ -114,12 +127,13 @@ class Point:
         return cotangents_through(self.model, self.x, self.logits, tokens)
 
 
-@dataclass(frozen=True)
 class PromptPoint(Point):
-    """The last token of one prompt, which can be perturbed: "..." is nothing."""
+    """The last token of one prompt, which can be perturbed; "..." is nothing."""
 
-    layers: list[int]  # numbers of the decoder layers
-    reading: Reading  # for the passes that perturb it
+    def __init__(self, *linearised, layers: list[int], reading: Reading):
+        super().__init__(*linearised)
+        self.layers = layers  # numbers of the decoder layers
+        self.reading = reading  # for the passes that perturb it
 
 
 def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None) -> PromptPoint:
@@ -164,7 +178,7 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
         raise UnsupportedModelError("no gradient leads from its layers to its prediction (is it quantised?)")
     if len(biases) != len(modules):
         raise UnsupportedModelError(f"some of its layers {layers} do not run, or not once, in a pass: choose others")
-    return PromptPoint(**_measured(model, modules, streams, biases, head, logits), layers=layers, reading=reading)
+    return PromptPoint(model, modules, streams, biases, head, logits, layers=layers, reading=reading)
 
 
 def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Point:
@@ -185,7 +199,7 @@ def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) ->
     with torch.enable_grad(), capture_head(point.model, lambda x: x[-len(deltas) :]) as head:
         logits = _perturbed_logits(point, leaf, at)  # (rows, V)
     streams = point.activations[at] + deltas.to(point.activations)  # (rows, d)
-    return Point(**_measured(point.model, point.modules, [streams], [leaf], head, logits))
+    return Point(point.model, point.modules, [streams], [leaf], head, logits)
 
 
 def linearize_prompts(
@@ -223,37 +237,11 @@ def linearize_prompts(
         return h + bias[:, None]
 
     hook = (module.register_forward_hook, edit_stream(add_zero_biases))
-    with torch.enable_grad(), hooked(hook), capture_head(model, tokens_at(last, ids.shape)) as head:
+    with torch.enable_grad(), hooked(hook), capture_head(model, lambda x: token_at(x, last, ids.shape)) as head:
         logits = model(ids.to(model.device), use_cache=False).logits[:, 0].float()  # (prompts, V)
     if len(biases) != 1 or not head.x.requires_grad:
         raise UnsupportedModelError("it does not stand, once, between the prompt and the output head")
-    return Point(**_measured(model, [module], streams, biases, head, logits))
-
-
-def _measured(
-    model: nn.Module,
-    modules: list[nn.Module],
-    streams: list[Tensor],
-    biases: list[Tensor],
-    head: HeadCapture,
-    logits: Tensor,
-) -> dict:
-    """The fields of a Point. Raises NumericalError: activations or logits hold NaN or infinity."""
-    logits = logits.to(head.raw_logits.device)  # a model that is spread over devices returns them on the first
-    activations = torch.stack([h.float().to(logits.device) for h in streams])  # (layers, ..., d)
-    _require_finite(activations, "activations", places=activations.ndim - 1)
-    _require_finite(logits.detach()[None], "logits", places=logits.ndim)
-    return {
-        "model": model,
-        "modules": modules,
-        "activations": activations,
-        "log_probs": logits.detach().log_softmax(-1),
-        "biases": biases,
-        "x": head.x,
-        "head": model.get_output_embeddings(),
-        "raw_logits": head.raw_logits,
-        "logits": logits,
-    }
+    return Point(model, [module], streams, biases, head, logits)
 
 
 def _require_finite(values: Tensor, what: str, places: int) -> None:
@@ -279,10 +267,10 @@ def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tenso
         NumericalError: gradients hold NaN or infinity.
     """
     # Rows go through the network at unit norm, so that float16 gradients do not underflow.
-    norms = rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    norms = rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # (..., k, 1)
 
-    def chunk(rows: Tensor, norms: Tensor) -> Tensor:
-        unit = (rows / norms).to(point.x).reshape(-1, *point.x.shape)
+    def chunk(rows: Tensor, norms: Tensor) -> Tensor:  # (layers, rows, ..., d)
+        unit = (rows / norms).to(point.x).reshape(-1, *point.x.shape)  # (rows, prompts, 1, d_head)
         grads = batched_gradients(point.model, [point.x], point.biases, [unit])
         return torch.stack([norms * g.to(norms) for g in grads])
 
@@ -315,7 +303,7 @@ class PushForward:
         by_row = tangents.movedim(-2, 1).flatten(0, 1)  # (layers * m, ..., d)
         own = torch.arange(layers, device=tangents.device).repeat_interleave(m)
 
-        def chunk(u: Tensor, own: Tensor) -> Tensor:
+        def chunk(u: Tensor, own: Tensor) -> Tensor:  # (rows, prompts, 1, d_head)
             own = own.reshape(-1, *(1 for _ in u.shape[1:]))
             seeds = [torch.where(own == layer, u, 0).to(g) for layer, g in enumerate(self.at_biases)]
             return batched_gradients(self.model, self.at_biases, [self.at_x], seeds)[0]
@@ -389,8 +377,8 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     """
     k, d = gradients.shape[-2:]
     work = float64(gradients)
-    r = work * weights.to(work).sqrt()[..., None]
-    gram = r @ r.mT if k <= d else r.mT @ r
+    r = work * weights.to(work).sqrt()[..., None]  # (..., k, d)
+    gram = r @ r.mT if k <= d else r.mT @ r  # (..., k, k) or (..., d, d)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     if not allow_zero:
         _require_nonzero(trace)
@@ -398,10 +386,10 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     values, u = torch.linalg.eigh(gram)
     values = values[..., -num:].flip(-1).clamp(min=0)
     u = u[..., -num:].flip(-1).mT  # (..., num, k or d)
-    v = nn.functional.normalize(u @ r, dim=-1) if k <= d else u
+    v = nn.functional.normalize(u @ r, dim=-1) if k <= d else u  # (..., num, d)
     v = torch.linalg.qr(v.mT).Q.mT  # the vectors of small eigenvalues carry the rounding of large ones
 
-    toward = work[..., 0, :, None]
+    toward = work[..., 0, :, None]  # (..., d, 1)
     v = fix_signs(v, (v @ toward)[..., 0], toward.norm(dim=-2))
 
     # An eigenvalue below the rounding of the Gram matrix is zero, and its vector arbitrary.
@@ -450,8 +438,8 @@ def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor |
     Raises:
         NumericalError: gradients hold NaN or infinity.
     """
-    p, tokens = point.log_probs.exp().topk(k)
-    cotangents = point.cotangents(tokens)
+    p, tokens = point.log_probs.exp().topk(k)  # (..., k)
+    cotangents = point.cotangents(tokens)  # (..., k, d_head)
     gradients = pull_back(point, cotangents, chunks) if jacobian is None else cotangents @ jacobian
     return TopK(gradients, p, p.sum(-1), tokens)
 
@@ -508,9 +496,9 @@ def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabular
         NumericalError: gradients hold NaN or infinity.
     """
     head = point.output_head()
-    fisher_at_x = head.fisher_matrix()
+    fisher_at_x = head.fisher_matrix()  # C (..., d_head, d_head)
     identity = torch.eye(fisher_at_x.shape[-1], device=fisher_at_x.device).expand_as(fisher_at_x)
-    jacobian = pull_back(point, identity, chunks)
+    jacobian = pull_back(point, identity, chunks)  # J (layers, ..., d_head, d)
     top = head.cotangents(point.log_probs.argmax(-1, keepdim=True))
     matrix = torch.stack([j.mT @ (fisher_at_x @ j) for j in jacobian])  # a layer at a time: less memory
     return FullVocabulary(jacobian, matrix, (top @ jacobian)[..., 0, :], head)
@@ -601,7 +589,9 @@ def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
 class PredictionCheck(NamedTuple):
     """What `check_prediction` tries and allows, for one precision of the model."""
 
-    nats: tuple[float, ...]  # predicted KL of each perturbation; KL's next term may be too large for the first only
+    nats: tuple[
+        float, ...
+    ]  # predicted KL of each perturbation; its next term may be too large for the first, not for the last
     least: float  # nats that rounding hides
     factor: float  # largest ratio between the changes and their prediction
 

@@ -13,8 +13,8 @@ import yaml
 
 import compute_fisher
 import fisher
+from residual_fisher import load_fisher_matrices
 from residual_fisher.model import loading
-from residual_fisher.pipeline import load_fisher_matrices
 from residual_fisher.pipeline.prompts import Encoded, Prompt
 from residual_fisher.pipeline.settings import Settings
 import scripts

@@ -98,6 +98,30 @@ def test_a_cache_that_misleads_is_not_used(monkeypatch):
     assert torch.allclose(point.log_probs.double(), tiny.reference_log_probs("llama", ids), atol=1e-4)
 
 
+def test_a_mode_is_chosen_anew_in_another_dtype(monkeypatch):
+    model, prefill = tiny.build("llama"), reading.prefill
+
+    def misread_in_half_precision(model: nn.Module, ids: torch.Tensor, shared: bool):
+        return prefill(model, ids.flip(0) if model.dtype == torch.bfloat16 else ids, shared)
+
+    monkeypatch.setattr(reading, "prefill", misread_in_half_precision)
+    for dtype, mode in (
+        (torch.float32, PrefixMode.SHARED),
+        (torch.bfloat16, PrefixMode.WHOLE),
+        (torch.float32, PrefixMode.SHARED),
+    ):
+        assert fisher.linearize(model.to(dtype), tiny.prompt()).reading.mode is mode
+
+
+def test_a_mode_is_chosen_anew_for_another_attention(monkeypatch):
+    model, tried = tiny.build("llama"), []
+    monkeypatch.setattr(reading, "_departure", lambda model, ids, *_: tried.append(len(ids)) or 0.0)
+    for kind in ("eager", "sdpa", "eager"):
+        model.set_attn_implementation(kind)
+        fisher.linearize(model, tiny.prompt())
+    assert len(tried) == 2
+
+
 def test_a_model_that_sees_what_comes_after_a_token_is_not_causal():
     model = families.build("xlnet")
     with pytest.raises(fisher.UnsupportedModelError, match="it is not causal"):

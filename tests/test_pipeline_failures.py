@@ -321,7 +321,7 @@ BAD = {
     "dataset-name no/such": "as a dataset of the hub",
     "prompt-column question": "no column 'question'",
     "output-dir /dev/null/out": "cannot write to",
-    "device warp": "--device warp is not available",
+    "device warp": "device warp is not available",
     "model-path /no/such": "cannot load model '/no/such'",
     "max-length 3": "leaves no room",
 }

@@ -4,15 +4,14 @@ import json
 from pathlib import Path
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import transformers as hf
 import yaml
 
-from residual_fisher.pipeline import comparison, load_fisher_matrices, run_directory
-from residual_fisher.pipeline.evidence import Lexicon, Prompts
-from residual_fisher.pipeline.scores import SCORES, outlier_scores
+from residual_fisher import load_fisher_matrices
+from residual_fisher.pipeline import comparison, run_directory
+from residual_fisher.pipeline.scores import SCORES, ScoredRun, outlier_scores
 import scripts
 from scripts import arrays, records
 
@@ -43,14 +42,12 @@ def scored(folder: Path) -> list[dict]:
 
 def expected(folder: Path, **against: Path) -> list[dict]:
     """The scores by the library, from what is on disk."""
-    lexicon = Lexicon()
 
-    def prompts(of: Path) -> Prompts:
-        return Prompts.of(records(of), list(load_fisher_matrices(of)), lexicon)
+    def run(of: Path) -> ScoredRun:
+        return ScoredRun.of(records(of), list(load_fisher_matrices(of)))
 
-    found = outlier_scores(prompts(folder), **{kind: prompts(of) for kind, of in against.items()})
-    found["odd_words"] = [*map(lexicon.texts, found["odd_words"])]
-    return [{key: np.asarray(found[key][i]).tolist() for key in SCORE_KEYS} for i in range(len(records(folder)))]
+    found = outlier_scores(run(folder), **{kind: run(of) for kind, of in against.items()})
+    return [{key: found[key][i] for key in SCORE_KEYS} for i in range(len(records(folder)))]
 
 
 def test_a_finished_run_is_scored_against_another_and_back_without_its_model(

@@ -92,11 +92,11 @@ def _table(value) -> list[dict]:
     if isinstance(value, list):
         return [_row(item, f"item {number}") for number, item in enumerate(value, 1)]
     row = _row(value, "line 1")
-    if not all(isinstance(cells, list) and not any(isinstance(cell, dict) for cell in cells) for cells in row.values()):
+    columns = list(row.values())
+    lists = all(isinstance(column, list) and not any(isinstance(cell, dict) for cell in column) for column in columns)
+    if not lists or len(set(map(len, columns))) > 1:
         return [row]
-    if len({len(cells) for cells in row.values()}) > 1:
-        return [row]
-    return [dict(zip(row, cells, strict=True)) for cells in zip(*row.values(), strict=True)]
+    return [dict(zip(row, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _row(value, where: str) -> dict:

@@ -62,11 +62,6 @@ def find_sentences(
     return Matches(list(found), read)
 
 
-def read_sentences(*source, **options) -> list[str]:
-    """The sentences that `find_sentences` finds."""
-    return find_sentences(*source, **options).sentences
-
-
 def _texts(source: str, word: str, column: str | None, config: str | None, split: str) -> Iterator[str]:
     """The sentences of a source, without blank ones."""
     suffix = Path(source).suffix.lower()

@@ -89,24 +89,15 @@ def steer(
     downhill = torch.einsum("lnd,ld->ln", along, here.rise) < 0
     along = torch.nn.functional.normalize(torch.where(downhill[..., None], -along, along), dim=-1)
 
-    found = [_straight(point, along.to(point.activations), goals, target, perturbations)]
+    at_once = _at_once(point, along.to(point.activations), goals, target, perturbations)
     route = waypoints(probability, goals, steps)
-    for natural in (True, False):
-        found.append(
-            _in_steps(point, route, goals, target, tokens if natural else 1, natural, gradients, perturbations)
-        )
-    log_prob, kl, norms = (torch.cat(part, dim=1) for part in zip(*(f[:3] for f in found), strict=True))
-    norms = norms / point.activations.norm(dim=-1)[:, None, None]
-    return Steered(target, probability, [*straight, *STEPPED], goals, log_prob, kl, norms, found[1].deltas[:, 0])
-
-
-class _Reached(NamedTuple):
-    """The perturbations along n directions that reach each goal; NaN where none does."""
-
-    log_prob: Tensor  # (layers, n, goals) nats
-    kl: Tensor  # (layers, n, goals) nats
-    length: Tensor  # (layers, n, goals)
-    deltas: Tensor  # (layers, n, goals, d)
+    (*natural, deltas), (*gradient, _) = (
+        _in_steps(point, route, target, count, step, gradients, perturbations)
+        for count, step in ((tokens, Linearised.natural_steps), (1, Linearised.gradient_step))
+    )
+    log_prob, kl, length = (torch.cat(part, dim=1) for part in zip(at_once, natural, gradient, strict=True))
+    norms = length / point.activations.norm(dim=-1)[:, None, None]
+    return Steered(target, probability, [*straight, *STEPPED], goals, log_prob, kl, norms, deltas[:, 0])
 
 
 def log_odds(log_prob: Tensor) -> Tensor:
@@ -138,24 +129,29 @@ def crossing(steps: Tensor, odds: Tensor, wanted: Tensor, before: Tensor) -> tup
 
 def at_crossing(values: Tensor, odds: Tensor, wanted: Tensor, index: Tensor) -> Tensor:
     """`values` (..., m) interpolated to (...), where the log-odds are `wanted` between `index` - 1 and `index`."""
-    ends = [torch.stack([(index - 1).clamp(min=0), index], dim=-1)]
-    (x0, x1), (y0, y1) = (part.gather(-1, *ends).unbind(-1) for part in (odds, values))
+    ends = torch.stack([(index - 1).clamp(min=0), index], dim=-1)
+    (x0, x1), (y0, y1) = (part.gather(-1, ends).unbind(-1) for part in (odds, values))
     share = torch.where(index > 0, ((wanted - x0) / (x1 - x0)).clamp(0, 1), torch.ones_like(x0))
     return y0 + (y1 - y0) * share
 
 
-def _straight(point: Point, along: Tensor, goals: list[float], target: int, chunks: Chunks) -> _Reached:
-    """The shortest steps along unit vectors (layers, n, d) that reach each goal."""
+def _at_once(
+    point: Point, along: Tensor, goals: list[float], target: int, chunks: Chunks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability, KL and length, each (layers, n, goals), of the shortest steps that reach each goal.
 
-    def swept(steps: Tensor) -> tuple[Tensor, Sweep]:  # (layers, n, ..., m)
+    Args:
+        along: unit vectors (layers, n, d).
+    """
+
+    def swept(steps: Tensor) -> Sweep:  # (layers, n, ..., m)
         shape = (*along.shape[:2], *(1 for _ in steps.shape[2:]), -1)
-        found = sweep(point, along.reshape(shape) * steps[..., None], target, 1, chunks)
-        return log_odds(found.target_log_prob), found
+        return sweep(point, along.reshape(shape) * steps[..., None], target, 1, chunks)
 
     shortest, longest, count = LENGTHS
     lengths = torch.logspace(math.log10(shortest), math.log10(longest), count, device=along.device)
     lengths = (point.activations.norm(dim=-1)[:, None, None] * lengths).expand(-1, along.shape[1], -1)
-    odds, _ = swept(lengths)
+    odds = log_odds(swept(lengths).target_log_prob)
     wanted = torch.tensor([_log_odds_of(goal) for goal in goals], device=along.device)
     wanted = wanted.expand(*along.shape[:2], -1)  # (layers, n, goals)
     unreached = ~(odds[:, :, None] >= wanted[..., None]).any(-1)
@@ -163,13 +159,12 @@ def _straight(point: Point, along: Tensor, goals: list[float], target: int, chun
     low, high, _ = crossing(lengths, odds, wanted, torch.zeros_like(wanted))
 
     cuts = low[..., None] + (high - low)[..., None] * torch.linspace(0, 1, SECTIONS + 1, device=along.device)
-    odds, _ = swept(cuts)
+    odds = log_odds(swept(cuts).target_log_prob)
     _, _, index = crossing(cuts, odds, wanted, low)
     length = at_crossing(cuts, odds, wanted, index)
-    _, found = swept(length[..., None])  # the length is interpolated: record what it really does
+    found = swept(length[..., None])  # the length is interpolated: record what it really does
     parts = (found.target_log_prob[..., 0], found.kl[..., 0], length)
-    log_prob, kl, length = (part.masked_fill(unreached, math.nan) for part in parts)
-    return _Reached(log_prob, kl, length, along[:, :, None] * length[..., None])
+    return tuple(part.masked_fill(unreached, math.nan) for part in parts)
 
 
 # --- in steps ------------------------------------------------------------------------------------
@@ -226,10 +221,8 @@ class Linearised:
     def solve(self, b: Tensor, damping: float) -> Tensor:
         """(F + damping lambda_1)^-1 b (layers, d), through the Gram matrix of F's factor."""
         shift = damping * self.values[:, -1:]
-        inner = (self.root @ b[..., None]).squeeze(-1)
-        inner = (self.vectors.mT @ inner[..., None]).squeeze(-1) / (self.values + shift)
-        inner = (self.vectors @ inner[..., None]).squeeze(-1)
-        return (b - (self.root.mT @ inner[..., None]).squeeze(-1)) / shift
+        inner = self.vectors.mT @ (self.root @ b[..., None]) / (self.values + shift)[..., None]
+        return (b - (self.root.mT @ (self.vectors @ inner)).squeeze(-1)) / shift
 
     def natural_steps(self, wanted: float) -> tuple[Tensor, Tensor]:
         """(correction, advance), both (layers, dampings, d), for each of DAMPINGS.
@@ -249,19 +242,15 @@ class Linearised:
 
 
 def _in_steps(
-    point: Point,
-    route: list[float],
-    goals: list[float],
-    target: int,
-    tokens: int,
-    natural: bool,
-    gradients: Chunks,
-    perturbations: Chunks,
-) -> _Reached:
-    """The perturbations that reach each goal in several steps, each linearised where the last one led.
+    point: Point, route: list[float], target: int, tokens: int, step: Callable, gradients: Chunks, perturbations: Chunks
+) -> tuple[Tensor, ...]:
+    """Log-probability, KL, length (layers, 1, goals) and perturbation (layers, 1, goals, d) that reach each goal.
+
+    Each step is linearised where the last one led.
 
     Args:
-        natural: take natural gradient steps; otherwise plain gradient steps.
+        route: probabilities to aim at in turn, the goals among them.
+        step: a method of Linearised that gives the correction and the advance to given log-odds.
     """
     deltas, layers = torch.zeros_like(point.activations), torch.arange(len(point.activations))
     multiples = torch.tensor(MULTIPLES, device=deltas.device)
@@ -269,8 +258,7 @@ def _in_steps(
     found = []
     for goal in route:
         here, wanted = Linearised(point, deltas, target, tokens, gradients), _log_odds_of(goal)
-        step = (here.natural_steps if natural else here.gradient_step)(wanted)
-        correction, advance = (part.to(deltas) for part in step)  # (layers, n, d)
+        correction, advance = (part.to(deltas) for part in step(here, wanted))  # (layers, n, d)
         start = deltas[:, None] + correction
         swept = sweep(point, start[:, :, None] + advance[:, :, None] * multiples[:, None], target, 1, perturbations)
         odds = log_odds(swept.target_log_prob).nan_to_num(nan=-math.inf)  # (layers, n, multiples)
@@ -289,12 +277,12 @@ def _in_steps(
         _, _, index = crossing(cuts, odds_at_cuts, wanted, low)
         length = torch.where(reached, at_crossing(cuts, odds_at_cuts, wanted, index), multiples[odds.argmax(-1)])
         deltas = start + advance * length[:, None]
-        if goal in goals:
+        if goal in GOALS:
             swept = sweep(point, deltas[:, None], target, 1, perturbations)
             column = (swept.target_log_prob[:, 0], swept.kl[:, 0], deltas.norm(dim=-1))
             column = [part.masked_fill(~reached, math.nan) for part in column]
             found.append((*column, deltas.masked_fill(~reached[:, None], math.nan)))
-    return _Reached(*(torch.stack(part, dim=1)[:, None] for part in zip(*found, strict=True)))
+    return tuple(torch.stack(part, dim=1)[:, None] for part in zip(*found, strict=True))
 
 
 # --- records and summary -------------------------------------------------------------------------
@@ -333,20 +321,16 @@ def steering_summary(records: list[dict], layers: list[str]) -> dict:
     `ratio_median` is the median of KL / least KL (None if it is infinite), `reached` the share that reach the goal.
     """
 
-    def over_sentences(layer: str, name: str, goal: str) -> dict | None:
-        found = entries_of(records, layer, name, goal)
-        if not found:
-            return None
-        ratio = median_of(found, "ratio")
-        reached = sum(entry is not None for entry in found) / len(found)
+    def over_sentences(entries: list[dict | None]) -> dict:
+        ratio = median_of(entries, "ratio")
+        reached = sum(entry is not None for entry in entries) / len(entries)
         return {"ratio_median": ratio if math.isfinite(ratio) else None, "reached": reached}
 
-    names = {layer: dict.fromkeys(name for record in records for name in record["layers"][layer]) for layer in layers}
     goals = [f"{goal:g}" for goal in GOALS]
     return {
         layer: {
-            name: {goal: found for goal in goals if (found := over_sentences(layer, name, goal))}
-            for name in names[layer]
+            name: {goal: over_sentences(some) for goal in goals if (some := entries_of(records, layer, name, goal))}
+            for name in dict.fromkeys(name for record in records for name in record["layers"][layer])
         }
         for layer in layers
     }

@@ -95,19 +95,11 @@ def last_token(x: Tensor) -> Tensor:
     return x[:, -1:]
 
 
-def tokens_at(index: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor]:
-    """A `pick` for `capture_head`: x (prompts, 1, d) at token index (prompts,) of each prompt.
-
-    Args:
-        shape: (prompts, tokens); another one raises UnsupportedModelError.
-    """
-
-    def pick(x: Tensor) -> Tensor:
-        if x.ndim != 3 or x.shape[:2] != shape:
-            raise UnsupportedModelError(f"its output head is not given (prompts, tokens, d), but {tuple(x.shape)}")
-        return x[torch.arange(len(x)), index][:, None]
-
-    return pick
+def token_at(x: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
+    """(prompts, 1, d) of x (*shape, d) with shape (prompts, tokens), at one token index (prompts,) of each prompt."""
+    if x.ndim != 3 or x.shape[:2] != shape:
+        raise UnsupportedModelError(f"its output head is not given (prompts, tokens, d), but {tuple(x.shape)}")
+    return x[torch.arange(len(x)), index][:, None]
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -180,7 +172,6 @@ def stream_width(model: nn.Module, module: nn.Module) -> int:
     return widths[0]
 
 
-@torch.no_grad()
 def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
     """Logits (prompts, V) after the last token of each prompt.
 
@@ -190,12 +181,8 @@ def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
     Raises:
         UnsupportedModelError: the model does not know a token.
     """
-    return _last_logits(model, ids, lengths)
-
-
-def _last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
     require_known_tokens(model, ids)
-    with capture_head(model, tokens_at(lengths - 1, ids.shape)):
+    with capture_head(model, lambda x: token_at(x, lengths - 1, ids.shape)):
         return model(ids.to(model.device), use_cache=False).logits[:, 0]
 
 
@@ -232,6 +219,7 @@ def largest_kl(logits: Tensor, others: Tensor) -> float:
     return float((log_p.exp() * (log_p - log_q)).sum(-1).max())
 
 
+@torch.no_grad()
 def require_causal(model: nn.Module, ids: Tensor, lengths: Tensor) -> None:
     """Checks that predictions do not depend on later tokens, by running prompts with two kinds of padding.
 
@@ -259,7 +247,7 @@ def require_causal(model: nn.Module, ids: Tensor, lengths: Tensor) -> None:
 
 
 def _gradient_at_tokens(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
-    """The gradient (prompts, tokens, d) of a random sum of the last tokens' logits at the tokens' embeddings."""
+    """The gradient (prompts, tokens, d) of a random sum of the last tokens' logits, at the tokens' embeddings."""
     embeddings = []
 
     def require_gradient(h: Tensor) -> Tensor:
@@ -268,7 +256,7 @@ def _gradient_at_tokens(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tenso
 
     hook = (model.get_input_embeddings().register_forward_hook, edit_stream(require_gradient))
     with torch.enable_grad(), hooked(hook):
-        logits = _last_logits(model, ids, lengths)
+        logits = last_logits(model, ids, lengths)
         if not logits.requires_grad:
             raise UnsupportedModelError("it lets no gradient through (is it quantised?)")
         noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)

@@ -128,7 +128,7 @@ def read_in_mode(model: nn.Module, ids: Tensor, mode: PrefixMode) -> Reading:
 
 PROBE = 0.1  # length of the perturbations that are tried, as a share of the residual stream's
 
-# By model and `_conditions`: the mode chosen, and the longest prompt it was found right for.
+# By model, and by its dtype, devices and attention: the mode chosen, and the longest prompt it was found right for.
 _chosen: WeakKeyDictionary[nn.Module, dict[tuple, tuple[PrefixMode, int]]] = WeakKeyDictionary()
 
 
@@ -142,7 +142,8 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
         UnsupportedModelError: no mode is right, or the model is not decoder-only.
     """
     inner = unwrapped(model)
-    chosen, conditions = _chosen.setdefault(model, {}), _conditions(inner)
+    chosen = _chosen.setdefault(model, {})
+    conditions = (inner.dtype, frozenset(devices_of(inner)), inner.config._attn_implementation)
     mode, longest = chosen.get(conditions, (None, 0))
     if len(ids) <= longest:
         return mode
@@ -166,11 +167,6 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
         require_causal(inner, torch.cat([ids, ids[-1:]])[None], torch.tensor([len(ids)]))
     chosen[conditions] = (mode, len(ids))
     return mode
-
-
-def _conditions(model: nn.Module) -> tuple:
-    """What a user may change of a model that may make another mode right."""
-    return model.dtype, frozenset(devices_of(model)), model.config._attn_implementation
 
 
 @dataclass(frozen=True)
