@@ -279,9 +279,15 @@ def test_a_run_of_another_program_is_refused(tmp_path):
         Run(tmp_path, "other.py", FILES).open()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("results.json", "a directory"), (ITEMS, "a file")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (ITEMS, "a file"),
+        *((name, "a directory") for name in ("results.json", f"{ITEMS}/{MANIFEST}", f"{ITEMS}/00000000-00000001.npz")),
+    ],
+)
 def test_what_is_in_a_files_place_is_found_at_once(name, kind, tmp_path):
-    (tmp_path / name).mkdir() if kind == "a directory" else (tmp_path / name).write_text("")
+    (tmp_path / name).mkdir(parents=True) if kind == "a directory" else (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=f"cannot write .*{name}: {kind}"):
         open_run(tmp_path)
 

@@ -25,6 +25,7 @@ This module knows neither models nor pictures.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+import hashlib
 import heapq
 import json
 import math
@@ -150,12 +151,17 @@ def stamps(model: str) -> list | None:
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """What `items/run.json` says; None if it is missing, unreadable or of another form."""
+    """What `items/run.json` says; None if it is missing, or not as it was written."""
     try:
         found = json.loads((folder / ITEMS / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        known = found.pop("checksum")
+        return found if known == digest(found) and found["format"] == FORMAT else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    return found if isinstance(found, dict) and found.get("format") == FORMAT else None
+
+
+def digest(manifest: dict) -> str:
+    return hashlib.sha256(json_text(manifest)).hexdigest()
 
 
 def shown(value) -> str:
@@ -220,12 +226,11 @@ class Run:
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         names = {name for name in names if name != LOCK and not self._is_unfinished(name)}
         own = names & {*self.files, ITEMS}
-        for name in own:
-            if (self.folder / name).is_dir() != (name == ITEMS):
-                kind = "a directory" if (self.folder / name).is_dir() else "a file, or a link that leads nowhere,"
-                raise UserError(
-                    f"cannot write {self.folder / name}: {kind} has its place (choose another --output-dir)"
-                )
+        archives = [path for *_, path in archives_in(self.items_folder)]
+        for path in (*(self.folder / name for name in {*own, *self.files, f"{ITEMS}/{MANIFEST}"}), *archives):
+            if path.is_dir() != (path == self.items_folder):
+                kind = "a directory" if path.is_dir() else "a file, or a link that leads nowhere,"
+                raise UserError(f"cannot write {path}: {kind} has its place (choose another --output-dir)")
         foreign = sorted(names - own)
         if self.manifest is None and foreign:
             raise UserError(
@@ -234,7 +239,7 @@ class Run:
             )
         if self.manifest and self.manifest["program"] != self.program:
             raise UserError(f"{self.folder} holds a run of {self.manifest['program']}: choose another --output-dir")
-        if self.manifest is None and (own - {ITEMS} or archives_in(self.items_folder)) and not self.overwrite:
+        if self.manifest is None and (own - {ITEMS} or archives) and not self.overwrite:
             raise UserError(
                 f"{self.folder} holds results without a readable {ITEMS}/{MANIFEST}: --overwrite replaces them"
             )
@@ -338,7 +343,7 @@ class Run:
             UserError: the folder cannot be written to.
         """
         remove_unfinished(self.folder, self.files)
-        remove_unfinished(self.items_folder, ["*.npz", MANIFEST, RECORDS])
+        remove_unfinished(self.items_folder, ["[0-9]*-[0-9]*.npz", MANIFEST, RECORDS])
         if self._state is State.NEW:
             if self.manifest:
                 self._write_manifest(complete=False, primary={}, derived={})
@@ -482,7 +487,7 @@ class Run:
 
     def _write_manifest(self, **changes) -> None:
         self.manifest = json.loads(json.dumps({**self.manifest, **changes}))
-        write_json(self.items_folder / MANIFEST, self.manifest)
+        write_json(self.items_folder / MANIFEST, {**self.manifest, "checksum": digest(self.manifest)})
 
 
 def _merged(paths: Sequence[Path]) -> Iterator[Item]:
