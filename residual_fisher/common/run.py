@@ -306,6 +306,8 @@ class Run:
                 self._state = State.STARTED
             elif damaged := self._damaged():
                 warnings.warn(f"{self.folder / damaged} is missing or damaged: computing it again", stacklevel=2)
+                if not self._is_merged():  # the other archives are kept
+                    self._state = State.STARTED
             else:
                 self._state = State.FINISHED if self._covers(goal) else State.STARTED
         return self._state
