@@ -213,6 +213,8 @@ class Run:
             return
         with lock_directory(self.folder):
             self.open()
+            if self.manifest and self._is_merged():  # a kill at the end may have left some
+                self._remove_archives()
             yield
 
     def open(self) -> None:
