@@ -200,6 +200,20 @@ def test_a_finished_run_is_extended_and_fewer_prompts_are_there_already(
     assert "is finished: nothing to do" in capsys.readouterr().out and len(records(output)) == 40
 
 
+def test_a_run_that_outgrows_one_archive_is_extended_too(
+    chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=32) == 0
+    monkeypatch.setattr(matrices, "ONE_FILE", 33)
+    for count in (36, 40):
+        with calls_of(compute_fisher, "measure") as calls:
+            assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=count) == 0
+        assert sum(len(batch) for *_, batch in calls) == 4
+        assert not (output / "fisher_matrices_compressed.npz").exists() and len(records(output)) == count
+    assert_same_to_rounding(output, finished_pipeline)
+
+
 def test_an_unfinished_run_is_not_finished_with_fewer_prompts_than_it_has(
     chat_directory, dataset, unfinished, tmp_path, capsys
 ):
@@ -361,10 +375,8 @@ def torchrun(processes: int, output: Path, model: Path, dataset: Path, fault: st
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
 
 
-def test_several_processes_make_what_one_makes_also_if_one_has_nothing_to_do(
-    chat_directory, dataset, finished_pipeline, tmp_path
-):
-    result = torchrun(3, tmp_path / "out", chat_directory, dataset)  # of two windows
+def test_two_processes_make_what_one_makes(chat_directory, dataset, finished_pipeline, tmp_path):
+    result = torchrun(2, tmp_path / "out", chat_directory, dataset)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Written to") == 1
     assert_same_results(tmp_path / "out", finished_pipeline)
@@ -376,6 +388,7 @@ def test_a_killed_process_is_started_again_and_all_end_by_themselves(
     marker = tmp_path / "killed"
     fault = f"len(batches) == 4 and not os.path.exists({str(marker)!r}) and (open({str(marker)!r}, 'x').close(), "
     fault += "os.kill(os.getpid(), signal.SIGKILL))"
+    # there are two windows, so that one of the three has nothing to do
     result = torchrun(3, tmp_path / "out", chat_directory, dataset, fault, "--max-restarts", "1")
     assert result.returncode == 0, result.stderr
     assert marker.exists()
@@ -528,6 +541,11 @@ def test_a_prompt_that_fails_is_recorded_and_the_run_goes_on(
     assert metadata["statistics"]["trace"]["min"] > 0  # they count for no statistic
     assert scripts.compute_fisher(chat_directory, dataset, output) == SOME_FAILED  # again, though nothing is to do
     assert "is finished: nothing to do" in capsys.readouterr().out
+
+
+def test_a_trial_of_the_first_prompt_that_does_not_converge_stops_nothing(chat_directory, dataset, tmp_path):
+    with calls_of(torch.linalg, "eigh", torch.linalg.LinAlgError("failed to converge"), [1]):
+        assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", num_prompts=3) == 0
 
 
 def test_a_run_most_of_whose_prompts_fail_stops(chat_directory, dataset, tmp_path, monkeypatch, capsys):
