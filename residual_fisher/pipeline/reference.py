@@ -81,9 +81,10 @@ class Reference:
         found = ScoredRun.of(records_of(self.path), matrices)
         if matrices[0].U.shape != own.matrices[0].U.shape:
             raise UserError(f"the matrices in {self.path} are of another shape: --{self.kind} takes a run of the same")
-        if self.kind == "base" and found.texts != own.texts:
-            pairs = zip(found.texts, own.texts, strict=False)
-            first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found.texts), len(own.texts)))
+        ours, theirs = own.prompt_hashes, found.prompt_hashes
+        if self.kind == "base" and ours != theirs:
+            pairs = zip(ours, theirs, strict=False)
+            first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
             raise UserError(
                 f"the run in {self.path} is of other prompts (first at prompt {first}): "
                 "--base takes one of the same prompts through another model"

@@ -255,8 +255,8 @@ def outlier_scores(run: ScoredRun, reference: ScoredRun | None = None, base: Sco
         if alike := [name.removeprefix("z_") for name, row in zip(SCORES, scores, strict=False) if not row.any()]:
             warnings.warn(f"all prompts have the same {' and '.join(alike)}: these scores are 0", stacklevel=2)
     columns = dict(zip((*SCORES, OUTLIER), scores.tolist(), strict=True))
-    columns |= {"differs_along": along.tolist(), "odd_words": words}
-    return {**columns, "principal_coordinates": _principal_coordinates(run, usable)}
+    columns |= {"differs_along": along.tolist(), "principal_coordinates": _principal_coordinates(run, usable)}
+    return {**columns, "odd_words": words}
 
 
 def _landmarks(numbers: Sequence[int]) -> list[int]:
