@@ -32,8 +32,9 @@ def summarize(columns: dict[str, np.ndarray], skipped: int) -> dict:
         return np.argsort(-columns[key], kind="stable")[:NAMED].tolist()
 
     keys = ("lambda_1", "trace", "effective_rank", "captured_mass", "tokens")
+    kept = columns["failed"] == columns["failed"].min()  # those that did not fail; the zeros of all, if all failed
     return {
-        **{key: _spread(columns[key][columns["failed"] == 0]) for key in keys},
+        **{key: _spread(columns[key][kept]) for key in keys},
         "total_tokens": int(columns["tokens"].sum()),
         "skipped_rows": skipped,
         "failed_prompts": columns["index"][columns["failed"] == 1].astype(int).tolist(),
