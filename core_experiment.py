@@ -43,8 +43,6 @@ if __name__ == "__main__":  # before the slow imports: --help need not wait for 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-import hashlib
-import json
 import math
 from pathlib import Path
 import time
@@ -55,7 +53,7 @@ from tqdm import tqdm
 import fisher
 from residual_fisher.common.estimate import Trial
 from residual_fisher.common.options import identity_of, settings_of
-from residual_fisher.common.run import Item, Run, State, checksum, stamps
+from residual_fisher.common.run import Item, Run, State, checksum, short_hash, stamps
 from residual_fisher.common.text import duration, excerpt, excerpt_end, first_line, printable, size
 from residual_fisher.experiment import figures, records, report
 from residual_fisher.experiment.measurement import Batches, Clock, perturb
@@ -130,10 +128,6 @@ def prepare(settings: Settings) -> Experiment:
     recorder = Recorder(about["experiment_config"], settings.layers, tokenizer)
     identity = {"settings": asked, "model": model_fingerprint, "sentences": sentences_fingerprint}
     return Experiment(settings, model, found, contexts, recorder, about, identity, load_seconds)
-
-
-def short_hash(value) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:

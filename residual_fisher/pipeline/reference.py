@@ -2,12 +2,10 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-import hashlib
-import json
 from pathlib import Path
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.run import checksum, read_manifest, shown
+from residual_fisher.common.run import checksum, read_manifest, short_hash, shown
 from residual_fisher.pipeline.matrices import load_fisher_matrices, records_of
 from residual_fisher.pipeline.scores import ScoredRun
 from residual_fisher.pipeline.settings import Settings
@@ -69,7 +67,7 @@ class Reference:
     @property
     def checksum(self) -> str:
         """By which the run is known again, wherever it is."""
-        return hashlib.sha256(json.dumps(self.manifest["primary"]).encode()).hexdigest()[:16]
+        return short_hash(self.manifest["primary"])
 
     def open(self, stack: ExitStack, own: ScoredRun) -> ScoredRun:
         """Its prompts.
