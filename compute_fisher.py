@@ -573,15 +573,13 @@ def padded(batch: list[Encoded]) -> int:
     return len(batch) * longest(batch)
 
 
-def main(settings: Settings | None = None) -> int:
-    """Runs one command; without settings, the one that the program was called with."""
+def main(settings: Settings) -> int:
     advice = "a smaller --max-length or --top-k-tokens, --dtype bfloat16, or a smaller model"
 
     def task() -> int:
-        chosen = settings or parse(sys.argv[1:])
-        if chosen.redraw:
-            return redraw(Path(chosen.redraw))
-        return run_pipeline(chosen, processes.join())
+        if settings.redraw:
+            return redraw(Path(settings.redraw))
+        return run_pipeline(settings, processes.join())
 
     return exit_code(PROGRAM, task, advice)
 

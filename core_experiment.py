@@ -480,9 +480,7 @@ def describe_costs(experiment: Experiment, todo: list[int], others: int, finishe
     )
 
 
-def main(settings: Settings | None = None) -> int:
-    """Runs one command; without settings, the one that the program was called with."""
-    settings = settings or parse(sys.argv[1:])
+def main(settings: Settings) -> int:
     advice = "fewer --layers, a smaller --max-vocab-subset, --dtype bfloat16, or a smaller model"
 
     def task() -> int:
