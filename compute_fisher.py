@@ -356,18 +356,64 @@ def write_metadata(run: Run, scoring: dict) -> None:
 # --- the run -------------------------------------------------------------------------------------
 
 
-def open_run(settings: Settings) -> Run:
+def run_pipeline(settings: Settings, process: Processes) -> int:
+    """Computes what is missing of a run; or, in a dry run, says what that would take, and writes nothing.
+
+    Of several processes the first has the folder locked, and concludes the run. In a dry run it works alone.
+    """
+    processes_in_all = process.size
+    if settings.dry_run:
+        settings = replace(settings, device=own_device(settings.device, process))
+        if not process.first:
+            return 0
+        process = Processes()
     files = (*FILES, matrices.LINES)
-    return Run(Path(settings.output_dir), PROGRAM, files, settings.overwrite, read_only=settings.dry_run)
+    run = Run(Path(settings.output_dir), PROGRAM, files, settings.overwrite, read_only=settings.dry_run)
+    against: Reference | None = None
+    with ExitStack() as stack:
+
+        def open_and_look() -> bool:
+            nonlocal against
+            stack.enter_context(run.locked())
+            against = Reference.asked_for(settings)
+            return run.is_finished(identity_of(settings), sources(settings), settings.num_prompts)
+
+        if process.ask_first(open_and_look):
+            return report_finished(run, settings, against) if process.first else 0
+        prompts, source, first = open_dataset(settings)
+        start = time.perf_counter()
+        pipeline = prepare(settings, first, process, print if process.first else lambda line: None)
+        load_seconds = time.perf_counter() - start
+        if process.ask_first(lambda: examine(run, settings, pipeline, against) is State.FINISHED):
+            return report_finished(run, settings, against) if process.first else 0
+        if process.first:
+            print(f"{model_line(settings.model_path, pipeline.environment)}; hooked at {pipeline.subject.path}")
+        if settings.dry_run:
+            return describe_run(pipeline, prompts, source, run, load_seconds, processes_in_all)
+        process.ask_first(run.begin)
+        if not process.first:
+            run.join()
+        try:
+            with progress_bar(settings, process) as bar:
+                compute(pipeline, source, run, process, bar)
+            if not process.leave():
+                return 0
+            tell_too_few(settings, prompts.usable)
+            columns = report.columns_of(record for _, record, _ in run.items())
+            primary = matrices.merge(run, prompts.usable)
+            run.finish(prompts.usable, primary, statistics=report.summarize(columns, prompts.skipped))
+            conclude(run, settings, against)
+        except KeyboardInterrupt:
+            print("Interrupted: finished batches are saved; the same command resumes the run.", file=sys.stderr)
+            return INTERRUPTED
+        print(report.final_table(partial(scored_records, run.folder), run.manifest["notes"]["statistics"], settings))
+        print(f"Written to {printable(str(run.folder))}: {', '.join(FILES)}")
+        return code_of(run)
 
 
 def sources(settings: Settings) -> dict:
     """What shows, without loading them, that data and model are as they were."""
     return {"data": checksum(Path(settings.dataset)), "model": stamps(settings.model_path)}
-
-
-def is_finished(run: Run, settings: Settings) -> bool:
-    return run.is_finished(identity_of(settings), sources(settings), settings.num_prompts)
 
 
 def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference | None) -> State:
@@ -381,67 +427,12 @@ def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference
     notes = {"config": settings_of(settings), "environment": pipeline.environment}
     split = partial(matrices.split, run.folder)
     state = run.examine(pipeline.identity, sources(settings), settings.num_prompts, split, notes)
-    started = state is State.STARTED and not run.manifest["complete"]
-    if started and settings.num_prompts != "all" and run.last() >= settings.num_prompts:
+    if state is State.STARTED and settings.num_prompts != "all" and run.last() >= settings.num_prompts:
         raise UserError(
             f"{run.folder} holds an unfinished run of more prompts, {run.last() + 1} at least: ask for as many, or "
             "--overwrite starts anew"
         )
     return state
-
-
-def run_pipeline(settings: Settings, process: Processes) -> int:
-    tell = print if process.first else lambda text: None
-    run = open_run(settings)
-    with ExitStack() as stack:
-        against = None
-
-        def lock_and_look() -> bool:
-            nonlocal against
-            stack.enter_context(run.locked())
-            against = Reference.asked_for(settings)
-            return is_finished(run, settings)
-
-        if process.ask_first(lock_and_look):
-            return report_finished(run, settings, against) if process.first else 0
-        prompts, source, first = open_dataset(settings)
-        pipeline = prepare(settings, first, process, tell)
-        state = process.ask_first(lambda: examine(run, settings, pipeline, against).name)
-        if state == State.FINISHED.name:
-            return report_finished(run, settings, against) if process.first else 0
-        process.ask_first(run.begin)
-        if not process.first:
-            run.join()
-        tell(heading(settings, pipeline))
-        try:
-            with progress_bar(settings, process) as bar:
-                compute(pipeline, source, run, process, bar)
-            if not process.leave():
-                return 0
-            tell_too_few(settings, prompts.usable)
-            finish(run, prompts)
-            conclude(run, settings, against)
-        except KeyboardInterrupt:
-            print("Interrupted: finished batches are saved; the same command resumes the run.", file=sys.stderr)
-            return INTERRUPTED
-    print(report.final_table(partial(scored_records, run.folder), run.manifest["notes"]["statistics"], settings))
-    print(f"Written to {printable(str(run.folder))}: {', '.join(FILES)}")
-    return code_of(run)
-
-
-def finish(run: Run, prompts: Prompts) -> None:
-    """Merges all items into the primary files."""
-    columns = report.columns_of(record for _, record, _ in run.items())
-    primary = matrices.merge(run, prompts.usable)
-    run.finish(prompts.usable, primary, statistics=report.summarize(columns, prompts.skipped))
-
-
-def code_of(run: Run) -> int:
-    return SOME_FAILED if run.manifest["notes"]["statistics"]["failed_prompts"] else 0
-
-
-def heading(settings: Settings, pipeline: Pipeline) -> str:
-    return model_line(settings.model_path, pipeline.environment) + f"; hooked at {pipeline.subject.path}"
 
 
 def progress_bar(settings: Settings, process: Processes) -> tqdm:
@@ -455,16 +446,17 @@ def tell_too_few(settings: Settings, usable: int) -> None:
         print(f"note: {settings.num_prompts} prompts were asked for, only {usable} are available")
 
 
+def code_of(run: Run) -> int:
+    return SOME_FAILED if run.manifest["notes"]["statistics"]["failed_prompts"] else 0
+
+
 def report_finished(run: Run, settings: Settings, against: Reference | None) -> int:
     """Makes what is missing of a run whose Fisher matrices are all computed, and says so."""
     name = printable(settings.output_dir)
-    scored = not run.is_derived([PROMPTS], made_from_scores(run, scoring_of(against)))
-    statistics = run.manifest["notes"]["statistics"]
-    if run.read_only:
-        only = "only its prompts would be scored anew" if scored else "nothing to do (--overwrite starts anew)"
-        print(f"{name} is finished: {only}")
-    elif conclude(run, settings, against):
-        print(report.final_table(partial(scored_records, run.folder), statistics, settings))
+    if run.read_only and not run.is_derived([PROMPTS], made_from_scores(run, scoring_of(against))):
+        print(f"{name} is finished: only its prompts would be scored anew")
+    elif not run.read_only and conclude(run, settings, against):
+        print(report.final_table(partial(scored_records, run.folder), run.manifest["notes"]["statistics"], settings))
         print(f"{name} was finished: its prompts were scored anew")
     else:
         print(f"{name} is finished: nothing to do (--overwrite starts anew)")
@@ -472,6 +464,7 @@ def report_finished(run: Run, settings: Settings, against: Reference | None) -> 
 
 
 def redraw(folder: Path) -> int:
+    """Draws the picture of the records in a folder again."""
     try:
         figures.draw(folder, scored_records(folder))
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -484,89 +477,96 @@ def redraw(folder: Path) -> int:
     return 0
 
 
-# --- a dry run -----------------------------------------------------------------------------------
+# --- what a dry run says -------------------------------------------------------------------------
 
 
-def dry_run(settings: Settings, process: Processes) -> int:
-    """Says what a run would do, and takes a few batches through it to say how long. Writes nothing.
-
-    Of several processes the first works alone, as it would on its own device.
-    """
-    settings = replace(settings, device=own_device(settings.device, process))
-    if not process.first:
-        return 0
-    run = open_run(settings)
-    with run.locked():
-        against = Reference.asked_for(settings)
-        if is_finished(run, settings):
-            return report_finished(run, settings, against)
-        prompts, source, first = open_dataset(settings)
-        start = time.perf_counter()
-        pipeline = prepare(settings, first, Processes(), print)
-        loading = time.perf_counter() - start
-        if examine(run, settings, pipeline, against) is State.FINISHED:
-            return report_finished(run, settings, against)
-    print(heading(settings, pipeline))
-    if settings.overwrite and run.is_begun():
+def describe_run(
+    pipeline: Pipeline, prompts: Prompts, source: Iterator[Prompt], run: Run, load_seconds: float, processes: int
+) -> int:
+    """Reads a local dataset to its end, a remote one as far as earlier calls have come; tries a few batches."""
+    settings = pipeline.settings
+    if run.overwrite and run.is_begun():
         print(f"An earlier run in {printable(settings.output_dir)} would be replaced.")
-    found = survey(pipeline, source, run, os.path.isfile(settings.dataset))
-    print(describe_prompts(settings, prompts, found))
-    if found.taken is not None:
-        tell_too_few(settings, found.taken)
-    encoded = [encode(pipeline.subject.tokenizer, prompt, pipeline.longest) for prompt in found.sample]
-    print(describe_tokens(settings, encoded))
-    print(describe_costs(pipeline, found, encoded, loading, process.size))
+    sample, taken, done, to_its_end = [], 0, 0, os.path.isfile(settings.dataset)
+    while to_its_end or len(sample) < SAMPLE or taken <= run.last():
+        if not (window := list(islice(source, WINDOW_BATCHES * settings.batch_size))):
+            to_its_end = True
+            break
+        sample += window[: SAMPLE - len(sample)]
+        taken, done = taken + len(window), done + len(finished_in(run, window))
+    if run.last() >= taken:
+        raise changed(run, "which had more prompts")
+    if not to_its_end:
+        taken = None if settings.num_prompts == "all" else settings.num_prompts
+
+    place = f"{excerpt(settings.dataset, 80)}, column {excerpt(repr(prompts.column), 40)}"
+    if taken is None:
+        print(f"prompts: all of {place}: how many, only its end will tell")
+    else:
+        print(f"prompts: {taken} of {place}; {prompts.skipped} rows without a text skipped")
+        tell_too_few(settings, taken)
+    if done:
+        print(f"resuming: {done} are finished" + ("" if taken is None else f", {taken - done} are left"))
+    encoded = [encode(pipeline.subject.tokenizer, prompt, pipeline.longest) for prompt in sample]
+    lengths = [len(e.ids) for e in encoded]
+    print(
+        f"tokens: {min(lengths)} to {max(lengths)}, median {median(lengths):g}, in the first {len(lengths)} prompts; "
+        f"{sum(e.truncated for e in encoded)} of them cut (--max-length {settings.max_length})"
+    )
+    print(describe_costs(pipeline, encoded, taken, done, load_seconds, processes))
     print("Nothing was written: a dry run.")
     return 0
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What a run would take of a dataset."""
-
-    sample: list[Prompt]
-    taken: int | None  # None if only the dataset's end will tell
-    done: int  # by earlier calls
-
-
-def survey(pipeline: Pipeline, source: Iterator[Prompt], run: Run, to_its_end: bool) -> Survey:
-    """Reads a dataset to its end; or only a sample, and as far as earlier calls have come.
+def describe_costs(
+    pipeline: Pipeline, encoded: list[Encoded], taken: int | None, done: int, load_seconds: float, processes: int
+) -> str:
+    """Time, memory and disk, from a few batches that are tried: the largest and the longest prompt's among them.
 
     Raises:
-        UserError: the dataset cannot be read, or is not the one of earlier calls.
+        UserError: the model is not supported, or too many prompts fail.
     """
-    size, wanted = WINDOW_BATCHES * pipeline.settings.batch_size, pipeline.settings.num_prompts
-    sample, taken, done, last = [], 0, 0, run.last()
-    while to_its_end or len(sample) < SAMPLE or taken <= last:
-        if not (window := list(islice(source, size))):
-            if last >= taken:
-                raise changed(run, "which had more prompts")
-            return Survey(sample, taken, done)
-        sample += window[: SAMPLE - len(sample)]
-        taken += len(window)
-        done += len(finished_in(run, window))
-    return Survey(sample, None if wanted == "all" else wanted, done)
-
-
-def describe_prompts(settings: Settings, prompts: Prompts, found: Survey) -> str:
-    source = f"{excerpt(settings.dataset, 80)}, column {excerpt(repr(prompts.column), 40)}"
-    if found.taken is None:
-        lines = [f"prompts: all of {source}: how many, only its end will tell"]
-    else:
-        lines = [f"prompts: {found.taken} of {source}; {prompts.skipped} rows without a text skipped"]
-    if found.done:
-        left = "" if found.taken is None else f", {found.taken - found.done} are left"
-        lines.append(f"resuming: {found.done} are finished{left}")
-    return "\n".join(lines)
-
-
-def describe_tokens(settings: Settings, encoded: list[Encoded]) -> str:
-    lengths = [len(e.ids) for e in encoded]
-    cut = sum(e.truncated for e in encoded)
-    return (
-        f"tokens: {min(lengths)} to {max(lengths)}, median {median(lengths):g}, in the first {len(lengths)} prompts; "
-        f"{cut} of them cut (--max-length {settings.max_length})"
+    settings, subject = pipeline.settings, pipeline.subject
+    size_of_window = WINDOW_BATCHES * settings.batch_size
+    windows = [encoded[start : start + size_of_window] for start in range(0, len(encoded), size_of_window)]
+    batches = sorted(chain.from_iterable(into_batches(settings, subject, window) for window in windows), key=padded)
+    places = {*evenly_spaced(len(batches), TRIED), max(range(len(batches)), key=lambda i: longest(batches[i]))}
+    chosen, items = [batches[place] for place in sorted(places)], []
+    checked, failures = set(), Failures(dtype_advice(subject.model))
+    for batch in batches:  # warms up each kind of attention
+        if check_once(settings, subject, batch, checked):
+            measure(settings, subject, batch[-1:])
+    seconds = []
+    for batch in chosen:
+        found = measure(settings, subject, batch)
+        failures.count(found)
+        seconds.append(sum(item.record["seconds"] for item in found))
+        items += found
+    each = Trial(list(map(padded, chosen)), seconds).total(list(map(padded, batches))) / len(encoded)
+    arrays = fmean(sum(array.nbytes for array in item.arrays.values()) for item in items)
+    record = fmean(len(json_text(item.record)) for item in items) + SCORE_BYTES
+    tokens = fmean(len(e.ids) for e in encoded)
+    time_line = f"{duration(each)} a prompt, {processes * tokens / each:.0f} tokens/s"
+    place = matrices.ARRAYS if taken is not None and taken <= matrices.ONE_FILE else f"{ITEMS}/"
+    files = f"{size(arrays)} in {place} and {size(record)} in {PROMPTS} a prompt"
+    if taken is not None:
+        time_line = f"about {duration(each * (taken - done) / processes)}, {time_line}"
+        files = f"about {size(arrays * taken)} {place}, {size(record * taken)} {PROMPTS}"
+    if processes > 1:
+        time_line += f", by {processes} processes as fast as this one"
+    shape = f"{len(chosen[-1])} x {longest(chosen[-1])} tokens"
+    return "\n".join(
+        [
+            f"time: {time_line}; and {duration(load_seconds)} to load and check the model",
+            f"memory: {peak_memory(devices_of(subject.model))}, with the largest batch ({shape}) and the longest "
+            "prompt of these",
+            f"files: {files}, a picture and the metadata",
+        ]
     )
+
+
+def longest(batch: list[Encoded]) -> int:
+    return max(len(encoded.ids) for encoded in batch)
 
 
 def padded(batch: list[Encoded]) -> int:
@@ -574,64 +574,13 @@ def padded(batch: list[Encoded]) -> int:
     return len(batch) * longest(batch)
 
 
-def longest(batch: list[Encoded]) -> int:
-    return max(len(encoded.ids) for encoded in batch)
-
-
-def describe_costs(pipeline: Pipeline, found: Survey, encoded: list[Encoded], loading: float, size_of: int) -> str:
-    """Time, memory and disk, from a few batches that are tried, the largest and the longest prompt's among them.
-
-    Raises:
-        UserError: the model is not supported, or too many prompts fail.
-    """
-    settings, subject = pipeline.settings, pipeline.subject
-    window = WINDOW_BATCHES * settings.batch_size
-    windows = [encoded[start : start + window] for start in range(0, len(encoded), window)]
-    batches = sorted(chain.from_iterable(into_batches(settings, subject, some) for some in windows), key=padded)
-    places = {*evenly_spaced(len(batches), TRIED), max(range(len(batches)), key=lambda i: longest(batches[i]))}
-    chosen, items = [batches[place] for place in sorted(places)], []
-    checked, failures = set(), Failures(dtype_advice(subject.model))
-    for batch in batches:  # warms up each kind of attention
-        if check_once(settings, subject, batch, checked):
-            measure(settings, subject, batch[-1:])
-    for batch in chosen:
-        items.append(measure(settings, subject, batch))
-        failures.count(items[-1])
-    seconds = [sum(item.record["seconds"] for item in some) for some in items]
-    each = Trial(list(map(padded, chosen)), seconds).total(list(map(padded, batches))) / len(encoded)
-    tokens = fmean(len(e.ids) for e in encoded)
-    tried = list(chain.from_iterable(items))
-    arrays = fmean(sum(array.nbytes for array in item.arrays.values()) for item in tried)
-    record = fmean(len(json_text(item.record)) for item in tried) + SCORE_BYTES
-    place = matrices.ARRAYS if found.taken is not None and found.taken <= matrices.ONE_FILE else f"{ITEMS}/"
-    spent = f"{duration(each)} a prompt, {size_of * tokens / each:.0f} tokens/s"
-    files = f"{size(arrays)} in {place} and {size(record)} in {PROMPTS} a prompt"
-    if found.taken is not None:
-        spent = f"about {duration(each * (found.taken - found.done) / size_of)}, {spent}"
-        files = f"about {size(arrays * found.taken)} {place}, {size(record * found.taken)} {PROMPTS}"
-    if size_of > 1:
-        spent += f", by {size_of} processes as fast as this one"
-    shape = f"{len(chosen[-1])} x {longest(chosen[-1])} tokens"
-    memory = peak_memory(devices_of(subject.model))
-    return "\n".join(
-        [
-            f"time: {spent}; and {duration(loading)} to load and check the model",
-            f"memory: {memory}, with the largest batch ({shape}) and the longest prompt of these",
-            f"files: {files}, a picture and the metadata",
-        ]
-    )
-
-
-def main(settings: Settings | None = None) -> int:
-    """Runs one command; without settings, the one that the program was called with."""
+def main(settings: Settings) -> int:
     advice = "a smaller --max-length or --top-k-tokens, --dtype bfloat16, or a smaller model"
 
     def task() -> int:
-        chosen = settings or parse(sys.argv[1:])
-        if chosen.redraw:
-            return redraw(Path(chosen.redraw))
-        process = processes.join()
-        return dry_run(chosen, process) if chosen.dry_run else run_pipeline(chosen, process)
+        if settings.redraw:
+            return redraw(Path(settings.redraw))
+        return run_pipeline(settings, processes.join())
 
     return exit_code(PROGRAM, task, advice)
 

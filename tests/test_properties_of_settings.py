@@ -14,7 +14,7 @@ import core_experiment
 from residual_fisher import load_fisher_matrices
 from residual_fisher.common import drawing
 from residual_fisher.common.program import UserError
-from residual_fisher.common.run import FORMAT, Run, digest
+from residual_fisher.common.run import FORMAT, Run, short_hash
 from residual_fisher.common.text import printable
 from residual_fisher.pipeline import figures
 
@@ -76,7 +76,7 @@ MANIFEST = {
     "primary": {"fisher_matrices_compressed.npz": [1, "0"], "items/records.jsonl": [1, "0"]},
     "derived": {},
 }
-MANIFEST["checksum"] = digest(MANIFEST)
+MANIFEST["checksum"] = short_hash(MANIFEST)
 
 
 def lines(records: list) -> bytes:

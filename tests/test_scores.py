@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
-from residual_fisher.pipeline import distances, figures, scores
+import fisher
+from residual_fisher.pipeline import distances, scores
 from residual_fisher.pipeline.distances import (
     Mahalanobis,
     NextTokens,
@@ -17,6 +18,7 @@ from residual_fisher.pipeline.distances import (
 )
 from residual_fisher.pipeline.matrices import Triplets
 from residual_fisher.pipeline.scores import ScoredRun
+import scripts
 
 D, R = 60, 3
 
@@ -270,17 +272,26 @@ def test_prompts_that_failed_have_zeros_and_count_for_nobody(ordinary):
     assert with_it["odd_words"][50] == []
 
 
-def test_prompts_that_all_failed_have_zeros_that_can_be_drawn(tmp_path):
-    for count in (10, 7, 1):
-        records = [record(ZERO, place) | FAILED for place in range(count)]
+def test_prompts_that_all_failed_have_zeros():
+    for count in (1, 7, 10):
         with pytest.warns(UserWarning, match="0 prompts do not say what is usual"):
-            found = scores.outlier_scores(ScoredRun.of(records, [ZERO] * count))
+            found = scores.outlier_scores(run([ZERO] * count, **{f"at{place}": FAILED for place in range(count)}))
         empty = {"odd_words": [[]] * count, "principal_coordinates": [[0] * distances.COORDINATES] * count}
         assert found == {**{name: [0] * count for name in KEYS}, **empty}
-    drawn = {"tokens": 1, "captured_mass": 0.0, "singular_values": [0.0] * R, "directions": []}
-    row = records[0] | drawn | {name: column[0] for name, column in found.items()}
-    figures.draw(tmp_path, [row])
-    assert (tmp_path / figures.SPECTRA).stat().st_size
+
+
+def test_a_small_run_whose_prompts_all_fail_ends_with_its_records_and_picture(
+    chat_directory, dataset, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise fisher.NumericalError("the logits hold NaN or infinity", None, 0)
+
+    monkeypatch.setattr(fisher, "linearize_prompts", fail)
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", num_prompts=7) == 3
+    assert "7 prompts failed (" in capsys.readouterr().out
+    records = scripts.records(tmp_path / "out")
+    assert [record["outlier_score"] for record in records] == [0] * 7 and all("failed" in r for r in records)
+    assert (tmp_path / "out" / "fisher_spectra.png").stat().st_size
 
 
 def test_odd_words_are_texts_whether_or_not_the_prompt_contains_them(ordinary):
@@ -289,6 +300,7 @@ def test_odd_words_are_texts_whether_or_not_the_prompt_contains_them(ordinary):
         for token, p, held in (("I", 0.9, True), ("Z", 0.1, False))
     ]
     own = run(ordinary, at17={"next_tokens": tokens})
+    assert len({*map(id, own.tokens)}) == len({*own.tokens})  # kept once, however many prompts predict it
     assert outlier_scores(own)["odd_words"][17] == ["I", "Z"]
     assert outlier_scores(own, reference=run(ordinary[:20]))["odd_words"][17] == ["I", "Z"]
 

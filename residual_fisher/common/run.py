@@ -38,7 +38,15 @@ import zipfile
 
 import numpy as np
 
-from residual_fisher.common.files import check_writable, json_text, remove_unfinished, sha256, write_archive, write_json
+from residual_fisher.common.files import (
+    check_writable,
+    json_ready,
+    json_text,
+    remove_unfinished,
+    sha256,
+    write_archive,
+    write_json,
+)
 from residual_fisher.common.lock import LOCK, lock_directory, require_unlocked
 from residual_fisher.common.program import UserError
 from residual_fisher.common.text import excerpt
@@ -151,17 +159,18 @@ def stamps(model: str) -> list | None:
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """What `items/run.json` says; None if it is missing, or not as it was written."""
+    """What `items/run.json` says; None unless it is as it was written."""
     try:
         found = json.loads((folder / ITEMS / MANIFEST).read_text(encoding="utf-8"))
         known = found.pop("checksum")
-        return found if known == digest(found) and found["format"] == FORMAT else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
         return None
+    return found if found.get("format") == FORMAT and known == short_hash(found) else None
 
 
-def digest(manifest: dict) -> str:
-    return hashlib.sha256(json_text(manifest)).hexdigest()
+def short_hash(value) -> str:
+    """16 hexadecimal digits, of a value of JSON's types."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def shown(value) -> str:
@@ -276,9 +285,9 @@ class Run:
         if not self.manifest["complete"] or not self._covers(goal):
             return False
         then = self.manifest["sources"]
-        if then["data"] != json.loads(json.dumps(sources["data"])):
+        if then["data"] != sources["data"]:
             raise UserError(f"the data have changed since the run in {self.folder} ended: --overwrite starts anew")
-        return then["model"] == json.loads(json.dumps(sources["model"])) and self._damaged() is None
+        return then["model"] == sources["model"] and self._damaged() is None
 
     def examine(
         self,
@@ -300,7 +309,7 @@ class Run:
             UserError: the folder holds a run with another identity, and may not be overwritten.
         """
         about = {"identity": identity, "sources": sources, "goal": goal, "notes": notes or {}}
-        self._asked, self._split = json.loads(json.dumps(about)), split
+        self._asked, self._split = json_ready(about), split
         self._state = State.NEW
         if not self.overwrite and self.has_results():
             self._require_same(self._asked["identity"])
@@ -316,7 +325,7 @@ class Run:
 
     def _require_same(self, identity: dict) -> None:
         known = self.manifest["identity"]
-        then, now = known["settings"], json.loads(json.dumps(identity["settings"]))
+        then, now = known["settings"], json_ready(identity["settings"])
         if differing := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
             changes = ", ".join(
                 f"{key.rstrip('_')} was {shown(then.get(key))} and is {shown(now.get(key))}" for key in differing
@@ -483,15 +492,15 @@ class Run:
         return True
 
     def is_derived(self, names: Sequence[str], made_from: object) -> bool:
-        known, made_from = self.manifest["derived"], json.loads(json.dumps(made_from))
+        known, made_from = self.manifest["derived"], json_ready(made_from)
         return all(
             name in known and known[name] == {"checksum": checksum(self.folder / name), "made_from": made_from}
             for name in names
         )
 
     def _write_manifest(self, **changes) -> None:
-        self.manifest = json.loads(json.dumps({**self.manifest, **changes}))
-        write_json(self.items_folder / MANIFEST, {**self.manifest, "checksum": digest(self.manifest)})
+        self.manifest = json_ready({**self.manifest, **changes})
+        write_json(self.items_folder / MANIFEST, {**self.manifest, "checksum": short_hash(self.manifest)})
 
 
 def _merged(paths: Sequence[Path]) -> Iterator[Item]:

@@ -48,13 +48,13 @@ SCORES = ("z_strength", "z_spectrum", "z_directions", "z_words")
 # The smallest deviation that is not rounding. For words: what one prompt more or less changes.
 LEAST_DEVIATIONS = (RESOLUTION, RESOLUTION, RESOLUTION, 0.01)
 OUTLIER = "outlier_score"
-THRESHOLD = 2.3  # a prompt above it stands out: 1% of normal data do, about as many of ordinary prompts
+THRESHOLD = 2.3  # a prompt above it stands out, as 1% of normal data do
 LANDMARKS = 256  # prompts learnt from: more hardly change what is usual
 FEWEST = 8  # prompts learnt from: fewer do not show what is usual
 CONCENTRATION_STEPS = 2  # by which the usual half is found
 SCORED_AT_ONCE = 64  # prompts
 ODD_WORDS = 3  # named of a prompt
-OFFSET = 0.3  # added to distances, which are of order 1, before the logarithm: near 0 they should not differ much
+OFFSET = 0.3  # added to distances of order 1 before the logarithm, so that those near 0 hardly differ
 VALUES = 10  # leading singular values and vectors that are compared
 LEAST_VALUE = 1e-9  # of the first singular value: what is less is rounding
 CERTAIN = 1e-7  # the rounding of a float32 probability
@@ -200,9 +200,9 @@ class TrustedScorer(Scorer):
 
 
 class ChangeScorer(Scorer):
-    """Scores the change from a base model: of directions and words, what the base model has not for the same prompt."""
+    """Scores the change from a base model: directions and words are compared with the same prompt's in that model."""
 
-    # a fine-tune changes how certain a model is of many prompts, but the directions of few
+    # Only directions: a fine-tune changes how certain a model is of many prompts, but the directions of few.
     measures, counted = (Mahalanobis, Mahalanobis, Unlearnt, Unlearnt), [SCORES.index("z_directions")]
 
 
@@ -255,8 +255,8 @@ def outlier_scores(run: ScoredRun, reference: ScoredRun | None = None, base: Sco
         if alike := [name.removeprefix("z_") for name, row in zip(SCORES, scores, strict=False) if not row.any()]:
             warnings.warn(f"all prompts have the same {' and '.join(alike)}: these scores are 0", stacklevel=2)
     columns = dict(zip((*SCORES, OUTLIER), scores.tolist(), strict=True))
-    columns |= {"differs_along": along.tolist(), "odd_words": words}
-    return {**columns, "principal_coordinates": _principal_coordinates(run, usable)}
+    columns |= {"differs_along": along.tolist(), "principal_coordinates": _principal_coordinates(run, usable)}
+    return {**columns, "odd_words": words}
 
 
 def _landmarks(numbers: Sequence[int]) -> list[int]:
