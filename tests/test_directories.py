@@ -19,9 +19,9 @@ from residual_fisher import load_fisher_matrices
 from residual_fisher.common.files import check_writable
 from residual_fisher.common.lock import LOCK, STALE, lock_directory
 from residual_fisher.common.program import UserError
+from residual_fisher.common.run import Run
 from residual_fisher.pipeline import matrices, processes
 from residual_fisher.pipeline.scores import SCORES
-from residual_fisher.pipeline.settings import Settings
 import scripts
 from scripts import arrays, calls_of, pipeline_words, records
 
@@ -49,7 +49,7 @@ def test_a_number_of_processes_that_is_none_is_one_line(size, monkeypatch):
 
 def enter(output: Path, overwrite: bool = False) -> None:
     """As a run does before anything else."""
-    with compute_fisher.open_run(Settings(output_dir=str(output), overwrite=overwrite)).locked():
+    with Run(output, "compute_fisher.py", compute_fisher.FILES, overwrite).locked():
         pass
 
 
