@@ -399,8 +399,8 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
             if not process.leave():
                 return 0
             tell_too_few(settings, prompts.usable)
-            columns = report.columns_of(record for _, record, _ in run.items())
             primary = matrices.merge(run, prompts.usable)
+            columns = report.columns_of(record for _, record in run.all_records())
             run.finish(prompts.usable, primary, statistics=report.summarize(columns, prompts.skipped))
             conclude(run, settings, against)
         except KeyboardInterrupt:

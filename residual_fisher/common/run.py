@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from enum import Enum
 import hashlib
 import heapq
+from itertools import chain
 import json
 import math
 import os
@@ -424,6 +425,11 @@ class Run:
             return
         for cluster in self._overlapping():
             yield from _merged([path for *_, path in cluster])
+
+    def all_records(self) -> Iterator[tuple[int, dict]]:
+        """Number and record of all items that `items` has, without their arrays."""
+        for cluster in self._overlapping():
+            yield from sorted(dict(chain.from_iterable(record_lines(path) for *_, path in cluster)).items())
 
     def last(self) -> int:
         """How far the numbers of the finished items reach: one less than none."""
