@@ -285,7 +285,8 @@ def redraw(folder: Path) -> int:
         manifest = read_manifest(folder)
         if manifest and manifest["derived"].get(PROMPTS, {}).get("checksum") == checksum(folder / PROMPTS):
             raise  # it is as this program has written it
-        raise UserError(f"no readable {PROMPTS} in {folder}: it lacks {excerpt(repr(error), 80)}") from error
+        about = f"the command that made it makes it again ({excerpt(repr(error), 80)})"
+        raise UserError(f"no readable {PROMPTS} in {folder}: {about}") from error
     print(f"Drawn in {printable(str(folder))}: {figures.SPECTRA}")
     return 0
 

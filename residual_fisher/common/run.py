@@ -223,6 +223,8 @@ class Run:
             return
         with lock_directory(self.folder):
             self.open()
+            if self.manifest and self._is_merged():  # a kill at the end may have left some
+                self._remove_archives()
             yield
 
     def open(self) -> None:
@@ -236,12 +238,11 @@ class Run:
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         names = {name for name in names if name != LOCK and not self._is_unfinished(name)}
         own = names & {*self.files, ITEMS}
-        for name in own:
-            if (self.folder / name).is_dir() != (name == ITEMS):
-                kind = "a directory" if (self.folder / name).is_dir() else "a file, or a link that leads nowhere,"
-                raise UserError(
-                    f"cannot write {self.folder / name}: {kind} has its place (choose another --output-dir)"
-                )
+        archives = [path for *_, path in archives_in(self.items_folder)]
+        for path in (*(self.folder / name for name in {*own, *self.files, f"{ITEMS}/{MANIFEST}"}), *archives):
+            if path.is_dir() != (path == self.items_folder):
+                kind = "a directory" if path.is_dir() else "a file, or a link that leads nowhere,"
+                raise UserError(f"cannot write {path}: {kind} has its place (choose another --output-dir)")
         foreign = sorted(names - own)
         if self.manifest is None and foreign:
             raise UserError(
@@ -250,7 +251,7 @@ class Run:
             )
         if self.manifest and self.manifest["program"] != self.program:
             raise UserError(f"{self.folder} holds a run of {self.manifest['program']}: choose another --output-dir")
-        if self.manifest is None and (own - {ITEMS} or archives_in(self.items_folder)) and not self.overwrite:
+        if self.manifest is None and (own - {ITEMS} or archives) and not self.overwrite:
             raise UserError(
                 f"{self.folder} holds results without a readable {ITEMS}/{MANIFEST}: --overwrite replaces them"
             )
@@ -317,6 +318,8 @@ class Run:
                 self._state = State.STARTED
             elif damaged := self._damaged():
                 warnings.warn(f"{self.folder / damaged} is missing or damaged: computing it again", stacklevel=2)
+                if not self._is_merged():  # the other archives are kept
+                    self._state = State.STARTED
             else:
                 self._state = State.FINISHED if self._covers(goal) else State.STARTED
         return self._state
@@ -354,7 +357,7 @@ class Run:
             UserError: the folder cannot be written to.
         """
         remove_unfinished(self.folder, self.files)
-        remove_unfinished(self.items_folder, ["*.npz", MANIFEST, RECORDS])
+        remove_unfinished(self.items_folder, ["[0-9]*-[0-9]*.npz", MANIFEST, RECORDS])
         if self._state is State.NEW:
             if self.manifest:
                 self._write_manifest(complete=False, primary={}, derived={})

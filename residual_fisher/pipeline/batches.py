@@ -279,7 +279,7 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
         with hooked((subject.module.register_forward_hook, edit_stream(add))):
             return last_logits(subject.model, *pad(batch * len(deltas)))
 
-    # a prompt that leads to NaN or infinity will be recorded as failed
-    with explain_unsupported(subject), suppress(fisher.NumericalError):
+    # a prompt that leads to NaN, infinity or no convergence will be recorded as failed
+    with explain_unsupported(subject), suppress(fisher.NumericalError, torch.linalg.LinAlgError):
         point, rows = linearize(settings, subject, batch)
         fisher.check_prediction(point, moved, fisher.Chunks(rows))
