@@ -26,8 +26,8 @@ How F is computed, whichever tokens it counts:
     5. perturb              logits after h + delta
        kl_divergence        what the perturbation did
 
-Tensors in, tensors out: this module reads no files and prints nothing. The model is any transformers causal LM in
-evaluation mode, and is left as it was. In the shapes below, "..." is nothing for one prompt and (prompts,) for a batch.
+The model is any transformers causal LM in evaluation mode, and is left as it was. In the shapes below, "..." is nothing
+for one prompt and (prompts,) for a batch. Whatever holds NaN or infinity raises NumericalError.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,17 +45,16 @@ from residual_fisher.model.passes import (
     Chunks,
     HeadCapture,
     UnsupportedModelError,
-    add_at_last,
+    add_at,
     batched_gradients,
     capture_head,
-    differentiated_twice,
     edit_stream,
     hooked,
     require_known_tokens,
     token_at,
     unwrapped,
 )
-from residual_fisher.model.reading import Reading, read
+from residual_fisher.model.reading import Reading, choose_mode, read
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PromptPoint", "PushForward",
@@ -97,7 +96,6 @@ class Point:
         head: HeadCapture,
         logits: Tensor,
     ):
-        """Raises NumericalError: activations or logits hold NaN or infinity."""
         logits = logits.to(head.raw_logits.device)  # a model that is spread over devices returns them on the first
         self.model = model
         self.modules = modules  # the hooked ones, in order: "layers" in the shapes below
@@ -149,7 +147,6 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
     Raises:
         ValueError: `ids` is empty or a batch, or `layers` are not ascending numbers of the model's layers.
         UnsupportedModelError: the model cannot be read rightly, or does not know a token.
-        NumericalError: activations or logits hold NaN or infinity.
     """
     ids = torch.as_tensor(ids).cpu()
     ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
@@ -162,16 +159,8 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
     if not layers or layers != sorted(set(layers) & set(range(len(found)))):
         raise ValueError(f"layers {layers} are not ascending numbers from 0 to {len(found) - 1}")
     modules = [found[number] for number in layers]
-    reading = read(wrapped, ids)
-    streams, biases = [], []  # a (d,) tensor for each layer
-
-    def add_zero_bias(h: Tensor) -> Tensor:
-        bias = torch.zeros(h.shape[-1], dtype=h.dtype, device=h.device, requires_grad=True)
-        streams.append(h.detach()[0, -1])
-        biases.append(bias)
-        return add_at_last(h, bias)
-
-    hooks = [(module.register_forward_hook, edit_stream(add_zero_bias)) for module in modules]
+    reading = read(model, ids, choose_mode(wrapped, ids))
+    biases, streams, hooks = _zero_biases(modules, lambda h: h[0, -1], add_at)  # (d,) for each layer
     with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
         logits = reading.logits()[0]  # (V,)
     if not logits.requires_grad:
@@ -181,17 +170,28 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
     return PromptPoint(model, modules, streams, biases, head, logits, layers=layers, reading=reading)
 
 
-def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Point:
-    """Linearises the model at h + delta, each row at its own layer.
-
-    The result's "layers" axis has length one, and its "..." are the rows: G is (1, rows, k, d).
+def _zero_biases(modules: list[nn.Module], at_last: Callable, add: Callable) -> tuple[list, list, list]:
+    """Hooks that add a zero bias, add(h, bias), to the stream h leaving each module.
 
     Args:
-        deltas: (rows, d) float32, added to the residual stream at the prompt's last token.
-        at: see `perturb`.
-    Raises:
-        ValueError: see `perturb`.
-        NumericalError: logits hold NaN or infinity; `prompt` is the row.
+        at_last: takes h, returns it at the last token of each prompt, in the shape of the bias.
+    Returns:
+        (biases, streams, hooks): the biases and what `at_last` returned, in the order in which the hooks run
+    """
+    biases, streams = [], []
+
+    def edit(h: Tensor) -> Tensor:
+        streams.append(at_last(h).detach())
+        biases.append(torch.zeros_like(streams[-1], requires_grad=True))
+        return add(h, biases[-1])
+
+    return biases, streams, [edit_stream(module, edit) for module in modules]
+
+
+def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Point:
+    """Linearises the model at h + delta; the arguments and errors are those of `perturb`.
+
+    The result's "layers" axis has length one, and its "..." are the rows: G is (1, rows, k, d).
     """
     at = torch.as_tensor(at).expand(len(deltas))
     leaf = deltas.detach().float().clone().requires_grad_()
@@ -216,28 +216,24 @@ def linearize_prompts(
         lengths: (prompts,) int64, the tokens of each prompt.
         last_only: add the bias at each prompt's last token alone.
     Raises:
-        NumericalError: activations or logits hold NaN or infinity.
         UnsupportedModelError: the module's output has another shape or does not lead to the predictions, or the
             model does not know a token.
     """
     model = unwrapped(model)
     require_known_tokens(model, ids)
     prompts, last = torch.arange(len(ids)), lengths.cpu() - 1
-    streams, biases = [], []  # one (prompts, d) tensor each
 
-    def add_zero_biases(h: Tensor) -> Tensor:
+    def at_last(h: Tensor) -> Tensor:
         if not isinstance(h, Tensor) or h.ndim != 3 or h.shape[:2] != ids.shape or not h.is_floating_point():
             raise UnsupportedModelError("its output is not of shape (prompts, tokens, d)")
-        bias = torch.zeros(len(ids), h.shape[-1], dtype=h.dtype, device=h.device, requires_grad=True)
-        streams.append(h.detach()[prompts, last])
-        biases.append(bias)
-        if last_only:
-            at_last = torch.arange(ids.shape[1]) == last[:, None]
-            return h + at_last[..., None].to(h) * bias[:, None]
-        return h + bias[:, None]
+        return h[prompts, last]
 
-    hook = (module.register_forward_hook, edit_stream(add_zero_biases))
-    with torch.enable_grad(), hooked(hook), capture_head(model, lambda x: token_at(x, last, ids.shape)) as head:
+    def add(h: Tensor, bias: Tensor) -> Tensor:
+        here = (torch.arange(ids.shape[1]) == last[:, None])[..., None]  # (prompts, tokens, 1)
+        return h + (here.to(h) * bias[:, None] if last_only else bias[:, None])
+
+    biases, streams, hooks = _zero_biases([module], at_last, add)  # (prompts, d) of the one module
+    with torch.enable_grad(), hooked(*hooks), capture_head(model, lambda x: token_at(x, last, ids.shape)) as head:
         logits = model(ids.to(model.device), use_cache=False).logits[:, 0].float()  # (prompts, V)
     if len(biases) != 1 or not head.x.requires_grad:
         raise UnsupportedModelError("it does not stand, once, between the prompt and the output head")
@@ -245,7 +241,7 @@ def linearize_prompts(
 
 
 def _require_finite(values: Tensor, what: str, places: int) -> None:
-    """Raises NumericalError unless `values` are finite. Their first `places` axes are layers and prompts."""
+    """Raises NumericalError if `values` are not finite. Their first `places` axes are layers and prompts."""
     finite = values.flatten(places).isfinite().all(dim=-1)
     if not finite.all():
         layer, *prompt = (~finite).nonzero()[0].tolist()
@@ -263,8 +259,6 @@ def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tenso
 
     Args:
         rows: cotangents z (..., k, d_head) float32.
-    Raises:
-        NumericalError: gradients hold NaN or infinity.
     """
     # Rows go through the network at unit norm, so that float16 gradients do not underflow.
     norms = rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # (..., k, 1)
@@ -297,7 +291,7 @@ class PushForward:
         """J u (layers, ..., m, d_head) float32 for u (layers, ..., m, d), each through its own layer alone.
 
         Raises:
-            NumericalError: J u holds NaN or infinity.
+            UnsupportedModelError: torch cannot differentiate the backward pass.
         """
         layers, m = len(tangents), tangents.shape[-2]
         by_row = tangents.movedim(-2, 1).flatten(0, 1)  # (layers * m, ..., d)
@@ -306,7 +300,12 @@ class PushForward:
         def chunk(u: Tensor, own: Tensor) -> Tensor:  # (rows, prompts, 1, d_head)
             own = own.reshape(-1, *(1 for _ in u.shape[1:]))
             seeds = [torch.where(own == layer, u, 0).to(g) for layer, g in enumerate(self.at_biases)]
-            return batched_gradients(self.model, self.at_biases, [self.at_x], seeds)[0]
+            try:
+                return batched_gradients(self.model, self.at_biases, [self.at_x], seeds)[0]
+            except RuntimeError as error:
+                if "derivative for" not in str(error) or "not implemented" not in str(error):
+                    raise
+                raise UnsupportedModelError("torch cannot differentiate its backward pass, as this needs") from error
 
         pushed = (chunks or Chunks()).join(chunk, by_row, own).to(tangents)
         pushed = pushed.reshape(layers, m, *tangents.shape[1:-2], -1).movedim(1, -2)
@@ -435,8 +434,6 @@ def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor |
     Args:
         chunks: how many gradients one backward pass may take.
         jacobian: `FullVocabulary.jacobian` of this point, if it is known; it replaces the backward pass.
-    Raises:
-        NumericalError: gradients hold NaN or infinity.
     """
     p, tokens = point.log_probs.exp().topk(k)  # (..., k)
     cotangents = point.cotangents(tokens)  # (..., k, d_head)
@@ -463,7 +460,7 @@ class FullVocabulary:
         """The `num` largest eigenpairs of each F, with signs as in `eigenpairs`.
 
         Raises:
-            NumericalError: F is zero and may not be, or the solver failed; `layer` and `prompt` are its indices.
+            NumericalError: F is zero and may not be, or the solver failed.
         """
         trace = self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         if not allow_zero:
@@ -493,7 +490,6 @@ def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabular
 
     Raises:
         UnsupportedModelError: the head is not linear.
-        NumericalError: gradients hold NaN or infinity.
     """
     head = point.output_head()
     fisher_at_x = head.fisher_matrix()  # C (..., d_head, d_head)
@@ -505,15 +501,12 @@ def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabular
 
 
 def full_curvature(point: Point, directions: Tensor, chunks: Chunks | None = None) -> Tensor:
-    """u^T F u = (J u)^T C (J u), (layers, ..., n), of F over all tokens, without forming F.
+    """u^T F u = (J u)^T C (J u), (layers, ..., n), of F over all tokens, without forming F; u (layers, ..., n, d).
 
-    Args:
-        directions: u (layers, ..., n, d).
     Raises:
-        UnsupportedModelError: the head is not linear, or the backward pass cannot be differentiated.
+        UnsupportedModelError: the head is not linear, or torch cannot differentiate the backward pass.
     """
-    with differentiated_twice():
-        y = PushForward(point)(directions, chunks)
+    y = PushForward(point)(directions, chunks)
     return (y * point.output_head().fisher_times(y)).sum(-1)
 
 
@@ -586,21 +579,11 @@ def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
 # --- does F predict what a small perturbation does? -----------------------------------------------
 
 
-class PredictionCheck(NamedTuple):
-    """What `check_prediction` tries and allows, for one precision of the model."""
-
-    nats: tuple[
-        float, ...
-    ]  # predicted KL of each perturbation; its next term may be too large for the first, not for the last
-    least: float  # nats that rounding hides
-    factor: float  # largest ratio between the changes and their prediction
-
-
-CHECKS = {
-    **dict.fromkeys((torch.float64, torch.float32), PredictionCheck((1e-4, 1e-6, 1e-7), 1e-8, 1.2)),
-    # a logit of 20 is rounded to 0.06, and 0.1 nats change logits by about 0.4; a token may also switch experts
-    **dict.fromkeys((torch.bfloat16, torch.float16), PredictionCheck((0.1, 0.03), 0.02, 2.0)),
-}
+# The predicted nats of each perturbation (the next term of KL may be too large for the first, not for the last), the
+# nats that rounding hides, and the largest ratio allowed between the changes and their prediction.
+FULL_PRECISION = (1e-4, 1e-6, 1e-7), 1e-8, 1.2
+# A logit of 20 is rounded to 0.06, and 0.1 nats change logits by about 0.4. A token may also switch experts.
+HALF_PRECISION = (0.1, 0.03), 0.02, 2.0
 CHECKED_TOKENS = 20  # the most probable ones
 LONGEST_CHECK = 0.1  # length of the longest perturbation, as a share of |h|
 
@@ -622,20 +605,21 @@ def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Ch
     Raises:
         UnsupportedModelError: the prediction changes by another amount.
     """
-    check, tokens = CHECKS[point.model.dtype], min(CHECKED_TOKENS, point.log_probs.shape[-1])
+    sizes, least, factor = HALF_PRECISION if point.model.dtype.itemsize < 4 else FULL_PRECISION
+    tokens = min(CHECKED_TOKENS, point.log_probs.shape[-1])
     top = top_k(point, tokens, chunks)
     first = (0,) * (top.gradients.ndim - 2)  # layer and prompt
     eigen = top.eigenpairs(allow_zero=True)
     value, v, h = eigen.values[first][0], eigen.vectors[first][0], point.activations[first]
     ids, p = point.log_probs[first[1:]].topk(tokens).indices, top.weights[first[1:]]  # both (tokens,)
-    for nats in check.nats:
+    for nats in sizes:
         step = torch.minimum((2 * nats / value).sqrt(), LONGEST_CHECK * h.norm())
-        if not 0.5 * step**2 * value >= check.least:
+        if not 0.5 * step**2 * value >= least:
             return False
         log_probs = moved(torch.stack([step * v, -step * v])).float().log_softmax(-1)[:, ids.cpu()].to(v)
         expected, found = step * (top.gradients[first] @ v), (log_probs[0] - log_probs[1]) / 2  # both (tokens,)
         ratio = float((p * found * expected).sum() / (p * expected**2).sum())
-        if 1 / check.factor <= ratio <= check.factor:
+        if 1 / factor <= ratio <= factor:
             return True
     raise UnsupportedModelError(
         f"a small perturbation changes its prediction {ratio:.2g} times as much as its gradients say "

@@ -144,7 +144,12 @@ def _from_files(source: str, options: dict, place: torch.device, device: str):
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported in `found` instead of raised
     )
-    _require_all_weights(found["missing_keys"], found["mismatched_keys"])
+    if missing := found["missing_keys"]:  # transformers has drawn them at random
+        raise ValueError(f"its checkpoint lacks {len(missing)} of the weights, {min(missing)} among them")
+    if mismatched := found["mismatched_keys"]:  # these too
+        key, *shapes = min(mismatched)
+        is_shape, wanted = (" x ".join(map(str, shape)) for shape in shapes)
+        raise ValueError(f"{len(mismatched)} of its weights have another shape: {key} is {is_shape}, not {wanted}")
     if any(p.is_meta for p in model.parameters()):
         raise TooLargeError
     model.eval().requires_grad_(False)
@@ -187,16 +192,6 @@ def base_of(source: str) -> str:
     if find_spec("peft") is None:
         raise ValueError("it is an adapter, which needs another package: `pip install peft`")
     return json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
-
-
-def _require_all_weights(missing: set[str], mismatched: set[tuple]) -> None:
-    """Raises ValueError if weights are missing or have another shape: transformers would draw them at random."""
-    if missing:
-        raise ValueError(f"its checkpoint lacks {len(missing)} of the weights, {min(missing)} among them")
-    if mismatched:
-        key, found, wanted = min(mismatched)
-        found, wanted = (" x ".join(map(str, shape)) for shape in (found, wanted))
-        raise ValueError(f"{len(mismatched)} of its weights have another shape: {key} is {found}, not {wanted}")
 
 
 def _exceeds_gpu(config, options: dict) -> bool:
@@ -261,7 +256,10 @@ def fingerprint(model: nn.Module, tokenizer) -> str:
     Buffers that a checkpoint does not hold are left out: they follow from the configuration, and some depend on the
     prompts that were run. Of offloaded weights only names, shapes and dtypes count.
     """
-    config = _without_volatile(json.loads(model.config.to_json_string(use_diff=False)))
+    config = json.loads(
+        model.config.to_json_string(use_diff=False),
+        object_hook=lambda part: {key: value for key, value in part.items() if key not in VOLATILE},
+    )
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     digest = hashlib.sha256(json.dumps([config, vocabulary, tokenizer.chat_template], sort_keys=True).encode())
     for name, values in _plain_tensors(model.state_dict().items()):
@@ -279,12 +277,6 @@ def _plain_tensors(named: Iterable[tuple[str, object]]) -> Iterator[tuple[str, o
             yield from _plain_tensors((f"{name}.{part}", getattr(values, part)) for part in inner)
         else:
             yield name, values
-
-
-def _without_volatile(value):
-    if isinstance(value, dict):
-        return {key: _without_volatile(item) for key, item in value.items() if key not in VOLATILE}
-    return value
 
 
 def _checksum(values: torch.Tensor) -> int:
