@@ -34,8 +34,6 @@ WEIGHTS_SHARE = 0.9
 
 
 class TooLargeError(UserError):
-    """The model is larger than the GPUs."""
-
     def __init__(self):
         super().__init__(
             "the model is larger than the free memory of the GPUs, and gradients need all weights at once, so that "
@@ -288,11 +286,9 @@ def _checksum(values: torch.Tensor) -> int:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
     bits = values.detach().contiguous().flatten().view(integers)
     weights = _scrambled(torch.arange(BLOCK, device=bits.device))
-    rest = len(bits) % BLOCK
     at_once = BLOCK if bits.device.type == "cpu" else 1 << 24  # in 8 bytes each: a CPU's cache, a GPU's work
-    parts = bits[: len(bits) - rest].split(at_once)
-    sums = [(part.view(-1, BLOCK) * weights).sum(-1) for part in parts]
-    sums = torch.cat([*sums, (bits[len(bits) - rest :] * weights[:rest]).sum()[None]])
+    blocks = (nn.functional.pad(part, (0, -len(part) % BLOCK)).unflatten(0, (-1, BLOCK)) for part in bits.split(at_once))
+    sums = torch.cat([(some * weights).sum(-1) for some in blocks])
     return int((sums * _scrambled(torch.arange(len(sums), device=bits.device))).sum())
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 import warnings
 
@@ -73,12 +72,11 @@ def add_to_rows(modules: Sequence[nn.Module], deltas: Tensor, at: Tensor, token:
     return [edit_stream(modules[index], partial(add, index)) for index in at.unique().tolist()]
 
 
-@dataclass
 class HeadCapture:
     """What went into and out of the output head in the last pass."""
 
-    x: Tensor | None = None  # (rows, tokens, d_head): the final normalised hidden state
-    raw_logits: Tensor | None = None  # (rows, tokens, V): before the scaling or soft-capping that may follow
+    x: Tensor  # (rows, tokens, d_head): the final normalised hidden state
+    raw_logits: Tensor  # (rows, tokens, V): before the scaling or soft-capping that may follow
 
 
 @contextmanager
@@ -113,11 +111,7 @@ def token_at(x: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a wrapper: an adapter, `torch.compile`, data parallelism.
-
-    Raises:
-        UnsupportedModelError: there is none inside.
-    """
+    """The transformers model inside a wrapper: an adapter, `torch.compile`, data parallelism."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
@@ -163,11 +157,7 @@ def stream_width(model: nn.Module, module: nn.Module) -> int:
 
 
 def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Logits (prompts, V) after each prompt's last token; ids (prompts, tokens) padded on the right, lengths (prompts,)
-
-    Raises:
-        UnsupportedModelError: the model does not know a token.
-    """
+    """Logits (prompts, V) after the last token of prompts `ids` (prompts, tokens), padded on the right."""
     require_known_tokens(model, ids)
     with capture_head(model, lambda x: token_at(x, lengths - 1, ids.shape)):
         return model(ids.to(model.device), use_cache=False).logits[:, 0]
@@ -264,13 +254,13 @@ class Chunks:
             chunk = [r[start : start + count] for r in rows]
             try:
                 results.append(function(*chunk))
-                start += len(chunk[0])
+                start += count
                 continue
             except Exception as error:
-                if self.size == 1 or not is_out_of_memory(error):
+                if count == 1 or not is_out_of_memory(error):
                     raise
             # The exception held the failed attempt's tensors: only out here can they be freed.
-            self.size = max(1, min(self.size, len(chunk[0])) // 2)
+            self.size = count // 2
             warnings.warn(f"out of memory: going on with batches of {self.size}", stacklevel=2)
             torch.cuda.empty_cache()  # does nothing where CUDA is not in use
         return results
@@ -281,19 +271,17 @@ class Chunks:
         The concatenation is allocated with the first chunk, which can still be halved to make room for it. Allocated
         at the end, it would hold all parts twice.
         """
-        whole, filled = None, 0
+        whole, filled, total = None, 0, len(rows[0])
 
         def fill(*chunk: Tensor) -> None:
             nonlocal whole, filled
             part = function(*chunk)
             count = part.shape[dim]
-            if count == len(rows[0]):
+            if count == total:
                 whole = part.contiguous()
                 return
             if whole is None:
-                shape = list(part.shape)
-                shape[dim] = len(rows[0])
-                whole = part.new_empty(shape)
+                whole = part.new_empty([*part.shape[:dim], total, *part.shape[dim + 1 :]])
             whole.narrow(dim, filled, count).copy_(part)
             filled += count
 
