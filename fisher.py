@@ -15,22 +15,18 @@ of a prompt: a change of the whole residual stream.
 
 How F is computed, whichever tokens it counts:
 
-    1. linearize            a prompt's last token, with a zero bias at every chosen layer, over a cached prefix
-       linearize_prompts    a batch of whole prompts, with a zero bias for each, at one module
-       linearize_perturbed  perturbed copies of a prompt's last token, each at its own layer
-    2. OutputHead           cotangents z_i at x, the input of the output head, and weights w_i, such that
-                            F = sum_i w_i (J^T z_i)(J^T z_i)^T  with J = dx/dh
-    3. pull_back            G: the rows J^T z_i of all layers, in batched backward passes
-    4. fisher_matrix        F = G^T diag(w) G
-       eigenpairs           the leading ones of F, without F if G has few rows
-    5. perturb              logits after h + delta
-       kl_divergence        what the perturbation did
+    1. linearize, linearize_prompts or linearize_perturbed gives a point, with zero biases at which gradients are taken
+    2. OutputHead gives cotangents z_i at x, its input, and weights w_i, such that with J = dx/dh
+       F = sum_i w_i (J^T z_i)(J^T z_i)^T
+    3. pull_back gives G: the rows J^T z_i of all layers, in batched backward passes
+    4. fisher_matrix gives F = G^T diag(w) G; eigenpairs its leading ones, without F if G has few rows
+    5. perturb gives logits after h + delta; kl_divergence what the perturbation did
 
 The model is any transformers causal LM in evaluation mode, and is left as it was. In the shapes below, "..." is nothing
 for one prompt and (prompts,) for a batch. Whatever holds NaN or infinity raises NumericalError.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,18 +84,11 @@ class Point:
     """Where the model is linearised: what was read at the last token of each prompt, and the graph from h to x."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        modules: list[nn.Module],
-        streams: list[Tensor],
-        biases: list[Tensor],
-        head: HeadCapture,
-        logits: Tensor,
+        self, model: nn.Module, streams: list[Tensor], biases: list[Tensor], head: HeadCapture, logits: Tensor
     ):
         logits = logits.to(head.raw_logits.device)  # a model that is spread over devices returns them on the first
         self.model = model
-        self.modules = modules  # the hooked ones, in order: "layers" in the shapes below
-        # (layers, ..., d) float32, the residual stream h leaving each module
+        # (layers, ..., d) float32, the residual stream h leaving each hooked module
         self.activations = torch.stack([h.float().to(logits.device) for h in streams])
         self.biases = biases  # one leaf (..., d) for each layer, added to h; gradients are taken at it
         self.x = head.x  # (prompts, 1, d_head), the head's input: the final normalised hidden state
@@ -128,9 +117,9 @@ class Point:
 class PromptPoint(Point):
     """The last token of one prompt, which can be perturbed; "..." is nothing."""
 
-    def __init__(self, *linearised, layers: list[int], reading: Reading):
+    def __init__(self, *linearised, layers: dict[int, nn.Module], reading: Reading):
         super().__init__(*linearised)
-        self.layers = layers  # numbers of the decoder layers
+        self.layers, self.modules = list(layers), list(layers.values())  # the hooked decoder layers and their numbers
         self.reading = reading  # for the passes that perturb it
 
 
@@ -158,25 +147,24 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
     layers = list(range(len(found)) if layers is None else layers)
     if not layers or layers != sorted(set(layers) & set(range(len(found)))):
         raise ValueError(f"layers {layers} are not ascending numbers from 0 to {len(found) - 1}")
-    modules = [found[number] for number in layers]
     reading = read(model, ids, choose_mode(wrapped, ids))
-    biases, streams, hooks = _zero_biases(modules, lambda h: h[0, -1], add_at)  # (d,) for each layer
+    hooked_layers = {number: found[number] for number in layers}
+    biases, streams, hooks = _zero_biases(hooked_layers.values(), lambda h: h[0, -1], add_at)  # (d,) for each layer
     with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
         logits = reading.logits()[0]  # (V,)
     if not logits.requires_grad:
         raise UnsupportedModelError("no gradient leads from its layers to its prediction (is it quantised?)")
-    if len(biases) != len(modules):
+    if len(biases) != len(layers):
         raise UnsupportedModelError(f"some of its layers {layers} do not run, or not once, in a pass: choose others")
-    return PromptPoint(model, modules, streams, biases, head, logits, layers=layers, reading=reading)
+    return PromptPoint(model, streams, biases, head, logits, layers=hooked_layers, reading=reading)
 
 
-def _zero_biases(modules: list[nn.Module], at_last: Callable, add: Callable) -> tuple[list, list, list]:
-    """Hooks that add a zero bias, add(h, bias), to the stream h leaving each module.
+def _zero_biases(modules: Iterable[nn.Module], at_last: Callable, add: Callable) -> tuple[list, list, list]:
+    """(biases, streams, hooks): what hooks add to the stream h leaving each module, and h, in the order of the pass.
 
     Args:
         at_last: takes h, returns it at the last token of each prompt, in the shape of the bias.
-    Returns:
-        (biases, streams, hooks): the biases and what `at_last` returned, in the order in which the hooks run
+        add: takes h and the bias, returns their sum.
     """
     biases, streams = [], []
 
@@ -196,10 +184,10 @@ def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) ->
     at = torch.as_tensor(at).expand(len(deltas))
     leaf = deltas.detach().float().clone().requires_grad_()
     # the rows before these are unperturbed
-    with torch.enable_grad(), capture_head(point.model, lambda x: x[-len(deltas) :]) as head:
-        logits = _perturbed_logits(point, leaf, at)  # (rows, V)
+    with capture_head(point.model, lambda x: x[-len(deltas) :]) as head:
+        logits = perturb(point, leaf, at)  # (rows, V)
     streams = point.activations[at] + deltas.to(point.activations)  # (rows, d)
-    return Point(point.model, point.modules, [streams], [leaf], head, logits)
+    return Point(point.model, [streams], [leaf], head, logits)
 
 
 def linearize_prompts(
@@ -237,7 +225,7 @@ def linearize_prompts(
         logits = model(ids.to(model.device), use_cache=False).logits[:, 0].float()  # (prompts, V)
     if len(biases) != 1 or not head.x.requires_grad:
         raise UnsupportedModelError("it does not stand, once, between the prompt and the output head")
-    return Point(model, [module], streams, biases, head, logits)
+    return Point(model, streams, biases, head, logits)
 
 
 def _require_finite(values: Tensor, what: str, places: int) -> None:
@@ -538,24 +526,22 @@ def _largest_eigenpairs(matrix: Tensor, num: int, place: tuple[int, ...]) -> tup
 # --- 5. perturbing the residual stream ------------------------------------------------------------
 
 
-@torch.no_grad()
 def perturb(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Tensor:
     """Next-token logits (rows, V) float32 after h + delta. All rows run in one batched pass.
 
     Args:
-        deltas: (rows, d) float32, added to the residual stream at the prompt's last token.
+        deltas: (rows, d) float32, added to the residual stream at the prompt's last token. The logits have a graph if
+            these require gradients.
         at: index in `point.layers` of the layer where they are added: one for all rows, or (rows,) int64 on the CPU,
             ascending.
     Raises:
         ValueError: `at` is not ascending, or the point is of a batch.
     """
-    return _perturbed_logits(point, deltas, at).to(point.log_probs.device)
-
-
-def _perturbed_logits(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Tensor:
     if not isinstance(point, PromptPoint):
         raise ValueError("only the point of one prompt, from `linearize`, can be perturbed")
-    return point.reading.perturbed_logits(point.modules, deltas, torch.as_tensor(at).expand(len(deltas)))
+    at = torch.as_tensor(at).expand(len(deltas))
+    with torch.set_grad_enabled(deltas.requires_grad):
+        return point.reading.perturbed_logits(point.modules, deltas, at).to(point.log_probs.device)
 
 
 def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
@@ -578,7 +564,6 @@ def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
 
 # --- does F predict what a small perturbation does? -----------------------------------------------
 
-
 # The predicted nats of each perturbation (the next term of KL may be too large for the first, not for the last), the
 # nats that rounding hides, and the largest ratio allowed between the changes and their prediction.
 FULL_PRECISION = (1e-4, 1e-6, 1e-7), 1e-8, 1.2
@@ -595,15 +580,13 @@ def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Ch
     compared: half the difference between delta and -delta, which cancels terms of second order, weighted as in F. If a
     perturbation fails, shorter ones are tried, since a long one may switch a token to another expert.
 
-    A model fails if its gradient is not its derivative, for example if its activations are rounded to integers: in a
-    network of real size, some activations always fall to another integer.
-
     Args:
         moved: takes perturbations (2, d), returns next-token logits (2, V).
     Returns:
         False if F is too small (the prediction is certain) to see anything beyond rounding.
     Raises:
-        UnsupportedModelError: the prediction changes by another amount.
+        UnsupportedModelError: the prediction changes by another amount. Then its gradient is not its derivative, for
+            example since activations are rounded to integers.
     """
     sizes, least, factor = HALF_PRECISION if point.model.dtype.itemsize < 4 else FULL_PRECISION
     tokens = min(CHECKED_TOKENS, point.log_probs.shape[-1])
@@ -611,7 +594,7 @@ def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Ch
     first = (0,) * (top.gradients.ndim - 2)  # layer and prompt
     eigen = top.eigenpairs(allow_zero=True)
     value, v, h = eigen.values[first][0], eigen.vectors[first][0], point.activations[first]
-    ids, p = point.log_probs[first[1:]].topk(tokens).indices, top.weights[first[1:]]  # both (tokens,)
+    ids, p = top.tokens[first[1:]], top.weights[first[1:]]  # both (tokens,)
     for nats in sizes:
         step = torch.minimum((2 * nats / value).sqrt(), LONGEST_CHECK * h.norm())
         if not 0.5 * step**2 * value >= least:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 import difflib
-from functools import partial
 import hashlib
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -42,11 +41,7 @@ class TooLargeError(UserError):
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device to run on. "auto" takes cuda, then mps, then cpu.
-
-    Raises:
-        UserError: this machine does not have the device.
-    """
+    """The device to run on. "auto" takes cuda, then mps, then cpu."""
     if device == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -80,40 +75,54 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
     if place.index is not None and place.type == "cuda":
         torch.cuda.set_device(place)  # kernels that a model brings along run on the current one
     options = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **PLAIN}
-    # The embedded model loads faster than one can read a progress bar; a log file needs no bar.
-    explain = partial(_explain_failures, name, no_bars=name == EMBEDDED or not sys.stderr.isatty())
     if name != EMBEDDED:
-        with explain():
+        with _explain_failures(name):
             return _from_files(name, options, place, device)
-    with explain():
+    with _explain_failures(name):
         path = embedded_model()
-        inode = path.stat().st_ino
+    damaged = path.stat().st_ino
     try:
-        with explain():
+        with _explain_failures(name):
             return _from_files(str(path), options, place, device)
     except TooLargeError:
         raise
     except UserError as error:
         print(f"note: {error}: converting it again", file=sys.stderr)
-    with explain():
-        return _from_files(str(embedded_model(damaged=inode)), options, place, device)
+    with _explain_failures(name):
+        return _from_files(str(embedded_model(damaged)), options, place, device)
 
 
 @contextmanager
-def _explain_failures(name: str, no_bars: bool) -> Iterator[None]:
-    """Replaces errors and logs of the libraries about a model's files by a one-line error message."""
+def _explain_failures(name: str) -> Iterator[None]:
+    """Replaces errors and logs of the libraries about a model's files by a one-line error message.
+
+    The logs of a success are shown at the end of the block.
+    """
+    # The embedded model loads faster than one can read a progress bar; a log file needs no bar.
+    hide_bars = (name == EMBEDDED or not sys.stderr.isatty()) and transformers_logging.is_progress_bar_enabled()
+    if hide_bars:
+        transformers_logging.disable_progress_bar()
+    handlers, logs = logging.getLogger("transformers").handlers, []
+    hold = logs.append  # as a filter it drops the record, since it returns None
+    for handler in handlers:
+        handler.addFilter(hold)
     try:
-        with _quiet_transformers(no_bars):
-            yield
-    except UserError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
+        yield
+    except BaseException as error:
+        logs.clear()
+        if isinstance(error, UserError) or not isinstance(error, Exception) or is_out_of_memory(error):
             raise
-        wanted = f"give a hub id, a local directory, or {EMBEDDED}"
         damaged = name == EMBEDDED or Path(name).is_dir()
+        wanted = f"give a hub id, a local directory, or {EMBEDDED}"
         hint = "are its files complete, and of one model?" if damaged else hub_hint(error, wanted)
         raise UserError(f"cannot load model {name!r}: {excerpt(_reason(error), 300)} ({hint})") from error
+    finally:
+        if hide_bars:
+            transformers_logging.enable_progress_bar()
+        for handler in handlers:
+            handler.removeFilter(hold)
+            for record in logs:
+                handler.handle(record)
 
 
 def _reason(error: Exception) -> str:
@@ -157,11 +166,7 @@ def _from_files(source: str, options: dict, place: torch.device, device: str):
 
 
 def model_class(config) -> type:
-    """The class that loads a model for text; of a model that also sees images, the one for both.
-
-    Raises:
-        ValueError: it is not a decoder-only language model.
-    """
+    """The class that loads a model for text; of a model that also sees images, the one for both."""
     kind = type(config).__name__.removesuffix("Config")
     if config.is_encoder_decoder and type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"{kind} is an encoder-decoder, not a decoder-only language model")
@@ -180,11 +185,7 @@ def find_file(source: str, name: str) -> str | None:
 
 
 def base_of(source: str) -> str:
-    """The model that an adapter (LoRA and others of the package peft) adapts; a complete model is its own base.
-
-    Raises:
-        ValueError: it is an adapter, and peft is not installed.
-    """
+    """The model that an adapter (LoRA and others of the package peft) adapts; a complete model is its own base."""
     if find_file(source, "config.json") or not (adapter := find_file(source, "adapter_config.json")):
         return source
     if find_spec("peft") is None:
@@ -201,30 +202,6 @@ def _exceeds_gpu(config, options: dict) -> bool:
     if size > sum(free):  # before minutes of loading
         raise TooLargeError
     return size > free[torch.cuda.current_device()]
-
-
-@contextmanager
-def _quiet_transformers(no_bars: bool) -> Iterator[None]:
-    """Delays logs to the end of the block, drops them if it fails (that has a message); and may hide progress bars."""
-    bars = no_bars and transformers_logging.is_progress_bar_enabled()
-    if bars:
-        transformers_logging.disable_progress_bar()
-    handlers, held = logging.getLogger("transformers").handlers, []
-    hold = held.append  # as a filter it drops the record, since it returns None
-    for handler in handlers:
-        handler.addFilter(hold)
-    try:
-        yield
-    except BaseException:
-        held.clear()
-        raise
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-        for handler in handlers:
-            handler.removeFilter(hold)
-            for record in held:
-                handler.handle(record)
 
 
 def describe(model: nn.Module) -> dict:
@@ -287,7 +264,9 @@ def _checksum(values: torch.Tensor) -> int:
     bits = values.detach().contiguous().flatten().view(integers)
     weights = _scrambled(torch.arange(BLOCK, device=bits.device))
     at_once = BLOCK if bits.device.type == "cpu" else 1 << 24  # in 8 bytes each: a CPU's cache, a GPU's work
-    blocks = (nn.functional.pad(part, (0, -len(part) % BLOCK)).unflatten(0, (-1, BLOCK)) for part in bits.split(at_once))
+    blocks = (
+        nn.functional.pad(part, (0, -len(part) % BLOCK)).unflatten(0, (-1, BLOCK)) for part in bits.split(at_once)
+    )
     sums = torch.cat([(some * weights).sum(-1) for some in blocks])
     return int((sums * _scrambled(torch.arange(len(sums), device=bits.device))).sum())
 
