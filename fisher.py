@@ -23,7 +23,8 @@ How F is computed, whichever tokens it counts:
     5. perturb gives logits after h + delta; kl_divergence what the perturbation did
 
 The model is any transformers causal LM in evaluation mode, and is left as it was. In the shapes below, "..." is nothing
-for one prompt and (prompts,) for a batch. Whatever holds NaN or infinity raises NumericalError.
+for one prompt and (prompts,) for a batch. Whatever holds NaN or infinity raises NumericalError, a model or token that
+does not fit UnsupportedModelError.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -67,9 +68,8 @@ LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats,
 class NumericalError(ArithmeticError):
     """NaN, infinity, a Fisher matrix that is zero, or an eigensolver that failed: there is no result.
 
-    Attributes:
-        layer: index of the first layer of the point where it appeared; None if no layer is at fault.
-        prompt: index of the first prompt of the batch, or row, where it appeared; None for one prompt.
+    `layer` and `prompt` are the indices in the point of the first layer, and of the first prompt or row, where it
+    appeared; None if no layer is at fault, or for one prompt.
     """
 
     def __init__(self, message: str, layer: int | None = None, prompt: int | None = None):
@@ -106,8 +106,7 @@ class Point:
     def cotangents(self, tokens: Tensor) -> Tensor:
         """z (..., k, d_head) float32: the gradients at x of the log-probabilities of `tokens` (..., k).
 
-        With a linear head it takes a gather and one matrix-vector product; else k backward passes through the
-        vocabulary.
+        A linear head takes a gather and one matrix-vector product; another one, k backward passes.
         """
         if is_linear(self.head):
             return self.output_head().cotangents(tokens)
@@ -119,7 +118,7 @@ class PromptPoint(Point):
 
     def __init__(self, *linearised, layers: dict[int, nn.Module], reading: Reading):
         super().__init__(*linearised)
-        self.layers, self.modules = list(layers), list(layers.values())  # the hooked decoder layers and their numbers
+        self.layers, self.modules = list(layers), list(layers.values())  # numbers and modules of the hooked layers
         self.reading = reading  # for the passes that perturb it
 
 
@@ -135,7 +134,7 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
         layers: numbers of decoder layers, ascending; all by default.
     Raises:
         ValueError: `ids` is empty or a batch, or `layers` are not ascending numbers of the model's layers.
-        UnsupportedModelError: the model cannot be read rightly, or does not know a token.
+        UnsupportedModelError: the model cannot be read rightly.
     """
     ids = torch.as_tensor(ids).cpu()
     ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
@@ -160,11 +159,9 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
 
 
 def _zero_biases(modules: Iterable[nn.Module], at_last: Callable, add: Callable) -> tuple[list, list, list]:
-    """(biases, streams, hooks): what hooks add to the stream h leaving each module, and h, in the order of the pass.
+    """(biases, streams, hooks): hooks that put add(h, bias) in the place of the stream h leaving each module.
 
-    Args:
-        at_last: takes h, returns it at the last token of each prompt, in the shape of the bias.
-        add: takes h and the bias, returns their sum.
+    The streams are at_last(h), of the shape of a bias. Both lists are filled in the order of the pass.
     """
     biases, streams = [], []
 
@@ -204,8 +201,7 @@ def linearize_prompts(
         lengths: (prompts,) int64, the tokens of each prompt.
         last_only: add the bias at each prompt's last token alone.
     Raises:
-        UnsupportedModelError: the module's output has another shape or does not lead to the predictions, or the
-            model does not know a token.
+        UnsupportedModelError: the module's output has another shape or does not lead to the predictions.
     """
     model = unwrapped(model)
     require_known_tokens(model, ids)
@@ -241,12 +237,9 @@ def _require_finite(values: Tensor, what: str, places: int) -> None:
 
 
 def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tensor:
-    """G (layers, ..., k, d) float32: row i at a layer is J^T z_i. Each chunk of rows is one batched backward pass.
+    """G (layers, ..., k, d) float32: row i at a layer is J^T z_i, of `rows` z (..., k, d_head) float32.
 
-    For the cotangents of tokens, row t is the gradient of log p_t with respect to h.
-
-    Args:
-        rows: cotangents z (..., k, d_head) float32.
+    Each chunk of rows is one batched backward pass. For the cotangents of tokens, row t is grad_h log p_t.
     """
     # Rows go through the network at unit norm, so that float16 gradients do not underflow.
     norms = rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # (..., k, 1)
@@ -266,7 +259,7 @@ class PushForward:
     """u -> J u, by differentiating the backward pass: J^T z is linear in z, and its gradient in z along u is J u.
 
     (J. Townsend, "A new trick for calculating Jacobian vector products", 2017.) The backward pass has to be
-    differentiable itself, which that of fused attention is not.
+    differentiable itself, which that of fused attention is not; otherwise a call raises UnsupportedModelError.
     """
 
     def __init__(self, point: Point):
@@ -276,11 +269,7 @@ class PushForward:
             self.at_biases = torch.autograd.grad(point.x, point.biases, self.at_x, create_graph=True)
 
     def __call__(self, tangents: Tensor, chunks: Chunks | None = None) -> Tensor:
-        """J u (layers, ..., m, d_head) float32 for u (layers, ..., m, d), each through its own layer alone.
-
-        Raises:
-            UnsupportedModelError: torch cannot differentiate the backward pass.
-        """
+        """J u (layers, ..., m, d_head) float32 for u (layers, ..., m, d), each through its own layer alone."""
         layers, m = len(tangents), tangents.shape[-2]
         by_row = tangents.movedim(-2, 1).flatten(0, 1)  # (layers * m, ..., d)
         own = torch.arange(layers, device=tangents.device).repeat_interleave(m)
@@ -332,12 +321,8 @@ class Eigenpairs(NamedTuple):
 def fix_signs(vectors: Tensor, slopes: Tensor, scale: Tensor) -> Tensor:
     """Eigenvectors (..., m, d) with the project's signs; an eigenvector's own sign is arbitrary.
 
-    Along v the log-probability of the most probable token grows. Where its derivative vanishes, v's largest component
-    is positive.
-
-    Args:
-        slopes: (..., m), the derivatives of that log-probability along the vectors.
-        scale: (..., 1); a slope below 1e-6 of it counts as zero.
+    Along v the log-probability of the most probable token grows: its derivatives are `slopes` (..., m). Where one is
+    below 1e-6 of `scale` (..., 1), v's largest component is positive.
     """
     largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))[..., 0]
     sign = torch.where(slopes.abs() <= 1e-6 * scale, largest, slopes)
@@ -349,17 +334,14 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
 
     With R = diag(sqrt(w)) G, F = R^T R and the k x k Gram matrix R R^T have the same nonzero eigenvalues. An
     eigenvector u of R R^T gives v = R^T u / sqrt(lambda) of F. The smaller of the two matrices is decomposed, in
-    float64, since a Gram matrix squares R's condition number.
-
-    F is symmetric and positive semi-definite, so this is also its singular value decomposition:
-    F ~ U diag(S) V with S = values, V = vectors and U = V^T.
+    float64, since a Gram matrix squares R's condition number. F is symmetric and positive semi-definite, so this is
+    also its singular value decomposition: F ~ U diag(S) V with S = values, V = vectors and U = V^T.
 
     Args:
         gradients: G (..., k, d). Row 0 belongs to the most probable token: it fixes the signs (`fix_signs`).
         weights: w (k,) or (..., k).
-        allow_zero: return zeros if F is zero (a certain prediction).
+        allow_zero: return zeros if F is zero (a certain prediction), in place of a NumericalError.
     Raises:
-        NumericalError: F is zero; `layer` and `prompt` are its indices.
         torch.linalg.LinAlgError: the decomposition failed.
     """
     k, d = gradients.shape[-2:]
@@ -409,19 +391,14 @@ class TopK:
         return torch.einsum("...nk,...k->...n", self.slopes(directions) ** 2, self.weights)
 
     def slopes(self, directions: Tensor) -> Tensor:
-        """d log p_t along directions u (layers, ..., n, d): (layers, ..., n, k), nats per unit.
-
-        Along an eigenvector, p_t slope_t^2 / lambda is each token's share of the eigenvalue. The shares sum to 1.
-        """
+        """d log p_t along directions u (layers, ..., n, d): (layers, ..., n, k), nats per unit."""
         return directions @ self.gradients.mT
 
 
 def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor | None = None) -> TopK:
-    """F over the k most probable next tokens, at every layer of the point.
+    """F over the k most probable next tokens, at every layer of the point; `chunks` are of gradients.
 
-    Args:
-        chunks: how many gradients one backward pass may take.
-        jacobian: `FullVocabulary.jacobian` of this point, if it is known; it replaces the backward pass.
+    If `FullVocabulary.jacobian` of this point is known, it replaces the backward pass.
     """
     p, tokens = point.log_probs.exp().topk(k)  # (..., k)
     cotangents = point.cotangents(tokens)  # (..., k, d_head)
@@ -445,11 +422,7 @@ class FullVocabulary:
         return self.head.p
 
     def eigenpairs(self, num: int = 1, allow_zero: bool = False) -> Eigenpairs:
-        """The `num` largest eigenpairs of each F, with signs as in `eigenpairs`.
-
-        Raises:
-            NumericalError: F is zero and may not be, or the solver failed.
-        """
+        """The `num` largest eigenpairs of each F; signs and zeros are treated as in `eigenpairs`."""
         trace = self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         if not allow_zero:
             _require_nonzero(trace)
@@ -471,13 +444,10 @@ class FullVocabulary:
 
 
 def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabulary:
-    """F over the whole vocabulary, at every layer of the point.
+    """F over the whole vocabulary, at every layer of the point. It needs a linear head (see `OutputHead`).
 
     It takes d_head backward rows, which give all of J at all layers. At a prompt's last token a row costs little, and
     this is faster than iterating for a few eigenpairs.
-
-    Raises:
-        UnsupportedModelError: the head is not linear.
     """
     head = point.output_head()
     fisher_at_x = head.fisher_matrix()  # C (..., d_head, d_head)
@@ -489,11 +459,7 @@ def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabular
 
 
 def full_curvature(point: Point, directions: Tensor, chunks: Chunks | None = None) -> Tensor:
-    """u^T F u = (J u)^T C (J u), (layers, ..., n), of F over all tokens, without forming F; u (layers, ..., n, d).
-
-    Raises:
-        UnsupportedModelError: the head is not linear, or torch cannot differentiate the backward pass.
-    """
+    """u^T F u = (J u)^T C (J u), (layers, ..., n), of F over all tokens, without forming F; u (layers, ..., n, d)."""
     y = PushForward(point)(directions, chunks)
     return (y * point.output_head().fisher_times(y)).sum(-1)
 
@@ -549,8 +515,7 @@ def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
 
     With u = logits - log_p, KL = log E_p[exp(u)] - E_p[u], whatever constant is added to u. With u shifted to
     E_p[u] = 0, and with expm1 and log1p, only terms of second order in u remain. So 1e-10 nats is right in float32,
-    where the sum of p (log p - log q) is noise below 1e-7. Large divergences, whose exp(u) would overflow, use the
-    formula as it stands.
+    where the sum of p (log p - log q) is noise below 1e-7. Large KL, whose exp(u) would overflow, needs none of this.
     """
     p = log_p.exp()
     u = logits - log_p
@@ -583,10 +548,10 @@ def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Ch
     Args:
         moved: takes perturbations (2, d), returns next-token logits (2, V).
     Returns:
-        False if F is too small (the prediction is certain) to see anything beyond rounding.
+        whether there was anything to see beyond rounding: F is too small if the prediction is certain
     Raises:
-        UnsupportedModelError: the prediction changes by another amount. Then its gradient is not its derivative, for
-            example since activations are rounded to integers.
+        UnsupportedModelError: the prediction changes by another amount. Then the model's gradient is not its
+            derivative, for example since its activations are rounded to integers.
     """
     sizes, least, factor = HALF_PRECISION if point.model.dtype.itemsize < 4 else FULL_PRECISION
     tokens = min(CHECKED_TOKENS, point.log_probs.shape[-1])

@@ -112,9 +112,9 @@ def _explain_failures(name: str) -> Iterator[None]:
         logs.clear()
         if isinstance(error, UserError) or not isinstance(error, Exception) or is_out_of_memory(error):
             raise
-        damaged = name == EMBEDDED or Path(name).is_dir()
-        wanted = f"give a hub id, a local directory, or {EMBEDDED}"
-        hint = "are its files complete, and of one model?" if damaged else hub_hint(error, wanted)
+        hint = hub_hint(error, f"give a hub id, a local directory, or {EMBEDDED}")
+        if name == EMBEDDED or Path(name).is_dir():
+            hint = "are its files complete, and of one model?"
         raise UserError(f"cannot load model {name!r}: {excerpt(_reason(error), 300)} ({hint})") from error
     finally:
         if hide_bars:
@@ -167,11 +167,10 @@ def _from_files(source: str, options: dict, place: torch.device, device: str):
 
 def model_class(config) -> type:
     """The class that loads a model for text; of a model that also sees images, the one for both."""
-    kind = type(config).__name__.removesuffix("Config")
-    if config.is_encoder_decoder and type(config) not in AutoModelForCausalLM._model_mapping:
+    kind, causal = type(config).__name__.removesuffix("Config"), type(config) in AutoModelForCausalLM._model_mapping
+    if config.is_encoder_decoder and not causal:
         raise ValueError(f"{kind} is an encoder-decoder, not a decoder-only language model")
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if remote or type(config) in AutoModelForCausalLM._model_mapping:
+    if causal or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return AutoModelForCausalLM
     if type(config) in AutoModelForImageTextToText._model_mapping:
         return AutoModelForImageTextToText
