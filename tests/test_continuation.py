@@ -149,7 +149,7 @@ def both(model_directory, tmp_path_factory):
     """The results without and with continuations."""
     outputs = [tmp_path_factory.mktemp("runs") / name for name in ("without", "with")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw", lambda directory: None)
+        patch.setattr(figures, "draw", lambda *_: None)
         for output, more in zip(outputs, ([], CONTINUE), strict=True):
             assert scripts.core_experiment(model_directory, output, *WORDS, *more) == 0
     return outputs

@@ -4,7 +4,7 @@ A perturbation is added once, at one layer and at the prompt's last token. It al
 deeper layers keep of that token. The following tokens are not perturbed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain, takewhile
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from fisher import Chunks, PromptPoint
 from residual_fisher.model.last_token import growing_copy
 from residual_fisher.model.loading import longest_prompt, text_config
-from residual_fisher.model.passes import attention, capture_head, edit_stream, hooked, last_token
+from residual_fisher.model.passes import add_to_rows, attention, capture_head, hooked
 from residual_fisher.model.reading import PrefixMode
 
 LIMIT_ROUNDING = 1e-3  # relative excess of a predicted KL over the limit that is rounding: 2 nats come as 2.0000002
@@ -122,21 +122,9 @@ def greedy(point: PromptPoint, deltas: Tensor, at: Tensor, tokens: int, ends: se
         cache = DynamicCache(config=model.config) if empty else growing_copy(reading.prefix, rows)
     memory = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
 
-    def add(index: int) -> Callable[[Tensor], Tensor]:
-        own = torch.where((at == index)[:, None].to(deltas.device), deltas, 0)  # (rows, d)
-
-        def add_to_own_rows(h: Tensor) -> Tensor:
-            h = h.clone()
-            h[:, last] = (h[:, last] + own.to(h.device)).to(h.dtype)  # the sum is float32 or wider
-            return h
-
-        return add_to_own_rows
-
-    perturbing = [
-        (point.modules[index].register_forward_hook, edit_stream(add(index))) for index in at.unique().tolist()
-    ]
+    perturbing = add_to_rows(point.modules, deltas, at, last)
     written, ended = [], torch.zeros(rows, dtype=torch.bool, device=model.device)
-    with attention(model, "eager"), capture_head(model, last_token):
+    with attention(model, "eager"), capture_head(model):
         while len(written) < tokens and not ended.all():
             perturbed = cache is None or not written  # later its effect is in the cache
             with hooked(*perturbing if perturbed else ()):

@@ -17,8 +17,7 @@ from residual_fisher.common.run import Item
 from residual_fisher.common.text import first_line
 from residual_fisher.model.loading import rotation_change
 from residual_fisher.model.passes import (
-    add_at_last,
-    differentiated_twice,
+    add_at,
     edit_stream,
     hooked,
     last_logits,
@@ -134,8 +133,7 @@ def triplets(
     """The leading eigenpairs of each prompt's F, the tokens' shares of them, and columns (prompts,) of numbers."""
     r = settings.num_singular_values
     if settings.top_k_tokens == "all":
-        with differentiated_twice():
-            found = leading_eigenpairs(point, r, chunks=chunks)
+        found = leading_eigenpairs(point, r, chunks=chunks)
         eigen, mass = found.eigen, torch.ones_like(found.trace_error[0])
         slopes = point.output_head().times(found.pushed[..., :DIRECTIONS, :])
         shares = token_shares(slopes[0], point.log_probs.exp(), num=TOKENS)
@@ -274,9 +272,9 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
     def moved(deltas: torch.Tensor) -> torch.Tensor:
         def add(h: torch.Tensor) -> torch.Tensor:
             here = deltas[:, None].to(h)
-            return add_at_last(h, here) if settings.bias_positions == "last" else h + here
+            return add_at(h, here) if settings.bias_positions == "last" else h + here
 
-        with hooked((subject.module.register_forward_hook, edit_stream(add))):
+        with hooked(edit_stream(subject.module, add)):
             return last_logits(subject.model, *pad(batch * len(deltas)))
 
     # a prompt that leads to NaN, infinity or no convergence will be recorded as failed
