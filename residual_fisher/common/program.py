@@ -4,7 +4,7 @@ The scripts import it before anything slow, so it imports only small modules of 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import TextIOBase
 import os
 import signal
@@ -71,14 +71,12 @@ def _console(stream: TextIOBase | None) -> TextIOBase | Console:
 @contextmanager
 def consoles() -> Iterator[None]:
     """stdout and stderr are `Console`s until the block ends."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_console, streams)
-    try:
-        yield
-    finally:
-        for console in (sys.stdout, sys.stderr):
-            console.flush()
-        sys.stdout, sys.stderr = streams
+    with redirect_stdout(_console(sys.stdout)) as out, redirect_stderr(_console(sys.stderr)) as err:
+        try:
+            yield
+        finally:
+            out.flush()
+            err.flush()
 
 
 # --- Ctrl-C --------------------------------------------------------------------------------------
@@ -192,7 +190,7 @@ def exit_code(program: str, run: Callable[[], int], memory_advice: str) -> int:
         except RecursionError:
             what = "the data are nested too deeply"
         except OSError as error:
-            what = ": ".join(filter(None, [first_line(error), error.filename and str(error.filename)]))
+            what = f"{first_line(error)}: {error.filename}" if error.filename else first_line(error)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
