@@ -1,7 +1,7 @@
 """Both command lines on tiny models, and what they wrote."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
 import importlib
 import json
 import multiprocessing
@@ -17,6 +17,30 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+@contextmanager
+def calls_of(
+    owner: object, name: str, error: type[BaseException] | BaseException | None = None, at: Container[int] | None = None
+) -> Iterator[list[tuple]]:
+    """Gives a list that takes the arguments of each call of `owner.name` until the block ends.
+
+    Args:
+        error: raised instead of the call itself, where it is given.
+        at: in these calls alone, counted from 1.
+    """
+    calls, function = [], getattr(owner, name)
+
+    def call(*arguments, **options):
+        calls.append(arguments)
+        if error is not None and (at is None or len(calls) in at):
+            raise error
+        return function(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, call)
+        yield calls
+
 
 # --- core_experiment.py --------------------------------------------------------------------------
 
