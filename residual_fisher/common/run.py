@@ -309,8 +309,10 @@ class Run:
         known = self.manifest["identity"]
         then, now = known["settings"], json.loads(json.dumps(identity["settings"]))
         if differing := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
+            # options that depend on one that is off are in one of the two alone
+            named = [key for key in differing if key in then and key in now] or differing
             changes = ", ".join(
-                f"{key.rstrip('_')} was {shown(then.get(key))} and is {shown(now.get(key))}" for key in differing
+                f"{key.rstrip('_')} was {shown(then.get(key))} and is {shown(now.get(key))}" for key in named
             )
             raise UserError(f"{self.folder} holds a run with other settings ({changes}): --overwrite replaces it")
         for key, value in identity.items():
