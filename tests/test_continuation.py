@@ -19,7 +19,7 @@ import tiny
 
 TOKENS = 6
 WORDS = ["--num-sentences", "3", "--layers", "0", "2", "--scale-unit", "nats", "--scales", "-1", "0", "0.5", "1", "3"]
-CONTINUE = ["--continue", str(TOKENS)]
+CONTINUE = ["--continue", str(TOKENS), "--continue-nats", "2.000000001"]  # more digits than JSON keeps
 
 
 def build(name: str) -> nn.Module:

@@ -25,6 +25,7 @@ This module knows neither models nor pictures.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+import hashlib
 import heapq
 import json
 import math
@@ -149,13 +150,23 @@ def stamps(model: str) -> list | None:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
+def read_back(value):
+    """`value` as it is read back from JSON that `json_text` has written."""
+    return json.loads(json_text(value))
+
+
 def read_manifest(folder: Path) -> dict | None:
-    """What `items/run.json` says; None if it is missing, unreadable or of another form."""
+    """What `items/run.json` says; None if it is missing, damaged or of another form."""
     try:
         found = json.loads((folder / ITEMS / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        intact = found["format"] == FORMAT and found.pop("checksum") == hash_of(found)
+    except (OSError, ValueError, RecursionError, TypeError, LookupError, AttributeError):
         return None
-    return found if isinstance(found, dict) and found.get("format") == FORMAT else None
+    return found if intact else None
+
+
+def hash_of(manifest: dict) -> str:
+    return hashlib.sha256(json_text(manifest)).hexdigest()
 
 
 def shown(value) -> str:
@@ -269,9 +280,9 @@ class Run:
         if not self.manifest["complete"] or not self._covers(goal):
             return False
         then = self.manifest["sources"]
-        if then["data"] != json.loads(json.dumps(sources["data"])):
+        if then["data"] != read_back(sources["data"]):
             raise UserError(f"the data have changed since the run in {self.folder} ended: --overwrite starts anew")
-        return then["model"] == json.loads(json.dumps(sources["model"])) and self._damaged() is None
+        return then["model"] == read_back(sources["model"]) and self._damaged() is None
 
     def examine(
         self,
@@ -293,7 +304,7 @@ class Run:
             UserError: the folder holds a run with another identity, and may not be overwritten.
         """
         about = {"identity": identity, "sources": sources, "goal": goal, "notes": notes or {}}
-        self._asked, self._split = json.loads(json.dumps(about)), split
+        self._asked, self._split = read_back(about), split
         self._state = State.NEW
         if not self.overwrite and self.has_results():
             self._require_same(self._asked["identity"])
@@ -307,7 +318,7 @@ class Run:
 
     def _require_same(self, identity: dict) -> None:
         known = self.manifest["identity"]
-        then, now = known["settings"], json.loads(json.dumps(identity["settings"]))
+        then, now = known["settings"], read_back(identity["settings"])
         if differing := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
             # options that depend on one that is off are in one of the two alone
             named = [key for key in differing if key in then and key in now] or differing
@@ -476,15 +487,15 @@ class Run:
         return True
 
     def is_derived(self, names: Sequence[str], made_from: object) -> bool:
-        known, made_from = self.manifest["derived"], json.loads(json.dumps(made_from))
+        known, made_from = self.manifest["derived"], read_back(made_from)
         return all(
             name in known and known[name] == {"checksum": checksum(self.folder / name), "made_from": made_from}
             for name in names
         )
 
     def _write_manifest(self, **changes) -> None:
-        self.manifest = json.loads(json.dumps({**self.manifest, **changes}))
-        write_json(self.items_folder / MANIFEST, self.manifest)
+        self.manifest = read_back({**self.manifest, **changes})
+        write_json(self.items_folder / MANIFEST, {**self.manifest, "checksum": hash_of(self.manifest)})
 
 
 def _merged(paths: Sequence[Path]) -> Iterator[Item]:
