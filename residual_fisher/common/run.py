@@ -218,6 +218,8 @@ class Run:
             return
         with lock_directory(self.folder):
             self.open()
+            remove_unfinished(self.folder, self.files)
+            remove_unfinished(self.items_folder, ["*.npz", MANIFEST, RECORDS])
             yield
 
     def open(self) -> None:
@@ -350,8 +352,6 @@ class Run:
         Raises:
             UserError: the folder cannot be written to.
         """
-        remove_unfinished(self.folder, self.files)
-        remove_unfinished(self.items_folder, ["*.npz", MANIFEST, RECORDS])
         if self._state is State.NEW:
             if self.manifest:
                 self._write_manifest(complete=False, primary={}, derived={})
