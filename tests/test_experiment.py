@@ -1,8 +1,6 @@
 """The experiment from its command line: the files it writes, their numbers, its options."""
 
-import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,16 +146,7 @@ def test_the_summary_is_of_the_records(finished_experiment):
 
 def test_the_same_command_twice_gives_the_same_bytes(finished_experiment, model_directory, tmp_path):
     assert scripts.core_experiment(model_directory, tmp_path, *FINISHED_EXPERIMENT) == 0
-    for name in EXPERIMENT_FILES - {"experiment_results.json", "items"}:
-        assert (tmp_path / name).read_bytes() == (finished_experiment / name).read_bytes()
-
-    def text(output: Path) -> str:
-        results = experiment_results(output)[0]
-        assert results.pop("timings")
-        results["experiment_config"].pop("output_dir")
-        return json.dumps(results)
-
-    assert text(tmp_path) == text(finished_experiment)
+    scripts.assert_same_experiment(tmp_path, finished_experiment)
 
 
 @pytest.mark.usefixtures("without_pictures")
