@@ -26,9 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backdoors import BY_NAME, TEXTS, Kind, folder, obtain, prompts, rendered
 from residual_fisher.model.embedded import embedded_model
-from residual_fisher.pipeline import load_fisher_matrices
-from residual_fisher.pipeline.evidence import Lexicon, Prompts
-from residual_fisher.pipeline.scores import OUTLIER, SCORES, THRESHOLD, outlier_scores
+from residual_fisher.pipeline.matrices import load_fisher_matrices
+from residual_fisher.pipeline.scores import OUTLIER, SCORES, THRESHOLD, ScoredRun, outlier_scores
 
 SPLITS = 10
 TRUSTED, BESIDE = 100, 10  # prompts of a reference; odd ones beside as many ordinary ones
@@ -67,8 +66,8 @@ class Measured:
     matrices: list
     plain: dict[str, np.ndarray]  # activations (n, d), entropy, top_probability, perplexity
 
-    def some(self, numbers: np.ndarray, lexicon: Lexicon) -> Prompts:
-        return Prompts.of([self.records[i] for i in numbers], [self.matrices[i] for i in numbers], lexicon)
+    def some(self, numbers: np.ndarray) -> ScoredRun:
+        return ScoredRun.of([self.records[i] for i in numbers], [self.matrices[i] for i in numbers])
 
 
 # --- prompts and runs ----------------------------------------------------------------------------
@@ -186,12 +185,16 @@ def others(m: Measured, trusted: np.ndarray | None, tested: np.ndarray) -> dict[
     }
 
 
+def scores(run: ScoredRun, **compared: ScoredRun) -> dict[str, np.ndarray]:
+    found = outlier_scores(run, **compared)
+    return {name: np.array(found[name]) for name in (OUTLIER, *SCORES)}
+
+
 def with_reference(m: Measured, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    rng, lexicon = np.random.default_rng(seed), Lexicon()
+    rng = np.random.default_rng(seed)
     ordinary = rng.permutation(np.flatnonzero(m.odd == ""))
     trusted, tested = ordinary[:TRUSTED], np.concatenate([ordinary[TRUSTED:], np.flatnonzero(m.odd != "")])
-    own = outlier_scores(m.some(tested, lexicon), reference=m.some(trusted, lexicon))
-    return tested, {**{name: own[name] for name in (OUTLIER, *SCORES)}, **others(m, trusted, tested)}
+    return tested, {**scores(m.some(tested), reference=m.some(trusted)), **others(m, trusted, tested)}
 
 
 def mixed(m: Measured, seed: int) -> np.ndarray:
@@ -202,15 +205,13 @@ def mixed(m: Measured, seed: int) -> np.ndarray:
 
 def without_reference(m: Measured, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     tested = mixed(m, seed)
-    own = outlier_scores(m.some(tested, Lexicon()))
-    return tested, {**{name: own[name] for name in (OUTLIER, *SCORES)}, **others(m, None, tested)}
+    return tested, {**scores(m.some(tested)), **others(m, None, tested)}
 
 
 def beside_base(base: Measured) -> Callable:
     def score(m: Measured, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        tested, lexicon = mixed(m, seed), Lexicon()
-        own = outlier_scores(m.some(tested, lexicon), base=base.some(m.places[tested], lexicon))
-        return tested, {name: own[name] for name in (OUTLIER, *SCORES)}
+        tested = mixed(m, seed)
+        return tested, scores(m.some(tested), base=base.some(m.places[tested]))
 
     return score
 
