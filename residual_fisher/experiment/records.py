@@ -212,7 +212,7 @@ def by_direction(record: dict) -> dict[str, dict]:
     return {"fisher": record, **record["controls"]}
 
 
-def kind(direction: str) -> str:
+def kind_of(direction: str) -> str:
     """The kind of a direction: that of random_0 is "random"."""
     return direction.partition("_")[0]
 
@@ -286,7 +286,7 @@ def summary(records: list[dict], eigenvalues: np.ndarray, scales: list[float]) -
         numbers = by_key(pair for record in records for pair in numbers_of(record["fisher"][layer]).items())
         by_scale = [record["perturbations"][layer] for record in records]
         farthest = [found[scale] for found in by_scale for scale in {f"{far:g}", f"{-far:g}"} & set(found)]
-        kinds = by_key((kind(name), found) for along_v in farthest for name, found in by_direction(along_v).items())
+        kinds = by_key((kind_of(name), found) for along_v in farthest for name, found in by_direction(along_v).items())
         layers[layer] = {
             "eigenvalue_median": float(np.median(eigenvalues[:, row])),
             **{f"{key}_median": statistics.median(values) for key, values in numbers.items()},
