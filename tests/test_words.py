@@ -11,7 +11,6 @@ from residual_fisher import load_fisher_matrices
 from residual_fisher.model import loading
 from residual_fisher.model.words import prompt_words_test, summary_line, token_shares, token_writer
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
-from residual_fisher.pipeline.matrices import load_fisher_matrices
 import scripts
 from test_fisher import assert_close, directions, point_of
 import tiny
