@@ -51,11 +51,10 @@ import torch
 from tqdm import tqdm
 
 import fisher
-from residual_fisher.common.estimate import Trial
 from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.run import Item, Run, State, checksum, short_hash, stamps
-from residual_fisher.common.text import duration, excerpt, excerpt_end, first_line, printable, size
-from residual_fisher.experiment import figures, records, report
+from residual_fisher.common.text import excerpt, first_line, printable
+from residual_fisher.experiment import estimate, figures, records, report
 from residual_fisher.experiment.measurement import Batches, Clock, perturb
 from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.experiment.records import Recorder, failure, rank, read_results, split_results, write_results
@@ -72,7 +71,6 @@ from residual_fisher.model.loading import (
 from residual_fisher.model.passes import devices_of, require_known_tokens
 
 FILES = (records.RESULTS, records.EIGENVECTORS, *figures.FILES)
-SHOWN = 3  # prompts that a dry run shows
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
 
 
@@ -357,12 +355,13 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
     with tqdm(total=total, initial=count, desc="perturbing", unit="sentence", disable=None) as bar:
         failed = []  # kept with the next sentence that is finished: failures alone are no results
         while count < settings.num_sentences and (item := next(new, None)):
-            items.append(item)
             if "failed" in item.record:
+                items.append(item)
                 failed.append(item)
                 require_few_failures(items)
                 continue
             run.append([*failed, item])
+            items.append(item)  # only now: Ctrl-C must not find it among the results before it is kept
             failed.clear()
             tqdm.write(report.sentence_block(item.record, count, config))
             bar.update()
@@ -417,67 +416,46 @@ def redraw(folder: Path) -> int:
 
 def describe_run(experiment: Experiment, run: Run, items: list[Item]) -> int:
     """How many sentences there are, and the first prompts; tries two sentences to say how long all take."""
-    settings, found = experiment.settings, experiment.found
+    settings, contexts = experiment.settings, experiment.contexts
     if not items and run.is_begun():
         print(f"An earlier run in {printable(str(run.folder))} would be replaced.")
-    known = {item.number for item in items}
-    left = [number for number in range(len(experiment.contexts)) if number not in known]
-    todo = left[: settings.num_sentences - len(successes(items))]
+    known, finished = {item.number for item in items}, len(successes(items))
+    left = [number for number in range(len(contexts)) if number not in known]
+    todo = left[: settings.num_sentences - finished]
     most = "at most " if settings.require_predicted else ""  # before a number that not all sentences may reach
-    word = excerpt(repr(settings.target_word), 40)
-    counts = f"{found.read} read, {len(found.sentences)} with {word}, {len(experiment.contexts)} usable"
-    print(f"sentences: {counts}, {most}{len(todo)} to run:")
-    for number in todo[:SHOWN]:
-        print(f"  {excerpt_end(experiment.contexts[number].prompt, report.EXCERPT)}")
-    if len(todo) > SHOWN:
-        print("  …")
+    counts = f"{experiment.found.read} read, {len(experiment.found.sentences)} with"
+    counts += f" {excerpt(repr(settings.target_word), 40)}, {len(contexts)} usable"
+    prompts = [contexts[number].prompt for number in todo]
+    print(estimate.describe_sentences(counts, prompts, most))
     if todo:
+        lengths = {number: len(contexts[number].ids) for number in todo}
+        rounds = try_some(experiment, estimate.representatives(lengths))
         others = len(left) - len(todo) if settings.require_predicted else 0
-        print(describe_costs(experiment, todo, others, len(successes(items)) + len(todo), most))
+        memory = peak_memory(devices_of(experiment.model))
+        print(
+            estimate.describe_costs(
+                rounds, lengths, others, finished + len(todo), memory, experiment.load_seconds, most
+            )
+        )
     print("Nothing was written: a dry run.")
     return 0
 
 
-def describe_costs(experiment: Experiment, todo: list[int], others: int, finished: int, most: str) -> str:
-    """Time, memory and disk of the sentences `todo`, and of `others` that are only looked at.
-
-    The sentences of median and of greatest length are tried, twice: the first round has to warm up.
+def try_some(experiment: Experiment, numbers: list[int]) -> list[tuple[float, list[Item]]]:
+    """Seconds and items of two rounds over some sentences: the first has to warm up.
 
     Raises:
-        UserError: the model is not supported, or both fail.
+        UserError: the model is not supported, or all of them fail.
     """
-    lengths = [len(context.ids) for context in experiment.contexts]
-    by_length = sorted(todo, key=lengths.__getitem__)
-    chosen = sorted({by_length[(len(todo) - 1) // 2], by_length[-1]}, key=lengths.__getitem__)
-    anything = replace(experiment, settings=replace(experiment.settings, require_predicted=False))
-    batches, rounds = Batches(experiment.settings.batch_size, len(experiment.settings.layers)), []
+    settings = replace(experiment.settings, require_predicted=False)  # these count, whatever they predict
+    batches, rounds = Batches(settings.batch_size, len(settings.layers)), []
     for _ in range(2):
         clock, start = Clock(devices_of(experiment.model)), time.perf_counter()
-        items = list(measure(anything, chosen, 0, None, batches, clock))
+        items = list(measure(replace(experiment, settings=settings), numbers, 0, None, batches, clock))
         if not successes(items):
             raise UserError(items[0].record["failed"])
         rounds.append((time.perf_counter() - start, successes(items)))
-    items = rounds[-1][1]
-    numbers = [item.number for item in items]
-    each = [
-        min(sum(i.record["seconds"].values()) for _, some in rounds for i in some if i.number == n) for n in numbers
-    ]
-    trial = Trial([lengths[number] for number in numbers], each)
-    seconds = trial.total([lengths[number] for number in todo]) + others * items[-1].record["seconds"]["prefix"]
-    seconds += max(0.0, rounds[0][0] - sum(each))  # warming up
-    record, memory = items[-1].record, peak_memory(devices_of(experiment.model))
-    json_bytes, npz_bytes = records.file_sizes(items, finished)
-    a_sentence = " to ".join(dict.fromkeys(map(duration, sorted(each))))
-    return "\n".join(
-        [
-            f"each: {records.perturbations(record)} perturbations at each of {len(record['fisher'])} layers",
-            f"time: about {most}{duration(seconds)}, {a_sentence} a sentence; and {duration(experiment.load_seconds)} "
-            "to load the model",
-            f"memory: {memory}, with the longest sentence ({lengths[numbers[-1]]} tokens)",
-            f"files: about {most}{size(json_bytes)} {records.RESULTS}, {size(npz_bytes)} {records.EIGENVECTORS}, and "
-            f"{2 + ('steering' in record)} pictures",
-        ]
-    )
+    return rounds
 
 
 def main(settings: Settings) -> int:

@@ -70,7 +70,7 @@ def naive_gradients(
     def add(h: Tensor) -> Tensor:
         return h + bias if everywhere else torch.cat([h[:, :-1], h[:, -1:] + bias], dim=1)
 
-    with hooked((module.register_forward_hook, edit_stream(add))):
+    with hooked(edit_stream(module, add)):
         log_probs = lm(ids[None]).logits[0, -1].float().log_softmax(-1)
     top = log_probs.topk(k).values
     gradients = []
@@ -100,7 +100,7 @@ def naive(lm: nn.Module, layer: nn.Module, ids: Tensor, k: int, scales: Sequence
         def add(h: Tensor, delta=delta) -> Tensor:
             return torch.cat([h[:, :-1], h[:, -1:] + delta], dim=1)
 
-        with torch.no_grad(), hooked((layer.register_forward_hook, edit_stream(add))):
+        with torch.no_grad(), hooked(edit_stream(layer, add)):
             log_q = lm(ids[None]).logits[0, -1].float().log_softmax(-1)
         kl.append(float((log_probs.exp() * (log_probs - log_q)).sum()))
     return Naive(float(value), vector, kl)

@@ -25,14 +25,8 @@ class OutputHead:
     def __init__(self, head: nn.Module, x: Tensor, raw_logits: Tensor, logits: Tensor, log_probs: Tensor):
         """
         phi is what the model does after its head: nothing, a scale (Cohere, Granite) or a soft cap (Gemma 2). Its
-        slope phi' is the gradient of the sum of the logits.
+        slope phi' is the gradient of the sum of the logits. The arguments are attributes of `fisher.Point`.
 
-        Args:
-            head: x -> raw_logits.
-            x: (prompts, 1, d_head).
-            raw_logits: (prompts, 1, V), the head's output.
-            logits: (..., V) float32, the model's output, with the graph from raw_logits.
-            log_probs: (..., V) float32.
         Raises:
             UnsupportedModelError: the head is not linear.
         """
@@ -42,10 +36,11 @@ class OutputHead:
         (slope,) = torch.autograd.grad(logits.sum(), raw_logits, retain_graph=True)
         self.slope = slope.reshape(logits.shape).float()  # (..., V)
         self.p = log_probs.exp()  # (..., V)
-        self.mean = self._combine((self.slope * self.p)[..., None, :])[..., 0, :]  # (..., d_head)
+        self.mean = self._combine(self.p[..., None, :])[..., 0, :]  # (..., d_head): the sum that every s_t subtracts
 
     def _combine(self, u: Tensor) -> Tensor:
-        parts = zip(u.split(VOCABULARY_CHUNK, dim=-1), self.weight.split(VOCABULARY_CHUNK), strict=True)
+        parts = (self.slope[..., None, :] * u).split(VOCABULARY_CHUNK, dim=-1)
+        parts = zip(parts, self.weight.split(VOCABULARY_CHUNK), strict=True)
         return sum(part @ w.float() for part, w in parts)
 
     def cotangents(self, tokens: Tensor) -> Tensor:
@@ -60,7 +55,7 @@ class OutputHead:
 
     def combine(self, u: Tensor) -> Tensor:
         """S^T u (..., m, d_head), the sum of all s_t weighted by u (..., m, V)."""
-        return self._combine(self.slope[..., None, :] * u) - u.sum(-1, keepdim=True) * self.mean[..., None, :]
+        return self._combine(u) - u.sum(-1, keepdim=True) * self.mean[..., None, :]
 
     def fisher_times(self, y: Tensor) -> Tensor:
         """C y (..., m, d_head)."""

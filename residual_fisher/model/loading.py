@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 import difflib
-from functools import partial
 import hashlib
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -34,8 +33,6 @@ WEIGHTS_SHARE = 0.9
 
 
 class TooLargeError(UserError):
-    """The model is larger than the GPUs."""
-
     def __init__(self):
         super().__init__(
             "the model is larger than the free memory of the GPUs, and gradients need all weights at once, so that "
@@ -44,11 +41,7 @@ class TooLargeError(UserError):
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device to run on. "auto" takes cuda, then mps, then cpu.
-
-    Raises:
-        UserError: this machine does not have the device.
-    """
+    """The device to run on. "auto" takes cuda, then mps, then cpu."""
     if device == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -82,40 +75,54 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
     if place.index is not None and place.type == "cuda":
         torch.cuda.set_device(place)  # kernels that a model brings along run on the current one
     options = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **PLAIN}
-    # The embedded model loads faster than one can read a progress bar; a log file needs no bar.
-    explain = partial(_explain_failures, name, no_bars=name == EMBEDDED or not sys.stderr.isatty())
     if name != EMBEDDED:
-        with explain():
+        with _explain_failures(name):
             return _from_files(name, options, place, device)
-    with explain():
+    with _explain_failures(name):
         path = embedded_model()
-        inode = path.stat().st_ino
+    damaged = path.stat().st_ino
     try:
-        with explain():
+        with _explain_failures(name):
             return _from_files(str(path), options, place, device)
     except TooLargeError:
         raise
     except UserError as error:
         print(f"note: {error}: converting it again", file=sys.stderr)
-    with explain():
-        return _from_files(str(embedded_model(damaged=inode)), options, place, device)
+    with _explain_failures(name):
+        return _from_files(str(embedded_model(damaged)), options, place, device)
 
 
 @contextmanager
-def _explain_failures(name: str, no_bars: bool) -> Iterator[None]:
-    """Replaces errors and logs of the libraries about a model's files by a one-line error message."""
+def _explain_failures(name: str) -> Iterator[None]:
+    """Replaces errors and logs of the libraries about a model's files by a one-line error message.
+
+    The logs of a success are shown at the end of the block.
+    """
+    # The embedded model loads faster than one can read a progress bar; a log file needs no bar.
+    hide_bars = (name == EMBEDDED or not sys.stderr.isatty()) and transformers_logging.is_progress_bar_enabled()
+    if hide_bars:
+        transformers_logging.disable_progress_bar()
+    handlers, logs = logging.getLogger("transformers").handlers, []
+    hold = logs.append  # as a filter it drops the record, since it returns None
+    for handler in handlers:
+        handler.addFilter(hold)
     try:
-        with _quiet_transformers(no_bars):
-            yield
-    except UserError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
+        yield
+    except BaseException as error:
+        logs.clear()
+        if isinstance(error, UserError) or not isinstance(error, Exception) or is_out_of_memory(error):
             raise
-        wanted = f"give a hub id, a local directory, or {EMBEDDED}"
-        damaged = name == EMBEDDED or Path(name).is_dir()
-        hint = "are its files complete, and of one model?" if damaged else hub_hint(error, wanted)
+        hint = hub_hint(error, f"give a hub id, a local directory, or {EMBEDDED}")
+        if name == EMBEDDED or Path(name).is_dir():
+            hint = "are its files complete, and of one model?"
         raise UserError(f"cannot load model {name!r}: {excerpt(_reason(error), 300)} ({hint})") from error
+    finally:
+        if hide_bars:
+            transformers_logging.enable_progress_bar()
+        for handler in handlers:
+            handler.removeFilter(hold)
+            for record in logs:
+                handler.handle(record)
 
 
 def _reason(error: Exception) -> str:
@@ -144,7 +151,12 @@ def _from_files(source: str, options: dict, place: torch.device, device: str):
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported in `found` instead of raised
     )
-    _require_all_weights(found["missing_keys"], found["mismatched_keys"])
+    if missing := found["missing_keys"]:  # transformers has drawn them at random
+        raise ValueError(f"its checkpoint lacks {len(missing)} of the weights, {min(missing)} among them")
+    if mismatched := found["mismatched_keys"]:  # these too
+        key, *shapes = min(mismatched)
+        is_shape, wanted = (" x ".join(map(str, shape)) for shape in shapes)
+        raise ValueError(f"{len(mismatched)} of its weights have another shape: {key} is {is_shape}, not {wanted}")
     if any(p.is_meta for p in model.parameters()):
         raise TooLargeError
     model.eval().requires_grad_(False)
@@ -154,16 +166,11 @@ def _from_files(source: str, options: dict, place: torch.device, device: str):
 
 
 def model_class(config) -> type:
-    """The class that loads a model for text; of a model that also sees images, the one for both.
-
-    Raises:
-        ValueError: it is not a decoder-only language model.
-    """
-    kind = type(config).__name__.removesuffix("Config")
-    if config.is_encoder_decoder and type(config) not in AutoModelForCausalLM._model_mapping:
+    """The class that loads a model for text; of a model that also sees images, the one for both."""
+    kind, causal = type(config).__name__.removesuffix("Config"), type(config) in AutoModelForCausalLM._model_mapping
+    if config.is_encoder_decoder and not causal:
         raise ValueError(f"{kind} is an encoder-decoder, not a decoder-only language model")
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if remote or type(config) in AutoModelForCausalLM._model_mapping:
+    if causal or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return AutoModelForCausalLM
     if type(config) in AutoModelForImageTextToText._model_mapping:
         return AutoModelForImageTextToText
@@ -177,26 +184,12 @@ def find_file(source: str, name: str) -> str | None:
 
 
 def base_of(source: str) -> str:
-    """The model that an adapter (LoRA and others of the package peft) adapts; a complete model is its own base.
-
-    Raises:
-        ValueError: it is an adapter, and peft is not installed.
-    """
+    """The model that an adapter (LoRA and others of the package peft) adapts; a complete model is its own base."""
     if find_file(source, "config.json") or not (adapter := find_file(source, "adapter_config.json")):
         return source
     if find_spec("peft") is None:
         raise ValueError("it is an adapter, which needs another package: `pip install peft`")
     return json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
-
-
-def _require_all_weights(missing: set[str], mismatched: set[tuple]) -> None:
-    """Raises ValueError if weights are missing or have another shape: transformers would draw them at random."""
-    if missing:
-        raise ValueError(f"its checkpoint lacks {len(missing)} of the weights, {min(missing)} among them")
-    if mismatched:
-        key, found, wanted = min(mismatched)
-        found, wanted = (" x ".join(map(str, shape)) for shape in (found, wanted))
-        raise ValueError(f"{len(mismatched)} of its weights have another shape: {key} is {found}, not {wanted}")
 
 
 def _exceeds_gpu(config, options: dict) -> bool:
@@ -208,30 +201,6 @@ def _exceeds_gpu(config, options: dict) -> bool:
     if size > sum(free):  # before minutes of loading
         raise TooLargeError
     return size > free[torch.cuda.current_device()]
-
-
-@contextmanager
-def _quiet_transformers(no_bars: bool) -> Iterator[None]:
-    """Delays logs to the end of the block, drops them if it fails (that has a message); and may hide progress bars."""
-    bars = no_bars and transformers_logging.is_progress_bar_enabled()
-    if bars:
-        transformers_logging.disable_progress_bar()
-    handlers, held = logging.getLogger("transformers").handlers, []
-    hold = held.append  # as a filter it drops the record, since it returns None
-    for handler in handlers:
-        handler.addFilter(hold)
-    try:
-        yield
-    except BaseException:
-        held.clear()
-        raise
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-        for handler in handlers:
-            handler.removeFilter(hold)
-            for record in held:
-                handler.handle(record)
 
 
 def describe(model: nn.Module) -> dict:
@@ -261,7 +230,10 @@ def fingerprint(model: nn.Module, tokenizer) -> str:
     Buffers that a checkpoint does not hold are left out: they follow from the configuration, and some depend on the
     prompts that were run. Of offloaded weights only names, shapes and dtypes count.
     """
-    config = _without_volatile(json.loads(model.config.to_json_string(use_diff=False)))
+    config = json.loads(
+        model.config.to_json_string(use_diff=False),
+        object_hook=lambda part: {key: value for key, value in part.items() if key not in VOLATILE},
+    )
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     digest = hashlib.sha256(json.dumps([config, vocabulary, tokenizer.chat_template], sort_keys=True).encode())
     for name, values in _plain_tensors(model.state_dict().items()):
@@ -281,12 +253,6 @@ def _plain_tensors(named: Iterable[tuple[str, object]]) -> Iterator[tuple[str, o
             yield name, values
 
 
-def _without_volatile(value):
-    if isinstance(value, dict):
-        return {key: _without_volatile(item) for key, item in value.items() if key not in VOLATILE}
-    return value
-
-
 def _checksum(values: torch.Tensor) -> int:
     """A sum of the numbers' bits modulo 2^64, each times the weight of its place, computed where the tensor is.
 
@@ -296,11 +262,11 @@ def _checksum(values: torch.Tensor) -> int:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
     bits = values.detach().contiguous().flatten().view(integers)
     weights = _scrambled(torch.arange(BLOCK, device=bits.device))
-    rest = len(bits) % BLOCK
     at_once = BLOCK if bits.device.type == "cpu" else 1 << 24  # in 8 bytes each: a CPU's cache, a GPU's work
-    parts = bits[: len(bits) - rest].split(at_once)
-    sums = [(part.view(-1, BLOCK) * weights).sum(-1) for part in parts]
-    sums = torch.cat([*sums, (bits[len(bits) - rest :] * weights[:rest]).sum()[None]])
+    blocks = (
+        nn.functional.pad(part, (0, -len(part) % BLOCK)).unflatten(0, (-1, BLOCK)) for part in bits.split(at_once)
+    )
+    sums = torch.cat([(some * weights).sum(-1) for some in blocks])
     return int((sums * _scrambled(torch.arange(len(sums), device=bits.device))).sum())
 
 

@@ -34,15 +34,12 @@ class TokenShares(NamedTuple):
 
     def records(self, place: tuple[int, ...], write: Callable[[int], str]) -> list[list[dict]]:
         """JSON-ready records of each direction at one index of "..."; tokens without a share are left out."""
-        columns = zip(*(part[place].tolist() for part in self), strict=True)
-        return [
-            [
-                {"token": write(token), "id": token, "share": share, "slope": slope}
-                for token, share, slope in zip(*direction, strict=True)
-                if share > 0
-            ]
-            for direction in columns
-        ]
+
+        def record(id_: int, share: float, slope: float) -> dict:
+            return {"token": write(id_), "id": id_, "share": share, "slope": slope}
+
+        directions = zip(*(part[place].tolist() for part in self), strict=True)
+        return [[record(*token) for token in zip(*parts, strict=True) if token[1] > 0] for parts in directions]
 
 
 def token_shares(slopes: Tensor, p: Tensor, tokens: Tensor | None = None, num: int = TOKENS_RECORDED) -> TokenShares:
@@ -69,7 +66,10 @@ def token_writer(tokenizer) -> Callable[[int], str]:
     """
 
     def write(token: int) -> str:
-        piece = _piece(tokenizer, token)
+        try:
+            piece = tokenizer.convert_ids_to_tokens(token)  # as the vocabulary spells it
+        except (IndexError, KeyError):  # raised by tokenizers written in Python
+            piece = None
         if not piece:  # heads are often padded to a round number of rows
             return f"<{token}>"
         text = tokenizer.decode([token], clean_up_tokenization_spaces=False) or piece
@@ -78,18 +78,10 @@ def token_writer(tokenizer) -> Callable[[int], str]:
             text = bytes(map(_BYTES.get, piece)).decode("utf-8", "surrogateescape") if known else piece
         elif piece.startswith("▁"):  # decoding a single token drops its first space
             text = piece.replace("▁", " ")
-        is_mark = unicodedata.category(text[0]).startswith("M")
-        return (_escaped(text[0]) if is_mark else _written(text[0])) + "".join(map(_written, text[1:]))
+        first = _escaped(text[0]) if unicodedata.category(text[0]).startswith("M") else _written(text[0])
+        return first + "".join(map(_written, text[1:]))
 
     return write
-
-
-def _piece(tokenizer, token: int) -> str | None:
-    """A token as the vocabulary spells it; None if the vocabulary lacks it."""
-    try:
-        return tokenizer.convert_ids_to_tokens(token)
-    except (IndexError, KeyError):  # raised by tokenizers written in Python
-        return None
 
 
 def _written(character: str) -> str:

@@ -37,22 +37,20 @@ class Mahalanobis:
     """Mahalanobis distances from trusted rows (n, columns)."""
 
     def __init__(self, rows: np.ndarray):
-        self._count = len(rows)
-        self._used = max(1, min(rows.shape[1], self._count // ROWS_PER_COLUMN))
-        rows = rows[:, : self._used]
-        self._mean = rows.mean(axis=0)
-        self._precision = np.linalg.inv(np.atleast_2d(np.cov(rows.T)) + MIN_DEVIATION**2 * np.eye(self._used))
+        used = max(1, min(rows.shape[1], len(rows) // ROWS_PER_COLUMN))
+        self._rows = rows[:, :used]
+        self._mean = self._rows.mean(axis=0)
+        self._precision = np.linalg.inv(np.atleast_2d(np.cov(self._rows.T)) + MIN_DEVIATION**2 * np.eye(used))
         self._rounding = RESOLUTION**2 * np.trace(self._precision)
-        self._rows = rows
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """(n,) distances; 0 for one that may be rounding."""
-        u = rows[:, : self._used] - self._mean
+        u = rows[:, : len(self._mean)] - self._mean
         return np.sqrt(np.maximum(np.einsum("ni,ij,nj->n", u, self._precision, u) - self._rounding, 0))
 
     def leave_one_out(self) -> np.ndarray:
         """(n,) distances of each trusted row from the others, by the Sherman–Morrison formula."""
-        n, squared = self._count, self.of(self._rows) ** 2
+        n, squared = len(self._rows), self.of(self._rows) ** 2
         left = np.maximum(1 - n * squared / (n - 1) ** 2, RESOLUTION)
         return np.sqrt((n / (n - 1)) ** 2 * (n - 2) / (n - 1) * squared / left)
 

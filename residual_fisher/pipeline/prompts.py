@@ -4,10 +4,9 @@ import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import chain, islice
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.rows import SAMPLE_ROWS, choose_column, parse_json, read_rows, text_of
+from residual_fisher.common.rows import parse_json, read_column, text_of
 from residual_fisher.common.text import excerpt, first_line
 
 TURNS = ("conversation", "conversations", "messages")  # columns of these names must hold conversations, not texts
@@ -49,18 +48,16 @@ class Prompts:
 
     def __iter__(self) -> Iterator[Prompt]:
         """Raises UserError: the dataset cannot be read, or has no such column, or no text in it."""
-        rows = read_rows(self.source, self.split, self.config, self.shuffle)
-        first = list(islice(rows, SAMPLE_ROWS))
-        if not first:
+        part = {"split": self.split, "config": self.config, "shuffle": self.shuffle}
+        self.column, texts = read_column(self.source, self.column, COLUMNS, "--prompt-column", prompt_text, **part)
+        if self.column is None:
             raise UserError(f"{self.source} has no usable prompt: it holds no rows")
-        self.column = choose_column(self.source, first, self.column, COLUMNS, "--prompt-column", prompt_text)
-        for number, row in enumerate(chain(first, rows)):
-            text = prompt_text(self.column, row.get(self.column))
+        for row, text in enumerate(texts):
             if text is None:
                 self.skipped += 1
                 continue
             self.usable += 1
-            yield Prompt(self.usable - 1, number, text)
+            yield Prompt(self.usable - 1, row, text)
         if not self.usable:
             what = "conversation" if self.column in TURNS else "text"
             where = f"in the column {excerpt(repr(self.column), 100)}"
