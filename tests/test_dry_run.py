@@ -1,7 +1,6 @@
 """--dry-run of both scripts: it writes nothing, counts what the run then does, and fails as the run fails."""
 
 from collections.abc import Iterator
-from pathlib import Path
 import re
 import shutil
 from types import SimpleNamespace
@@ -22,22 +21,16 @@ from residual_fisher.pipeline.processes import Processes
 from residual_fisher.pipeline.prompts import Encoded, Prompt
 from residual_fisher.pipeline.settings import parse
 import scripts
-from scripts import calls_of, experiment_results, experiment_words, pipeline_words, records
+from scripts import calls_of, contents, experiment_results, experiment_words, pipeline_words, records, run
 import tiny
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
-def tree(folder: Path) -> dict:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
-
-
 def say(script: str, words: list[str], capsys) -> tuple[int, str, str]:
     """The exit code of a dry run, and what it prints."""
-    module = {"core_experiment": core_experiment, "compute_fisher": compute_fisher}[script]
     capsys.readouterr()
-    code = module.main(module.parse([*words, "--dry-run"]))
-    return code, *capsys.readouterr()
+    return run(script, [*words, "--dry-run"]), *capsys.readouterr()
 
 
 def numbers(said: str, line: str) -> list[int]:
@@ -53,7 +46,7 @@ def test_a_dry_experiment_writes_nothing_and_counts_what_the_run_does(model_dire
     words = experiment_words(model_directory, tmp_path / "a" / "out")
     code, said, _ = say("core_experiment", words, capsys)
     assert code == 0 and list(tmp_path.iterdir()) == []
-    assert core_experiment.main(core_experiment.parse(words)) == 0
+    assert run("core_experiment", words) == 0
     shown = capsys.readouterr().out
     results, _ = experiment_results(tmp_path / "a" / "out")
     assert said.splitlines()[0] == shown.splitlines()[0]  # the model, the layers
@@ -77,50 +70,34 @@ def test_the_sizes_of_the_experiments_files_are_about_right(finished_experiment)
 
 
 def test_a_dry_experiment_says_what_an_earlier_run_has_left(finished_experiment, model_directory, tmp_path, capsys):
-    output = shutil.copytree(finished_experiment, tmp_path / "out")
-    before = tree(tmp_path)
+    output = shutil.copycontents(finished_experiment, tmp_path / "out")
+    before = contents(tmp_path)
     words = experiment_words(model_directory, output, *FINISHED_EXPERIMENT)
     code, said, _ = say("core_experiment", words, capsys)
     assert code == 0 and said.splitlines()[-1] == f"{output} is finished: nothing to do (--overwrite starts anew)"
     code, said, _ = say("core_experiment", [*words, "--overwrite"], capsys)
     assert code == 0 and f"An earlier run in {output} would be replaced." in said and "time: about " in said
     *found, refusal = say("core_experiment", [*words, "--seed", "1"], capsys)
-    assert found[0] == core_experiment.main(core_experiment.parse([*words, "--seed", "1"])) == 2
+    assert found[0] == run("core_experiment", [*words, "--seed", "1"]) == 2
     assert refusal == capsys.readouterr().err and "holds a run with other settings" in refusal
     words += ["--num-sentences", "6"]
     code, said, _ = say("core_experiment", words, capsys)
     assert code == 0 and "Resuming after the 4 sentences that are finished." in said
-    assert tree(tmp_path) == before
+    assert contents(tmp_path) == before
     with calls_of(core_experiment, "perturb") as calls:
-        assert core_experiment.main(core_experiment.parse(words)) == 0
+        assert run("core_experiment", words) == 0
     assert len(calls) == numbers(said, "sentences: ")[-1] == 2
 
 
 def test_a_dry_experiment_resumes_after_the_sentences_of_a_stopped_run(model_directory, tmp_path, capsys):
     words = experiment_words(model_directory, tmp_path / "out", "--require-predicted", "false")
     with calls_of(core_experiment, "perturb", KeyboardInterrupt, at=[3]):
-        assert core_experiment.main(core_experiment.parse(words)) == 130
+        assert run("core_experiment", words) == 130
     (tmp_path / "out" / ".experiment_results.json-00").touch()  # a run would remove it
-    before = tree(tmp_path)
+    before = contents(tmp_path)
     _, said, _ = say("core_experiment", words, capsys)
     assert "Resuming after the 2 sentences that are finished." in said and numbers(said, "sentences: ")[-1] == 2
-    assert tree(tmp_path) == before
-
-
-BAD_EXPERIMENTS = {
-    "layer": ["--layers", "7"],
-    "word": ["--target-word", "xyzzy"],
-    "file": ["--data-file", "none.txt"],
-}
-
-
-@pytest.mark.parametrize("mistake", BAD_EXPERIMENTS)
-def test_a_dry_experiment_fails_as_the_run_does(mistake, model_directory, tmp_path, capsys):
-    words = experiment_words(model_directory, tmp_path / "out", *BAD_EXPERIMENTS[mistake])
-    code, _, error = say("core_experiment", words, capsys)
-    assert code == core_experiment.main(core_experiment.parse(words)) == 2
-    assert error == capsys.readouterr().err and error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert contents(tmp_path) == before
 
 
 def test_a_model_that_fails_on_every_sentence_fails_dry_too(model_directory, tmp_path, capsys):
@@ -192,37 +169,37 @@ def test_all_prompts_or_too_many_are_counted(number, chat_directory, dataset, tm
 
 
 def test_of_a_stream_only_a_sample_is_read(tmp_path):
-    run = Run(tmp_path / "none", "compute_fisher.py", [])
+    nothing = Run(tmp_path / "none", "compute_fisher.py", [])
     for asked, taken in (("all", None), ("5000", 5000)):
         stream = (Prompt(i, i, "text") for i in range(10**9))
         pipeline = SimpleNamespace(settings=parse(["--num-prompts", asked]))
-        found = compute_fisher.survey(pipeline, stream, run, to_its_end=False)
+        found = compute_fisher.survey(pipeline, stream, nothing, to_its_end=False)
         assert (len(found.sample), found.taken, found.done) == (compute_fisher.SAMPLE, taken, 0)
         assert next(stream).index == compute_fisher.SAMPLE
-    short = compute_fisher.survey(pipeline, iter([Prompt(0, 0, "text")]), run, to_its_end=False)
+    short = compute_fisher.survey(pipeline, iter([Prompt(0, 0, "text")]), nothing, to_its_end=False)
     assert (len(short.sample), short.taken) == (1, 1)
 
 
 def test_a_dry_pipeline_says_what_an_earlier_run_has_left(chat_directory, dataset, finished_pipeline, tmp_path, capsys):
-    output = shutil.copytree(finished_pipeline, tmp_path / "out")
+    output = shutil.copycontents(finished_pipeline, tmp_path / "out")
     words = pipeline_words(chat_directory, dataset, output)
-    before = tree(tmp_path)
+    before = contents(tmp_path)
     code, said, _ = say("compute_fisher", words, capsys)
     assert (code, said) == (0, f"{output} is finished: nothing to do (--overwrite starts anew)\n")
     code, said, _ = say("compute_fisher", [*words, "--overwrite"], capsys)
     assert code == 0 and f"An earlier run in {output} would be replaced." in said and "resuming" not in said
     *_, refusal = say("compute_fisher", [*words, "--top-k-tokens", "5"], capsys)
     assert "holds a run with other settings (top_k_tokens was 6 and is 5)" in refusal
-    assert tree(tmp_path) == before
+    assert contents(tmp_path) == before
 
     with calls_of(compute_fisher, "finish", KeyboardInterrupt):
-        assert compute_fisher.main(compute_fisher.parse([*words, "--overwrite"])) == 130
+        assert run("compute_fisher", [*words, "--overwrite"]) == 130
     (output / "items" / "00000032-00000039.npz").write_bytes(b"damaged")  # a run would remove it
     (output / "items" / ".run.json-00").touch()
-    before = tree(tmp_path)
+    before = contents(tmp_path)
     _, said, _ = say("compute_fisher", words, capsys)
     assert "resuming: 32 are finished, 8 are left" in said.splitlines()
-    assert tree(tmp_path) == before
+    assert contents(tmp_path) == before
 
     changed = tmp_path / "changed.jsonl"
     changed.write_text(dataset.read_text().replace(" 3", " three"))
@@ -234,29 +211,13 @@ def test_a_dry_pipeline_says_what_an_earlier_run_has_left(chat_directory, datase
 def test_a_dry_pipeline_counts_what_extends_a_finished_run(chat_directory, dataset, tmp_path, capsys):
     output = tmp_path / "out"
     assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=6) == 0
-    before, words = tree(tmp_path), pipeline_words(chat_directory, dataset, output, num_prompts=10)
+    before, words = contents(tmp_path), pipeline_words(chat_directory, dataset, output, num_prompts=10)
     code, said, _ = say("compute_fisher", words, capsys)
     assert code == 0 and "resuming: 6 are finished, 4 are left" in said.splitlines()
-    assert tree(tmp_path) == before
+    assert contents(tmp_path) == before
     with calls_of(compute_fisher, "measure") as calls:
-        assert compute_fisher.main(compute_fisher.parse(words)) == 0
+        assert run("compute_fisher", words) == 0
     assert sum(len(batch) for *_, batch in calls) == 4 and len(records(output)) == 10
-
-
-BAD_PIPELINES = {
-    "layer": ({"hook_layer_name": 9}, "its layers are"),
-    "column": ({"prompt_column": "none"}, "no column 'none'"),
-    "room": ({"max_length": 2}, "leaves no room"),
-}
-
-
-@pytest.mark.parametrize("mistake", BAD_PIPELINES)
-def test_a_dry_pipeline_fails_as_the_run_does(mistake, chat_directory, dataset, tmp_path, capsys):
-    options, what = BAD_PIPELINES[mistake]
-    code, _, error = say("compute_fisher", pipeline_words(chat_directory, dataset, tmp_path / "out", **options), capsys)
-    assert code == scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", **options) == 2
-    assert error == capsys.readouterr().err and error.count("\n") == 1 and what in error
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_several_processes_the_first_alone_works_and_counts_them(chat_directory, dataset, tmp_path, capsys):
@@ -295,6 +256,28 @@ def test_the_pipelines_seconds_follow_the_sizes_of_its_batches(monkeypatch):
 
 # --- both ----------------------------------------------------------------------------------------
 
+MISTAKES = {
+    ("core_experiment", "--layers 7"): "the model has layers 0 to 2",
+    ("core_experiment", "--target-word xyzzy"): "no list for the target word",
+    ("core_experiment", "--data-file none.txt"): "No such file",
+    ("compute_fisher", "--hook-layer-name 9"): "its layers are",
+    ("compute_fisher", "--prompt-column none"): "no column 'none'",
+    ("compute_fisher", "--max-length 2"): "leaves no room",
+}
+
+
+@pytest.mark.parametrize(("script", "mistake"), MISTAKES)
+def test_a_dry_run_fails_as_the_run_does(script, mistake, chat_directory, dataset, tmp_path, capsys):
+    right = {
+        "core_experiment": experiment_words(chat_directory, tmp_path / "out"),
+        "compute_fisher": pipeline_words(chat_directory, dataset, tmp_path / "out"),
+    }
+    words = [*right[script], *mistake.split()]
+    code, _, error = say(script, words, capsys)
+    assert code == run(script, words) == 2
+    assert error == capsys.readouterr().err and error.count("\n") == 1 and MISTAKES[script, mistake] in error
+    assert list(tmp_path.iterdir()) == []
+
 
 @pytest.mark.parametrize("script", ["core_experiment", "compute_fisher"])
 def test_what_a_run_would_not_be_let_into_is_said(script, tmp_path, capsys):
@@ -311,13 +294,7 @@ def test_what_a_run_would_not_be_let_into_is_said(script, tmp_path, capsys):
 
 
 def test_amounts_are_said_in_their_largest_unit():
-    assert [duration(s) for s in (0.0123, 1.26, 59, 90, 5400, 260_000)] == [
-        "0.012 s", "1.3 s", "59 s", "1.5 min", "1.5 h", "3 days",
-    ]  # fmt: skip
-    assert [size(b) for b in (0, 999, 1234, 56_000_000, 2.5e12)] == [
-        "0 bytes",
-        "999 bytes",
-        "1.2 kB",
-        "56 MB",
-        "2.5 TB",
-    ]
+    durations = {0.0123: "0.012 s", 1.26: "1.3 s", 59: "59 s", 90: "1.5 min", 5400: "1.5 h", 260_000: "3 days"}
+    assert all(duration(seconds) == said for seconds, said in durations.items())
+    sizes = {0: "0 bytes", 999: "999 bytes", 1234: "1.2 kB", 56_000_000: "56 MB", 2.5e12: "2.5 TB"}
+    assert all(size(number) == said for number, said in sizes.items())
