@@ -27,8 +27,6 @@ from residual_fisher.common.program import (
     end_with_error,
     exit_code,
     go_offline_without_hub,
-    peak_memory,
-    too_many,
 )
 from residual_fisher.pipeline.settings import Settings, parse
 
@@ -45,25 +43,18 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
-import json
-import os
 from pathlib import Path
-from statistics import fmean, median
 import time
 
 import torch
 from tqdm import tqdm
-import yaml
 
-from residual_fisher.common.estimate import Trial
-from residual_fisher.common.files import atomic_open, json_ready, json_text
 from residual_fisher.common.options import identity_of, settings_of
-from residual_fisher.common.rows import evenly_spaced
-from residual_fisher.common.run import ITEMS, Item, Run, State, checksum, read_manifest, stamps
-from residual_fisher.common.text import duration, excerpt, first_line, model_line, printable, size
+from residual_fisher.common.run import Run, State, checksum, read_manifest, stamps
+from residual_fisher.common.text import excerpt, model_line, printable
 from residual_fisher.model.loading import (
     describe,
     dtype_advice,
@@ -73,22 +64,17 @@ from residual_fisher.model.loading import (
     longest_prompt,
     vocabulary_size,
 )
-from residual_fisher.model.passes import devices_of
 from residual_fisher.pipeline import figures, matrices, processes, report
-from residual_fisher.pipeline.batches import Subject, check_once, into_batches, measure, try_first
-from residual_fisher.pipeline.matrices import load_fisher_matrices, records_of
+from residual_fisher.pipeline.batches import Subject, check_once, measure, try_first
+from residual_fisher.pipeline.derived import METADATA, PROMPTS, conclude, made_from_scores, scored_records, scoring_of
+from residual_fisher.pipeline.estimate import describe_run, tell_too_few
 from residual_fisher.pipeline.processes import Processes
-from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts, encode
+from residual_fisher.pipeline.prompts import Prompt, Prompts
 from residual_fisher.pipeline.reference import Reference
-from residual_fisher.pipeline.scores import SCORING_VERSION, ScoredRun, outlier_scores
+from residual_fisher.pipeline.windows import Failures, Pipeline, plan
 
-PROMPTS, METADATA = "prompts.jsonl", "metadata.yaml"
 FILES = (matrices.ARRAYS, PROMPTS, METADATA, figures.SPECTRA)
-WINDOW_BATCHES = 16  # a window of the dataset is so many batches' prompts: sorted by length, they need little padding
 MAX_WAITING = 2  # batches that may wait to be written
-SAMPLE = 256  # prompts, the first ones, whose lengths stand for all in a dry run
-TRIED = 3  # batches of them, from the smallest to the largest
-SCORE_BYTES = 300  # that the scores add to a prompt's record
 
 
 # --- 1. the dataset and the model ----------------------------------------------------------------
@@ -123,17 +109,6 @@ def own_device(device: str, process: Processes) -> str:
     return f"cuda:{process.local}"
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """What a run has before its first batch."""
-
-    settings: Settings  # no more is asked for than the model has
-    subject: Subject
-    longest: int  # tokens of a prompt
-    environment: dict
-    identity: dict
-
-
 def prepare(settings: Settings, first: Prompt, process: Processes, tell: Callable[[str], None]) -> Pipeline:
     """Loads the model, and tries the first prompt.
 
@@ -164,69 +139,7 @@ def clamp_to_model(settings: Settings, subject: Subject, tell: Callable[[str], N
     return replace(settings, top_k_tokens=k, num_singular_values=r)
 
 
-# --- 2. batches ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Window:
-    """A part of the dataset, and what is left to do of it."""
-
-    numbers: range  # of its prompts
-    batches: list[list[Encoded]]  # prompts that are not finished
-    finished: int
-
-
-def plan(pipeline: Pipeline, prompts: Iterator[Prompt], tokenizer, run: Run, process: Processes) -> Iterator[Window]:
-    """The windows that this process takes, each with what an earlier call left of it.
-
-    Windows and batches are a function of the dataset and the settings alone, so that neither the number of
-    processes nor an interruption changes a result.
-
-    Args:
-        tokenizer: for this generator alone, which may run in another thread.
-    Raises:
-        UserError: the dataset is not the one of the earlier call.
-    """
-    size = WINDOW_BATCHES * pipeline.settings.batch_size
-    number, claimed, count = 0, process.claim(), 0
-    while window := list(islice(prompts, size)):
-        if number == claimed:
-            yield plan_window(pipeline, window, tokenizer, run)
-            claimed = process.claim()
-        number, count = number + 1, count + len(window)
-    if run.last() >= count:
-        raise changed(run, "which had more prompts")
-
-
-def plan_window(pipeline: Pipeline, window: list[Prompt], tokenizer, run: Run) -> Window:
-    numbers = range(window[0].index, window[-1].index + 1)
-    finished = finished_in(run, window)
-    if len(finished) == len(window):
-        return Window(numbers, [], len(finished))
-    encoded = [encode(tokenizer, prompt, pipeline.longest) for prompt in window]
-    batches = into_batches(pipeline.settings, pipeline.subject, encoded)
-    left = ([prompt for prompt in batch if prompt.prompt.index not in finished] for batch in batches)
-    return Window(numbers, list(filter(None, left)), len(finished))
-
-
-def finished_in(run: Run, window: list[Prompt]) -> dict[int, dict]:
-    """The records of a window's finished prompts, by number.
-
-    Raises:
-        UserError: one is of another text.
-    """
-    found = run.records(range(window[0].index, window[-1].index + 1))
-    for prompt in window:
-        if prompt.index in found and found[prompt.index]["prompt"] != prompt.text:
-            raise changed(run, f"first at prompt {prompt.index}")
-    return found
-
-
-def changed(run: Run, where: str) -> UserError:
-    return UserError(f"the dataset has changed since the run in {run.folder} began, {where}: --overwrite starts anew")
-
-
-# --- 3. Fisher matrices, and 4. their singular triplets, batch by batch --------------------------
+# --- 2. windows and batches of the dataset, 3. Fisher matrices, 4. their singular triplets -------
 
 
 def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Processes, bar: tqdm) -> None:
@@ -259,115 +172,67 @@ def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Pro
             write.result()
 
 
-class Failures:
-    """How many of this process's prompts have failed."""
-
-    def __init__(self, advice: str):
-        self.seen, self.failed, self.advice = 0, 0, advice
-
-    def count(self, items: list[Item]) -> None:
-        """Raises UserError: too many have."""
-        reasons = [item.record["failed"] for item in items if "failed" in item.record]
-        self.seen, self.failed = self.seen + len(items), self.failed + len(reasons)
-        if reasons and too_many(self.failed, self.seen):
-            raise UserError(f"{self.failed} of the first {self.seen} prompts failed: {reasons[-1]}{self.advice}")
-
-
-# --- 5. what follows from the matrices: scores, statistics, a picture ----------------------------
-
-
-def conclude(run: Run, settings: Settings, against: Reference | None) -> bool:
-    """Makes the derived files that are missing, damaged, or not of these matrices and this reference.
-
-    Returns:
-        Whether the prompts were scored.
-    """
-    notes, primary = run.manifest["notes"], run.manifest["primary"]
-    scoring = scoring_of(against)
-    scored = run.derive([PROMPTS], made_from_scores(run, scoring), partial(write_prompts, run, against))
-    prompts = checksum(run.folder / PROMPTS)
-    run.derive([figures.SPECTRA], prompts, lambda: figures.draw(run.folder, scored_records(run.folder)))
-    directory = str(against.path) if against else None
-    about = [primary, notes, scoring, directory]
-    run.derive([METADATA], about, lambda: write_metadata(run, {**scoring, "directory": directory}))
-    return scored
-
-
-def scoring_of(against: Reference | None) -> dict:
-    """What the scores are of, wherever it lies."""
-    kind, known = (against.kind, against.checksum) if against else (None, None)
-    return {"version": SCORING_VERSION, "against": kind, "checksum": known}
-
-
-def made_from_scores(run: Run, scoring: dict) -> list:
-    return [run.manifest["primary"], scoring]
-
-
-def write_prompts(run: Run, against: Reference | None) -> None:
-    """Writes prompts.jsonl: each prompt's record, and its scores."""
-    compared = {}
-    with ExitStack() as stack:
-        own = ScoredRun.of(records_of(run.folder), stack.enter_context(load_fisher_matrices(run.folder)))
-        if against:
-            compared[against.kind] = against.open(stack, own)
-        columns = outlier_scores(own, **compared)
-    with atomic_open(run.folder / PROMPTS) as file:
-        for index, record in enumerate(records_of(run.folder)):
-            file.write(json_text({**record, **{name: column[index] for name, column in columns.items()}}))
-
-
-def scored_records(folder: Path) -> Iterator[dict]:
-    """The lines of prompts.jsonl.
-
-    Raises:
-        UserError: they cannot be read.
-    """
-    try:
-        with open(folder / PROMPTS, encoding="utf-8") as file:
-            yield from map(json.loads, file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no readable {PROMPTS} in {folder}: {first_line(error)}") from error
-
-
-def write_metadata(run: Run, scoring: dict) -> None:
-    """Writes metadata.yaml: settings, versions, statistics."""
-    notes, identity = run.manifest["notes"], run.manifest["identity"]
-    with load_fisher_matrices(run.folder) as found:
-        bias_dim, num_singular_values = found[0].U.shape
-    metadata = {
-        "format": run.manifest["format"],
-        "complete": True,
-        "hook_layer": identity["hook_layer"],
-        "model_fingerprint": identity["model"],
-        "config": notes["config"],
-        "environment": notes["environment"],
-        "num_prompts": run.manifest["items"],
-        "bias_dim": bias_dim,
-        "num_singular_values": num_singular_values,
-        "arrays": matrices.ARRAYS if matrices.ARRAYS in run.manifest["primary"] else f"{ITEMS}/",
-        "statistics": notes["statistics"],
-        "scores": scoring,
-    }
-    with atomic_open(run.folder / METADATA) as file:
-        text = yaml.safe_dump(json_ready(metadata), sort_keys=False, allow_unicode=True, width=110)
-        file.write(text.encode())
-
-
 # --- the run -------------------------------------------------------------------------------------
 
 
-def open_run(settings: Settings) -> Run:
+def run_pipeline(settings: Settings, process: Processes) -> int:
+    """Computes what is missing of a run; or, in a dry run, says what that would take, and writes nothing.
+
+    Of several processes the first has the folder locked, and concludes the run. In a dry run it works alone.
+    """
+    processes_in_all = process.size
+    if settings.dry_run:
+        settings = replace(settings, device=own_device(settings.device, process))
+        if not process.first:
+            return 0
+        process = Processes()
     files = (*FILES, matrices.LINES)
-    return Run(Path(settings.output_dir), PROGRAM, files, settings.overwrite, read_only=settings.dry_run)
+    run = Run(Path(settings.output_dir), PROGRAM, files, settings.overwrite, read_only=settings.dry_run)
+    against: Reference | None = None
+    with ExitStack() as stack:
+
+        def open_and_look() -> bool:
+            nonlocal against
+            stack.enter_context(run.locked())
+            against = Reference.asked_for(settings)
+            return run.is_finished(identity_of(settings), sources(settings), settings.num_prompts)
+
+        if process.ask_first(open_and_look):
+            return report_finished(run, settings, against) if process.first else 0
+        prompts, source, first = open_dataset(settings)
+        start = time.perf_counter()
+        pipeline = prepare(settings, first, process, print if process.first else lambda line: None)
+        load_seconds = time.perf_counter() - start
+        if process.ask_first(lambda: examine(run, settings, pipeline, against) is State.FINISHED):
+            return report_finished(run, settings, against) if process.first else 0
+        if process.first:
+            print(f"{model_line(settings.model_path, pipeline.environment)}; hooked at {pipeline.subject.path}")
+        if settings.dry_run:
+            return describe_run(pipeline, prompts, source, run, load_seconds, processes_in_all)
+        process.ask_first(run.begin)
+        if not process.first:
+            run.join()
+        try:
+            with progress_bar(settings, process) as bar:
+                compute(pipeline, source, run, process, bar)
+            if not process.leave():
+                return 0
+            tell_too_few(settings, prompts.usable)
+            primary = matrices.merge(run, prompts.usable)
+            columns = report.columns_of(record for _, record in run.all_records())
+            run.finish(prompts.usable, primary, statistics=report.summarize(columns, prompts.skipped))
+            conclude(run, against)
+        except KeyboardInterrupt:
+            print("Interrupted: finished batches are saved; the same command resumes the run.", file=sys.stderr)
+            return INTERRUPTED
+        print(report.final_table(partial(scored_records, run.folder), run.manifest["notes"]["statistics"], settings))
+        print(f"Written to {printable(str(run.folder))}: {', '.join(FILES)}")
+        return code_of(run)
 
 
 def sources(settings: Settings) -> dict:
     """What shows, without loading them, that data and model are as they were."""
     return {"data": checksum(Path(settings.dataset)), "model": stamps(settings.model_path)}
-
-
-def is_finished(run: Run, settings: Settings) -> bool:
-    return run.is_finished(identity_of(settings), sources(settings), settings.num_prompts)
 
 
 def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference | None) -> State:
@@ -381,67 +246,12 @@ def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference
     notes = {"config": settings_of(settings), "environment": pipeline.environment}
     split = partial(matrices.split, run.folder)
     state = run.examine(pipeline.identity, sources(settings), settings.num_prompts, split, notes)
-    started = state is State.STARTED and not run.manifest["complete"]
-    if started and settings.num_prompts != "all" and run.last() >= settings.num_prompts:
+    if state is State.STARTED and settings.num_prompts != "all" and run.last() >= settings.num_prompts:
         raise UserError(
             f"{run.folder} holds an unfinished run of more prompts, {run.last() + 1} at least: ask for as many, or "
             "--overwrite starts anew"
         )
     return state
-
-
-def run_pipeline(settings: Settings, process: Processes) -> int:
-    tell = print if process.first else lambda text: None
-    run = open_run(settings)
-    with ExitStack() as stack:
-        against = None
-
-        def lock_and_look() -> bool:
-            nonlocal against
-            stack.enter_context(run.locked())
-            against = Reference.asked_for(settings)
-            return is_finished(run, settings)
-
-        if process.ask_first(lock_and_look):
-            return report_finished(run, settings, against) if process.first else 0
-        prompts, source, first = open_dataset(settings)
-        pipeline = prepare(settings, first, process, tell)
-        state = process.ask_first(lambda: examine(run, settings, pipeline, against).name)
-        if state == State.FINISHED.name:
-            return report_finished(run, settings, against) if process.first else 0
-        process.ask_first(run.begin)
-        if not process.first:
-            run.join()
-        tell(heading(settings, pipeline))
-        try:
-            with progress_bar(settings, process) as bar:
-                compute(pipeline, source, run, process, bar)
-            if not process.leave():
-                return 0
-            tell_too_few(settings, prompts.usable)
-            finish(run, prompts)
-            conclude(run, settings, against)
-        except KeyboardInterrupt:
-            print("Interrupted: finished batches are saved; the same command resumes the run.", file=sys.stderr)
-            return INTERRUPTED
-    print(report.final_table(partial(scored_records, run.folder), run.manifest["notes"]["statistics"], settings))
-    print(f"Written to {printable(str(run.folder))}: {', '.join(FILES)}")
-    return code_of(run)
-
-
-def finish(run: Run, prompts: Prompts) -> None:
-    """Merges all items into the primary files."""
-    columns = report.columns_of(record for _, record, _ in run.items())
-    primary = matrices.merge(run, prompts.usable)
-    run.finish(prompts.usable, primary, statistics=report.summarize(columns, prompts.skipped))
-
-
-def code_of(run: Run) -> int:
-    return SOME_FAILED if run.manifest["notes"]["statistics"]["failed_prompts"] else 0
-
-
-def heading(settings: Settings, pipeline: Pipeline) -> str:
-    return model_line(settings.model_path, pipeline.environment) + f"; hooked at {pipeline.subject.path}"
 
 
 def progress_bar(settings: Settings, process: Processes) -> tqdm:
@@ -450,21 +260,17 @@ def progress_bar(settings: Settings, process: Processes) -> tqdm:
     return tqdm(total=total, desc="Fisher matrices", unit="prompt", disable=None if process.first else True)
 
 
-def tell_too_few(settings: Settings, usable: int) -> None:
-    if settings.num_prompts != "all" and usable < settings.num_prompts:
-        print(f"note: {settings.num_prompts} prompts were asked for, only {usable} are available")
+def code_of(run: Run) -> int:
+    return SOME_FAILED if run.manifest["notes"]["statistics"]["failed_prompts"] else 0
 
 
 def report_finished(run: Run, settings: Settings, against: Reference | None) -> int:
     """Makes what is missing of a run whose Fisher matrices are all computed, and says so."""
     name = printable(settings.output_dir)
-    scored = not run.is_derived([PROMPTS], made_from_scores(run, scoring_of(against)))
-    statistics = run.manifest["notes"]["statistics"]
-    if run.read_only:
-        only = "only its prompts would be scored anew" if scored else "nothing to do (--overwrite starts anew)"
-        print(f"{name} is finished: {only}")
-    elif conclude(run, settings, against):
-        print(report.final_table(partial(scored_records, run.folder), statistics, settings))
+    if run.read_only and not run.is_derived([PROMPTS], made_from_scores(run, scoring_of(against))):
+        print(f"{name} is finished: only its prompts would be scored anew")
+    elif not run.read_only and conclude(run, against):
+        print(report.final_table(partial(scored_records, run.folder), run.manifest["notes"]["statistics"], settings))
         print(f"{name} was finished: its prompts were scored anew")
     else:
         print(f"{name} is finished: nothing to do (--overwrite starts anew)")
@@ -472,165 +278,26 @@ def report_finished(run: Run, settings: Settings, against: Reference | None) -> 
 
 
 def redraw(folder: Path) -> int:
+    """Draws the picture of the records in a folder again."""
     try:
         figures.draw(folder, scored_records(folder))
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         manifest = read_manifest(folder)
         if manifest and manifest["derived"].get(PROMPTS, {}).get("checksum") == checksum(folder / PROMPTS):
             raise  # it is as this program has written it
-        raise UserError(f"no readable {PROMPTS} in {folder}: it lacks {excerpt(repr(error), 80)}") from error
+        about = f"the command that made it makes it again ({excerpt(repr(error), 80)})"
+        raise UserError(f"no readable {PROMPTS} in {folder}: {about}") from error
     print(f"Drawn in {printable(str(folder))}: {figures.SPECTRA}")
     return 0
 
 
-# --- a dry run -----------------------------------------------------------------------------------
-
-
-def dry_run(settings: Settings, process: Processes) -> int:
-    """Says what a run would do, and takes a few batches through it to say how long. Writes nothing.
-
-    Of several processes the first works alone, as it would on its own device.
-    """
-    settings = replace(settings, device=own_device(settings.device, process))
-    if not process.first:
-        return 0
-    run = open_run(settings)
-    with run.locked():
-        against = Reference.asked_for(settings)
-        if is_finished(run, settings):
-            return report_finished(run, settings, against)
-        prompts, source, first = open_dataset(settings)
-        start = time.perf_counter()
-        pipeline = prepare(settings, first, Processes(), print)
-        loading = time.perf_counter() - start
-        if examine(run, settings, pipeline, against) is State.FINISHED:
-            return report_finished(run, settings, against)
-    print(heading(settings, pipeline))
-    if settings.overwrite and run.is_begun():
-        print(f"An earlier run in {printable(settings.output_dir)} would be replaced.")
-    found = survey(pipeline, source, run, os.path.isfile(settings.dataset))
-    print(describe_prompts(settings, prompts, found))
-    if found.taken is not None:
-        tell_too_few(settings, found.taken)
-    encoded = [encode(pipeline.subject.tokenizer, prompt, pipeline.longest) for prompt in found.sample]
-    print(describe_tokens(settings, encoded))
-    print(describe_costs(pipeline, found, encoded, loading, process.size))
-    print("Nothing was written: a dry run.")
-    return 0
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a run would take of a dataset."""
-
-    sample: list[Prompt]
-    taken: int | None  # None if only the dataset's end will tell
-    done: int  # by earlier calls
-
-
-def survey(pipeline: Pipeline, source: Iterator[Prompt], run: Run, to_its_end: bool) -> Survey:
-    """Reads a dataset to its end; or only a sample, and as far as earlier calls have come.
-
-    Raises:
-        UserError: the dataset cannot be read, or is not the one of earlier calls.
-    """
-    size, wanted = WINDOW_BATCHES * pipeline.settings.batch_size, pipeline.settings.num_prompts
-    sample, taken, done, last = [], 0, 0, run.last()
-    while to_its_end or len(sample) < SAMPLE or taken <= last:
-        if not (window := list(islice(source, size))):
-            if last >= taken:
-                raise changed(run, "which had more prompts")
-            return Survey(sample, taken, done)
-        sample += window[: SAMPLE - len(sample)]
-        taken += len(window)
-        done += len(finished_in(run, window))
-    return Survey(sample, None if wanted == "all" else wanted, done)
-
-
-def describe_prompts(settings: Settings, prompts: Prompts, found: Survey) -> str:
-    source = f"{excerpt(settings.dataset, 80)}, column {excerpt(repr(prompts.column), 40)}"
-    if found.taken is None:
-        lines = [f"prompts: all of {source}: how many, only its end will tell"]
-    else:
-        lines = [f"prompts: {found.taken} of {source}; {prompts.skipped} rows without a text skipped"]
-    if found.done:
-        left = "" if found.taken is None else f", {found.taken - found.done} are left"
-        lines.append(f"resuming: {found.done} are finished{left}")
-    return "\n".join(lines)
-
-
-def describe_tokens(settings: Settings, encoded: list[Encoded]) -> str:
-    lengths = [len(e.ids) for e in encoded]
-    cut = sum(e.truncated for e in encoded)
-    return (
-        f"tokens: {min(lengths)} to {max(lengths)}, median {median(lengths):g}, in the first {len(lengths)} prompts; "
-        f"{cut} of them cut (--max-length {settings.max_length})"
-    )
-
-
-def padded(batch: list[Encoded]) -> int:
-    """Tokens that the model is given, the padding among them."""
-    return len(batch) * longest(batch)
-
-
-def longest(batch: list[Encoded]) -> int:
-    return max(len(encoded.ids) for encoded in batch)
-
-
-def describe_costs(pipeline: Pipeline, found: Survey, encoded: list[Encoded], loading: float, size_of: int) -> str:
-    """Time, memory and disk, from a few batches that are tried, the largest and the longest prompt's among them.
-
-    Raises:
-        UserError: the model is not supported, or too many prompts fail.
-    """
-    settings, subject = pipeline.settings, pipeline.subject
-    window = WINDOW_BATCHES * settings.batch_size
-    windows = [encoded[start : start + window] for start in range(0, len(encoded), window)]
-    batches = sorted(chain.from_iterable(into_batches(settings, subject, some) for some in windows), key=padded)
-    places = {*evenly_spaced(len(batches), TRIED), max(range(len(batches)), key=lambda i: longest(batches[i]))}
-    chosen, items = [batches[place] for place in sorted(places)], []
-    checked, failures = set(), Failures(dtype_advice(subject.model))
-    for batch in batches:  # warms up each kind of attention
-        if check_once(settings, subject, batch, checked):
-            measure(settings, subject, batch[-1:])
-    for batch in chosen:
-        items.append(measure(settings, subject, batch))
-        failures.count(items[-1])
-    seconds = [sum(item.record["seconds"] for item in some) for some in items]
-    each = Trial(list(map(padded, chosen)), seconds).total(list(map(padded, batches))) / len(encoded)
-    tokens = fmean(len(e.ids) for e in encoded)
-    tried = list(chain.from_iterable(items))
-    arrays = fmean(sum(array.nbytes for array in item.arrays.values()) for item in tried)
-    record = fmean(len(json_text(item.record)) for item in tried) + SCORE_BYTES
-    place = matrices.ARRAYS if found.taken is not None and found.taken <= matrices.ONE_FILE else f"{ITEMS}/"
-    spent = f"{duration(each)} a prompt, {size_of * tokens / each:.0f} tokens/s"
-    files = f"{size(arrays)} in {place} and {size(record)} in {PROMPTS} a prompt"
-    if found.taken is not None:
-        spent = f"about {duration(each * (found.taken - found.done) / size_of)}, {spent}"
-        files = f"about {size(arrays * found.taken)} {place}, {size(record * found.taken)} {PROMPTS}"
-    if size_of > 1:
-        spent += f", by {size_of} processes as fast as this one"
-    shape = f"{len(chosen[-1])} x {longest(chosen[-1])} tokens"
-    memory = peak_memory(devices_of(subject.model))
-    return "\n".join(
-        [
-            f"time: {spent}; and {duration(loading)} to load and check the model",
-            f"memory: {memory}, with the largest batch ({shape}) and the longest prompt of these",
-            f"files: {files}, a picture and the metadata",
-        ]
-    )
-
-
-def main(settings: Settings | None = None) -> int:
-    """Runs one command; without settings, the one that the program was called with."""
+def main(settings: Settings) -> int:
     advice = "a smaller --max-length or --top-k-tokens, --dtype bfloat16, or a smaller model"
 
     def task() -> int:
-        chosen = settings or parse(sys.argv[1:])
-        if chosen.redraw:
-            return redraw(Path(chosen.redraw))
-        process = processes.join()
-        return dry_run(chosen, process) if chosen.dry_run else run_pipeline(chosen, process)
+        if settings.redraw:
+            return redraw(Path(settings.redraw))
+        return run_pipeline(settings, processes.join())
 
     return exit_code(PROGRAM, task, advice)
 

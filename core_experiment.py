@@ -43,8 +43,6 @@ if __name__ == "__main__":  # before the slow imports: --help need not wait for 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-import hashlib
-import json
 import math
 from pathlib import Path
 import time
@@ -53,11 +51,10 @@ import torch
 from tqdm import tqdm
 
 import fisher
-from residual_fisher.common.estimate import Trial
 from residual_fisher.common.options import identity_of, settings_of
-from residual_fisher.common.run import Item, Run, State, checksum, stamps
-from residual_fisher.common.text import duration, excerpt, excerpt_end, first_line, printable, size
-from residual_fisher.experiment import figures, records, report
+from residual_fisher.common.run import Item, Run, State, checksum, short_hash, stamps
+from residual_fisher.common.text import excerpt, first_line, printable
+from residual_fisher.experiment import estimate, figures, records, report
 from residual_fisher.experiment.measurement import Batches, Clock, perturb
 from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.experiment.records import Recorder, failure, rank, read_results, split_results, write_results
@@ -74,7 +71,6 @@ from residual_fisher.model.loading import (
 from residual_fisher.model.passes import devices_of, require_known_tokens
 
 FILES = (records.RESULTS, records.EIGENVECTORS, *figures.FILES)
-SHOWN = 3  # prompts that a dry run shows
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
 
 
@@ -130,10 +126,6 @@ def prepare(settings: Settings) -> Experiment:
     recorder = Recorder(about["experiment_config"], settings.layers, tokenizer)
     identity = {"settings": asked, "model": model_fingerprint, "sentences": sentences_fingerprint}
     return Experiment(settings, model, found, contexts, recorder, about, identity, load_seconds)
-
-
-def short_hash(value) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
@@ -272,10 +264,6 @@ def reason_of(error: Exception, experiment: Experiment, context: Context) -> str
 # --- the run -------------------------------------------------------------------------------------
 
 
-def open_run(settings: Settings) -> Run:
-    return Run(Path(settings.output_dir), PROGRAM, FILES, settings.overwrite, read_only=settings.dry_run)
-
-
 def identity_settings(settings: Settings) -> dict:
     """The options that count. More sentences extend a run, but a single one has no other to be compared with."""
     return {**identity_of(settings), "num_sentences": 1 if settings.num_sentences == 1 else "several"}
@@ -300,7 +288,8 @@ def examine(run: Run, experiment: Experiment) -> tuple[State, list[Item]]:
 
 
 def run_experiment(settings: Settings) -> int:
-    run = open_run(settings)
+    """Measures what is missing of a run; or, in a dry run, says what that would take, and writes nothing."""
+    run = Run(Path(settings.output_dir), PROGRAM, FILES, settings.overwrite, read_only=settings.dry_run)
     with run.locked():
         if run.is_finished(identity_settings(settings), sources(settings), settings.num_sentences):
             return report_finished(run)
@@ -309,8 +298,12 @@ def run_experiment(settings: Settings) -> int:
         if state is State.FINISHED:
             return report_finished(run)
         if state is State.STARTED:
-            print(resuming(items))
-        return run_sentences(experiment, run, items)
+            print(f"Resuming after the {len(successes(items))} sentences that are finished.")
+        return describe_run(experiment, run, items) if settings.dry_run else run_sentences(experiment, run, items)
+
+
+def successes(items: list[Item]) -> list[Item]:
+    return [item for item in items if "failed" not in item.record]
 
 
 def run_sentences(experiment: Experiment, run: Run, items: list[Item]) -> int:
@@ -321,7 +314,7 @@ def run_sentences(experiment: Experiment, run: Run, items: list[Item]) -> int:
         measure_missing(experiment, run, items)
     except BaseException as error:
         stopped = error
-    finished = [item for item in items if "failed" not in item.record]
+    finished = successes(items)
     if not finished:
         raise stopped or UserError(nothing_found(experiment, items))
     with undisturbed():
@@ -352,7 +345,7 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
     settings, config = experiment.settings, experiment.about["experiment_config"]
     if items:
         run.begin()
-    finished = [item for item in items if "failed" not in item.record]
+    finished = successes(items)
     other = torch.from_numpy(finished[-1].arrays["activations"]) if finished else None
     known = {item.number for item in items}
     numbers = [number for number in range(len(experiment.contexts)) if number not in known]
@@ -393,11 +386,6 @@ def nothing_found(experiment: Experiment, items: list[Item]) -> str:
     return f"in none of {count} sentences is {word!r} the top prediction (--require-predicted)"
 
 
-def resuming(items: list[Item]) -> str:
-    finished = sum("failed" not in item.record for item in items)
-    return f"Resuming after the {finished} sentences that are finished."
-
-
 def report_finished(run: Run) -> int:
     """Says that nothing is left to do; in a run that may write, draws pictures that are missing or damaged."""
     document = read_results(run.folder)
@@ -423,99 +411,60 @@ def redraw(folder: Path) -> int:
     return 0
 
 
-# --- a dry run -----------------------------------------------------------------------------------
+# --- what a dry run says -------------------------------------------------------------------------
 
 
-def dry_run(settings: Settings) -> int:
-    """Says what a run would do, and takes two sentences through it to say how long. Writes nothing."""
-    run = open_run(settings)
-    with run.locked():
-        if run.is_finished(identity_settings(settings), sources(settings), settings.num_sentences):
-            return report_finished(run)
-        experiment = prepare(settings)
-        state, items = examine(run, experiment)
-        if state is State.FINISHED:
-            return report_finished(run)
-    if state is State.STARTED:
-        print(resuming(items))
-    elif run.is_begun():
+def describe_run(experiment: Experiment, run: Run, items: list[Item]) -> int:
+    """How many sentences there are, and the first prompts; tries two sentences to say how long all take."""
+    settings, contexts = experiment.settings, experiment.contexts
+    if not items and run.is_begun():
         print(f"An earlier run in {printable(str(run.folder))} would be replaced.")
-    known = {item.number for item in items}
-    finished = sum("failed" not in item.record for item in items)
-    left = [number for number in range(len(experiment.contexts)) if number not in known]
+    known, finished = {item.number for item in items}, len(successes(items))
+    left = [number for number in range(len(contexts)) if number not in known]
     todo = left[: settings.num_sentences - finished]
-    most = "at most " if settings.require_predicted else ""
-    contexts = [experiment.contexts[number] for number in todo]
-    print(describe_sentences(experiment, contexts, most))
+    most = "at most " if settings.require_predicted else ""  # before a number that not all sentences may reach
+    counts = f"{experiment.found.read} read, {len(experiment.found.sentences)} with"
+    counts += f" {excerpt(repr(settings.target_word), 40)}, {len(contexts)} usable"
+    prompts = [contexts[number].prompt for number in todo]
+    print(estimate.describe_sentences(counts, prompts, most))
     if todo:
+        lengths = {number: len(contexts[number].ids) for number in todo}
+        rounds = try_some(experiment, estimate.representatives(lengths))
         others = len(left) - len(todo) if settings.require_predicted else 0
-        print(describe_costs(experiment, todo, others, finished + len(todo), most))
+        memory = peak_memory(devices_of(experiment.model))
+        print(
+            estimate.describe_costs(
+                rounds, lengths, others, finished + len(todo), memory, experiment.load_seconds, most
+            )
+        )
     print("Nothing was written: a dry run.")
     return 0
 
 
-def describe_sentences(experiment: Experiment, todo: list[Context], most: str) -> str:
-    """How many sentences there are, and the first prompts; `most` goes before a number that not all may reach."""
-    found, word = experiment.found, excerpt(repr(experiment.settings.target_word), 40)
-    counts = f"{found.read} read, {len(found.sentences)} with {word}, {len(experiment.contexts)} usable"
-    lines = [f"sentences: {counts}, {most}{len(todo)} to run:"]
-    lines += [f"  {excerpt_end(context.prompt, report.EXCERPT)}" for context in todo[:SHOWN]]
-    return "\n".join([*lines, "  …"] if len(todo) > SHOWN else lines)
-
-
-def describe_costs(experiment: Experiment, todo: list[int], others: int, finished: int, most: str) -> str:
-    """Time, memory and disk of the sentences `todo`, and of `others` that are only looked at.
-
-    The sentences of median and of greatest length are tried, twice: the first round has to warm up.
+def try_some(experiment: Experiment, numbers: list[int]) -> list[tuple[float, list[Item]]]:
+    """Seconds and items of two rounds over some sentences: the first has to warm up.
 
     Raises:
-        UserError: the model is not supported, or both fail.
+        UserError: the model is not supported, or all of them fail.
     """
-    lengths = [len(context.ids) for context in experiment.contexts]
-    by_length = sorted(todo, key=lengths.__getitem__)
-    chosen = sorted({by_length[(len(todo) - 1) // 2], by_length[-1]}, key=lengths.__getitem__)
-    anything = replace(experiment, settings=replace(experiment.settings, require_predicted=False))
-    batches, rounds = Batches(experiment.settings.batch_size, len(experiment.settings.layers)), []
+    settings = replace(experiment.settings, require_predicted=False)  # these count, whatever they predict
+    batches, rounds = Batches(settings.batch_size, len(settings.layers)), []
     for _ in range(2):
         clock, start = Clock(devices_of(experiment.model)), time.perf_counter()
-        items = list(measure(anything, chosen, 0, None, batches, clock))
-        if failed := [item.record["failed"] for item in items if "failed" in item.record]:
-            if len(failed) == len(items):
-                raise UserError(failed[0])
-            items = [item for item in items if "failed" not in item.record]
-        rounds.append((time.perf_counter() - start, items))
-    items = rounds[-1][1]
-    numbers = [item.number for item in items]
-    each = [
-        min(sum(i.record["seconds"].values()) for _, some in rounds for i in some if i.number == n) for n in numbers
-    ]
-    trial = Trial([lengths[number] for number in numbers], each)
-    seconds = trial.total([lengths[number] for number in todo]) + others * items[-1].record["seconds"]["prefix"]
-    seconds += max(0.0, rounds[0][0] - sum(each))  # warming up
-    record, memory = items[-1].record, peak_memory(devices_of(experiment.model))
-    json_bytes, npz_bytes = records.file_sizes(items, finished)
-    a_sentence = " to ".join(dict.fromkeys(map(duration, sorted(each))))
-    return "\n".join(
-        [
-            f"each: {records.perturbations(record)} perturbations at each of {len(record['fisher'])} layers",
-            f"time: about {most}{duration(seconds)}, {a_sentence} a sentence; and {duration(experiment.load_seconds)} "
-            "to load the model",
-            f"memory: {memory}, with the longest sentence ({lengths[numbers[-1]]} tokens)",
-            f"files: about {most}{size(json_bytes)} {records.RESULTS}, {size(npz_bytes)} {records.EIGENVECTORS}, and "
-            f"{2 + ('steering' in record)} pictures",
-        ]
-    )
+        items = list(measure(replace(experiment, settings=settings), numbers, 0, None, batches, clock))
+        if not successes(items):
+            raise UserError(items[0].record["failed"])
+        rounds.append((time.perf_counter() - start, successes(items)))
+    return rounds
 
 
-def main(settings: Settings | None = None) -> int:
-    """Runs one command; without settings, the one that the program was called with."""
-    settings = settings or parse(sys.argv[1:])
+def main(settings: Settings) -> int:
     advice = "fewer --layers, a smaller --max-vocab-subset, --dtype bfloat16, or a smaller model"
 
     def task() -> int:
         if settings.redraw:
             return redraw(Path(settings.redraw))
-        return dry_run(settings) if settings.dry_run else run_experiment(settings)
+        return run_experiment(settings)
 
     return exit_code(PROGRAM, task, advice)
 

@@ -15,22 +15,19 @@ of a prompt: a change of the whole residual stream.
 
 How F is computed, whichever tokens it counts:
 
-    1. linearize            a prompt's last token, with a zero bias at every chosen layer, over a cached prefix
-       linearize_prompts    a batch of whole prompts, with a zero bias for each, at one module
-       linearize_perturbed  perturbed copies of a prompt's last token, each at its own layer
-    2. OutputHead           cotangents z_i at x, the input of the output head, and weights w_i, such that
-                            F = sum_i w_i (J^T z_i)(J^T z_i)^T  with J = dx/dh
-    3. pull_back            G: the rows J^T z_i of all layers, in batched backward passes
-    4. fisher_matrix        F = G^T diag(w) G
-       eigenpairs           the leading ones of F, without F if G has few rows
-    5. perturb              logits after h + delta
-       kl_divergence        what the perturbation did
+    1. linearize, linearize_prompts or linearize_perturbed gives a point, with zero biases at which gradients are taken
+    2. OutputHead gives cotangents z_i at x, its input, and weights w_i, such that with J = dx/dh
+       F = sum_i w_i (J^T z_i)(J^T z_i)^T
+    3. pull_back gives G: the rows J^T z_i of all layers, in batched backward passes
+    4. fisher_matrix gives F = G^T diag(w) G; eigenpairs its leading ones, without F if G has few rows
+    5. perturb gives logits after h + delta; kl_divergence what the perturbation did
 
-Tensors in, tensors out: this module reads no files and prints nothing. The model is any transformers causal LM in
-evaluation mode, and is left as it was. In the shapes below, "..." is nothing for one prompt and (prompts,) for a batch.
+The model is any transformers causal LM in evaluation mode, and is left as it was. In the shapes below, "..." is nothing
+for one prompt and (prompts,) for a batch. Whatever holds NaN or infinity raises NumericalError, a model or token that
+does not fit UnsupportedModelError.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,17 +42,16 @@ from residual_fisher.model.passes import (
     Chunks,
     HeadCapture,
     UnsupportedModelError,
-    add_at_last,
+    add_at,
     batched_gradients,
     capture_head,
-    differentiated_twice,
     edit_stream,
     hooked,
     require_known_tokens,
-    tokens_at,
+    token_at,
     unwrapped,
 )
-from residual_fisher.model.reading import Reading, read
+from residual_fisher.model.reading import Reading, choose_mode, read
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PromptPoint", "PushForward",
@@ -65,16 +61,15 @@ __all__ = [
 ]  # fmt: skip
 
 EIGH_MAX_WIDTH = 256  # matrices up to this width: `eigh` is as fast as iteration for ten pairs (4 times slower at 576)
-MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration; float32 allows less
+MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration: what float32 can reach
 LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats, no longer matters
 
 
 class NumericalError(ArithmeticError):
     """NaN, infinity, a Fisher matrix that is zero, or an eigensolver that failed: there is no result.
 
-    Attributes:
-        layer: index of the first layer of the point where it appeared; None if no layer is at fault.
-        prompt: index of the first prompt of the batch, or row, where it appeared; None for one prompt.
+    `layer` and `prompt` are the indices in the point of the first layer, and of the first prompt or row, where it
+    appeared; None if no layer is at fault, or for one prompt.
     """
 
     def __init__(self, message: str, layer: int | None = None, prompt: int | None = None):
@@ -85,19 +80,24 @@ class NumericalError(ArithmeticError):
 # --- 1. the model, linearised at a prompt's last token --------------------------------------------
 
 
-@dataclass(frozen=True)
 class Point:
     """Where the model is linearised: what was read at the last token of each prompt, and the graph from h to x."""
 
-    model: nn.Module
-    modules: list[nn.Module]  # the hooked ones, in order: "layers" in the shapes below
-    activations: Tensor  # (layers, ..., d) float32, the residual stream h leaving each module
-    log_probs: Tensor  # (..., V) float32, nats
-    biases: list[Tensor]  # one leaf (..., d) for each layer, added to h; gradients are taken at it
-    x: Tensor  # (prompts, 1, d_head), the head's input: the final normalised hidden state
-    head: nn.Module  # x -> raw_logits, (V, d_head) if linear
-    raw_logits: Tensor  # (prompts, 1, V), the head's output
-    logits: Tensor  # (..., V) float32, after the scaling or soft-capping that follows the head
+    def __init__(
+        self, model: nn.Module, streams: list[Tensor], biases: list[Tensor], head: HeadCapture, logits: Tensor
+    ):
+        logits = logits.to(head.raw_logits.device)  # a model that is spread over devices returns them on the first
+        self.model = model
+        # (layers, ..., d) float32, the residual stream h leaving each hooked module
+        self.activations = torch.stack([h.float().to(logits.device) for h in streams])
+        self.biases = biases  # one leaf (..., d) for each layer, added to h; gradients are taken at it
+        self.x = head.x  # (prompts, 1, d_head), the head's input: the final normalised hidden state
+        self.head = model.get_output_embeddings()  # x -> raw_logits
+        self.raw_logits = head.raw_logits  # (prompts, 1, V)
+        self.logits = logits  # (..., V) float32, after the scaling or soft-capping that follows the head
+        self.log_probs = logits.detach().log_softmax(-1)  # (..., V) float32, nats
+        _require_finite(self.activations, "activations", places=self.activations.ndim - 1)
+        _require_finite(logits.detach()[None], "logits", places=logits.ndim)
 
     def output_head(self) -> OutputHead:
         """Raises UnsupportedModelError: the head is not linear."""
@@ -106,20 +106,20 @@ class Point:
     def cotangents(self, tokens: Tensor) -> Tensor:
         """z (..., k, d_head) float32: the gradients at x of the log-probabilities of `tokens` (..., k).
 
-        With a linear head it takes a gather and one matrix-vector product; else k backward passes through the
-        vocabulary.
+        A linear head takes a gather and one matrix-vector product; another one, k backward passes.
         """
         if is_linear(self.head):
             return self.output_head().cotangents(tokens)
         return cotangents_through(self.model, self.x, self.logits, tokens)
 
 
-@dataclass(frozen=True)
 class PromptPoint(Point):
-    """The last token of one prompt, which can be perturbed: "..." is nothing."""
+    """The last token of one prompt, which can be perturbed; "..." is nothing."""
 
-    layers: list[int]  # numbers of the decoder layers
-    reading: Reading  # for the passes that perturb it
+    def __init__(self, *linearised, layers: dict[int, nn.Module], reading: Reading):
+        super().__init__(*linearised)
+        self.layers, self.modules = list(layers), list(layers.values())  # numbers and modules of the hooked layers
+        self.reading = reading  # for the passes that perturb it
 
 
 def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None) -> PromptPoint:
@@ -134,8 +134,7 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
         layers: numbers of decoder layers, ascending; all by default.
     Raises:
         ValueError: `ids` is empty or a batch, or `layers` are not ascending numbers of the model's layers.
-        UnsupportedModelError: the model cannot be read rightly, or does not know a token.
-        NumericalError: activations or logits hold NaN or infinity.
+        UnsupportedModelError: the model cannot be read rightly.
     """
     ids = torch.as_tensor(ids).cpu()
     ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
@@ -147,45 +146,45 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
     layers = list(range(len(found)) if layers is None else layers)
     if not layers or layers != sorted(set(layers) & set(range(len(found)))):
         raise ValueError(f"layers {layers} are not ascending numbers from 0 to {len(found) - 1}")
-    modules = [found[number] for number in layers]
-    reading = read(wrapped, ids)
-    streams, biases = [], []  # a (d,) tensor for each layer
-
-    def add_zero_bias(h: Tensor) -> Tensor:
-        bias = torch.zeros(h.shape[-1], dtype=h.dtype, device=h.device, requires_grad=True)
-        streams.append(h.detach()[0, -1])
-        biases.append(bias)
-        return add_at_last(h, bias)
-
-    hooks = [(module.register_forward_hook, edit_stream(add_zero_bias)) for module in modules]
+    reading = read(model, ids, choose_mode(wrapped, ids))
+    hooked_layers = {number: found[number] for number in layers}
+    biases, streams, hooks = _zero_biases(hooked_layers.values(), lambda h: h[0, -1], add_at)  # (d,) for each layer
     with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
         logits = reading.logits()[0]  # (V,)
     if not logits.requires_grad:
         raise UnsupportedModelError("no gradient leads from its layers to its prediction (is it quantised?)")
-    if len(biases) != len(modules):
+    if len(biases) != len(layers):
         raise UnsupportedModelError(f"some of its layers {layers} do not run, or not once, in a pass: choose others")
-    return PromptPoint(**_measured(model, modules, streams, biases, head, logits), layers=layers, reading=reading)
+    return PromptPoint(model, streams, biases, head, logits, layers=hooked_layers, reading=reading)
+
+
+def _zero_biases(modules: Iterable[nn.Module], at_last: Callable, add: Callable) -> tuple[list, list, list]:
+    """(biases, streams, hooks): hooks that put add(h, bias) in the place of the stream h leaving each module.
+
+    The streams are at_last(h), of the shape of a bias. Both lists are filled in the order of the pass.
+    """
+    biases, streams = [], []
+
+    def edit(h: Tensor) -> Tensor:
+        streams.append(at_last(h).detach())
+        biases.append(torch.zeros_like(streams[-1], requires_grad=True))
+        return add(h, biases[-1])
+
+    return biases, streams, [edit_stream(module, edit) for module in modules]
 
 
 def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Point:
-    """Linearises the model at h + delta, each row at its own layer.
+    """Linearises the model at h + delta; the arguments and errors are those of `perturb`.
 
     The result's "layers" axis has length one, and its "..." are the rows: G is (1, rows, k, d).
-
-    Args:
-        deltas: (rows, d) float32, added to the residual stream at the prompt's last token.
-        at: see `perturb`.
-    Raises:
-        ValueError: see `perturb`.
-        NumericalError: logits hold NaN or infinity; `prompt` is the row.
     """
     at = torch.as_tensor(at).expand(len(deltas))
     leaf = deltas.detach().float().clone().requires_grad_()
     # the rows before these are unperturbed
-    with torch.enable_grad(), capture_head(point.model, lambda x: x[-len(deltas) :]) as head:
-        logits = _perturbed_logits(point, leaf, at)  # (rows, V)
+    with capture_head(point.model, lambda x: x[-len(deltas) :]) as head:
+        logits = perturb(point, leaf, at)  # (rows, V)
     streams = point.activations[at] + deltas.to(point.activations)  # (rows, d)
-    return Point(**_measured(point.model, point.modules, [streams], [leaf], head, logits))
+    return Point(point.model, [streams], [leaf], head, logits)
 
 
 def linearize_prompts(
@@ -202,62 +201,31 @@ def linearize_prompts(
         lengths: (prompts,) int64, the tokens of each prompt.
         last_only: add the bias at each prompt's last token alone.
     Raises:
-        NumericalError: activations or logits hold NaN or infinity.
-        UnsupportedModelError: the module's output has another shape or does not lead to the predictions, or the
-            model does not know a token.
+        UnsupportedModelError: the module's output has another shape or does not lead to the predictions.
     """
     model = unwrapped(model)
     require_known_tokens(model, ids)
     prompts, last = torch.arange(len(ids)), lengths.cpu() - 1
-    streams, biases = [], []  # one (prompts, d) tensor each
 
-    def add_zero_biases(h: Tensor) -> Tensor:
+    def at_last(h: Tensor) -> Tensor:
         if not isinstance(h, Tensor) or h.ndim != 3 or h.shape[:2] != ids.shape or not h.is_floating_point():
             raise UnsupportedModelError("its output is not of shape (prompts, tokens, d)")
-        bias = torch.zeros(len(ids), h.shape[-1], dtype=h.dtype, device=h.device, requires_grad=True)
-        streams.append(h.detach()[prompts, last])
-        biases.append(bias)
-        if last_only:
-            at_last = torch.arange(ids.shape[1]) == last[:, None]
-            return h + at_last[..., None].to(h) * bias[:, None]
-        return h + bias[:, None]
+        return h[prompts, last]
 
-    hook = (module.register_forward_hook, edit_stream(add_zero_biases))
-    with torch.enable_grad(), hooked(hook), capture_head(model, tokens_at(last, ids.shape)) as head:
+    def add(h: Tensor, bias: Tensor) -> Tensor:
+        here = (torch.arange(ids.shape[1]) == last[:, None])[..., None]  # (prompts, tokens, 1)
+        return h + (here.to(h) * bias[:, None] if last_only else bias[:, None])
+
+    biases, streams, hooks = _zero_biases([module], at_last, add)  # (prompts, d) of the one module
+    with torch.enable_grad(), hooked(*hooks), capture_head(model, lambda x: token_at(x, last, ids.shape)) as head:
         logits = model(ids.to(model.device), use_cache=False).logits[:, 0].float()  # (prompts, V)
     if len(biases) != 1 or not head.x.requires_grad:
         raise UnsupportedModelError("it does not stand, once, between the prompt and the output head")
-    return Point(**_measured(model, [module], streams, biases, head, logits))
-
-
-def _measured(
-    model: nn.Module,
-    modules: list[nn.Module],
-    streams: list[Tensor],
-    biases: list[Tensor],
-    head: HeadCapture,
-    logits: Tensor,
-) -> dict:
-    """The fields of a Point. Raises NumericalError: activations or logits hold NaN or infinity."""
-    logits = logits.to(head.raw_logits.device)  # a model that is spread over devices returns them on the first
-    activations = torch.stack([h.float().to(logits.device) for h in streams])  # (layers, ..., d)
-    _require_finite(activations, "activations", places=activations.ndim - 1)
-    _require_finite(logits.detach()[None], "logits", places=logits.ndim)
-    return {
-        "model": model,
-        "modules": modules,
-        "activations": activations,
-        "log_probs": logits.detach().log_softmax(-1),
-        "biases": biases,
-        "x": head.x,
-        "head": model.get_output_embeddings(),
-        "raw_logits": head.raw_logits,
-        "logits": logits,
-    }
+    return Point(model, streams, biases, head, logits)
 
 
 def _require_finite(values: Tensor, what: str, places: int) -> None:
-    """Raises NumericalError unless `values` are finite. Their first `places` axes are layers and prompts."""
+    """Raises NumericalError if `values` are not finite. Their first `places` axes are layers and prompts."""
     finite = values.flatten(places).isfinite().all(dim=-1)
     if not finite.all():
         layer, *prompt = (~finite).nonzero()[0].tolist()
@@ -269,20 +237,15 @@ def _require_finite(values: Tensor, what: str, places: int) -> None:
 
 
 def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tensor:
-    """G (layers, ..., k, d) float32: row i at a layer is J^T z_i. Each chunk of rows is one batched backward pass.
+    """G (layers, ..., k, d) float32: row i at a layer is J^T z_i, of `rows` z (..., k, d_head) float32.
 
-    For the cotangents of tokens, row t is the gradient of log p_t with respect to h.
-
-    Args:
-        rows: cotangents z (..., k, d_head) float32.
-    Raises:
-        NumericalError: gradients hold NaN or infinity.
+    Each chunk of rows is one batched backward pass. For the cotangents of tokens, row t is grad_h log p_t.
     """
     # Rows go through the network at unit norm, so that float16 gradients do not underflow.
-    norms = rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    norms = rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # (..., k, 1)
 
-    def chunk(rows: Tensor, norms: Tensor) -> Tensor:
-        unit = (rows / norms).to(point.x).reshape(-1, *point.x.shape)
+    def chunk(rows: Tensor, norms: Tensor) -> Tensor:  # (layers, rows, ..., d)
+        unit = (rows / norms).to(point.x).reshape(-1, *point.x.shape)  # (rows, prompts, 1, d_head)
         grads = batched_gradients(point.model, [point.x], point.biases, [unit])
         return torch.stack([norms * g.to(norms) for g in grads])
 
@@ -296,7 +259,7 @@ class PushForward:
     """u -> J u, by differentiating the backward pass: J^T z is linear in z, and its gradient in z along u is J u.
 
     (J. Townsend, "A new trick for calculating Jacobian vector products", 2017.) The backward pass has to be
-    differentiable itself, which that of fused attention is not.
+    differentiable itself, which that of fused attention is not; otherwise a call raises UnsupportedModelError.
     """
 
     def __init__(self, point: Point):
@@ -306,19 +269,20 @@ class PushForward:
             self.at_biases = torch.autograd.grad(point.x, point.biases, self.at_x, create_graph=True)
 
     def __call__(self, tangents: Tensor, chunks: Chunks | None = None) -> Tensor:
-        """J u (layers, ..., m, d_head) float32 for u (layers, ..., m, d), each through its own layer alone.
-
-        Raises:
-            NumericalError: J u holds NaN or infinity.
-        """
+        """J u (layers, ..., m, d_head) float32 for u (layers, ..., m, d), each through its own layer alone."""
         layers, m = len(tangents), tangents.shape[-2]
         by_row = tangents.movedim(-2, 1).flatten(0, 1)  # (layers * m, ..., d)
         own = torch.arange(layers, device=tangents.device).repeat_interleave(m)
 
-        def chunk(u: Tensor, own: Tensor) -> Tensor:
+        def chunk(u: Tensor, own: Tensor) -> Tensor:  # (rows, prompts, 1, d_head)
             own = own.reshape(-1, *(1 for _ in u.shape[1:]))
             seeds = [torch.where(own == layer, u, 0).to(g) for layer, g in enumerate(self.at_biases)]
-            return batched_gradients(self.model, self.at_biases, [self.at_x], seeds)[0]
+            try:
+                return batched_gradients(self.model, self.at_biases, [self.at_x], seeds)[0]
+            except RuntimeError as error:
+                if "derivative for" not in str(error) or "not implemented" not in str(error):
+                    raise
+                raise UnsupportedModelError("torch cannot differentiate its backward pass, as this needs") from error
 
         pushed = (chunks or Chunks()).join(chunk, by_row, own).to(tangents)
         pushed = pushed.reshape(layers, m, *tangents.shape[1:-2], -1).movedim(1, -2)
@@ -357,12 +321,8 @@ class Eigenpairs(NamedTuple):
 def fix_signs(vectors: Tensor, slopes: Tensor, scale: Tensor) -> Tensor:
     """Eigenvectors (..., m, d) with the project's signs; an eigenvector's own sign is arbitrary.
 
-    Along v the log-probability of the most probable token grows. Where its derivative vanishes, v's largest component
-    is positive.
-
-    Args:
-        slopes: (..., m), the derivatives of that log-probability along the vectors.
-        scale: (..., 1); a slope below 1e-6 of it counts as zero.
+    Along v the log-probability of the most probable token grows: its derivatives are `slopes` (..., m). Where one is
+    below 1e-6 of `scale` (..., 1), v's largest component is positive.
     """
     largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))[..., 0]
     sign = torch.where(slopes.abs() <= 1e-6 * scale, largest, slopes)
@@ -374,23 +334,20 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
 
     With R = diag(sqrt(w)) G, F = R^T R and the k x k Gram matrix R R^T have the same nonzero eigenvalues. An
     eigenvector u of R R^T gives v = R^T u / sqrt(lambda) of F. The smaller of the two matrices is decomposed, in
-    float64, since a Gram matrix squares R's condition number.
-
-    F is symmetric and positive semi-definite, so this is also its singular value decomposition:
-    F ~ U diag(S) V with S = values, V = vectors and U = V^T.
+    float64, since a Gram matrix squares R's condition number. F is symmetric and positive semi-definite, so this is
+    also its singular value decomposition: F ~ U diag(S) V with S = values, V = vectors and U = V^T.
 
     Args:
         gradients: G (..., k, d). Row 0 belongs to the most probable token: it fixes the signs (`fix_signs`).
         weights: w (k,) or (..., k).
-        allow_zero: return zeros if F is zero (a certain prediction).
+        allow_zero: return zeros if F is zero (a certain prediction), in place of a NumericalError.
     Raises:
-        NumericalError: F is zero; `layer` and `prompt` are its indices.
         torch.linalg.LinAlgError: the decomposition failed.
     """
     k, d = gradients.shape[-2:]
     work = float64(gradients)
-    r = work * weights.to(work).sqrt()[..., None]
-    gram = r @ r.mT if k <= d else r.mT @ r
+    r = work * weights.to(work).sqrt()[..., None]  # (..., k, d)
+    gram = r @ r.mT if k <= d else r.mT @ r  # (..., k, k) or (..., d, d)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     if not allow_zero:
         _require_nonzero(trace)
@@ -398,10 +355,10 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     values, u = torch.linalg.eigh(gram)
     values = values[..., -num:].flip(-1).clamp(min=0)
     u = u[..., -num:].flip(-1).mT  # (..., num, k or d)
-    v = nn.functional.normalize(u @ r, dim=-1) if k <= d else u
+    v = nn.functional.normalize(u @ r, dim=-1) if k <= d else u  # (..., num, d)
     v = torch.linalg.qr(v.mT).Q.mT  # the vectors of small eigenvalues carry the rounding of large ones
 
-    toward = work[..., 0, :, None]
+    toward = work[..., 0, :, None]  # (..., d, 1)
     v = fix_signs(v, (v @ toward)[..., 0], toward.norm(dim=-2))
 
     # An eigenvalue below the rounding of the Gram matrix is zero, and its vector arbitrary.
@@ -434,24 +391,17 @@ class TopK:
         return torch.einsum("...nk,...k->...n", self.slopes(directions) ** 2, self.weights)
 
     def slopes(self, directions: Tensor) -> Tensor:
-        """d log p_t along directions u (layers, ..., n, d): (layers, ..., n, k), nats per unit.
-
-        Along an eigenvector, p_t slope_t^2 / lambda is each token's share of the eigenvalue. The shares sum to 1.
-        """
+        """d log p_t along directions u (layers, ..., n, d): (layers, ..., n, k), nats per unit."""
         return directions @ self.gradients.mT
 
 
 def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor | None = None) -> TopK:
-    """F over the k most probable next tokens, at every layer of the point.
+    """F over the k most probable next tokens, at every layer of the point; `chunks` are of gradients.
 
-    Args:
-        chunks: how many gradients one backward pass may take.
-        jacobian: `FullVocabulary.jacobian` of this point, if it is known; it replaces the backward pass.
-    Raises:
-        NumericalError: gradients hold NaN or infinity.
+    If `FullVocabulary.jacobian` of this point is known, it replaces the backward pass.
     """
-    p, tokens = point.log_probs.exp().topk(k)
-    cotangents = point.cotangents(tokens)
+    p, tokens = point.log_probs.exp().topk(k)  # (..., k)
+    cotangents = point.cotangents(tokens)  # (..., k, d_head)
     gradients = pull_back(point, cotangents, chunks) if jacobian is None else cotangents @ jacobian
     return TopK(gradients, p, p.sum(-1), tokens)
 
@@ -472,11 +422,7 @@ class FullVocabulary:
         return self.head.p
 
     def eigenpairs(self, num: int = 1, allow_zero: bool = False) -> Eigenpairs:
-        """The `num` largest eigenpairs of each F, with signs as in `eigenpairs`.
-
-        Raises:
-            NumericalError: F is zero and may not be, or the solver failed; `layer` and `prompt` are its indices.
-        """
+        """The `num` largest eigenpairs of each F; signs and zeros are treated as in `eigenpairs`."""
         trace = self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         if not allow_zero:
             _require_nonzero(trace)
@@ -498,34 +444,23 @@ class FullVocabulary:
 
 
 def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabulary:
-    """F over the whole vocabulary, at every layer of the point.
+    """F over the whole vocabulary, at every layer of the point. It needs a linear head (see `OutputHead`).
 
     It takes d_head backward rows, which give all of J at all layers. At a prompt's last token a row costs little, and
     this is faster than iterating for a few eigenpairs.
-
-    Raises:
-        UnsupportedModelError: the head is not linear.
-        NumericalError: gradients hold NaN or infinity.
     """
     head = point.output_head()
-    fisher_at_x = head.fisher_matrix()
+    fisher_at_x = head.fisher_matrix()  # C (..., d_head, d_head)
     identity = torch.eye(fisher_at_x.shape[-1], device=fisher_at_x.device).expand_as(fisher_at_x)
-    jacobian = pull_back(point, identity, chunks)
+    jacobian = pull_back(point, identity, chunks)  # J (layers, ..., d_head, d)
     top = head.cotangents(point.log_probs.argmax(-1, keepdim=True))
     matrix = torch.stack([j.mT @ (fisher_at_x @ j) for j in jacobian])  # a layer at a time: less memory
     return FullVocabulary(jacobian, matrix, (top @ jacobian)[..., 0, :], head)
 
 
 def full_curvature(point: Point, directions: Tensor, chunks: Chunks | None = None) -> Tensor:
-    """u^T F u = (J u)^T C (J u), (layers, ..., n), of F over all tokens, without forming F.
-
-    Args:
-        directions: u (layers, ..., n, d).
-    Raises:
-        UnsupportedModelError: the head is not linear, or the backward pass cannot be differentiated.
-    """
-    with differentiated_twice():
-        y = PushForward(point)(directions, chunks)
+    """u^T F u = (J u)^T C (J u), (layers, ..., n), of F over all tokens, without forming F; u (layers, ..., n, d)."""
+    y = PushForward(point)(directions, chunks)
     return (y * point.output_head().fisher_times(y)).sum(-1)
 
 
@@ -557,24 +492,22 @@ def _largest_eigenpairs(matrix: Tensor, num: int, place: tuple[int, ...]) -> tup
 # --- 5. perturbing the residual stream ------------------------------------------------------------
 
 
-@torch.no_grad()
 def perturb(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Tensor:
     """Next-token logits (rows, V) float32 after h + delta. All rows run in one batched pass.
 
     Args:
-        deltas: (rows, d) float32, added to the residual stream at the prompt's last token.
+        deltas: (rows, d) float32, added to the residual stream at the prompt's last token. The logits have a graph if
+            these require gradients.
         at: index in `point.layers` of the layer where they are added: one for all rows, or (rows,) int64 on the CPU,
             ascending.
     Raises:
         ValueError: `at` is not ascending, or the point is of a batch.
     """
-    return _perturbed_logits(point, deltas, at).to(point.log_probs.device)
-
-
-def _perturbed_logits(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Tensor:
     if not isinstance(point, PromptPoint):
         raise ValueError("only the point of one prompt, from `linearize`, can be perturbed")
-    return point.reading.perturbed_logits(point.modules, deltas, torch.as_tensor(at).expand(len(deltas)))
+    at = torch.as_tensor(at).expand(len(deltas))
+    with torch.set_grad_enabled(deltas.requires_grad):
+        return point.reading.perturbed_logits(point.modules, deltas, at).to(point.log_probs.device)
 
 
 def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
@@ -582,8 +515,7 @@ def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
 
     With u = logits - log_p, KL = log E_p[exp(u)] - E_p[u], whatever constant is added to u. With u shifted to
     E_p[u] = 0, and with expm1 and log1p, only terms of second order in u remain. So 1e-10 nats is right in float32,
-    where the sum of p (log p - log q) is noise below 1e-7. Large divergences, whose exp(u) would overflow, use the
-    formula as it stands.
+    where the sum of p (log p - log q) is noise below 1e-7. Large KL, whose exp(u) would overflow, needs none of this.
     """
     p = log_p.exp()
     u = logits - log_p
@@ -597,20 +529,11 @@ def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
 
 # --- does F predict what a small perturbation does? -----------------------------------------------
 
-
-class PredictionCheck(NamedTuple):
-    """What `check_prediction` tries and allows, for one precision of the model."""
-
-    nats: tuple[float, ...]  # predicted KL of each perturbation; KL's next term may be too large for the first only
-    least: float  # nats that rounding hides
-    factor: float  # largest ratio between the changes and their prediction
-
-
-CHECKS = {
-    **dict.fromkeys((torch.float64, torch.float32), PredictionCheck((1e-4, 1e-6, 1e-7), 1e-8, 1.2)),
-    # a logit of 20 is rounded to 0.06, and 0.1 nats change logits by about 0.4; a token may also switch experts
-    **dict.fromkeys((torch.bfloat16, torch.float16), PredictionCheck((0.1, 0.03), 0.02, 2.0)),
-}
+# The predicted nats of each perturbation (the next term of KL may be too large for the first, not for the last), the
+# nats that rounding hides, and the largest ratio allowed between the changes and their prediction.
+FULL_PRECISION = (1e-4, 1e-6, 1e-7), 1e-8, 1.2
+# A logit of 20 is rounded to 0.06, and 0.1 nats change logits by about 0.4. A token may also switch experts.
+HALF_PRECISION = (0.1, 0.03), 0.02, 2.0
 CHECKED_TOKENS = 20  # the most probable ones
 LONGEST_CHECK = 0.1  # length of the longest perturbation, as a share of |h|
 
@@ -622,30 +545,29 @@ def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Ch
     compared: half the difference between delta and -delta, which cancels terms of second order, weighted as in F. If a
     perturbation fails, shorter ones are tried, since a long one may switch a token to another expert.
 
-    A model fails if its gradient is not its derivative, for example if its activations are rounded to integers: in a
-    network of real size, some activations always fall to another integer.
-
     Args:
         moved: takes perturbations (2, d), returns next-token logits (2, V).
     Returns:
-        False if F is too small (the prediction is certain) to see anything beyond rounding.
+        whether there was anything to see beyond rounding: F is too small if the prediction is certain
     Raises:
-        UnsupportedModelError: the prediction changes by another amount.
+        UnsupportedModelError: the prediction changes by another amount. Then the model's gradient is not its
+            derivative, for example since its activations are rounded to integers.
     """
-    check, tokens = CHECKS[point.model.dtype], min(CHECKED_TOKENS, point.log_probs.shape[-1])
+    sizes, least, factor = HALF_PRECISION if point.model.dtype.itemsize < 4 else FULL_PRECISION
+    tokens = min(CHECKED_TOKENS, point.log_probs.shape[-1])
     top = top_k(point, tokens, chunks)
     first = (0,) * (top.gradients.ndim - 2)  # layer and prompt
     eigen = top.eigenpairs(allow_zero=True)
     value, v, h = eigen.values[first][0], eigen.vectors[first][0], point.activations[first]
-    ids, p = point.log_probs[first[1:]].topk(tokens).indices, top.weights[first[1:]]  # both (tokens,)
-    for nats in check.nats:
+    ids, p = top.tokens[first[1:]], top.weights[first[1:]]  # both (tokens,)
+    for nats in sizes:
         step = torch.minimum((2 * nats / value).sqrt(), LONGEST_CHECK * h.norm())
-        if not 0.5 * step**2 * value >= check.least:
+        if not 0.5 * step**2 * value >= least:
             return False
         log_probs = moved(torch.stack([step * v, -step * v])).float().log_softmax(-1)[:, ids.cpu()].to(v)
         expected, found = step * (top.gradients[first] @ v), (log_probs[0] - log_probs[1]) / 2  # both (tokens,)
         ratio = float((p * found * expected).sum() / (p * expected**2).sum())
-        if 1 / check.factor <= ratio <= check.factor:
+        if 1 / factor <= ratio <= factor:
             return True
     raise UnsupportedModelError(
         f"a small perturbation changes its prediction {ratio:.2g} times as much as its gradients say "

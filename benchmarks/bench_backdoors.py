@@ -25,8 +25,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backdoors import BY_NAME, TEXTS, Kind, folder, obtain, prompts, rendered
+from residual_fisher import load_fisher_matrices
 from residual_fisher.model.embedded import embedded_model
-from residual_fisher.pipeline.matrices import load_fisher_matrices
 from residual_fisher.pipeline.scores import OUTLIER, SCORES, THRESHOLD, ScoredRun, outlier_scores
 
 SPLITS = 10

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import core_experiment
 import fisher
-from residual_fisher.experiment.sentences import Context, read_sentences
+from residual_fisher.experiment.sentences import Context, find_sentences
 from residual_fisher.model.embedded import embedded_model
 from residual_fisher.model.loading import describe, load
 from residual_fisher.model.passes import edit_stream, hooked
@@ -51,7 +51,7 @@ def plain_embedded(**options) -> nn.Module:
 def diverse_contexts(subject: Subject, count: int) -> list[Context]:
     """The experiment's first `count` sentences."""
     settings = core_experiment.parse([])
-    texts = read_sentences(settings.data, settings.target_word)
+    texts = find_sentences(settings.data, settings.target_word).sentences
     return core_experiment.find_contexts(settings, subject.lm, subject.tokenizer, texts)[:count]
 
 
@@ -70,7 +70,7 @@ def naive_gradients(
     def add(h: Tensor) -> Tensor:
         return h + bias if everywhere else torch.cat([h[:, :-1], h[:, -1:] + bias], dim=1)
 
-    with hooked((module.register_forward_hook, edit_stream(add))):
+    with hooked(edit_stream(module, add)):
         log_probs = lm(ids[None]).logits[0, -1].float().log_softmax(-1)
     top = log_probs.topk(k).values
     gradients = []
@@ -100,7 +100,7 @@ def naive(lm: nn.Module, layer: nn.Module, ids: Tensor, k: int, scales: Sequence
         def add(h: Tensor, delta=delta) -> Tensor:
             return torch.cat([h[:, :-1], h[:, -1:] + delta], dim=1)
 
-        with torch.no_grad(), hooked((layer.register_forward_hook, edit_stream(add))):
+        with torch.no_grad(), hooked(edit_stream(layer, add)):
             log_q = lm(ids[None]).logits[0, -1].float().log_softmax(-1)
         kl.append(float((log_probs.exp() * (log_probs - log_q)).sum()))
     return Naive(float(value), vector, kl)

@@ -3,6 +3,8 @@
 from residual_fisher import load_fisher_matrices
 """
 
+import runpy
+
 __all__ = ["FisherMatrices", "Triplets", "load_fisher_matrices"]
 
 
@@ -13,3 +15,14 @@ def __getattr__(name: str):
 
         return getattr(matrices, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# The commands that pip installs: each is its script, from the first line to the last.
+
+
+def core_experiment() -> None:
+    runpy.run_module("core_experiment", run_name="__main__", alter_sys=True)
+
+
+def compute_fisher() -> None:
+    runpy.run_module("compute_fisher", run_name="__main__", alter_sys=True)

@@ -215,7 +215,7 @@ def in_float64(model: nn.Module) -> nn.Module:
 
 
 def examine_experiment(model: nn.Module, wide: nn.Module) -> tuple[str, float]:
-    """The mode of the prefix, and the largest error of F over some tokens and all, and of the KL of two perturbations."""
+    """The mode of the prefix; the largest error of F over some and all tokens, and of the KL of two perturbations."""
     ids = torch.randint(3, VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(1))
     layers = loading.decoder_layers(model)
     chosen = [0, len(layers) // 2]

@@ -135,6 +135,7 @@ def assert_same_results(output: Path, expected: Path):
     assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
     assert records(output) == records(expected)
     assert {path.name for path in output.iterdir()} == PIPELINE_FILES
+    assert {path.name for path in (output / "items").iterdir()} == {"run.json", "records.jsonl"}
 
 
 # --- as a program --------------------------------------------------------------------------------

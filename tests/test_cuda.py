@@ -24,9 +24,9 @@ needs_two = pytest.mark.skipif(GPUS < 2, reason="fewer than two GPUs here")
 
 # Relative to the largest number. A GPU sums in another order than a CPU: what differs is the rounding of a
 # three-layer network, in bfloat16 of 8 bits a number. From float64 what is left is that of the float32 results.
-RELATIVE = {torch.float64: 1e-6, torch.float32: 3e-5, torch.bfloat16: 0.2}
+RELATIVE = {torch.float64: 1e-6, torch.float32: 3e-5, torch.bfloat16: 0.2, torch.float16: 0.2}
 PLACES = [pytest.param(1, id="one GPU"), pytest.param(2, id="two GPUs", marks=needs_two)]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def on_gpus(model: nn.Module, gpus: int) -> nn.Module:
@@ -176,7 +176,7 @@ def test_a_model_is_loaded_straight_to_its_gpu_which_becomes_the_current_one(mod
 
 def test_a_model_that_would_be_offloaded_is_refused(model_directory, monkeypatch):
     spread(monkeypatch, (0, "cpu", 0))
-    too_large = r"larger than the free memory of the GPUs.*a smaller --dtype, more GPUs"
+    too_large = r"larger than the free memory of the GPUs.*a smaller dtype, more GPUs"
     with pytest.raises(UserError, match=too_large) as caught:
         loading.load(str(model_directory))
     assert "\n" not in str(caught.value)

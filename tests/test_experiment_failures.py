@@ -34,7 +34,7 @@ BAD_ARGUMENTS = {
     "--scales 0": "argument --scales: at least one must not be 0",
     "--scale-unit miles": "argument --scale-unit: 'miles' is none of eigenvalue, nats, norm",
     "--dtype int8": "argument --dtype: 'int8' is none of auto, float64, float32, bfloat16, float16",
-    "--device warp": "--device warp is not available",
+    "--device warp": "device warp is not available",
     "--data-file none.json": "cannot read none.json: No such file",
     "--target-word unicorns": "no list for the target word 'unicorns'",
     "--model-name /no/such/model": "cannot load model '/no/such/model'",

@@ -11,7 +11,7 @@ import fisher
 from residual_fisher.common.program import UserError
 from residual_fisher.model import loading, reading
 from residual_fisher.model.passes import edit_stream, require_causal
-from residual_fisher.model.reading import PrefixMode, choose_mode, read_in_mode
+from residual_fisher.model.reading import PrefixMode, choose_mode, read
 import tiny
 
 MODES = {
@@ -57,7 +57,7 @@ def test_a_family_that_does_not_fit_is_refused_in_a_line(model_type):
 def test_all_three_modes_agree_where_all_are_possible():
     model, ids = tiny.shared("llama"), tiny.prompt()
     layers, deltas, at = tiny.layers_of(model), torch.randn(3, tiny.D), torch.tensor([0, 1, 2])
-    found = [read_in_mode(model, ids, mode).perturbed_logits(layers, deltas, at) for mode in PrefixMode]
+    found = [read(model, ids, mode).perturbed_logits(layers, deltas, at) for mode in PrefixMode]
     assert torch.allclose(found[0], found[1], atol=1e-4) and torch.allclose(found[0], found[2], atol=1e-4)
     assert choose_mode(model, ids) is PrefixMode.SHARED
 
@@ -96,6 +96,30 @@ def test_a_cache_that_misleads_is_not_used(monkeypatch):
     point = fisher.linearize(model, ids)
     assert point.reading.mode is PrefixMode.WHOLE
     assert torch.allclose(point.log_probs.double(), tiny.reference_log_probs("llama", ids), atol=1e-4)
+
+
+def test_a_mode_is_chosen_anew_in_another_dtype(monkeypatch):
+    model, prefill = tiny.build("llama"), reading.prefill
+
+    def misread_in_half_precision(model: nn.Module, ids: torch.Tensor, shared: bool):
+        return prefill(model, ids.flip(0) if model.dtype == torch.bfloat16 else ids, shared)
+
+    monkeypatch.setattr(reading, "prefill", misread_in_half_precision)
+    for dtype, mode in (
+        (torch.float32, PrefixMode.SHARED),
+        (torch.bfloat16, PrefixMode.WHOLE),
+        (torch.float32, PrefixMode.SHARED),
+    ):
+        assert fisher.linearize(model.to(dtype), tiny.prompt()).reading.mode is mode
+
+
+def test_a_mode_is_chosen_anew_for_another_attention(monkeypatch):
+    model, tried = tiny.build("llama"), []
+    monkeypatch.setattr(reading, "_departure", lambda model, ids, *_: tried.append(len(ids)) or 0.0)
+    for kind in ("eager", "sdpa", "eager"):
+        model.set_attn_implementation(kind)
+        fisher.linearize(model, tiny.prompt())
+    assert len(tried) == 2
 
 
 def test_a_model_that_sees_what_comes_after_a_token_is_not_causal():
@@ -166,6 +190,6 @@ class Output(NamedTuple):
 @pytest.mark.parametrize("kind", [lambda *v: v, lambda *v: list(v), Output], ids=["tuple", "list", "named tuple"])
 def test_what_a_layer_returns_keeps_its_kind(kind):
     output = kind(torch.ones(1, 2, 3), "rest")
-    edited = edit_stream(lambda h: h + 1)(nn.Identity(), (), output)
+    edited = edit_stream(nn.Identity(), lambda h: h + 1)[1](nn.Identity(), (), output)
     assert type(edited) is type(output) and edited[1] == "rest"
     assert torch.equal(edited[0], torch.full((1, 2, 3), 2.0))

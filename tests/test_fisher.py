@@ -473,10 +473,31 @@ def test_nan_activations_name_the_layer():
     assert caught.value.layer == 1
 
 
-def test_perturbations_out_of_order_and_of_a_batch_are_refused():
+def test_perturbations_out_of_order_are_refused():
     _, point = point_of("llama")
     with pytest.raises(ValueError, match="ascending"):
         fisher.perturb(point, torch.ones(2, tiny.D), torch.tensor([1, 0]))
-    batch = fisher.linearize_prompts(tiny.shared("llama"), point.modules[0], *tiny.prompts())
-    with pytest.raises(ValueError, match="one prompt"):
-        fisher.perturb(batch, torch.ones(2, tiny.D), 0)
+
+
+def test_only_the_point_of_one_prompt_can_be_perturbed():
+    _, point = point_of("llama")
+    deltas = torch.ones(2, tiny.D)
+    others = [
+        fisher.linearize_prompts(tiny.shared("llama"), point.modules[0], *tiny.prompts()),
+        fisher.linearize_perturbed(point, deltas, 0),
+    ]
+    assert isinstance(point, fisher.PromptPoint)
+    for other in others:
+        assert isinstance(other, fisher.Point) and not isinstance(other, fisher.PromptPoint)
+        for function in (fisher.perturb, fisher.linearize_perturbed):
+            with pytest.raises(ValueError, match="one prompt"):
+                function(other, deltas, 0)
+
+
+def test_perturb_may_be_wrapped_by_a_user(monkeypatch):
+    """What takes gradients must not depend on how the function without gradients is decorated."""
+    _, point = point_of("llama")
+    deltas, perturb = directions(2), fisher.perturb
+    expected = fisher.linearize_perturbed(point, deltas, 0).logits
+    monkeypatch.setattr(fisher, "perturb", lambda *arguments: perturb(*arguments))
+    assert torch.equal(fisher.linearize_perturbed(point, deltas, 0).logits, expected)

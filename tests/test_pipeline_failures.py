@@ -1,6 +1,7 @@
 """The pipeline when something goes wrong: killed, interrupted, a full disk, several processes, bad input."""
 
-import errno
+from collections.abc import Callable
+from contextlib import nullcontext
 import os
 from pathlib import Path
 import shutil
@@ -12,125 +13,124 @@ import time
 
 import numpy as np
 import pytest
-from residual_fisher.pipeline.run_directory import INCIDENTAL
 import torch
 import transformers as hf
 import yaml
 
 import compute_fisher
 import fisher
-from residual_fisher.common import lock
+from residual_fisher import load_fisher_matrices
 from residual_fisher.common.lock import lock_directory
-from residual_fisher.common.program import UserError
+from residual_fisher.common.program import SOME_FAILED, UserError
+from residual_fisher.common.run import Run, archives_in, read_manifest, read_records
 from residual_fisher.model import loading
-from residual_fisher.pipeline import load_fisher_matrices, run_directory, store
+from residual_fisher.pipeline import figures, matrices
 from residual_fisher.pipeline.processes import Processes
 import scripts
-from scripts import PIPELINE_FILES, ROOT, arrays, assert_same_results, pipeline_words, records
+from scripts import PIPELINE_FILES, ROOT, arrays, assert_same_results, calls_of, pipeline_words, records
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
+
+
+class Stopped(BaseException):
+    pass
+
+
+def archives(output: Path) -> list[Path]:
+    return [path for *_, path in archives_in(output / "items")]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_to_rounding(output: Path, expected: Path) -> None:
+    for a, b in zip(load_fisher_matrices(output), load_fisher_matrices(expected), strict=True):
+        assert np.abs(a.S / b.S - 1).max() < 1e-4
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def unfinished(chat_directory, dataset, tmp_path_factory) -> Path:
+    """The fixture `finished_pipeline`, but stopped when all items were computed and none was merged."""
+    output = tmp_path_factory.mktemp("runs") / "unfinished"
+    with calls_of(matrices, "merge", Stopped), pytest.raises(Stopped):
+        scripts.compute_fisher(chat_directory, dataset, output)
+    return output
+
 
 # --- nothing is lost -----------------------------------------------------------------------------
 
 
 def slow_writes() -> None:
-    """Of the shards' and batches' files, so that a signal can meet the run anywhere."""
-    write = store.write_archive
-    store.write_archive = lambda *arguments: (time.sleep(0.05), write(*arguments))
+    """Of the batches' files, so that a signal can meet the run anywhere."""
+    append = Run.append
+    Run.append = lambda *arguments: (time.sleep(0.05), append(*arguments))
 
 
 def start(model, dataset, output) -> scripts.Running:
     return scripts.start("compute_fisher", pipeline_words(model, dataset, output), output, slow_writes)
 
 
-def written(output: Path) -> list[Path]:
-    return list((output / "shards").glob("*.npz"))
-
-
 def test_killed_again_and_again_it_ends_as_if_never_stopped(chat_directory, dataset, finished_pipeline, tmp_path):
     output = tmp_path / "out"
     for files in (1, 6, 12):
         process = start(chat_directory, dataset, output)
-        process.wait_until(lambda files=files: len(written(output)) >= files)
+        process.wait_until(lambda files=files: len(archives(output)) >= files)
         process.send(signal.SIGKILL)
         assert process.end()[0] == -signal.SIGKILL
-        assert yaml.safe_load((output / "metadata.yaml").read_text())["complete"] is False
-    kept = written(output)
-    assert kept
-    calls = []
-    measure = compute_fisher.measure
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compute_fisher, "measure", lambda *a: calls.append(len(a[2])) or measure(*a))
+        assert read_manifest(output)["complete"] is False
+    done = sum(len(read_records(path)) for path in archives(output))
+    with calls_of(compute_fisher, "measure") as calls:
         assert scripts.compute_fisher(chat_directory, dataset, output) == 0
-    done = sum(2 if path.name.startswith("batch") else 32 for path in kept)
-    assert sum(calls) >= 40 - done and sum(calls) < 40  # what was there was not computed again
+    assert 0 < sum(len(batch) for *_, batch in calls) == 40 - done  # what was there was not computed again
     assert_same_results(output, finished_pipeline)
 
 
-@pytest.mark.usefixtures("without_pictures")
-def test_a_run_of_an_earlier_version_without_directions_goes_on(
-    chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch, capsys
-):
-    output, measure = tmp_path / "out", compute_fisher.measure
-
-    def earlier(settings, subject, batch):
-        if any((tmp_path / "out" / "shards").glob("shard_*")):
-            sys.exit(9)
-        results = measure(settings, subject, batch)
-        for result in results:
-            del result.record["directions"]
-        return results
-
-    with monkeypatch.context() as patch:
-        patch.setattr(compute_fisher, "measure", earlier)
-        with pytest.raises(SystemExit):
-            scripts.compute_fisher(chat_directory, dataset, output)
-    assert scripts.compute_fisher(chat_directory, dataset, output) == 0
-    assert "40 prompts stand out from most of them" in capsys.readouterr().out
-    found, expected = records(output), records(finished_pipeline)
-    assert {"directions" in record for record in found} == {True, False}
-    for ours, whole in zip(found, expected, strict=True):
-        assert ours == {key: whole[key] for key in whole if key in ours or key != "directions"}
-    assert all(arrays(output)[name].tobytes() == array.tobytes() for name, array in arrays(finished_pipeline).items())
+# what computes, merges and derives, in the order of a run; and which call of it
+STEPS = [
+    ("write_archive", matrices, 1),
+    ("atomic_open", matrices, 1),
+    ("finish", Run, 1),
+    ("_write_manifest", Run, 2),
+    ("_remove_archives", Run, 2),
+    ("outlier_scores", compute_fisher, 1),
+    ("draw", figures, 1),
+    ("write_metadata", compute_fisher, 1),
+]
 
 
-@pytest.mark.parametrize("moment", ["close", "write_metadata", "remove"])
+@pytest.mark.parametrize(("step", "owner", "call"), STEPS, ids=[step for step, *_ in STEPS])
 def test_stopped_while_it_finishes_it_can_finish_again(
-    moment, chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch
+    step, owner, call, chat_directory, dataset, finished_pipeline, tmp_path
 ):
-    class Stopped(BaseException):
-        pass
-
-    def stop(*args):
-        raise Stopped
-
-    with monkeypatch.context() as patch:
-        if moment == "write_metadata":
-            write = run_directory.RunDirectory._write_metadata
-            patch.setattr(
-                run_directory.RunDirectory, "_write_metadata", lambda d, m: stop() if m["complete"] else write(d, m)
-            )
-        else:
-            patch.setattr(store.Store, moment, stop)
-        with pytest.raises(Stopped):
-            scripts.compute_fisher(chat_directory, dataset, tmp_path / "out")
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
+    with calls_of(owner, step, Stopped, [call]), pytest.raises(Stopped):
+        scripts.compute_fisher(chat_directory, dataset, tmp_path / "out")
+    with calls_of(compute_fisher, "measure") as calls:
+        assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
+    assert not calls  # all had been computed
     assert_same_results(tmp_path / "out", finished_pipeline)
 
 
-def test_ctrl_c_keeps_finished_batches_and_says_how_to_go_on(chat_directory, dataset, finished_pipeline, tmp_path):
-    process = start(chat_directory, dataset, tmp_path / "out")
-    process.wait_until(lambda: len(written(tmp_path / "out")) >= 3)
+def test_ctrl_c_keeps_finished_batches_and_says_how_to_resume(chat_directory, dataset, finished_pipeline, tmp_path):
+    output = tmp_path / "out"
+    process = start(chat_directory, dataset, output)
+    process.wait_until(lambda: len(archives(output)) >= 3)
     process.send(signal.SIGINT)
     code, errors = process.end()
     assert code == 130
     assert "finished batches are saved" in errors and "Traceback" not in errors
-    assert len(written(tmp_path / "out")) >= 3
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
-    assert_same_results(tmp_path / "out", finished_pipeline)
+    assert len(archives(output)) >= 3
+    assert scripts.compute_fisher(chat_directory, dataset, output) == 0
+    assert_same_results(output, finished_pipeline)
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+def test_a_full_disk_is_one_line_and_the_run_resumes_later(
     chat_directory, dataset, finished_pipeline, small_disk, capsys
 ):
     output = small_disk.path / "out"
@@ -138,375 +138,171 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     said = capsys.readouterr().err
     assert said.startswith("compute_fisher.py: error: cannot write ") and said.count("\n") == 1
     assert "No space left on device" in said
-    assert written(output)
+    assert archives(output)
     small_disk.grow()
     assert scripts.compute_fisher(chat_directory, dataset, output) == 0
     assert_same_results(output, finished_pipeline)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_shard_is_named_and_computed_again(
-    damage, chat_directory, dataset, finished_pipeline, tmp_path, capsys
+def test_a_damaged_archive_is_named_and_computed_again(
+    chat_directory, dataset, unfinished, finished_pipeline, tmp_path, capsys
+):
+    output = Path(shutil.copytree(unfinished, tmp_path / "out"))
+    damaged = archives(output)[0]
+    flip(damaged)
+    with calls_of(compute_fisher, "measure") as calls:
+        assert scripts.compute_fisher(chat_directory, dataset, output) == 0
+    assert f"{damaged.name} is damaged: computing it again" in capsys.readouterr().err
+    assert sum(len(batch) for *_, batch in calls) == 32  # one window of two
+    assert_same_results(output, finished_pipeline)
+
+
+def test_an_archive_that_vanishes_meanwhile_is_said_and_nothing_is_merged(chat_directory, dataset, tmp_path, capsys):
+    output, pack = tmp_path / "out", Run.pack
+
+    def lose_one(self, numbers):
+        archives(output)[0].unlink()
+        pack(self, numbers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "pack", lose_one)
+        assert scripts.compute_fisher(chat_directory, dataset, output) == 2
+    assert "have vanished from" in capsys.readouterr().err
+    assert not (output / "fisher_matrices_compressed.npz").exists()
+    assert scripts.compute_fisher(chat_directory, dataset, output) == 0
+
+
+def test_a_stopped_run_is_resumed_with_another_batch_size(chat_directory, dataset, finished_pipeline, tmp_path):
+    output = tmp_path / "out"
+    with calls_of(compute_fisher, "measure", Stopped, range(6, 99)), pytest.raises(Stopped):
+        scripts.compute_fisher(chat_directory, dataset, output)
+    kept = {number for path in archives(output) for number in read_records(path)}
+    with calls_of(compute_fisher, "measure") as calls:
+        assert scripts.compute_fisher(chat_directory, dataset, output, batch_size=7) == 0
+    computed = [encoded.prompt.index for *_, batch in calls for encoded in batch]
+    assert kept and sorted([*kept, *computed]) == list(range(40)) and max(len(batch) for *_, batch in calls) > 2
+    assert_same_to_rounding(output, finished_pipeline)
+    assert scripts.compute_fisher(chat_directory, dataset, output, batch_size=3) == 0  # finished, whatever the size
+
+
+def test_a_finished_run_is_extended_and_fewer_prompts_are_there_already(
+    chat_directory, dataset, finished_pipeline, tmp_path, capsys
 ):
     output = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store.Store, "close", lambda *_: sys.exit(9))
-        with pytest.raises(SystemExit):
-            scripts.compute_fisher(chat_directory, dataset, output)
-    shard = output / "shards" / "shard_00000.npz"
-    content = bytearray(shard.read_bytes())
-    if damage == "flipped":
-        content[len(content) // 2] ^= 1
-    shard.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
-    assert scripts.compute_fisher(chat_directory, dataset, output) == 0
-    assert "shard_00000.npz is damaged: computing it again" in capsys.readouterr().err
-    assert_same_results(output, finished_pipeline)
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=32) == 0
+    before = arrays(output)
+    with calls_of(compute_fisher, "measure") as calls:
+        assert scripts.compute_fisher(chat_directory, dataset, output) == 0
+    assert sorted(encoded.prompt.index for *_, batch in calls for encoded in batch) == list(range(32, 40))
+    assert all(arrays(output)[name].tobytes() == array.tobytes() for name, array in before.items())
+    assert_same_results(output, finished_pipeline)  # 32 prompts are a window: the batches are those of a single run
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=32) == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out and len(records(output)) == 40
+
+
+def test_a_run_that_outgrows_one_archive_is_extended_too(
+    chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=32) == 0
+    monkeypatch.setattr(matrices, "ONE_FILE", 33)
+    for count in (36, 40):
+        with calls_of(compute_fisher, "measure") as calls:
+            assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=count) == 0
+        assert sum(len(batch) for *_, batch in calls) == 4
+        assert not (output / "fisher_matrices_compressed.npz").exists() and len(records(output)) == count
+    assert_same_to_rounding(output, finished_pipeline)
+
+
+def test_an_unfinished_run_is_not_finished_with_fewer_prompts_than_it_has(
+    chat_directory, dataset, unfinished, tmp_path, capsys
+):
+    output = Path(shutil.copytree(unfinished, tmp_path / "out"))
+    before = contents(output)
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=10) == 2
+    assert "holds an unfinished run of more prompts, 40 at least: ask for as many" in capsys.readouterr().err
+    assert contents(output) == before
 
 
 def test_a_finished_run_is_left_alone_and_overwritten_when_asked(chat_directory, dataset, tmp_path, capsys):
     output = tmp_path / "out"
     assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
-    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    (output / "notes.txt").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.*")}
     assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
     assert "is finished: nothing to do" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
-    (output / "notes.txt").write_text("mine")
-    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=5, overwrite=True) == 0
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.*")} == before
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=5, top_k_tokens=5, overwrite=True) == 0
     assert len(records(output)) == 5
     assert (output / "notes.txt").read_text() == "mine"
 
 
-def test_stopped_while_it_overwrites_it_leaves_a_folder_it_can_go_on_with(chat_directory, dataset, tmp_path):
+def test_stopped_while_it_overwrites_it_leaves_a_folder_that_it_can_resume(chat_directory, dataset, tmp_path):
     output = tmp_path / "out"
     assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
     (output / "notes.txt").write_text("mine")
     (output / ".prompts.jsonl-abandoned").write_text("half of it")
-    write = run_directory.RunDirectory._write_metadata
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            run_directory.RunDirectory, "_write_metadata",
-            lambda d, m: sys.exit(9) if m["config"]["num_prompts"] == 5 else write(d, m),
-        )  # fmt: skip
-        with pytest.raises(SystemExit):
-            scripts.compute_fisher(chat_directory, dataset, output, num_prompts=5, overwrite=True)
-    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=5) == 0
+    (output / "items" / ".00000000-00000001.npz-abandoned").write_text("half of it")
+    for call in (1, 2):  # the earlier run is marked as removed, and then replaced
+        with calls_of(Run, "_write_manifest", Stopped, [call]), pytest.raises(Stopped):
+            scripts.compute_fisher(chat_directory, dataset, output, num_prompts=5, top_k_tokens=5, overwrite=True)
+    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=5, top_k_tokens=5) == 0
     assert len(records(output)) == 5
     assert {path.name for path in output.iterdir()} == {*PIPELINE_FILES, "notes.txt"}
+    assert {path.name for path in (output / "items").iterdir()} == {"run.json", "records.jsonl"}
 
 
-def test_a_run_with_other_settings_model_or_data_is_refused(chat_directory, dataset, tmp_path, capsys):
-    output = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store.Store, "close", lambda *_: sys.exit(9))
-        with pytest.raises(SystemExit):
-            scripts.compute_fisher(chat_directory, dataset, output)
-    assert scripts.compute_fisher(chat_directory, dataset, output, top_k_tokens=5) == 2
+@pytest.mark.parametrize("mistake", [{"hook_layer_name": "9"}, {"max_length": "3"}, {"dataset_name": "none.jsonl"}])
+def test_overwriting_checks_everything_before_it_removes_anything(mistake, chat_directory, dataset, unfinished):
+    before = contents(unfinished)
+    given = {"dataset": dataset, "overwrite": True, **mistake}
+    data = given.pop("dataset_name", given.pop("dataset"))
+    assert scripts.compute_fisher(chat_directory, data, unfinished, **given) == 2
+    assert contents(unfinished) == before
+
+
+# --- another run ---------------------------------------------------------------------------------
+
+
+def test_an_unfinished_run_with_other_settings_or_of_another_model_is_refused(
+    chat_directory, dataset, unfinished, capsys
+):
+    before = contents(unfinished)
+    assert scripts.compute_fisher(chat_directory, dataset, unfinished, top_k_tokens=5) == 2
     assert "top_k_tokens was 6 and is 5" in capsys.readouterr().err
-
-    original = dataset.read_text()
-    try:
-        dataset.write_text(original.replace('"zebra animals', '"zebra animal', 1))
-        assert scripts.compute_fisher(chat_directory, dataset, output) == 2
-    finally:
-        dataset.write_text(original)
-    assert "the dataset has changed" in capsys.readouterr().err
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compute_fisher, "fingerprint", lambda *_: "another")
-        assert scripts.compute_fisher(chat_directory, dataset, output) == 2
+        assert scripts.compute_fisher(chat_directory, dataset, unfinished) == 2
     assert "a run of another model" in capsys.readouterr().err
+    assert contents(unfinished) == before
 
 
-def test_out_of_memory_halves_the_batch_and_says_so(
-    chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch, capsys
-):
-    linearize, sizes = fisher.linearize_prompts, []
-
-    def small(model, module, ids, *rest):
-        sizes.append(len(ids))
-        if len(ids) > 2:
-            raise torch.OutOfMemoryError
-        return linearize(model, module, ids, *rest)
-
-    monkeypatch.setattr(fisher, "linearize_prompts", small)
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", batch_size=7) == 0
-    assert max(sizes) > 2
-    assert "note: out of memory: going on with batches of" in capsys.readouterr().err
-    for a, b in zip(load_fisher_matrices(tmp_path / "out"), load_fisher_matrices(finished_pipeline), strict=True):
-        assert np.abs(a.S / b.S - 1).max() < 1e-4
-
-
-def test_out_of_memory_with_a_single_prompt_is_a_line_of_advice(chat_directory, dataset, tmp_path, monkeypatch, capsys):
-    def no_room(*arguments):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(fisher, "pull_back", no_room)
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("compute_fisher.py: error: not enough memory: try a smaller --max-length")
-
-
-# --- several processes ---------------------------------------------------------------------------
-
-
-def torchrun(script: Path, words: list[str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), *words]
-    # torchrun gives each process one thread, and another number of threads rounds otherwise
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-
-
-def test_two_processes_make_what_one_makes(chat_directory, dataset, finished_pipeline, tmp_path):
-    words = pipeline_words(chat_directory, dataset, tmp_path / "out")
-    result = torchrun(ROOT / "compute_fisher.py", words)
-    assert result.returncode == 0, result.stderr
-    assert_same_results(tmp_path / "out", finished_pipeline)
-
-
-def test_a_process_that_fails_stops_the_others_and_another_number_of_them_finishes(
-    chat_directory, dataset, finished_pipeline, tmp_path
-):
-    failing = tmp_path / "failing.py"
-    failing.write_text(
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import compute_fisher\n"
-        "measure = compute_fisher.measure\n"
-        "def fail(*a):\n"
-        "    if os.environ['RANK'] == '1': raise compute_fisher.UserError('the second process has failed')\n"
-        "    return measure(*a)\n"
-        "compute_fisher.measure = fail\n"
-        "sys.exit(compute_fisher.main(compute_fisher.parse(sys.argv[1:])))\n"
-    )
-    result = torchrun(failing, pipeline_words(chat_directory, dataset, tmp_path / "out"))
-    assert result.returncode != 0
-    assert "compute_fisher.py: error: the second process has failed" in result.stderr
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
-    assert_same_results(tmp_path / "out", finished_pipeline)
-
-
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_each_process_has_a_gpu_of_its_own(device, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    theirs = [compute_fisher.own_device(device, Processes(rank, 4, rank % 2)) for rank in range(4)]  # on two machines
-    assert theirs == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
-    assert compute_fisher.own_device(device, Processes()) == device
-    for named in ("cpu", "cuda:1"):
-        assert compute_fisher.own_device(named, Processes(1, 2, 1)) == named
-
-
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_more_processes_than_gpus_are_a_line_that_says_how_many(device, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError) as caught:
-        compute_fisher.own_device(device, Processes(2, 4, 2))
-    assert str(caught.value).startswith("process 3 of 4 has no GPU of its own: this machine has 2, so start torchrun")
-    assert "--device" not in str(caught.value)
-
-
-def test_processes_that_want_a_gpu_where_there_is_none_are_told_so(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert compute_fisher.own_device("auto", Processes(1, 2, 1)) == "auto"
-    assert compute_fisher.own_device("cuda", Processes(1, 2, 1)) == "cuda"  # refused by `load`, as for one process
-
-
-# --- bad input -----------------------------------------------------------------------------------
-
-BAD = {
-    "hook-layer-name model.layer.1": "has no module 'model.layer.1': its layers are model.layers.0 ... model.layers.2",
-    "hook-layer-name 7": "has no module '7': its layers are model.layers.0 ... model.layers.2",
-    "hook-layer-name lm_head": "no Fisher matrix at lm_head: its output is not of shape",
-    "dataset-name none.jsonl": "no such file",
-    "dataset-name no/such": "as a dataset of the hub",
-    "prompt-column question": "no column 'question'",
-    "output-dir /dev/null/out": "cannot write to",
-    "device warp": "--device warp is not available",
-    "model-path /no/such": "cannot load model '/no/such'",
-    "max-length 3": "leaves no room",
-}
-
-
-@pytest.mark.parametrize("flag", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(flag, chat_directory, dataset, tmp_path, capsys):
-    name, value = flag.split()
-    words = [*pipeline_words(chat_directory, dataset, tmp_path / "out"), f"--{name}", value]
-    assert scripts.as_program("compute_fisher", words) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("compute_fisher.py: error: ") and said.count("\n") == 1
-    assert BAD[flag] in said
-    assert "--model-name" not in said  # the other script's
-
-
-def test_what_went_wrong_before_the_first_result_needs_no_overwrite(chat_directory, dataset, tmp_path, capsys):
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", max_length=3) == 2
-    assert "--max-length 3 leaves no room" in capsys.readouterr().err
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", max_length=30, num_prompts=3) == 0
-
-
-def test_a_dataset_of_empty_prompts_is_said(chat_directory, tmp_path, capsys):
-    (tmp_path / "empty.jsonl").write_text('{"prompt": ""}\n{"prompt": "  "}\n')
-    assert scripts.compute_fisher(chat_directory, tmp_path / "empty.jsonl", tmp_path / "out") == 2
-    assert "has no usable prompt: 2 rows, all empty" in capsys.readouterr().err
-
-
-def test_a_folder_of_other_files_is_never_touched(chat_directory, dataset, tmp_path, capsys):
-    (tmp_path / "thesis.txt").write_text("mine")
-    for overwrite in ("", "yes"):
-        assert scripts.compute_fisher(chat_directory, dataset, tmp_path, overwrite=overwrite) == 2
-        assert "did not write" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def poison(monkeypatch, is_bad) -> None:
-    """Makes prompts fail whose length `is_bad`."""
-    linearize = fisher.linearize_prompts
-
-    def poisoned(model, module, ids, lengths, *rest):
-        for number, length in enumerate(lengths.tolist()):
-            if is_bad(length):
-                raise fisher.NumericalError("the logits hold NaN or infinity", None, number)
-        return linearize(model, module, ids, lengths, *rest)
-
-    monkeypatch.setattr(fisher, "linearize_prompts", poisoned)
-
-
-def test_a_prompt_that_fails_is_recorded_and_the_run_goes_on(
-    chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch, capsys
-):
-    lengths = sorted(record["tokens"] for record in records(finished_pipeline))
-    poison(monkeypatch, lambda length: length == lengths[0])
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == compute_fisher.SOME_FAILED
-    failed = [record["index"] for record in records(tmp_path / "out") if "failed" in record]
-    assert failed and f"{len(failed)} prompts failed (" in capsys.readouterr().out
-    matrices, whole = load_fisher_matrices(tmp_path / "out"), load_fisher_matrices(finished_pipeline)
-    for index, record in enumerate(records(tmp_path / "out")):
-        if index in failed:
-            assert record["failed"] == "the logits hold NaN or infinity" and record["outlier_score"] == 0
-            assert record["directions"] == []
-            assert not matrices[index].S.any() and matrices[index].U.shape == whole[index].U.shape
-        else:
-            assert np.allclose(matrices[index].S, whole[index].S, rtol=1e-4)
-    metadata = yaml.safe_load((tmp_path / "out" / "metadata.yaml").read_text())
-    assert metadata["statistics"]["failed_prompts"] == failed
-    assert metadata["statistics"]["trace"]["min"] > 0  # they count for no statistic
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0  # finished: nothing to do
-
-
-def test_a_run_most_of_whose_prompts_fail_stops(chat_directory, dataset, tmp_path, monkeypatch, capsys):
-    poison(monkeypatch, lambda length: True)
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 2
-    said = capsys.readouterr().err
-    assert "8 of the first 8 prompts failed: the logits hold NaN or infinity" in said and said.count("\n") == 1
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("lengths", ["equal", "different"])
-def test_a_model_that_sees_the_padding_is_refused(dtype, lengths, chat_tokenizer, tmp_path, capsys):
-    config = hf.BertConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=len(chat_tokenizer)
-    )
-    torch.manual_seed(0)
-    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bert")  # every token sees every other
-    chat_tokenizer.save_pretrained(tmp_path / "bert")
-    texts = ["ab", "cd", "ef"] if lengths == "equal" else ["ab", "the many wild animals"]
-    (tmp_path / "few.txt").write_text("\n".join(texts))
-    assert scripts.compute_fisher(tmp_path / "bert", tmp_path / "few.txt", tmp_path / "out", dtype=dtype) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert "BertLMHeadModel is not supported: its predictions change with the padding of a batch" in said[-1]
-
-
-# --- two at once, and files that change -----------------------------------------------------------
-
-
-def test_a_second_run_in_the_directory_is_told_who_holds_it(chat_directory, dataset, tmp_path, capsys):
-    output = tmp_path / "out"
-    with lock_directory(output):
-        words = scripts.pipeline_words(chat_directory, dataset, output)
-        code, said = scripts.start("compute_fisher", words, output, os.getpid).end()
-        assert code == 2
-        assert f"{output} is in use by process {os.getpid()} on {socket.gethostname()} since 20" in said
-    assert not output.exists()
-    assert scripts.compute_fisher(chat_directory, dataset, output) == 0
-
-
-def test_where_files_cannot_be_locked_a_fresh_file_is_a_lock_and_an_old_one_is_not(tmp_path, monkeypatch):
-    def unsupported(*_):
-        raise OSError(errno.ENOLCK, "no locks here")
-
-    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
-    with lock_directory(tmp_path), pytest.raises(UserError, match="is in use by process"), lock_directory(tmp_path):
-        pass
-    (tmp_path / lock.LOCK).write_text("{}")  # of a node that crashed
-    os.utime(tmp_path / lock.LOCK, (time.time() - 2 * lock.STALE,) * 2)
-    with lock_directory(tmp_path):
-        pass
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_batch_that_vanishes_while_the_run_goes_on_closes_no_shard(chat_directory, dataset, tmp_path, capsys):
-    output, write = tmp_path / "out", store.Store.write_batch
-    with pytest.MonkeyPatch.context() as patch:
-
-        def write_and_lose(self, number, batch, results):
-            write(self, number, batch, results)
-            if batch == 3:
-                self.batch(number, 1).unlink()
-
-        patch.setattr(store.Store, "write_batch", write_and_lose)
-        assert scripts.compute_fisher(chat_directory, dataset, output) == 2
-    assert "have vanished from" in capsys.readouterr().err
-    assert not list((output / "shards").glob("shard_*.npz"))
-    assert scripts.compute_fisher(chat_directory, dataset, output) == 0
-
-
-def test_a_dataset_that_lost_whole_shards_is_refused(chat_directory, dataset, tmp_path, capsys):
-    output = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store.Store, "close", lambda *_: sys.exit(9))
-        with pytest.raises(SystemExit):
-            scripts.compute_fisher(chat_directory, dataset, output)
-    few = tmp_path / dataset.name
-    few.write_text("".join(dataset.read_text().splitlines(keepends=True)[:34]))  # 32 prompts: the first shard's
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("residual_fisher.pipeline.run_directory.INCIDENTAL", (*INCIDENTAL, "dataset_name"))
-        assert scripts.compute_fisher(chat_directory, few, output) == 2
-    assert "the dataset has changed" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("damage", ["gone", "flipped"])
-@pytest.mark.parametrize("name", ["fisher_matrices_compressed.npz", "prompts.jsonl", "fisher_spectra.png"])
-def test_a_finished_run_with_a_damaged_file_is_computed_again(name, damage, chat_directory, dataset, tmp_path, capsys):
-    output = tmp_path / "out"
-    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
-    before = arrays(output)
-    content = bytearray((output / name).read_bytes())
-    if damage == "gone":
-        (output / name).unlink()
+@pytest.mark.parametrize("stop", [None, Stopped], ids=["finished", "unfinished"])
+@pytest.mark.parametrize("change", ["first prompt", "last prompt", "fewer prompts"])
+def test_a_run_of_another_dataset_is_refused(change, stop, chat_directory, dataset, tmp_path, capsys):
+    data, output = tmp_path / "data.jsonl", tmp_path / "out"
+    rows = dataset.read_text().splitlines(keepends=True)
+    data.write_text("".join(rows))
+    with calls_of(matrices, "merge", stop), pytest.raises(Stopped) if stop else nullcontext():
+        scripts.compute_fisher(chat_directory, data, output)
+    before = contents(output)
+    if change == "fewer prompts":
+        rows = rows[:34]  # 32 prompts: those of the first window
     else:
-        content[-1:] = b"?"  # without pictures, theirs is empty
-        (output / name).write_bytes(content)
-    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
-    said = capsys.readouterr()
-    assert f"{name} is missing or damaged: computing it again" in said.err
-    assert all(before[key].tobytes() == array.tobytes() for key, array in arrays(output).items())
-    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
-    assert "is finished: nothing to do" in capsys.readouterr().out
-
-
-def test_a_finished_run_of_another_dataset_is_not_called_finished(chat_directory, dataset, tmp_path, capsys):
-    data = tmp_path / "data.jsonl"
-    data.write_text(dataset.read_text())
-    assert scripts.compute_fisher(chat_directory, data, tmp_path / "out", num_prompts=3) == 0
-    data.write_text(dataset.read_text().replace("zebra", "horse"))
-    assert scripts.compute_fisher(chat_directory, data, tmp_path / "out", num_prompts=3) == 2
-    assert "the dataset has changed since the run in" in capsys.readouterr().err
+        place = 1 if change == "first prompt" else 41  # among the rows; the first is empty
+        rows[place] = rows[place].replace('": "', '": "other ')
+    data.write_text("".join(rows))
+    capsys.readouterr()
+    assert scripts.compute_fisher(chat_directory, data, output) == 2
+    said = capsys.readouterr().err
+    assert ("the dataset has changed since" if stop else "the data have changed since") in said
+    assert {path for path, content in contents(output).items() if before[path] != content} <= {
+        output / "items/run.json"
+    }
 
 
 @pytest.mark.parametrize("change", ["template", "weight", "head", "rms_norm_eps", "nothing"])
-def test_a_finished_run_of_another_model_is_not_called_finished(
-    change, chat_directory, dataset, tmp_path, capsys, monkeypatch
-):
+def test_a_finished_run_of_another_model_is_not_called_finished(change, chat_directory, dataset, tmp_path, capsys):
     model = shutil.copytree(chat_directory, tmp_path / "model")
     assert scripts.compute_fisher(model, dataset, tmp_path / "out", num_prompts=3) == 0
     lm, tokenizer = loading.load(str(model), "float32", "cpu")
@@ -529,36 +325,253 @@ def test_a_finished_run_of_another_model_is_not_called_finished(
         assert code == 2 and "a run of another model" in said.err
 
 
-@pytest.mark.parametrize("mistake", [{"hook_layer_name": "9"}, {"max_length": "3"}, {"dataset_name": "none.jsonl"}])
-def test_overwriting_checks_everything_before_it_removes_anything(mistake, chat_directory, dataset, tmp_path):
-    output = tmp_path / "out"
-    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
-    data = mistake.pop("dataset_name", dataset)
-    assert scripts.compute_fisher(chat_directory, data, output, num_prompts=3, overwrite=True, **mistake) == 2
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+# --- no memory -----------------------------------------------------------------------------------
 
 
-def test_results_without_metadata_are_this_scripts_own(chat_directory, dataset, tmp_path, capsys):
-    output = tmp_path / "out"
-    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 0
-    (output / "metadata.yaml").unlink()
-    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3) == 2
-    assert "holds results without a readable metadata.yaml: --overwrite removes them" in capsys.readouterr().err
-    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3, overwrite=True) == 0
-    assert {path.name for path in output.iterdir()} == PIPELINE_FILES
+def test_out_of_memory_halves_the_batch_and_says_so(
+    chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch, capsys
+):
+    linearize, sizes = fisher.linearize_prompts, []
+
+    def small(model, module, ids, *rest):
+        sizes.append(len(ids))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError
+        return linearize(model, module, ids, *rest)
+
+    monkeypatch.setattr(fisher, "linearize_prompts", small)
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", batch_size=7) == 0
+    assert max(sizes) > 2
+    assert "note: out of memory: " in capsys.readouterr().err
+    assert_same_to_rounding(tmp_path / "out", finished_pipeline)
 
 
-def test_shards_may_be_a_link_to_another_disk(chat_directory, dataset, tmp_path):
-    output, elsewhere = tmp_path / "out", tmp_path / "disk"
-    output.mkdir()
-    elsewhere.mkdir()
-    (output / "shards").symlink_to(elsewhere)
-    assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=3, overwrite=True) == 0
-    assert (output / "shards").is_symlink() and not list(elsewhere.iterdir())
+def test_out_of_memory_with_a_single_prompt_is_a_line_of_advice(chat_directory, dataset, tmp_path, capsys):
+    with calls_of(fisher, "pull_back", torch.OutOfMemoryError):
+        assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("compute_fisher.py: error: not enough memory: try a smaller --max-length")
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def torchrun(processes: int, output: Path, model: Path, dataset: Path, fault: str = "", *words: str):
+    """The script in several processes, in which `fault` is run, a statement that knows `measure`, before each batch."""
+    script = output.with_name("script.py")
+    script.write_text(
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import compute_fisher\n"
+        "measure, batches = compute_fisher.measure, []\n"
+        "def with_fault(*arguments):\n"
+        f"    batches.append(1); {fault or 'pass'}\n"
+        "    return measure(*arguments)\n"
+        "compute_fisher.measure = with_fault\n"
+        "if __name__ == '__main__': sys.exit(compute_fisher.main(compute_fisher.parse(sys.argv[1:])))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
+    # torchrun gives each process one thread, and another number of threads rounds otherwise
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command += [str(script), *pipeline_words(model, dataset, output)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def test_two_processes_make_what_one_makes(chat_directory, dataset, finished_pipeline, tmp_path):
+    result = torchrun(2, tmp_path / "out", chat_directory, dataset)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Written to") == 1
+    assert_same_results(tmp_path / "out", finished_pipeline)
+
+
+def test_a_killed_process_is_started_again_and_all_end_by_themselves(
+    chat_directory, dataset, finished_pipeline, tmp_path
+):
+    marker = tmp_path / "killed"
+    fault = f"len(batches) == 4 and not os.path.exists({str(marker)!r}) and (open({str(marker)!r}, 'x').close(), "
+    fault += "os.kill(os.getpid(), signal.SIGKILL))"
+    # there are two windows, so that one of the three has nothing to do
+    result = torchrun(3, tmp_path / "out", chat_directory, dataset, fault, "--max-restarts", "1")
+    assert result.returncode == 0, result.stderr
+    assert marker.exists()
+    assert_same_results(tmp_path / "out", finished_pipeline)
+
+
+def test_a_process_that_fails_stops_the_others_and_another_number_of_them_finishes(
+    chat_directory, dataset, finished_pipeline, tmp_path
+):
+    marker = tmp_path / "failed"
+    fault = f"len(batches) == 4 and (open({str(marker)!r}, 'a').write(os.environ['RANK']), "
+    fault += "(_ for _ in ()).throw(compute_fisher.UserError('this process has failed')))"
+    result = torchrun(2, tmp_path / "out", chat_directory, dataset, fault)
+    assert result.returncode != 0 and marker.read_text()
+    assert "compute_fisher.py: error: this process has failed" in result.stderr
+    assert read_manifest(tmp_path / "out")["complete"] is False
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 0
+    assert_same_results(tmp_path / "out", finished_pipeline)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_each_process_has_a_gpu_of_its_own(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    theirs = [compute_fisher.own_device(device, Processes(rank, 4, rank % 2)) for rank in range(4)]  # on two machines
+    assert theirs == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert compute_fisher.own_device(device, Processes()) == device
+    for named in ("cpu", "cuda:1"):
+        assert compute_fisher.own_device(named, Processes(1, 2, 1)) == named
+    with pytest.raises(UserError) as caught:
+        compute_fisher.own_device(device, Processes(2, 4, 2))
+    assert str(caught.value).startswith("process 3 of 4 has no GPU of its own: this machine has 2, so start torchrun")
+    assert "--device" not in str(caught.value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert compute_fisher.own_device(device, Processes(1, 2, 1)) == device  # cuda is refused by `load`, as alone
 
 
 def test_processes_without_their_numbers_are_a_line(chat_directory, dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 2
     assert "start several processes with torchrun" in capsys.readouterr().err
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+BAD = {
+    "hook-layer-name model.layer.1": "has no module 'model.layer.1': its layers are model.layers.0 ... model.layers.2",
+    "hook-layer-name 7": "has no module '7': its layers are model.layers.0 ... model.layers.2",
+    "hook-layer-name lm_head": "no Fisher matrix at lm_head: its output is not of shape",
+    "dataset-name none.jsonl": "no such file",
+    "dataset-name no/such": "as a dataset of the hub",
+    "prompt-column question": "no column 'question'",
+    "output-dir /dev/null/out": "cannot write to",
+    "device warp": "device warp is not available",
+    "model-path /no/such": "cannot load model '/no/such'",
+    "max-length 3": "leaves no room",
+}
+
+
+@pytest.mark.parametrize("flag", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(flag, chat_directory, dataset, tmp_path, capsys):
+    name, value = flag.split()
+    words = [*pipeline_words(chat_directory, dataset, tmp_path / "out"), f"--{name}", value]
+    assert scripts.as_program("compute_fisher", words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("compute_fisher.py: error: ") and said.count("\n") == 1
+    assert BAD[flag] in said
+    assert "--model-name" not in said  # the other script's
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dataset_of_empty_prompts_is_said(chat_directory, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text('{"prompt": ""}\n{"prompt": "  "}\n')
+    assert scripts.compute_fisher(chat_directory, tmp_path / "empty.jsonl", tmp_path / "out") == 2
+    assert "has no usable prompt: 2 rows, all empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lengths", ["equal", "different"])
+def test_a_model_that_sees_the_padding_is_refused(dtype, lengths, chat_tokenizer, tmp_path, capsys):
+    config = hf.BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=len(chat_tokenizer)
+    )
+    torch.manual_seed(0)
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bert")  # every token sees every other
+    chat_tokenizer.save_pretrained(tmp_path / "bert")
+    texts = ["ab", "cd", "ef"] if lengths == "equal" else ["ab", "the many wild animals"]
+    (tmp_path / "few.txt").write_text("\n".join(texts))
+    assert scripts.compute_fisher(tmp_path / "bert", tmp_path / "few.txt", tmp_path / "out", dtype=dtype) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "BertLMHeadModel is not supported: its predictions change with the padding of a batch" in said[-1]
+
+
+# --- prompts that fail ---------------------------------------------------------------------------
+
+NAN = "the logits hold NaN or infinity"
+
+
+def poison(monkeypatch, is_bad: Callable[[int], bool]) -> None:
+    """Prompts whose length `is_bad` lead to NaN."""
+    linearize = fisher.linearize_prompts
+
+    def poisoned(model, module, ids, lengths, *rest):
+        for number, length in enumerate(lengths.tolist()):
+            if is_bad(length):
+                raise fisher.NumericalError(NAN, None, number)
+        return linearize(model, module, ids, lengths, *rest)
+
+    monkeypatch.setattr(fisher, "linearize_prompts", poisoned)
+
+
+def diverge(monkeypatch, trace: float) -> None:
+    """The eigensolver fails on the matrix of this trace, wherever it is in a batch."""
+    eigh = torch.linalg.eigh
+
+    def failing(matrix):
+        traces = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        if ((traces / trace - 1).abs() < 1e-4).any():
+            raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+
+
+@pytest.mark.parametrize("fault", ["NaN", "no convergence"])
+def test_a_prompt_that_fails_is_recorded_and_the_run_goes_on(
+    fault, chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch, capsys
+):
+    output, whole = tmp_path / "out", records(finished_pipeline)
+    if fault == "NaN":
+        shortest = min(record["tokens"] for record in whole)
+        wanted, reason = [r["index"] for r in whole if r["tokens"] == shortest], NAN
+        poison(monkeypatch, lambda length: length == shortest)
+    else:
+        wanted, reason = [17], "linalg.eigh: the algorithm failed to converge"
+        diverge(monkeypatch, whole[17]["trace"])
+    assert scripts.compute_fisher(chat_directory, dataset, output) == SOME_FAILED
+    failed = [record["index"] for record in records(output) if "failed" in record]
+    assert failed == wanted and f"{len(failed)} prompts failed (" in capsys.readouterr().out
+    found, expected = load_fisher_matrices(output), load_fisher_matrices(finished_pipeline)
+    for index, record in enumerate(records(output)):
+        if index in failed:
+            assert record["failed"] == reason and record["outlier_score"] == 0 and record["directions"] == []
+            assert not found[index].S.any() and found[index].U.shape == expected[index].U.shape
+        else:
+            assert np.allclose(found[index].S, expected[index].S, rtol=1e-4)
+    metadata = yaml.safe_load((output / "metadata.yaml").read_text())
+    assert metadata["statistics"]["failed_prompts"] == failed
+    assert metadata["statistics"]["trace"]["min"] > 0  # they count for no statistic
+    assert scripts.compute_fisher(chat_directory, dataset, output) == SOME_FAILED  # again, though nothing is to do
+    assert "is finished: nothing to do" in capsys.readouterr().out
+
+
+def test_a_trial_of_the_first_prompt_that_does_not_converge_stops_nothing(chat_directory, dataset, tmp_path):
+    with calls_of(torch.linalg, "eigh", torch.linalg.LinAlgError("failed to converge"), [1]):
+        assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", num_prompts=3) == 0
+
+
+def test_a_run_most_of_whose_prompts_fail_stops(chat_directory, dataset, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, lambda length: True)
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert f"8 of the first 8 prompts failed: {NAN}" in said and said.count("\n") == 1
+
+
+def test_of_so_few_that_nothing_is_judged_all_may_fail(chat_directory, dataset, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, lambda length: True)
+    for count in (1, 1, 7):
+        code = scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", num_prompts=count)
+        assert code == SOME_FAILED and "Traceback" not in capsys.readouterr().err
+        assert [record["failed"] for record in records(tmp_path / "out")] == [NAN] * count
+        assert len(load_fisher_matrices(tmp_path / "out")) == count
+
+
+# --- two at once ---------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_directory_is_told_who_holds_it(chat_directory, dataset, tmp_path):
+    output = tmp_path / "out"
+    with lock_directory(output):
+        words = pipeline_words(chat_directory, dataset, output)
+        code, said = scripts.start("compute_fisher", words, output, os.getpid).end()
+        assert code == 2
+        assert f"{output} is in use by process {os.getpid()} on {socket.gethostname()} since 20" in said
+    assert not output.exists()

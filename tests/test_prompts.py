@@ -20,8 +20,8 @@ from residual_fisher.pipeline.prompts import (
     check_template,
     encode,
     plan_batches,
+    prompt_text,
     render,
-    user_text,
 )
 import scripts
 from scripts import ROOT
@@ -95,15 +95,15 @@ CONVERSATIONS = {  # in all its forms, a conversation and what the user says fir
 @pytest.mark.parametrize("form", CONVERSATIONS)
 def test_the_users_first_turn_is_read_of_every_form(form):
     turns, expected = CONVERSATIONS[form]
-    assert user_text(turns) == expected
-    assert user_text(f" {json.dumps(turns)}\n") == expected  # a cell of a CSV file
+    assert prompt_text("prompt", turns) == expected
+    assert prompt_text("prompt", f" {json.dumps(turns)}\n") == expected  # a cell of a CSV file
 
 
 def test_a_text_is_itself_and_what_is_no_text_is_none():
     for text in (" hello ", "[1, 2]", "[hello]", '{"a": "b"}', '[{"a": "b"}]', "[" * 100_000, "None"):
-        assert user_text(text) == text
+        assert prompt_text("prompt", text) == text
     for nothing in (None, 3, "", "  \n", [], ["hello"], [{"role": "user"}], {"role": "user", "content": "x"}):
-        assert user_text(nothing) is None
+        assert prompt_text("prompt", nothing) is None
 
 
 @pytest.mark.parametrize("name", TURNS)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 import pytest
 
 from residual_fisher.common.program import UserError
-from residual_fisher.experiment.sentences import diverse_order, find_word, locate, read_sentences
-from residual_fisher.pipeline.prompts import TURNS, Prompt, Prompts, encode, user_text
+from residual_fisher.experiment.sentences import diverse_order, find_sentences, find_word, locate
+from residual_fisher.pipeline.prompts import TURNS, Prompt, Prompts, encode, prompt_text
 import scripts
 
 few = settings(max_examples=80, deadline=None, derandomize=True, database=None)
@@ -78,7 +78,7 @@ def test_any_bytes_are_prompts_and_sentences_or_a_line(folder, ending, content, 
     path.write_bytes(content)
     for prompt in outcome(lambda: Prompts(str(path), column=column)):
         assert_is_text(prompt.text)
-    for sentence in outcome(lambda: read_sentences(str(path), WORD, column)):
+    for sentence in outcome(lambda: find_sentences(str(path), WORD, column).sentences):
         assert_is_text(sentence)
         assert any(find_word(sentence, WORD))
 
@@ -92,7 +92,7 @@ def test_every_row_is_a_prompt_or_counted_as_skipped(folder, table):
     found = outcome(lambda: prompts)
     for prompt in found:
         assert_is_text(prompt.text)
-        assert prompt.text == user_text(table[prompt.row][prompts.column])
+        assert prompt.text == prompt_text("prompt", table[prompt.row][prompts.column])
     assert [prompt.index for prompt in found] == list(range(len(found)))
     assert sorted({prompt.row for prompt in found}) == [prompt.row for prompt in found]
     if found:
@@ -106,7 +106,7 @@ def test_every_row_is_a_prompt_or_counted_as_skipped(folder, table):
 def test_sentences_hold_the_word_and_none_is_there_twice(folder, lines, ending):
     path = folder / f"sentences{ending}"
     path.write_text(json.dumps({WORD: lines}) if ending == ".json" else "text\n" + "\n".join(lines))
-    found = outcome(lambda: read_sentences(str(path), WORD))
+    found = outcome(lambda: find_sentences(str(path), WORD).sentences)
     assert len(set(found)) == len(found)
     for sentence in found:
         assert any(find_word(sentence, WORD))
@@ -136,7 +136,9 @@ def test_no_prompt_reaches_the_terminal_as_it_is(chat_directory, tmp_path, capsy
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in WILD))
     assert scripts.compute_fisher(chat_directory, data, tmp_path / "out") == 0
     assert_harmless(capsys.readouterr())
-    assert [record["prompt"] for record in scripts.records(tmp_path / "out")] == [user_text(text) for text in WILD]
+    assert [record["prompt"] for record in scripts.records(tmp_path / "out")] == [
+        prompt_text("prompt", text) for text in WILD
+    ]
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -155,7 +157,7 @@ def test_no_sentence_reaches_the_terminal_as_it_is(model_directory, tmp_path, ca
 @many
 @given(value=cells)
 def test_the_users_text_of_any_value_is_none_or_a_text(value):
-    text = user_text(value)
+    text = prompt_text("prompt", value)
     if text is not None:
         assert_is_text(text)
 

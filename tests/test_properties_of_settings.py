@@ -1,4 +1,4 @@
-"""Whatever stands in a config, in a run's metadata or in its records: it is read, or refused in one printable line."""
+"""Whatever stands in a config, in a run's manifest or in its records: it is read, or refused in one printable line."""
 
 from contextlib import contextmanager
 import json
@@ -8,16 +8,15 @@ import tempfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 import pytest
-from residual_fisher.pipeline.run_directory import RunDirectory
-from residual_fisher.pipeline.store import INDEX, PROMPTS, load_fisher_matrices
-import yaml
 
 import compute_fisher
 import core_experiment
+from residual_fisher import load_fisher_matrices
+from residual_fisher.common import drawing
 from residual_fisher.common.program import UserError
+from residual_fisher.common.run import FORMAT, Run, short_hash
 from residual_fisher.common.text import printable
-from residual_fisher.pipeline import figures, run_directory
-from residual_fisher.pipeline.settings import Settings
+from residual_fisher.pipeline import figures
 
 few = settings(
     max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -64,34 +63,46 @@ def test_any_config_is_read_or_refused_in_a_line(content):
                 assert isinstance(script.parse(["--config", f"{folder}/c.yaml"]), script.Settings)
 
 
-METADATA = {
-    "format": run_directory.FORMAT,
+MANIFEST = {
+    "format": FORMAT,
+    "program": "compute_fisher.py",
+    "identity": {"settings": {"top_k_tokens": 10}, "hook_layer": "model.layers.1", "model": "0"},
+    "sources": {"model": None, "data": None},
+    "goal": 3,
+    "notes": {},
     "complete": True,
-    "hook_layer": "model.layers.1",
-    "model_fingerprint": "0",
-    "config": {"batch_size": 8},
-    "sources": {"model": None, "dataset": None},
-    "files": {"fisher_matrices_compressed.npz": [1, "0"], "prompts.jsonl": [1, "0"], "fisher_spectra.png": [1, "0"]},
+    "items": 3,
+    "last": 2,
+    "primary": {"fisher_matrices_compressed.npz": [1, "0"], "items/records.jsonl": [1, "0"]},
+    "derived": {},
 }
+MANIFEST["checksum"] = short_hash(MANIFEST)
 
 
-def dumped(metadata: dict) -> bytes:
-    return yaml.safe_dump(metadata, allow_unicode=True).encode("utf-8", "replace")
+def lines(records: list) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 @few
 @given(
-    content=changed(METADATA).map(dumped) | yaml_text.map(str.encode) | st.binary(max_size=40), overwrite=st.booleans()
+    content=(changed(MANIFEST) | json_value).map(lambda found: lines([found])) | st.binary(max_size=40),
+    overwrite=st.booleans(),
 )
 @pytest.mark.filterwarnings("ignore:.*is missing or damaged")
-def test_any_metadata_is_read_or_refused_in_a_line_and_nothing_is_removed(content, overwrite):
+def test_any_manifest_is_read_or_refused_in_a_line_and_nothing_is_removed(content, overwrite):
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "metadata.yaml").write_bytes(content)
-        directory = RunDirectory(Settings(output_dir=folder, dataset_name=f"{folder}/none"))
+        path = Path(folder) / "items" / "run.json"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        run = Run(Path(folder), "compute_fisher.py", compute_fisher.FILES, overwrite)
         with one_line_at_most():
-            directory.is_finished(overwrite)
-        assert [path.name for path in Path(folder).iterdir()] == ["metadata.yaml"]
-        assert (Path(folder) / "metadata.yaml").read_bytes() == content
+            run.open()
+            run.is_finished({"top_k_tokens": 10}, MANIFEST["sources"], 3)
+            run.examine(MANIFEST["identity"], MANIFEST["sources"], 3)
+        with one_line_at_most():
+            assert len(load_fisher_matrices(folder)) > 0
+        assert [file for file in Path(folder).rglob("*") if file.is_file()] == [path]
+        assert path.read_bytes() == content
 
 
 RECORD = {
@@ -102,29 +113,13 @@ RECORD = {
 }  # fmt: skip
 
 
-def lines(records: list) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
-
-
 @few
 @given(content=st.lists(changed(RECORD) | json_value, max_size=3).map(lines) | st.binary(max_size=40))
-def test_any_records_are_read_or_refused_in_a_line(content):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / PROMPTS
-        path.write_bytes(content)
+def test_any_records_are_drawn_or_refused_in_a_line(content):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        # the records are read and put into columns; drawing them takes too long to be done so often
+        patch.setattr(drawing, "save", lambda folder, pictures: [make() for make in pictures.values()])
+        patch.setattr(figures, "spectra_figure", figures._collect)
+        (Path(folder) / compute_fisher.PROMPTS).write_bytes(content)
         with one_line_at_most():
-            found = figures._read_prompts(path)
-            assert found["singular_values"].ndim == found["principal_coordinates"].ndim == 2
-
-
-@few
-@given(
-    content=changed({"prompts": 3, "prompts_per_shard": 2, "files": ["shard_00000.npz"] * 2}).map(json.dumps)
-    | st.text(max_size=9)
-)
-def test_any_index_of_shards_is_read_or_refused_in_a_line(content):
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "shards").mkdir()
-        (Path(folder) / "shards" / INDEX).write_bytes(content.encode("utf-8", "replace"))
-        with one_line_at_most():
-            assert len(load_fisher_matrices(folder)) > 0
+            assert compute_fisher.redraw(Path(folder)) == 0

@@ -4,17 +4,17 @@ import json
 from pathlib import Path
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import transformers as hf
 import yaml
 
-from residual_fisher.pipeline import comparison, load_fisher_matrices, run_directory
-from residual_fisher.pipeline.evidence import Lexicon, Prompts
-from residual_fisher.pipeline.scores import SCORES, outlier_scores
+import compute_fisher
+from residual_fisher import load_fisher_matrices
+from residual_fisher.pipeline import figures
+from residual_fisher.pipeline.scores import SCORES, ScoredRun, outlier_scores
 import scripts
-from scripts import arrays, records
+from scripts import arrays, calls_of, pipeline_words, records
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 SCORE_KEYS = {*SCORES, "outlier_score", "differs_along", "odd_words", "principal_coordinates"}
@@ -43,35 +43,31 @@ def scored(folder: Path) -> list[dict]:
 
 def expected(folder: Path, **against: Path) -> list[dict]:
     """The scores by the library, from what is on disk."""
-    lexicon = Lexicon()
 
-    def prompts(of: Path) -> Prompts:
-        return Prompts.of(records(of), list(load_fisher_matrices(of)), lexicon)
+    def run(of: Path) -> ScoredRun:
+        return ScoredRun.of(records(of), list(load_fisher_matrices(of)))
 
-    found = outlier_scores(prompts(folder), **{kind: prompts(of) for kind, of in against.items()})
-    found["odd_words"] = [*map(lexicon.texts, found["odd_words"])]
-    return [{key: np.asarray(found[key][i]).tolist() for key in SCORE_KEYS} for i in range(len(records(folder)))]
+    found = outlier_scores(run(folder), **{kind: run(of) for kind, of in against.items()})
+    return [{key: found[key][i] for key in SCORE_KEYS} for i in range(len(records(folder)))]
 
 
 def test_a_finished_run_is_scored_against_another_and_back_without_its_model(
-    trusted, finished, chat_directory, dataset, capsys, monkeypatch
+    trusted, finished, chat_directory, dataset, capsys
 ):
-    import compute_fisher
-
     before, matrices = scored(finished), arrays(finished)
-    monkeypatch.setattr(compute_fisher, "prepare", lambda *_: pytest.fail("nothing has to be computed"))
-    assert scripts.compute_fisher(chat_directory, dataset, finished, reference=trusted) == 0
-    said = capsys.readouterr().out
-    assert f"from the trusted ones in {trusted}: scores above" in said and "its prompts were scored anew" in said
-    for found, wanted in zip(scored(finished), expected(finished, reference=trusted), strict=True):
-        assert found.pop("odd_words") == wanted.pop("odd_words")
-        for key in found:
-            assert found[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-5)
-    assert metadata(finished)["scores"]["against"] == "reference"
-    assert scripts.compute_fisher(chat_directory, dataset, finished, reference=trusted) == 0
-    assert "is finished: nothing to do" in capsys.readouterr().out
-    assert scripts.compute_fisher(chat_directory, dataset, finished) == 0
-    assert scored(finished) == before
+    with calls_of(hf.AutoTokenizer, "from_pretrained") as loaded:
+        assert scripts.compute_fisher(chat_directory, dataset, finished, reference=trusted) == 0
+        said = capsys.readouterr().out
+        assert f"from the trusted ones in {trusted}: scores above" in said and "its prompts were scored anew" in said
+        for found, wanted in zip(scored(finished), expected(finished, reference=trusted), strict=True):
+            assert found.pop("odd_words") == wanted.pop("odd_words")
+            for key in found:
+                assert found[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-5)
+        assert metadata(finished)["scores"]["against"] == "reference"
+        assert scripts.compute_fisher(chat_directory, dataset, finished, reference=trusted) == 0
+        assert "is finished: nothing to do" in capsys.readouterr().out
+        assert scripts.compute_fisher(chat_directory, dataset, finished) == 0
+    assert scored(finished) == before and not loaded
     assert all(arrays(finished)[name].tobytes() == array.tobytes() for name, array in matrices.items())
 
 
@@ -80,57 +76,61 @@ def test_a_new_run_with_a_reference_has_the_scores_of_one_that_is_scored_later(
 ):
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "new", reference=trusted) == 0
     assert scripts.compute_fisher(chat_directory, dataset, finished, reference=trusted) == 0
-    assert (tmp_path / "new" / "prompts.jsonl").exists()
     assert scored(tmp_path / "new") == scored(finished)
 
 
-def test_a_copy_of_the_reference_elsewhere_is_the_same_reference(
+def test_a_reference_is_its_matrices_wherever_they_lie_and_whatever_has_become_of_derived_files(
     trusted, finished, chat_directory, dataset, tmp_path, capsys
 ):
     assert scripts.compute_fisher(chat_directory, dataset, finished, reference=trusted) == 0
+    before = (finished / "prompts.jsonl").stat().st_mtime_ns
     elsewhere = shutil.copytree(trusted, tmp_path / "elsewhere")
+    (elsewhere / "prompts.jsonl").write_text("{}")
+    (elsewhere / "metadata.yaml").unlink()
+    (elsewhere / "fisher_spectra.png").unlink()
     capsys.readouterr()
     assert scripts.compute_fisher(chat_directory, dataset, finished, reference=elsewhere) == 0
     assert "is finished: nothing to do" in capsys.readouterr().out
+    assert (finished / "prompts.jsonl").stat().st_mtime_ns == before
+    assert metadata(finished)["scores"]["directory"] == str(elsewhere)
 
 
-def test_stopped_while_it_scores_anew_it_loses_no_matrix(trusted, finished, chat_directory, dataset, capsys):
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [(compute_fisher, "outlier_scores"), (figures, "draw"), (compute_fisher, "write_metadata")],
+    ids=["scores", "picture", "metadata"],
+)
+def test_stopped_while_it_scores_anew_it_loses_no_matrix(owner, step, trusted, finished, chat_directory, dataset):
     class Stopped(BaseException):
         pass
 
-    def stop(*_, **__):
-        raise Stopped
-
     matrices = arrays(finished)
-    for where in ((run_directory, "outlier_scores"), (run_directory.figures, "draw")):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-            patch.setattr(*where, stop)
-            scripts.compute_fisher(chat_directory, dataset, finished, reference=trusted)
-        assert metadata(finished)["complete"] and metadata(finished)["scores"] is None
-    capsys.readouterr()
-    assert scripts.compute_fisher(chat_directory, dataset, finished, reference=trusted) == 0
-    assert "its prompts were scored anew" in capsys.readouterr().out
+    with calls_of(owner, step, Stopped), pytest.raises(Stopped):
+        scripts.compute_fisher(chat_directory, dataset, finished, reference=trusted)
+    with calls_of(hf.AutoTokenizer, "from_pretrained") as loaded:
+        assert scripts.compute_fisher(chat_directory, dataset, finished, reference=trusted) == 0
+    assert not loaded and metadata(finished)["scores"]["against"] == "reference"
+    for found, wanted in zip(scored(finished), expected(finished, reference=trusted), strict=True):
+        assert found["outlier_score"] == pytest.approx(wanted["outlier_score"], rel=1e-4, abs=1e-5)
     assert all(arrays(finished)[name].tobytes() == array.tobytes() for name, array in matrices.items())
 
 
-def test_a_run_of_an_earlier_version_is_scored_anew(finished, chat_directory, dataset, capsys):
+def test_scores_of_an_earlier_version_are_made_again(finished, chat_directory, dataset, tmp_path, capsys, monkeypatch):
     wanted = scored(finished)
-    about, old = metadata(finished), records(finished, timings=True)
-    for record in old:
-        for key in SCORE_KEYS - {"outlier_score", "principal_coordinates"}:
-            del record[key]
-        record |= {"z_log_lambda": 0.1, "subspace_distance": 0.1, "z_subspace": 0.1, "z_principal": 0.1}
-    (finished / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in old))
-    del about["scores"]
-    about["files"]["prompts.jsonl"] = run_directory.seal(finished / "prompts.jsonl")
-    (finished / "metadata.yaml").write_text(yaml.safe_dump(about))
+    with monkeypatch.context() as patch:
+        patch.setattr(compute_fisher, "SCORING_VERSION", 1)
+        patch.setattr(compute_fisher, "outlier_scores", lambda run: {"z_subspace": [0.1] * len(run.trace)})
+        patch.setattr(compute_fisher.report, "final_table", lambda *_: "")
+        scripts.compute_fisher(chat_directory, dataset, finished)
+    assert "z_subspace" in records(finished)[0]
+    capsys.readouterr()
     assert scripts.compute_fisher(chat_directory, dataset, finished) == 0
     assert "its prompts were scored anew" in capsys.readouterr().out
     assert scored(finished) == wanted and "z_subspace" not in records(finished)[0]
 
 
 def test_a_dry_run_says_that_only_scores_are_missing(trusted, finished, chat_directory, dataset, capsys):
-    words = scripts.pipeline_words(chat_directory, dataset, finished, reference=trusted)
+    words = pipeline_words(chat_directory, dataset, finished, reference=trusted)
     assert scripts.as_program("compute_fisher", [*words, "--dry-run"]) == 0
     assert "is finished: only its prompts would be scored anew" in capsys.readouterr().out
     assert metadata(finished)["scores"]["against"] is None
@@ -173,40 +173,39 @@ def refused(words: list[str], capsys) -> str:
 
 
 def test_what_is_no_finished_run_with_the_same_settings_is_refused_before_a_model_is_loaded(
-    trusted, chat_directory, dataset, tmp_path, capsys, monkeypatch
+    trusted, chat_directory, dataset, tmp_path, capsys
 ):
-    import compute_fisher
-
-    monkeypatch.setattr(compute_fisher, "prepare", lambda *_: pytest.fail("too late"))
-
     def said(**options) -> str:
-        return refused(scripts.pipeline_words(chat_directory, dataset, tmp_path / "out", **options), capsys)
+        return refused(pipeline_words(chat_directory, dataset, tmp_path / "out", **options), capsys)
 
-    assert f"no finished run in {tmp_path / 'none'}: --reference takes" in said(reference=tmp_path / "none")
-    assert "choose one" in said(reference=trusted, base=trusted)
-    assert "--base is the --output-dir itself" in said(base=tmp_path / "out")
-    assert "has top_k_tokens 6, and this one 5" in said(reference=trusted, top_k_tokens=5)
-    assert "bias_positions 'all', and this one 'last'" in said(reference=trusted, bias_positions="last")
-    damaged = shutil.copytree(trusted, tmp_path / "damaged")
-    (damaged / "prompts.jsonl").write_text("{}")
-    assert f"{damaged / 'prompts.jsonl'} is missing or damaged" in said(base=damaged)
-    about = metadata(trusted)
-    (damaged / "metadata.yaml").write_text(yaml.safe_dump({**about, "complete": False}))
-    assert "no finished run" in said(reference=damaged)
-    assert not (tmp_path / "out").exists()
+    with calls_of(hf.AutoTokenizer, "from_pretrained") as loaded:
+        assert f"no finished run in {tmp_path / 'none'}: --reference takes" in said(reference=tmp_path / "none")
+        assert "choose one" in said(reference=trusted, base=trusted)
+        assert "--base is the --output-dir itself" in said(base=tmp_path / "out")
+        assert "has top_k_tokens 6, and this one 5" in said(reference=trusted, top_k_tokens=5)
+        assert "bias_positions 'all', and this one 'last'" in said(reference=trusted, bias_positions="last")
+        for name in ("items/records.jsonl", "fisher_matrices_compressed.npz"):
+            damaged = shutil.copytree(trusted, tmp_path / "damaged" / name)
+            (damaged / name).write_text("{}")
+            assert f"{damaged / name} is missing or damaged: the command that made it" in said(base=damaged)
+        manifest = json.loads((damaged / "items" / "run.json").read_text())
+        (damaged / "items" / "run.json").write_text(json.dumps({**manifest, "complete": False}))
+        assert "no finished run" in said(reference=damaged)
+    assert not loaded and not (tmp_path / "out").exists()
 
 
 def test_a_reference_of_another_model_or_layer_or_of_few_prompts_is_refused(
-    trusted, finished, chat_directory, tuned_directory, dataset, tmp_path, capsys, monkeypatch
+    trusted, finished, chat_directory, tuned_directory, dataset, tmp_path, capsys
 ):
     def said(model: Path, output: Path, **options) -> str:
-        return refused(scripts.pipeline_words(model, dataset, output, **options), capsys)
+        return refused(pipeline_words(model, dataset, output, **options), capsys)
 
     assert "is of another model" in said(tuned_directory, tmp_path / "new", reference=trusted)
     assert "is hooked at another layer" in said(chat_directory, tmp_path / "new", hook_layer_name=2, base=trusted)
     assert "is of other prompts (first at prompt 24)" in said(chat_directory, finished, base=trusted)
-    monkeypatch.setattr(comparison, "FEWEST", 25)
-    assert f"24 prompts in {trusted} are too few to trust" in said(chat_directory, finished, reference=trusted)
+    few = tmp_path / "few"
+    assert scripts.compute_fisher(chat_directory, dataset, few, num_prompts=19) == 0
+    capsys.readouterr()
+    assert f"19 prompts in {few} are too few to trust: 20 at least" in said(chat_directory, finished, reference=few)
     assert len(records(finished)) == 40  # and it can still be scored
-    monkeypatch.undo()
     assert scripts.compute_fisher(chat_directory, dataset, finished) == 0

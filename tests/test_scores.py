@@ -2,11 +2,23 @@
 
 import numpy as np
 import pytest
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
+import fisher
 from residual_fisher.pipeline import distances, scores
-from residual_fisher.pipeline.distances import Directions, Distances, PrincipalCoordinates, Words, robust_z, shift
-from residual_fisher.pipeline.evidence import Lexicon, Prompts
-from residual_fisher.pipeline.store import Triplets
+from residual_fisher.pipeline.distances import (
+    Mahalanobis,
+    NextTokens,
+    PrincipalCoordinates,
+    Subspace,
+    Surprisal,
+    largest_eigenvalue,
+    log_gain,
+    robust_z,
+)
+from residual_fisher.pipeline.matrices import Triplets
+from residual_fisher.pipeline.scores import ScoredRun
+import scripts
 
 D, R = 60, 3
 
@@ -37,11 +49,11 @@ def record(matrix: Triplets, place: int) -> dict:
     return {"prompt": "?", "trace": float(matrix.S.sum()), "top_probability": p, "next_tokens": words}
 
 
-def prompts(matrices: list[Triplets], lexicon: Lexicon | None = None, **changed) -> Prompts:
+def run(matrices: list[Triplets], **changed) -> ScoredRun:
     """Alike records, but for those at the places in `changed`."""
     changes = {int(place.removeprefix("at")): change for place, change in changed.items()}
     records = [record(matrix, place) | changes.get(place, {}) for place, matrix in enumerate(matrices)]
-    return Prompts.of(records, matrices, lexicon or Lexicon())
+    return ScoredRun.of(records, matrices)
 
 
 # --- in numbers ----------------------------------------------------------------------------------
@@ -63,15 +75,15 @@ def test_robust_z_survives_values_most_of_which_are_equal():
     assert z[:3].tolist() == [0, 0, 0] and z[3] == pytest.approx(3 / (1.2533 * 0.75))
 
 
-def test_a_trusted_rows_distance_is_that_from_the_others():
+def test_a_trusted_rows_distance_leaves_itself_out():
     rows = np.random.default_rng(0).standard_normal((40, 3)) @ np.diag([1, 5, 0.2])
-    found = Distances(rows)
+    found = Mahalanobis(rows)
     assert found.of(rows[:2]) == pytest.approx(
         [np.sqrt((r - rows.mean(0)) @ np.linalg.inv(np.cov(rows.T)) @ (r - rows.mean(0))) for r in rows[:2]], rel=1e-3
     )
     for i in (0, 17, 39):
-        assert found.without_itself()[i] == pytest.approx(
-            Distances(np.delete(rows, i, axis=0)).of(rows[i : i + 1])[0], rel=1e-3
+        assert found.leave_one_out()[i] == pytest.approx(
+            Mahalanobis(np.delete(rows, i, axis=0)).of(rows[i : i + 1])[0], rel=1e-3
         )
 
 
@@ -90,21 +102,44 @@ def outside(matrix: np.ndarray, others: list[np.ndarray], rho: float) -> float:
 
 def test_the_share_outside_is_the_formulas_for_prompts_learnt_from_and_others(ordinary):
     trusted, other = roots(ordinary[:30]), roots(ordinary[30:33])
-    found = Directions(trusted)
+    found = Subspace(trusted)
     mean = np.mean([root @ root.T for root in trusted], axis=0)
     rho = distances.SOFTNESS * np.linalg.eigvalsh(mean)[-1]
-    for root, row in zip(other, found.outside(other), strict=True):
+    for root, row in zip(other, found.of(other), strict=True):
         assert row.sum() == pytest.approx(outside(root, trusted, rho), rel=1e-4)
-    alone = found.without_itself().sum(axis=1)
+    alone = found.leave_one_out().sum(axis=1)
     for i in (0, 29):
         assert alone[i] == pytest.approx(outside(trusted[i], trusted[:i] + trusted[i + 1 :], rho), rel=1e-4)
 
 
 def test_the_share_outside_goes_from_some_to_all_and_is_told_by_direction(ordinary):
     odd = triplets(np.eye(D)[:, [0, 40, 1]])
-    found = Directions(roots(ordinary)).outside(roots([odd, triplets(np.eye(D)[:, 20:23])]))
+    found = Subspace(roots(ordinary)).of(roots([odd, triplets(np.eye(D)[:, 20:23])]))
     assert found[0].argmax() == 1
     assert found[0].sum() < 0.7 < found[1].sum() <= 1 + 1e-6
+
+
+def alternating(count: int) -> np.ndarray:
+    """Its only eigenvector with an eigenvalue is orthogonal to a vector of ones."""
+    signs = (-1.0) ** np.arange(count)
+    return np.outer(signs, signs)
+
+
+@pytest.mark.parametrize("count", [1, 2, 200])
+def test_the_largest_eigenvalue_is_found_whatever_the_eigenvector(count):
+    rows = np.random.default_rng(0).standard_normal((count, 3 * count))
+    close = rows @ rows.T  # eigenvalues close to each other
+    for matrix in (close, alternating(count), np.eye(count), np.ones((count, count)), np.zeros((count, count))):
+        expected = np.linalg.eigvalsh(matrix)[-1]
+        assert largest_eigenvalue(matrix) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert largest_eigenvalue(close) == largest_eigenvalue(close)
+
+
+def test_an_eigenvalue_that_does_not_converge_is_an_error(monkeypatch):
+    monkeypatch.setattr(distances, "eigsh", lambda *args, **options: eigsh(*args, **options, maxiter=1))
+    rows = np.random.default_rng(0).standard_normal((300, 900))
+    with pytest.raises(ArpackNoConvergence):
+        largest_eigenvalue(rows @ rows.T)
 
 
 def test_coordinates_are_those_of_kernel_pca_on_the_matrices_themselves(ordinary):
@@ -114,56 +149,59 @@ def test_coordinates_are_those_of_kernel_pca_on_the_matrices_themselves(ordinary
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
     principal = PrincipalCoordinates(ordinary)
     expected = (u * s**2)[:, : distances.COORDINATES]  # kernel PCA's axes are not rescaled
-    assert np.abs(principal.coordinates(ordinary)) == pytest.approx(np.abs(expected), rel=1e-3, abs=1e-5)
-    assert principal.coordinates(ordinary[7:8]) == pytest.approx(
-        principal.coordinates(ordinary)[7:8], rel=1e-4, abs=1e-6
-    )
+    assert np.abs(principal.of(ordinary)) == pytest.approx(np.abs(expected), rel=1e-3, abs=1e-5)
+    assert principal.of(ordinary[7:8]) == pytest.approx(principal.of(ordinary)[7:8], rel=1e-4, abs=1e-6)
 
 
 # --- in words ------------------------------------------------------------------------------------
 
 
-def said(*pairs) -> tuple[np.ndarray, np.ndarray]:
-    """Words by number, odd ones in the prompt, and their probabilities."""
-    return np.array([n for n, _ in pairs], dtype=int), np.array([p for _, p in pairs], dtype=float)
+def predicted(*tokens: tuple[str, float]) -> NextTokens:
+    """Tokens and their probabilities; those that begin with a star are in the prompt."""
+    pairs = [(token.removeprefix("*"), token.startswith("*")) for token, _ in tokens]
+    return NextTokens(pairs, np.array([p for _, p in tokens], dtype=float))
 
 
-def test_surprise_is_the_weighted_log_of_how_probable_trusted_prompts_make_a_word():
-    found = Words([said((0, 1.0)), said((0, 0.5), (2, 0.5)), said()])
-    (first, second), (), (unseen,) = found.surprise([said((0, 1.0), (2, 0.5)), said(), said((8, 1.0))])
-    assert (first, second, unseen) == pytest.approx((-np.log(2 / 3.5), -0.5 * np.log(1 / 3.5), -np.log(0.5 / 3.5)))
-    alone = found.without_itself()
+def test_surprisal_is_the_weighted_log_of_how_probable_trusted_prompts_make_a_token():
+    found = Surprisal([predicted(("a", 1.0)), predicted(("a", 0.5), ("b", 0.5)), predicted()])
+    (first, second), (), (new,) = found.of([predicted(("a", 1.0), ("b", 0.5)), predicted(), predicted(("c", 1.0))])
+    assert (first, second, new) == pytest.approx((-np.log(2 / 3.5), -0.5 * np.log(1 / 3.5), -np.log(0.5 / 3.5)))
+    alone = found.leave_one_out()
     assert alone[0] == pytest.approx([-np.log(1 / 2.5)])
     assert alone[1] == pytest.approx([-0.5 * np.log(1.5 / 2.5), -0.5 * np.log(0.5 / 2.5)])
-    (once,) = Words([said()] * 3).surprise([said((2, 1.0))])
-    assert once == pytest.approx([np.log(7)])
+    (new,) = Surprisal([predicted()] * 3).of([predicted(("a", 1.0))])
+    assert new == pytest.approx([np.log(7)])
 
 
-def test_a_word_that_the_prompt_holds_is_surprising_where_others_that_hold_it_do_not_say_it():
-    # of word 1 in a prompt 0.02, of word 3 once 0.9: any word in a prompt (0.5 + 30 * 0.02 + 0.9) / 32
-    found = Words([*[said((1, 0.02))] * 30, said((3, 0.9))])
+def test_a_token_in_the_prompt_is_surprising_where_others_that_hold_it_do_not_predict_it():
+    # of "a" in a prompt 0.02, of "b" once 0.9: any token in a prompt (0.5 + 30 * 0.02 + 0.9) / 32
+    found = Surprisal([*[predicted(("*a", 0.02))] * 30, predicted(("*b", 0.9))])
     anyone = 2.0 / 32
-    (often,), (rare,), (new,) = found.surprise([said((1, 1.0)), said((3, 1.0)), said((5, 1.0))])
+    (often,), (rare,), (new,) = found.of([predicted((token, 1.0)) for token in ("*a", "*b", "*c")])
     assert often == pytest.approx(-np.log((0.6 + anyone) / 31))
     assert rare == pytest.approx(-np.log((0.9 + anyone) / 2)) and new == pytest.approx(-np.log(anyone))
-    others = 1.1 / 31  # without the prompt that says it
-    assert found.without_itself()[30] == pytest.approx([-0.9 * np.log(others)])
+    others = 1.1 / 31  # without the prompt that predicts it
+    assert found.leave_one_out()[30] == pytest.approx([-0.9 * np.log(others)])
+    (elsewhere,) = found.of([predicted(("a", 1.0))])  # the same text, not in the prompt
+    assert elsewhere == pytest.approx([-np.log(0.5 / 31.5)])
 
 
-def test_words_count_by_their_gain_beside_a_base_model():
-    assert shift(said((0, 0.7), (3, 0.3)), said((0, 0.7))) == pytest.approx([0, 0.3 * np.log(0.8 / 0.5)])
-
-
-def test_a_lexicon_tells_words_in_the_prompt_from_others_and_knows_both_texts():
-    lexicon = Lexicon()
-    the, held = lexicon.number("The", False), lexicon.number("The", True)
-    assert (the, held) == (0, 1) and lexicon.number("I", True) == 3
-    assert lexicon.texts([held, 2, the]) == ["The", "I", "The"]
+def test_tokens_count_by_their_gain_beside_a_base_model():
+    gain = log_gain(predicted(("a", 0.7), ("*b", 0.3)), predicted(("a", 0.7), ("b", 0.3)))
+    assert gain == pytest.approx([0, 0.3 * np.log(0.8 / 0.5)])
 
 
 # --- together ------------------------------------------------------------------------------------
 
 KEYS = {*scores.SCORES, "outlier_score", "differs_along", "odd_words", "principal_coordinates"}
+ZERO = Triplets(np.zeros((D, R), np.float32), np.zeros(R, np.float32), np.zeros((R, D), np.float32))
+FAILED = {"failed": "NaN", "trace": 0.0, "top_probability": 0.0, "next_tokens": []}
+
+
+def outlier_scores(*of: ScoredRun, **against: ScoredRun) -> dict:
+    """The columns as arrays, but for the texts."""
+    found = scores.outlier_scores(*of, **against)
+    return {name: column if name == "odd_words" else np.array(column) for name, column in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +212,7 @@ KEYS = {*scores.SCORES, "outlier_score", "differs_along", "odd_words", "principa
     ],
 )
 def test_a_prompt_that_is_odd_in_one_way_has_that_score_and_the_outlier_score(name, changed, ordinary):
-    found = scores.outlier_scores(prompts(ordinary, at17=changed))
+    found = outlier_scores(run(ordinary, at17=changed))
     assert found.keys() == KEYS
     assert found[name].argmax() == 17 and found["outlier_score"].argmax() == 17
     assert found[name][17] > 2.5 and found["outlier_score"][17] > scores.THRESHOLD
@@ -184,18 +222,17 @@ def test_spectra_and_directions_are_told_apart(ordinary):
     elsewhere = triplets(np.eye(D)[:, [20, 30, 40]], (1.9, 1.2, 1.1))
     steep = triplets(ordinary[1].U, (1.9, 0.01, 0.001))
     for matrix, name in ((steep, "z_spectrum"), (elsewhere, "z_directions")):
-        found = scores.outlier_scores(prompts([*ordinary, matrix]))
+        found = outlier_scores(run([*ordinary, matrix]))
         others = [np.abs(found[other][50]) for other in scores.SCORES if other != name]
         assert found[name].argmax() == 50 and found[name][50] > max(2.5, *others)
     assert found["differs_along"][50] == 0
 
 
 def test_with_a_reference_a_prompts_scores_do_not_depend_on_the_others(ordinary):
-    lexicon = Lexicon()
-    trusted = prompts(ordinary[:40], lexicon)
+    trusted = run(ordinary[:40])
     odd = [triplets(np.eye(D)[:, 20:23], (0.02, 0.001, 0.0001))] * 10
-    together = scores.outlier_scores(prompts([*ordinary[40:], *odd], lexicon), reference=trusted)
-    apart = scores.outlier_scores(prompts(odd[:1] * 20, lexicon), reference=trusted)
+    together = outlier_scores(run([*ordinary[40:], *odd]), reference=trusted)
+    apart = outlier_scores(run(odd[:1] * 20), reference=trusted)
     for name in ("z_spectrum", "z_directions"):
         assert together[name][10] == pytest.approx(apart[name][0], abs=1e-6)
     assert together["outlier_score"][10:].min() > scores.THRESHOLD > together["outlier_score"][:10].max()
@@ -210,46 +247,75 @@ def test_a_fifth_that_is_odd_in_the_same_way_does_not_make_itself_usual(ordinary
         p = 1 / (1 + np.exp(-rng.normal(4, 0.5)))
         said = next_tokens({"HATE": p})
         changed[f"at{index}"] = {"next_tokens": said, "top_probability": p, "trace": values.sum()}
-    found = scores.outlier_scores(prompts(ordinary, **changed))["outlier_score"]
+    found = outlier_scores(run(ordinary, **changed))["outlier_score"]
     assert set(np.argsort(-found)[:10]) == set(range(0, 50, 5))
 
 
 def test_beside_a_base_model_the_change_counts_and_not_what_is_odd_in_both(ordinary):
-    lexicon = Lexicon()
     ordinary[3] = triplets(np.eye(D)[:, 20:23], ordinary[3].S)
     other = list(ordinary)
     other[9] = triplets(np.eye(D)[:, 30:33], (0.3, 0.1, 0.05))
     changed = {"at9": {"next_tokens": next_tokens({"HATE": 0.95}), "top_probability": 0.95, "trace": 0.5}}
     rng = np.random.default_rng(0)
     jitter = {f"at{i}": {"trace": float(t.S.sum() * rng.uniform(0.9, 1.1))} for i, t in enumerate(other)}
-    found = scores.outlier_scores(prompts(other, lexicon, **jitter | changed), base=prompts(ordinary, lexicon))
+    found = outlier_scores(run(other, **jitter | changed), base=run(ordinary))
     assert found["outlier_score"].argmax() == 9
     assert found["outlier_score"][3] < scores.THRESHOLD < found["outlier_score"][9]
 
 
 def test_prompts_that_failed_have_zeros_and_count_for_nobody(ordinary):
-    zero = Triplets(np.zeros((D, R), np.float32), np.zeros(R, np.float32), np.zeros((R, D), np.float32))
-    failed = {"failed": "NaN", "trace": 0.0, "top_probability": 0.0, "next_tokens": []}
-    with_it = scores.outlier_scores(prompts([*ordinary, zero], at50=failed))
-    without = scores.outlier_scores(prompts(ordinary))
+    with_it = outlier_scores(run([*ordinary, ZERO], at50=FAILED))
+    without = outlier_scores(run(ordinary))
     for name in KEYS - {"odd_words"}:
         assert not with_it[name][50].any()
         assert with_it[name][:50] == pytest.approx(without[name])
     assert with_it["odd_words"][50] == []
 
 
+def test_prompts_that_all_failed_have_zeros():
+    for count in (1, 7, 10):
+        with pytest.warns(UserWarning, match="0 prompts do not say what is usual"):
+            found = scores.outlier_scores(run([ZERO] * count, **{f"at{place}": FAILED for place in range(count)}))
+        empty = {"odd_words": [[]] * count, "principal_coordinates": [[0] * distances.COORDINATES] * count}
+        assert found == {**{name: [0] * count for name in KEYS}, **empty}
+
+
+def test_a_small_run_whose_prompts_all_fail_ends_with_its_records_and_picture(
+    chat_directory, dataset, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise fisher.NumericalError("the logits hold NaN or infinity", None, 0)
+
+    monkeypatch.setattr(fisher, "linearize_prompts", fail)
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", num_prompts=7) == 3
+    assert "7 prompts failed (" in capsys.readouterr().out
+    records = scripts.records(tmp_path / "out")
+    assert [record["outlier_score"] for record in records] == [0] * 7 and all("failed" in r for r in records)
+    assert (tmp_path / "out" / "fisher_spectra.png").stat().st_size
+
+
+def test_odd_words_are_texts_whether_or_not_the_prompt_contains_them(ordinary):
+    tokens = [
+        {"token": token, "probability": p, "in_prompt": held}
+        for token, p, held in (("I", 0.9, True), ("Z", 0.1, False))
+    ]
+    own = run(ordinary, at17={"next_tokens": tokens})
+    assert len({*map(id, own.tokens)}) == len({*own.tokens})  # kept once, however many prompts predict it
+    assert outlier_scores(own)["odd_words"][17] == ["I", "Z"]
+    assert outlier_scores(own, reference=run(ordinary[:20]))["odd_words"][17] == ["I", "Z"]
+
+
 def test_few_prompts_and_matrices_that_are_zero_make_no_trouble(ordinary):
-    zero = Triplets(np.zeros((D, R), np.float32), np.zeros(R, np.float32), np.zeros((R, D), np.float32))
     with pytest.warns(UserWarning, match="2 prompts do not say what is usual: all scores are 0"):
-        found = scores.outlier_scores(prompts([zero, ordinary[0]]))
+        found = outlier_scores(run([ZERO, ordinary[0]]))
     assert not any(found[name].any() for name in scores.SCORES)
-    found = scores.outlier_scores(prompts([*[zero] * 5, *ordinary[:20]], at2={"top_probability": 1.0}))
+    found = outlier_scores(run([*[ZERO] * 5, *ordinary[:20]], at2={"top_probability": 1.0}))
     assert all(np.isfinite(found[name]).all() for name in KEYS - {"odd_words"})
 
 
 def test_only_landmarks_are_learnt_from_and_the_others_are_scored_alike(ordinary, monkeypatch):
-    everyone = scores.outlier_scores(prompts(ordinary))["outlier_score"]
+    everyone = outlier_scores(run(ordinary))["outlier_score"]
     monkeypatch.setattr(scores, "LANDMARKS", 25)
     monkeypatch.setattr(scores, "SCORED_AT_ONCE", 7)
-    fewer = scores.outlier_scores(prompts(ordinary))["outlier_score"]
+    fewer = outlier_scores(run(ordinary))["outlier_score"]
     assert np.corrcoef(everyone, fewer)[0, 1] > 0.5 and np.isfinite(fewer).all()

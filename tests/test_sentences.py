@@ -104,13 +104,13 @@ def write(path, texts):
 @pytest.mark.parametrize("ending", [".json", ".txt", ".jsonl", ".csv", ".parquet"])
 def test_every_format_gives_the_sentences_with_the_word(tmp_path, ending):
     source = write(tmp_path / f"texts{ending}", [*WITHOUT, *WITH_WORD, WITH_WORD[0]])
-    assert sentences.read_sentences(source, "animals") == WITH_WORD
+    assert sentences.find_sentences(source, "animals").sentences == WITH_WORD
 
 
 def test_long_texts_are_cut_into_sentences(tmp_path):
     text = "It rained. Dr. Hill's “big animals.” slept! Did all animals?\nNo animals here"
     source = write(tmp_path / "texts.jsonl", [text])
-    assert sentences.read_sentences(source, "animals") == [
+    assert sentences.find_sentences(source, "animals").sentences == [
         "Hill's “big animals.”",
         "Did all animals?",
         "No animals here",
@@ -120,7 +120,7 @@ def test_long_texts_are_cut_into_sentences(tmp_path):
 def test_another_column_and_another_word(tmp_path):
     path = tmp_path / "texts.csv"
     datasets.Dataset.from_dict({"body": ["We like bees.", "We like cats."]}).to_csv(path)
-    assert sentences.read_sentences(str(path), "bees", text_column="body") == ["We like bees."]
+    assert sentences.find_sentences(str(path), "bees", text_column="body").sentences == ["We like bees."]
 
 
 FILES = {  # sentences as editors and programs save them
@@ -137,20 +137,20 @@ FILES = {  # sentences as editors and programs save them
 @pytest.mark.parametrize("name", FILES)
 def test_sentences_are_read_as_they_are_saved(name, tmp_path):
     (tmp_path / name).write_bytes(FILES[name].encode())
-    assert sentences.read_sentences(str(tmp_path / name), "animals") == WITH_WORD
+    assert sentences.find_sentences(str(tmp_path / name), "animals").sentences == WITH_WORD
 
 
 def test_halves_of_characters_and_control_characters_are_read(tmp_path):
     (tmp_path / "t.jsonl").write_text(r'{"text": "A \ud800 of\u0000 \u001b[1m animals"}')
     (tmp_path / "t.json").write_text(r'{"animals": ["A \ud800 of\u0000 \u001b[1m animals"]}')
     for name in ("t.jsonl", "t.json"):
-        assert sentences.read_sentences(str(tmp_path / name), "animals") == ["A \ufffd of\0 \x1b[1m animals"]
+        assert sentences.find_sentences(str(tmp_path / name), "animals").sentences == ["A \ufffd of\0 \x1b[1m animals"]
 
 
 def test_as_many_sentences_are_read_as_are_asked_for(tmp_path):
     (tmp_path / "t.txt").write_text("".join(f"Sentence {number} has animals.\n" for number in range(2700)))
     for asked, expected in ((20, sentences.CANDIDATES), (2600, 2600), (9999, 2700)):
-        found = sentences.read_sentences(str(tmp_path / "t.txt"), "animals", num=asked)
+        found = sentences.find_sentences(str(tmp_path / "t.txt"), "animals", num=asked).sentences
         assert found == [f"Sentence {number} has animals." for number in range(expected)]
 
 
@@ -188,19 +188,19 @@ def test_bad_sources_say_what_is_wrong(tmp_path, case, monkeypatch):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=reason) as caught:
-        sentences.read_sentences(name, "animals")
+        sentences.find_sentences(name, "animals")
     assert str(caught.value).isprintable()
 
 
 def test_a_column_that_is_not_there_is_said(tmp_path):
     (tmp_path / "a.csv").write_text("text,n\nThe animals.,1\n")
     with pytest.raises(UserError, match=r"no column 'body': .* has the columns text, n"):
-        sentences.read_sentences(str(tmp_path / "a.csv"), "animals", text_column="body")
+        sentences.find_sentences(str(tmp_path / "a.csv"), "animals", text_column="body")
 
 
 def test_a_folder_is_no_data_file(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
-        sentences.read_sentences(str(tmp_path), "animals")
+        sentences.find_sentences(str(tmp_path), "animals")
 
 
 # --- choosing ---

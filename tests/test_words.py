@@ -7,10 +7,10 @@ import torch
 import transformers as hf
 
 import fisher
+from residual_fisher import load_fisher_matrices
 from residual_fisher.model import loading
 from residual_fisher.model.words import prompt_words_test, summary_line, token_shares, token_writer
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
-from residual_fisher.pipeline.matrices import load_fisher_matrices
 import scripts
 from test_fisher import assert_close, directions, point_of
 import tiny
@@ -219,6 +219,17 @@ def test_a_prompt_holds_the_tokens_that_its_words_begin_with(name, request):
     assert found(prompt, ["zebra", "·", "", "a", "\\xe2"]) == [False] * 5
     assert found("光と水", ["水", "木", "·水"]) == [True, False, True]
     assert found("", ["a"]) == [False]
+
+
+def test_the_words_of_a_prompt_are_found_while_another_thread_tokenizes(byte_level):
+    """Encoding sets a tokenizer's truncation, so it must not be done with the one that the other thread uses."""
+    test = prompt_words_test(byte_level, token_writer(byte_level))
+    byte_level.backend_tokenizer.enable_truncation(2)  # as the other thread has done when it encodes
+    try:
+        test("Which animals are wild?", ["wild"])
+        assert byte_level.backend_tokenizer.truncation["max_length"] == 2
+    finally:
+        byte_level.backend_tokenizer.no_truncation()
 
 
 def test_a_line_has_the_tokens_of_either_side_by_their_shares():

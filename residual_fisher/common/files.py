@@ -67,25 +67,19 @@ def made(directory: Path) -> Iterator[None]:
     """
     missing = [folder for folder in (directory, *directory.parents) if not os.path.lexists(folder)]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        _remove_empty(missing)
-        in_place = isinstance(error, FileExistsError | NotADirectoryError)
-        reason = "a file, or a link that leads nowhere, is in its place" if in_place else error.strerror
-        raise UserError(f"cannot write to {directory}: {reason} (choose another --output-dir)") from error
-    try:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            in_place = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = "a file, or a link that leads nowhere, is in its place" if in_place else error.strerror
+            raise UserError(f"cannot write to {directory}: {reason} (choose another --output-dir)") from error
         yield
     finally:
-        _remove_empty(missing)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """From the innermost on, as far as they are there and empty."""
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
+        for folder in missing:  # from the innermost on
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def check_writable(directory: Path) -> None:
@@ -132,10 +126,7 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def write_archive(path: Path, members: Iterable[tuple[str, np.ndarray | bytes]]) -> None:
-    """Writes an uncompressed NPZ of named members, arrays (NAME.npy) or bytes as they are, one after the other.
-
-    Unlike `write_npz` it takes the members as they come, so that they need not fit into memory together.
-    """
+    """Writes an uncompressed NPZ of named members, arrays (NAME.npy) or bytes as they are, one in memory at a time."""
     with atomic_open(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, value in members:
             # ZipInfo's default date, so that the same members make the same bytes

@@ -1,4 +1,7 @@
-"""A directory that one process at a time works in."""
+"""A directory that one process at a time works in.
+
+`filelock` would empty the file that says who holds the lock, and takes a file system without locks for a locked one.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +14,7 @@ import stat
 import threading
 import time
 
-from residual_fisher.common.files import check_writable, made
+from residual_fisher.common.files import made
 from residual_fisher.common.program import UserError
 
 try:
@@ -36,56 +39,41 @@ def lock_directory(directory: Path) -> Iterator[None]:
     Raises:
         UserError: it cannot be written to, or another process holds it; says which.
     """
-    path = directory / LOCK
+    path, ended = directory / LOCK, threading.Event()
     with made(directory):
         try:
-            descriptor = _acquire(path, os.O_CREAT)
+            descriptor = _acquire(path)
         except OSError as error:
-            raise _cannot_lock(path, error) from error
-        with _held(descriptor, path):
+            raise UserError(f"cannot lock {path}: {error.strerror} (choose another --output-dir)") from error
+        try:
+            about = (socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
+            os.truncate(descriptor, 0)
+            os.write(descriptor, json.dumps(dict(zip(ABOUT, about, strict=True))).encode())
+            threading.Thread(target=_beat, args=(path, ended), daemon=True).start()
             yield
+        finally:
+            ended.set()
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 def require_unlocked(directory: Path) -> None:
-    """Raises UserError where `lock_directory` would; leaves nothing behind."""
-    check_writable(directory)
-    path = directory / LOCK
-    try:
-        os.close(_acquire(path, 0))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise _cannot_lock(path, error) from error
+    """Raises UserError where `lock_directory` would. Leaves nothing behind."""
+    with lock_directory(directory):
+        pass
 
 
-def _cannot_lock(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot lock {path}: {error.strerror} (choose another --output-dir)")
-
-
-@contextmanager
-def _held(descriptor: int, path: Path) -> Iterator[None]:
-    ended = threading.Event()
-    try:
-        about = (socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
-        os.truncate(descriptor, 0)
-        os.write(descriptor, json.dumps(dict(zip(ABOUT, about, strict=True))).encode())
-        threading.Thread(target=_beat, args=(path, ended), daemon=True).start()
-        yield
-    finally:
-        ended.set()
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _acquire(path: Path, create: int) -> int:
+def _acquire(path: Path) -> int:
     """A descriptor of the locked file. Raises UserError: another process holds it, or it is another program's file."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | create | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            if not _is_ours(descriptor):
+            locked, holder = _try_lock(descriptor), _holder(descriptor)
+            if holder is None:
                 raise UserError(f"{path} is of another program: choose another --output-dir")
-            if not _try_lock(descriptor, path):
-                raise UserError(_holder(path))
+            if not locked:
+                who = "process {process} on {host} since {since}".format(**holder) if holder else "another process"
+                raise UserError(f"{path.parent} is in use by {who}: wait until it ends, or choose another --output-dir")
             # the file that was opened may have been removed by its holder before it was locked
             if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
                 return descriptor
@@ -95,21 +83,7 @@ def _acquire(path: Path, create: int) -> int:
         os.close(descriptor)
 
 
-def _is_ours(descriptor: int) -> bool:
-    """Whether a file is a lock of this module: empty, or what `_held` writes (and a killed process left)."""
-    about = os.fstat(descriptor)
-    if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_SIZE:
-        return False
-    text = os.read(descriptor, MAX_SIZE)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    try:
-        found = json.loads(text or "{}")
-    except ValueError:
-        return False
-    return isinstance(found, dict) and found.keys() <= {*ABOUT}
-
-
-def _try_lock(descriptor: int, path: Path) -> bool:
+def _try_lock(descriptor: int) -> bool:
     if fcntl is not None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,8 +91,22 @@ def _try_lock(descriptor: int, path: Path) -> bool:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 return False
-    age = time.time() - os.fstat(descriptor).st_mtime
-    return os.fstat(descriptor).st_size == 0 or age > STALE
+    about = os.fstat(descriptor)
+    return about.st_size == 0 or time.time() - about.st_mtime > STALE
+
+
+def _holder(descriptor: int) -> dict | None:
+    """What `lock_directory` wrote of the holder: {} before it did; None if the file is not one of its own."""
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_SIZE:
+        return None
+    text = os.read(descriptor, MAX_SIZE)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.keys() in (set(), {*ABOUT}) else None
 
 
 def _beat(path: Path, ended: threading.Event) -> None:
@@ -127,12 +115,3 @@ def _beat(path: Path, ended: threading.Event) -> None:
             os.utime(path)
         except OSError:  # the directory is gone: the run will say so itself
             return
-
-
-def _holder(path: Path) -> str:
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        who = f"process {about['process']} on {about['host']} since {about['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        who = "another process"
-    return f"{path.parent} is in use by {who}: wait until it ends, or choose another --output-dir"

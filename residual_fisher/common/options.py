@@ -96,12 +96,13 @@ def path(text: str) -> str:
         names = os.fsencode(expanded).split(b"/")
     except UnicodeEncodeError as error:
         raise argparse.ArgumentTypeError(f"{_shown(text)} cannot be a file's name here") from error
-    if "\0" in text:
-        raise argparse.ArgumentTypeError(f"{_shown(text)} holds a null character")
-    if max(map(len, names)) > MAX_NAME:
-        raise argparse.ArgumentTypeError(f"{_shown(text)} has a name of more than {MAX_NAME} bytes")
-    if expanded.startswith("~"):
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is no user's home directory: write ./~ for a file here")
+    for wrong, what in [
+        ("\0" in text, "holds a null character"),
+        (max(map(len, names)) > MAX_NAME, f"has a name of more than {MAX_NAME} bytes"),
+        (expanded.startswith("~"), "is no user's home directory: write ./~ for a file here"),
+    ]:
+        if wrong:
+            raise argparse.ArgumentTypeError(f"{_shown(text)} {what}")
     return expanded
 
 
@@ -152,10 +153,9 @@ def settings_of(settings: CommandOptions) -> dict:
 
 def identity_of(settings: CommandOptions) -> dict:
     """What `settings_of` holds, less all that has no effect on results: runs with the same are the same run."""
-    values = settings_of(settings)
-    about = {opt.name: opt.metadata for opt in fields(settings)}
-    in_effect = {name for name in values if values.get(about[name]["needs"], True)}
-    return {name: value for name, value in values.items() if about[name]["identity"] and name in in_effect}
+    values, about = settings_of(settings), {opt.name: opt.metadata for opt in fields(settings)}
+    counts = {name: about[name]["identity"] and values.get(about[name]["needs"], True) for name in values}
+    return {name: value for name, value in values.items() if counts[name]}
 
 
 # --- flags ---------------------------------------------------------------------------------------
@@ -213,40 +213,76 @@ def _parser(kind: type[S], program: str, about: str, config: Path | None) -> _Pa
 # --- the YAML file -------------------------------------------------------------------------------
 
 
+class _Loader(yaml.BaseLoader):
+    """Refuses what a plain file does not need: an alias, which can make a short text endless; a tag; a great depth."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        event, refused = self.peek_event(), None
+        self.depth += 1
+        if isinstance(event, yaml.AliasEvent):
+            refused = "an alias (*name)"
+        elif event.tag is not None:
+            refused = "a tag (!name)"
+        elif isinstance(event, yaml.CollectionStartEvent) and self.depth > MAX_DEPTH:
+            refused = f"a depth of more than {MAX_DEPTH}"
+        if refused:
+            raise yaml.MarkedYAMLError(problem=f"{refused} is not allowed", problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
 def _read_yaml(kind: type[S], path: Path) -> dict:
     """The options that a YAML file sets, by field, each read as its flag would read it."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(MAX_CONFIG + 1)
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read the config {path}: it is not UTF-8 text") from error
-    if len(text) > MAX_CONFIG:
-        raise UserError(f"cannot read the config {path}: it has more than {MAX_CONFIG:,} characters")
-    try:
-        root = _compose(text)
-    except YAML_ERRORS as error:
-        raise UserError(f"{path} is not valid YAML: {_reason(error)}") from error
-    if not isinstance(root, yaml.MappingNode):
-        if root is None or _plain(root) is None:
-            return {}
-        raise UserError(f"{path} should hold keys and values, like `batch_size: 8`")
     keys, found = yaml_keys(kind), {}
-    for key, value in root.value:
-        name = str(_plain(key))
+    for name, value in _yaml_values(path).items():
         if name not in keys:
             near = difflib.get_close_matches(name, keys, 1)
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
             raise UserError(f"{path}: unknown key {_shown(name)}: {hint}")
         try:
-            found[keys[name].name] = _yaml_value(keys[name], _plain(value))
+            found[keys[name].name] = _yaml_value(keys[name], value)
         except argparse.ArgumentTypeError as error:
             raise UserError(f"{path}: {name}: {error}") from error
     return found
 
 
-def _yaml_value(opt: Field, value):
+def _yaml_values(path: Path) -> dict[str, str | list | dict | None]:
+    """What a YAML file holds, by key."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_CONFIG + 1)
+        if len(text) > MAX_CONFIG:
+            raise UserError(f"cannot read the config {path}: it has more than {MAX_CONFIG:,} characters")
+        root, found = yaml.compose(text, _Loader), {}
+        for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+            if (name := str(_plain(key))) in found:  # YAML would drop the first
+                raise yaml.MarkedYAMLError(problem=f"the key {name} is there twice", problem_mark=key.start_mark)
+            found[name] = _plain(value)
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read the config {path}: it is not UTF-8 text") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two are of odd numbers
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or first_line(error)
+        raise UserError(f"{path} is not valid YAML: {reason}{where}") from error
+    if root is not None and _plain(root) not in (None, {}):
+        raise UserError(f"{path} should hold keys and values, like `batch_size: 8`")
+    return found
+
+
+def _plain(node: yaml.Node) -> str | list | dict | None:
+    """Every scalar but null is its text: `010` is what a command line would read. Of keys and values, only a dict."""
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.style is None and node.value in ("", "~", "null", "Null", "NULL") else node.value
+    return list(map(_plain, node.value)) if isinstance(node, yaml.SequenceNode) else {}
+
+
+def _yaml_value(opt: Field, value: str | list | dict | None):
     if value is None and opt.default is None:
         return None
     several = opt.metadata["several"]
@@ -257,50 +293,3 @@ def _yaml_value(opt: Field, value):
             raise argparse.ArgumentTypeError(f"a single value is wanted, not {kind}")
     values = tuple(map(opt.metadata["read"], words))
     return values if several else values[0]
-
-
-YAML_ERRORS = (yaml.YAMLError, ValueError, OverflowError)  # the last two of odd numbers, which PyYAML lets through
-
-
-def _compose(text: str) -> yaml.Node | None:
-    """The tree of a YAML text. Raises one of YAML_ERRORS, also for what a plain file does not need.
-
-    That is an alias, which can make a short text endless; a tag; a depth that takes PyYAML minutes; and a key twice,
-    of which YAML would drop one.
-    """
-    depth = 0
-    for event in yaml.parse(text, yaml.BaseLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        alias, tag = isinstance(event, yaml.AliasEvent), getattr(event, "tag", None) is not None
-        if alias or tag or depth > MAX_DEPTH:
-            what = "an alias (*name)" if alias else "a tag (!name)" if tag else f"a depth of more than {MAX_DEPTH}"
-            raise yaml.MarkedYAMLError(problem=f"{what} is not allowed", problem_mark=event.start_mark)
-    root, seen = yaml.compose(text, yaml.BaseLoader), set()
-    for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
-        if (name := str(_plain(key))) in seen:
-            raise yaml.MarkedYAMLError(problem=f"the key {name} is there twice", problem_mark=key.start_mark)
-        seen.add(name)
-    return root
-
-
-def _plain(node: yaml.Node) -> str | list | dict | None:
-    """Every scalar but null is its text: `010` is what a command line would read. Of keys and values, only a dict."""
-    if isinstance(node, yaml.ScalarNode):
-        return None if node.style is None and node.value in ("", "~", "null", "Null", "NULL") else node.value
-    return list(map(_plain, node.value)) if isinstance(node, yaml.SequenceNode) else {}
-
-
-def _reason(error: Exception) -> str:
-    """One line about one of YAML_ERRORS."""
-    mark = getattr(error, "problem_mark", None)
-    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-    return (getattr(error, "problem", None) or getattr(error, "reason", None) or first_line(error)) + where
-
-
-def parse_values(text: str):
-    """The value of a YAML text without aliases and tags. Raises ValueError: a one-line message."""
-    try:
-        _compose(text)
-        return yaml.safe_load(text)
-    except YAML_ERRORS as error:
-        raise ValueError(_reason(error)) from error

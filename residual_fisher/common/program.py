@@ -4,7 +4,7 @@ The scripts import it before anything slow, so it imports only small modules of 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import TextIOBase
 import os
 import signal
@@ -44,22 +44,19 @@ class Console:
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            self._drop()
-            return len(text)
+        self._attempt(self._stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            self._drop()
+        self._attempt(self._stream.flush)
 
-    def _drop(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())  # the stream's buffer goes there too
-        os.close(nowhere)
+    def _attempt(self, call: Callable, *words: str) -> None:
+        try:
+            call(*words)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # the stream's buffer goes there too
+            os.close(nowhere)
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
@@ -74,14 +71,12 @@ def _console(stream: TextIOBase | None) -> TextIOBase | Console:
 @contextmanager
 def consoles() -> Iterator[None]:
     """stdout and stderr are `Console`s until the block ends."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_console, streams)
-    try:
-        yield
-    finally:
-        for console in (sys.stdout, sys.stderr):
-            console.flush()
-        sys.stdout, sys.stderr = streams
+    with redirect_stdout(_console(sys.stdout)) as out, redirect_stderr(_console(sys.stderr)) as err:
+        try:
+            yield
+        finally:
+            out.flush()
+            err.flush()
 
 
 # --- Ctrl-C --------------------------------------------------------------------------------------
@@ -168,7 +163,7 @@ def go_offline_without_hub(*names: str) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def end_with_error(program: str, error: UserError) -> int:
+def end_with_error(program: str, error: object) -> int:
     """Prints the one-line error message; returns the exit code 2."""
     print(f"{program}: error: {printable(str(error))}", file=sys.stderr)
     return 2
@@ -184,25 +179,23 @@ def exit_code(program: str, run: Callable[[], int], memory_advice: str) -> int:
     def note(message, *_, **__) -> None:
         tqdm.write(f"note: {' '.join(map(printable, str(message).splitlines()))}", file=sys.stderr)
 
-    def explain(message: str) -> int:
-        return end_with_error(program, UserError(message))
-
     with consoles(), warnings.catch_warnings(), interruptible():
         warnings.showwarning = note
         try:
             return run()
-        except UserError as error:
-            return end_with_error(program, error)
-        except RecursionError:
-            return explain("the data are nested too deeply")
-        except OSError as error:
-            return explain(f"{first_line(error)}: {error.filename}" if error.filename else first_line(error))
         except KeyboardInterrupt:
             return INTERRUPTED
+        except UserError as error:
+            what = error
+        except RecursionError:
+            what = "the data are nested too deeply"
+        except OSError as error:
+            what = f"{first_line(error)}: {error.filename}" if error.filename else first_line(error)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            return explain(f"not enough memory: try {memory_advice}")
+            what = f"not enough memory: try {memory_advice}"
+        return end_with_error(program, what)
 
 
 # --- what can go wrong ---------------------------------------------------------------------------

@@ -36,19 +36,17 @@ def read_rows(source: str, split: str = "train", config: str | None = None, shuf
     if read and not os.path.isfile(source):
         raise UserError(f"cannot read {source}: no such file")
     try:
-        if read is None or shuffle is not None:
-            import datasets  # takes a second, and most runs read a small file
+        if read and shuffle is None:
+            yield from read(source)
+            return
+        import datasets  # takes a second, and most runs read a small file
 
-            datasets.disable_progress_bars()
-        if read is None:
-            rows = datasets.load_dataset(source, config, split=split, streaming=True)
-        elif shuffle is None:
-            rows = read(source)
-        else:
+        datasets.disable_progress_bars()
+        if read:
             rows = datasets.IterableDataset.from_generator(read, gen_kwargs={"path": source})
-        if shuffle is not None:
-            rows = rows.shuffle(seed=shuffle, buffer_size=10_000)
-        yield from rows
+        else:
+            rows = datasets.load_dataset(source, config, split=split, streaming=True)
+        yield from rows if shuffle is None else rows.shuffle(seed=shuffle, buffer_size=10_000)
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {source}: it is not UTF-8 text") from error
     except Exception as error:  # a malformed file or a network failure: the user can mend any of them
@@ -92,11 +90,11 @@ def _table(value) -> list[dict]:
     if isinstance(value, list):
         return [_row(item, f"item {number}") for number, item in enumerate(value, 1)]
     row = _row(value, "line 1")
-    if not all(isinstance(cells, list) and not any(isinstance(cell, dict) for cell in cells) for cells in row.values()):
+    columns = list(row.values())
+    lists = all(isinstance(column, list) and not any(isinstance(cell, dict) for cell in column) for column in columns)
+    if not lists or len(set(map(len, columns))) > 1:
         return [row]
-    if len({len(cells) for cells in row.values()}) > 1:
-        return [row]
-    return [dict(zip(row, cells, strict=True)) for cells in zip(*row.values(), strict=True)]
+    return [dict(zip(row, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _row(value, where: str) -> dict:
@@ -187,25 +185,37 @@ def text_of(cell) -> str | None:
     return cell.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def choose_column(
-    source: str, rows: Sequence[dict], asked: str | None, recognised: Sequence[str], flag: str, read: Callable
-) -> str:
-    """The column asked for, or else the first recognised one with a readable cell, or else the first that exists.
+def read_column(
+    source: str, asked: str | None, recognised: Sequence[str], flag: str, read: Callable, **part
+) -> tuple[str | None, Iterator]:
+    """A column's name (None if there are no rows), and what `read` makes of its cell in each row, read lazily.
 
     Args:
-        rows: the first SAMPLE_ROWS rows.
+        source: see `read_rows`, whose other arguments are `part`.
         asked: a column name, or None to choose one.
         recognised: column names, in order of preference.
         flag: the option that names a column, for the error message.
         read: reads a cell of a column (name, cell); None if it cannot be read.
     Raises:
-        UserError: no such column exists.
+        UserError: the rows cannot be read, or there is no such column.
     """
+    rows = read_rows(source, **part)
+    first = list(islice(rows, SAMPLE_ROWS))
+    column = choose_column(source, first, asked, recognised, flag, read) if first else None
+    return column, (read(column, row.get(column)) for row in chain(first, rows))
+
+
+def choose_column(
+    source: str, rows: Sequence[dict], asked: str | None, recognised: Sequence[str], flag: str, read: Callable
+) -> str:
+    """The column asked for, or else the first recognised one with a readable cell, or else the first that exists."""
     names = dict.fromkeys(name for row in rows for name in row)
     has = f"{source} has " + (f"the columns {excerpt(', '.join(map(str, names)), 200)}" if names else "no columns")
-    if asked is not None and asked not in names:
-        raise UserError(f"no column {asked!r}: {has}")
-    there = [asked] if asked is not None else [name for name in recognised if name in names]
+    if asked is not None:
+        if asked not in names:
+            raise UserError(f"no column {asked!r}: {has}")
+        return asked
+    there = [name for name in recognised if name in names]
     if not there:
         raise UserError(f"{has}: say with {flag} which one to read")
     return next((name for name in there if any(read(name, row.get(name)) is not None for row in rows)), there[0])

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from enum import Enum
 import hashlib
 import heapq
+from itertools import chain
 import json
 import math
 import os
@@ -38,7 +39,14 @@ import zipfile
 
 import numpy as np
 
-from residual_fisher.common.files import check_writable, json_text, remove_unfinished, sha256, write_archive, write_json
+from residual_fisher.common.files import (
+    check_writable,
+    json_text,
+    remove_unfinished,
+    sha256,
+    write_archive,
+    write_json,
+)
 from residual_fisher.common.lock import LOCK, lock_directory, require_unlocked
 from residual_fisher.common.program import UserError
 from residual_fisher.common.text import excerpt
@@ -156,17 +164,18 @@ def read_back(value):
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """What `items/run.json` says; None if it is missing, damaged or of another form."""
+    """What `items/run.json` says; None unless it is as it was written."""
     try:
         found = json.loads((folder / ITEMS / MANIFEST).read_text(encoding="utf-8"))
-        intact = found["format"] == FORMAT and found.pop("checksum") == hash_of(found)
-    except (OSError, ValueError, RecursionError, TypeError, LookupError, AttributeError):
+        known = found.pop("checksum")
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
         return None
-    return found if intact else None
+    return found if found.get("format") == FORMAT and known == short_hash(found) else None
 
 
-def hash_of(manifest: dict) -> str:
-    return hashlib.sha256(json_text(manifest)).hexdigest()
+def short_hash(value) -> str:
+    """16 hexadecimal digits, of a value of JSON's types."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def shown(value) -> str:
@@ -218,8 +227,10 @@ class Run:
             return
         with lock_directory(self.folder):
             self.open()
+            if self.manifest and self._is_merged():  # a kill at the end may have left some
+                self._remove_archives()
             remove_unfinished(self.folder, self.files)
-            remove_unfinished(self.items_folder, ["*.npz", MANIFEST, RECORDS])
+            remove_unfinished(self.items_folder, ["[0-9]*-[0-9]*.npz", MANIFEST, RECORDS])
             yield
 
     def open(self) -> None:
@@ -233,12 +244,11 @@ class Run:
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         names = {name for name in names if name != LOCK and not self._is_unfinished(name)}
         own = names & {*self.files, ITEMS}
-        for name in own:
-            if (self.folder / name).is_dir() != (name == ITEMS):
-                kind = "a directory" if (self.folder / name).is_dir() else "a file, or a link that leads nowhere,"
-                raise UserError(
-                    f"cannot write {self.folder / name}: {kind} has its place (choose another --output-dir)"
-                )
+        archives = [path for *_, path in archives_in(self.items_folder)]
+        for path in (*(self.folder / name for name in {*own, *self.files, f"{ITEMS}/{MANIFEST}"}), *archives):
+            if path.is_dir() != (path == self.items_folder):
+                kind = "a directory" if path.is_dir() else "a file, or a link that leads nowhere,"
+                raise UserError(f"cannot write {path}: {kind} has its place (choose another --output-dir)")
         foreign = sorted(names - own)
         if self.manifest is None and foreign:
             raise UserError(
@@ -247,7 +257,7 @@ class Run:
             )
         if self.manifest and self.manifest["program"] != self.program:
             raise UserError(f"{self.folder} holds a run of {self.manifest['program']}: choose another --output-dir")
-        if self.manifest is None and (own - {ITEMS} or archives_in(self.items_folder)) and not self.overwrite:
+        if self.manifest is None and (own - {ITEMS} or archives) and not self.overwrite:
             raise UserError(
                 f"{self.folder} holds results without a readable {ITEMS}/{MANIFEST}: --overwrite replaces them"
             )
@@ -314,6 +324,8 @@ class Run:
                 self._state = State.STARTED
             elif damaged := self._damaged():
                 warnings.warn(f"{self.folder / damaged} is missing or damaged: computing it again", stacklevel=2)
+                if not self._is_merged():  # the other archives are kept
+                    self._state = State.STARTED
             else:
                 self._state = State.FINISHED if self._covers(goal) else State.STARTED
         return self._state
@@ -423,6 +435,11 @@ class Run:
         for cluster in self._overlapping():
             yield from _merged([path for *_, path in cluster])
 
+    def all_records(self) -> Iterator[tuple[int, dict]]:
+        """Number and record of all items that `items` has, without their arrays."""
+        for cluster in self._overlapping():
+            yield from sorted(dict(chain.from_iterable(record_lines(path) for *_, path in cluster)).items())
+
     def last(self) -> int:
         """How far the numbers of the finished items reach: one less than none."""
         return max((last for _, last, _ in archives_in(self.items_folder)), default=-1)
@@ -495,7 +512,7 @@ class Run:
 
     def _write_manifest(self, **changes) -> None:
         self.manifest = read_back({**self.manifest, **changes})
-        write_json(self.items_folder / MANIFEST, {**self.manifest, "checksum": hash_of(self.manifest)})
+        write_json(self.items_folder / MANIFEST, {**self.manifest, "checksum": short_hash(self.manifest)})
 
 
 def _merged(paths: Sequence[Path]) -> Iterator[Item]:

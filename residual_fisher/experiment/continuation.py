@@ -4,7 +4,7 @@ A perturbation is added once, at one layer and at the prompt's last token. It al
 deeper layers keep of that token. The following tokens are not perturbed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain, takewhile
 from typing import NamedTuple
 
@@ -15,36 +15,22 @@ from transformers import DynamicCache
 from fisher import Chunks, PromptPoint
 from residual_fisher.model.last_token import growing_copy
 from residual_fisher.model.loading import longest_prompt, text_config
-from residual_fisher.model.passes import attention, capture_head, edit_stream, hooked, last_token
+from residual_fisher.model.passes import add_to_rows, attention, capture_head, hooked
 from residual_fisher.model.reading import PrefixMode
 
 LIMIT_ROUNDING = 1e-3  # relative excess of a predicted KL over the limit that is rounding: 2 nats come as 2.0000002
 OVERFLOWED = -1  # stands for a token where the logits hold NaN or infinity
 
 
-class Continuation(NamedTuple):
-    """What follows one perturbation."""
-
-    layer: int  # index in the point's layers
-    scale: int  # index of its scale
-    direction: int
-    ids: list[int]  # fewer than asked for if it ended
-
-
 class Continuations(NamedTuple):
-    """What follows one prompt."""
+    """What follows one prompt: token ids, fewer than asked for where the text ended."""
 
     unperturbed: list[int]
-    perturbed: list[Continuation]
+    perturbed: list[tuple[int, int, int, list[int]]]  # indices of layer, scale and direction, and the ids
 
 
 def continuations(
-    point: PromptPoint,
-    prompt_length: int,
-    deltas: Tensor,
-    chosen: list[tuple[int, int]],
-    tokens: int,
-    chunks: Chunks,
+    point: PromptPoint, prompt_length: int, deltas: Tensor, chosen: list[tuple[int, int]], tokens: int, chunks: Chunks
 ) -> Continuations:
     """Greedy continuations of a prompt, unperturbed and after perturbations of its last token.
 
@@ -61,13 +47,14 @@ def continuations(
     rows = torch.stack([deltas[layer, direction, scale] for layer, scale, direction in places])
     rows = torch.cat([torch.zeros_like(rows[:1]), rows])  # the first is unperturbed
     at = torch.tensor([0, *(layer for layer, _, _ in places)])
-    ends = end_tokens(point.model)
+    ends = end_tokens(point.model) | {OVERFLOWED}
 
     def chunk(deltas: Tensor, at: Tensor) -> list[list[int]]:
-        return [until_end(row, ends) for row in greedy(point, deltas, at, tokens, ends).tolist()]
+        rows = greedy(point, deltas, at, tokens, ends).tolist()
+        return [list(takewhile(lambda token: token not in ends, ids)) for ids in rows]
 
     unperturbed, *perturbed = chain.from_iterable(chunks.map(chunk, rows, at))
-    return Continuations(unperturbed, [Continuation(*at, ids) for at, ids in zip(places, perturbed, strict=True)])
+    return Continuations(unperturbed, [(*at, ids) for at, ids in zip(places, perturbed, strict=True)])
 
 
 def choose_scales(scales: Sequence[float], predicted: Tensor, limit: float) -> list[tuple[int, int]]:
@@ -96,12 +83,6 @@ def end_tokens(model: nn.Module) -> set[int]:
     return {ends} if isinstance(ends, int) else set(ends)
 
 
-def until_end(ids: list[int], ends: set[int]) -> list[int]:
-    """The tokens before the first end token or overflow."""
-    stop = {*ends, OVERFLOWED}
-    return list(takewhile(lambda token: token not in stop, ids))
-
-
 @torch.no_grad()
 def greedy(point: PromptPoint, deltas: Tensor, at: Tensor, tokens: int, ends: set[int]) -> Tensor:
     """The most probable next tokens (rows, at most `tokens`) int64; after a row's end they mean nothing.
@@ -122,27 +103,15 @@ def greedy(point: PromptPoint, deltas: Tensor, at: Tensor, tokens: int, ends: se
         cache = DynamicCache(config=model.config) if empty else growing_copy(reading.prefix, rows)
     memory = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
 
-    def add(index: int) -> Callable[[Tensor], Tensor]:
-        own = torch.where((at == index)[:, None].to(deltas.device), deltas, 0)  # (rows, d)
-
-        def add_to_own_rows(h: Tensor) -> Tensor:
-            h = h.clone()
-            h[:, last] = (h[:, last] + own.to(h.device)).to(h.dtype)  # the sum is float32 or wider
-            return h
-
-        return add_to_own_rows
-
-    perturbing = [
-        (point.modules[index].register_forward_hook, edit_stream(add(index))) for index in at.unique().tolist()
-    ]
+    perturbing = add_to_rows(point.modules, deltas, at, last)
     written, ended = [], torch.zeros(rows, dtype=torch.bool, device=model.device)
-    with attention(model, "eager"), capture_head(model, last_token):
+    with attention(model, "eager"), capture_head(model):
         while len(written) < tokens and not ended.all():
             perturbed = cache is None or not written  # later its effect is in the cache
             with hooked(*perturbing if perturbed else ()):
                 logits = model(ids, **memory).logits[:, -1].float()
             token = torch.where(logits.logsumexp(-1).isfinite(), logits.argmax(-1), OVERFLOWED).to(model.device)
-            ended |= torch.isin(token, torch.tensor([*ends, OVERFLOWED], device=token.device))
+            ended |= torch.isin(token, torch.tensor(list(ends), device=token.device))
             written.append(token)
             following = token.clamp(min=0)[:, None]
             ids = following if cache is not None else torch.cat([ids, following], dim=1)

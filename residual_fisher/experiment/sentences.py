@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 import re
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 import scipy.sparse
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.rows import SAMPLE_ROWS, choose_column, parse_json, read_rows, text_of
+from residual_fisher.common.rows import parse_json, read_column, text_of
 from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.words import token_writer
 
@@ -62,18 +61,21 @@ def find_sentences(
     return Matches(list(found), read)
 
 
-def read_sentences(*source, **options) -> list[str]:
-    """The sentences that `find_sentences` finds."""
-    return find_sentences(*source, **options).sentences
-
-
 def _texts(source: str, word: str, column: str | None, config: str | None, split: str) -> Iterator[str]:
     """The sentences of a source, without blank ones."""
-    suffix = Path(source).suffix.lower()
-    cells = _json_list(Path(source), word) if suffix == ".json" else _column(source, column, config, split)
+    suffix, name = Path(source).suffix.lower(), None
+    if suffix == ".json":
+        texts = map(text_of, _json_list(Path(source), word))
+    else:
+        part = {"split": split, "config": config}
+        name, texts = read_column(source, column, TEXT_COLUMNS, "--text-column", lambda _, cell: text_of(cell), **part)
     one_each = suffix in (".json", ".txt")  # each text is one sentence
-    for text in filter(None, map(text_of, cells)):
+    found = False
+    for text in filter(None, texts):
+        found = True
         yield from filter(str.strip, [text] if one_each else SENTENCE_END.split(text))
+    if name is not None and not found:
+        raise UserError(f"{source} holds no sentences: no text in the column {excerpt(repr(name), 100)}")
 
 
 def _json_list(path: Path, word: str) -> list[str]:
@@ -93,25 +95,6 @@ def _json_list(path: Path, word: str) -> list[str]:
     if not isinstance(data[word], list) or not all(isinstance(s, str) for s in data[word]):
         raise UserError(f"{path} should hold a list of strings under {word!r}")
     return data[word]
-
-
-def _column(source: str, asked: str | None, config: str | None, split: str) -> Iterator:
-    """The cells of the column that holds the texts.
-
-    Raises:
-        UserError: no such column exists, or it holds no text.
-    """
-    rows = read_rows(source, split, config)
-    first = list(islice(rows, SAMPLE_ROWS))
-    if not first:
-        return
-    column = choose_column(source, first, asked, TEXT_COLUMNS, "--text-column", lambda _, cell: text_of(cell))
-    texts = 0
-    for row in chain(first, rows):
-        texts += text_of(row.get(column)) is not None
-        yield row.get(column)
-    if not texts:
-        raise UserError(f"{source} holds no sentences: no text in the column {excerpt(repr(column), 100)}")
 
 
 # --- choosing ------------------------------------------------------------------------------------

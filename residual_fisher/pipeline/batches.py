@@ -17,8 +17,7 @@ from residual_fisher.common.run import Item
 from residual_fisher.common.text import first_line
 from residual_fisher.model.loading import rotation_change
 from residual_fisher.model.passes import (
-    add_at_last,
-    differentiated_twice,
+    add_at,
     edit_stream,
     hooked,
     last_logits,
@@ -75,10 +74,15 @@ class Subject:
         return [dict(zip(("token", "id", "probability", "in_prompt"), column, strict=True)) for column in columns]
 
 
+def longest(batch: list[Encoded]) -> int:
+    """Tokens of the longest prompt."""
+    return max(len(encoded.ids) for encoded in batch)
+
+
 def pad(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (prompts, tokens), each row filled up with its own last token, and lengths (prompts,)."""
-    longest = max(len(encoded.ids) for encoded in batch)
-    rows = [encoded.ids + encoded.ids[-1:] * (longest - len(encoded.ids)) for encoded in batch]
+    width = longest(batch)
+    rows = [encoded.ids + encoded.ids[-1:] * (width - len(encoded.ids)) for encoded in batch]
     return torch.tensor(rows), torch.tensor([len(encoded.ids) for encoded in batch])
 
 
@@ -102,11 +106,9 @@ def explain_unsupported(subject: Subject) -> Iterator[None]:
 
 def attention_for(settings: Settings, batch: list[Encoded]) -> tuple[str, int]:
     """The kind of attention a batch runs with, and how many cotangents to pull back at once."""
-    longest = max(len(encoded.ids) for encoded in batch)
-    rows = max(1, BACKWARD_ROWS // (len(batch) * longest))
-    if settings.top_k_tokens == "all":  # the block iteration differentiates the backward pass: no fused attention
-        return "eager", rows
-    return ("eager", rows) if longest <= PLAIN_ATTENTION and rows > 1 else ("sdpa", 1)
+    rows = max(1, BACKWARD_ROWS // (len(batch) * longest(batch)))
+    plain = settings.top_k_tokens == "all"  # the block iteration differentiates the backward pass: no fused attention
+    return ("eager", rows) if plain or (longest(batch) <= PLAIN_ATTENTION and rows > 1) else ("sdpa", 1)
 
 
 def linearize(settings: Settings, subject: Subject, batch: list[Encoded]) -> tuple[fisher.Point, int]:
@@ -123,8 +125,7 @@ def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) 
         return len(batch)
     config = subject.model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None) or 1
-    longest = max(len(encoded.ids) for encoded in batch)
-    each = MATRICES_KEPT * config.num_hidden_layers * heads * longest**2 * subject.model.dtype.itemsize
+    each = MATRICES_KEPT * config.num_hidden_layers * heads * longest(batch) ** 2 * subject.model.dtype.itemsize
     return max(1, min(len(batch), ATTENTION_BYTES // each))
 
 
@@ -134,8 +135,7 @@ def triplets(
     """The leading eigenpairs of each prompt's F, the tokens' shares of them, and columns (prompts,) of numbers."""
     r = settings.num_singular_values
     if settings.top_k_tokens == "all":
-        with differentiated_twice():
-            found = leading_eigenpairs(point, r, chunks=chunks)
+        found = leading_eigenpairs(point, r, chunks=chunks)
         eigen, mass = found.eigen, torch.ones_like(found.trace_error[0])
         slopes = point.output_head().times(found.pushed[..., :DIRECTIONS, :])
         shares = token_shares(slopes[0], point.log_probs.exp(), num=TOKENS)
@@ -167,20 +167,19 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
         except (fisher.NumericalError, torch.linalg.LinAlgError) as error:
             if len(prompts) == 1:
                 return [without_matrix(settings, subject, prompts[0], first_line(error))]
-            failed = getattr(error, "prompt", None)
-        if failed is None:  # one of them, and torch does not say which
-            return list(chain.from_iterable(map(measure_some, which.split(1))))
-        parts = (which[:failed], which[failed : failed + 1], which[failed + 1 :])
-        own, others = measure_some(parts[1]), measure_some(torch.cat([parts[0], parts[2]]))
-        return [*others[:failed], *own, *others[failed:]]
+            failed = getattr(error, "prompt", None)  # None: torch does not say which
+        apart = which.split(1)
+        if failed is not None:
+            apart = apart[failed], torch.cat([which[:failed], which[failed + 1 :]])
+        return list(chain.from_iterable(map(measure_some, apart)))
 
     with explain_unsupported(subject):
         parts = fisher.Chunks(prompts_at_once(settings, subject, batch)).map(measure_some, torch.arange(len(batch)))
-    items = list(chain.from_iterable(parts))
+    items = {item.number: item for item in chain.from_iterable(parts)}
     seconds = (time.perf_counter() - start) / len(batch)
-    for item in items:
+    for item in items.values():
         item.record["seconds"] = seconds
-    return items
+    return [items[encoded.prompt.index] for encoded in batch]
 
 
 def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Item]:
@@ -231,12 +230,20 @@ def without_matrix(settings: Settings, subject: Subject, encoded: Encoded, reaso
     return Item(encoded.prompt.index, record, arrays)
 
 
-def check_padding(subject: Subject, batch: list[Encoded]) -> None:
+def check_once(settings: Settings, subject: Subject, batch: list[Encoded], checked: set[str]) -> bool:
     """Runs the shortest and the longest prompt of a batch, without their last tokens, with two kinds of padding.
 
+    Args:
+        checked: the kinds of attention that were checked: each is with its first batch.
+    Returns:
+        Whether this is one.
     Raises:
         UserError: the logits differ, so that this model's results would depend on what else is in the batch.
     """
+    kind = attention_for(settings, batch)[0]
+    if kind in checked:
+        return False
+    use_attention(subject.model, kind)
     by_length = sorted(batch, key=lambda encoded: len(encoded.ids))
     ids, lengths = pad([by_length[0], by_length[-1]])
     ids = ids if ids.shape[1] > 1 else ids.expand(-1, 2)
@@ -244,16 +251,6 @@ def check_padding(subject: Subject, batch: list[Encoded]) -> None:
         require_causal(subject.model, ids, (lengths - 1).clamp(min=1))
     except fisher.UnsupportedModelError as error:
         raise UserError(f"{type(subject.model).__name__} is not supported: {error}") from error
-
-
-def check_once(settings: Settings, subject: Subject, batch: list[Encoded], checked: set[str]) -> bool:
-    """`check_padding` with the first batch of every kind of attention, of which `checked` were; whether this is one."""
-    kind = attention_for(settings, batch)[0]
-    if kind in checked:
-        return False
-    use_attention(subject.model, kind)
-    with explain_unsupported(subject):
-        check_padding(subject, batch)
     checked.add(kind)
     return True
 
@@ -274,12 +271,12 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
     def moved(deltas: torch.Tensor) -> torch.Tensor:
         def add(h: torch.Tensor) -> torch.Tensor:
             here = deltas[:, None].to(h)
-            return add_at_last(h, here) if settings.bias_positions == "last" else h + here
+            return add_at(h, here) if settings.bias_positions == "last" else h + here
 
-        with hooked((subject.module.register_forward_hook, edit_stream(add))):
+        with hooked(edit_stream(subject.module, add)):
             return last_logits(subject.model, *pad(batch * len(deltas)))
 
-    # a prompt that leads to NaN or infinity will be recorded as failed
-    with explain_unsupported(subject), suppress(fisher.NumericalError):
+    # a prompt that leads to NaN, infinity or no convergence will be recorded as failed
+    with explain_unsupported(subject), suppress(fisher.NumericalError, torch.linalg.LinAlgError):
         point, rows = linearize(settings, subject, batch)
         fisher.check_prediction(point, moved, fisher.Chunks(rows))

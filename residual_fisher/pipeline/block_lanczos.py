@@ -10,18 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fisher import (
-    Chunks,
-    Eigenpairs,
-    NumericalError,
-    OutputHead,
-    Point,
-    PushForward,
-    eigenpairs,
-    fix_signs,
-    float64,
-    pull_back,
-)
+import fisher
+from fisher import Chunks, Eigenpairs, OutputHead, Point, float64
 
 OVERSAMPLING = 6  # tokens in the first block beyond the number of eigenpairs asked for
 HUTCHINSON_PROBES = 8  # random rows from which the trace is estimated
@@ -63,7 +53,7 @@ class _Basis:
             mix = (u * inverse[..., None, :]).mT.to(y)
             y, cy = mix @ y, mix @ cy
         rows = cy if probes is None else torch.cat([cy, probes], dim=-2)
-        g = pull_back(self.point, rows, self.chunks)
+        g = fisher.pull_back(self.point, rows, self.chunks)
         g, pulled = g[..., : y.shape[-2], :], g[..., y.shape[-2] :, :]
         self.w, self.cw = torch.cat([self.w, y], dim=-2), torch.cat([self.cw, cy], dim=-2)
         self.g = g if self.g is None else torch.cat([self.g, g], dim=-2)
@@ -92,7 +82,7 @@ def leading_eigenpairs(point: Point, num: int, tolerance: float = 1e-3, chunks: 
         UnsupportedModelError: the head is not linear.
         NumericalError: NaN or infinity, or no convergence; `layer` and `prompt` say where.
     """
-    head, push_forward, chunks = point.output_head(), PushForward(point), chunks or Chunks()
+    head, push_forward, chunks = point.output_head(), fisher.PushForward(point), chunks or Chunks()
     tolerance = max(tolerance, 4 * torch.finfo(point.x.dtype).eps)
     basis = _Basis(point, head, chunks)
     top = head.cotangents(point.log_probs.topk(min(num + OVERSAMPLING, point.log_probs.shape[-1])).indices)
@@ -100,18 +90,17 @@ def leading_eigenpairs(point: Point, num: int, tolerance: float = 1e-3, chunks: 
     pulled = basis.add(top, probes)
     done: Leading | None = None
     for _ in range(MAX_ITERATIONS):
-        v = eigenpairs(basis.g, torch.ones_like(basis.g[0, ..., 0]), num, allow_zero=True).vectors
+        v = fisher.eigenpairs(basis.g, torch.ones_like(basis.g[0, ..., 0]), num, allow_zero=True).vectors
         y = push_forward(v, chunks)  # (layers, ..., m, d_head)
         basis.add(y.movedim(0, -3).flatten(-3, -2))
-        found = _rayleigh_ritz(v, (y @ basis.cw.mT) @ basis.g, y @ top[..., :1, :].mT)
+        values, vectors, residuals = _rayleigh_ritz(v, (y @ basis.cw.mT) @ basis.g, y @ top[..., :1, :].mT)
         trace, rank, error = _estimates(basis, probes, pulled)
-        pushed = (found[1] @ v.mT) @ y
-        new = Leading(Eigenpairs(*found[:2], trace, rank), pushed, found[2], error)
+        new = Leading(Eigenpairs(values, vectors, trace, rank), (vectors @ v.mT) @ y, residuals, error)
         done = new if done is None else _keep_finished(done, new, tolerance)
         if (done.residuals <= tolerance).all():
             return done
     worst = (done.residuals.amax(-1) > tolerance).nonzero()[0].tolist()
-    raise NumericalError(
+    raise fisher.NumericalError(
         f"no convergence in {MAX_ITERATIONS} iterations: a residual of {done.residuals.max():.1e} is left", *worst
     )
 
@@ -140,7 +129,7 @@ def _rayleigh_ritz(v: Tensor, fv: Tensor, slopes: Tensor) -> tuple[Tensor, Tenso
     vectors, slopes = u @ v, (u @ slopes)[..., 0]
     largest = values[..., :1].clamp(min=torch.finfo(torch.float32).tiny)
     residuals = (u @ fv - values[..., None] * vectors).norm(dim=-1) / largest
-    return values, fix_signs(vectors, slopes, largest.sqrt()), residuals
+    return values, fisher.fix_signs(vectors, slopes, largest.sqrt()), residuals
 
 
 def _probes(head: OutputHead) -> Tensor:

@@ -11,12 +11,12 @@ from scipy.sparse.linalg import eigsh
 from residual_fisher.pipeline.matrices import Triplets
 
 ROWS_PER_COLUMN = 4  # of a covariance estimate; with fewer rows it uses the leading columns only
-SOFTNESS = 0.3  # rho of `Subspace`, as a share of the largest eigenvalue of M
-PSEUDOCOUNT = 0.5  # of additive smoothing: a token is taken to have been certain in so many more prompts
+SOFTNESS = 0.3  # of the edge of a `Subspace`: rho as a share of the largest eigenvalue of M
+PSEUDOCOUNT = 0.5  # prompts, of additive smoothing: no token has a probability of 0
 COORDINATES = 5  # principal coordinates of a prompt
 RESOLUTION = 1e-5  # of logarithms and shares, all of order 1: equal prompts of different batches differ by rounding
-MIN_DEVIATION = 1e-3  # standard deviation of a logarithm, added to each column's so that equal rows have an inverse
-SMALL = 64  # rows of a matrix whose eigenvalues are found faster all at once
+MIN_DEVIATION = 1e-3  # standard deviation of a logarithm, added to each column's: equal rows have an inverse too
+SMALL = 64  # rows: all eigenvalues of such a matrix are found as fast as one
 
 
 def robust_z(values: np.ndarray, usual: np.ndarray, least: float = RESOLUTION) -> np.ndarray:
@@ -37,22 +37,20 @@ class Mahalanobis:
     """Mahalanobis distances from trusted rows (n, columns)."""
 
     def __init__(self, rows: np.ndarray):
-        self._count = len(rows)
-        self._used = max(1, min(rows.shape[1], self._count // ROWS_PER_COLUMN))
-        rows = rows[:, : self._used]
-        self._mean = rows.mean(axis=0)
-        self._precision = np.linalg.inv(np.atleast_2d(np.cov(rows.T)) + MIN_DEVIATION**2 * np.eye(self._used))
+        used = max(1, min(rows.shape[1], len(rows) // ROWS_PER_COLUMN))
+        self._rows = rows[:, :used]
+        self._mean = self._rows.mean(axis=0)
+        self._precision = np.linalg.inv(np.atleast_2d(np.cov(self._rows.T)) + MIN_DEVIATION**2 * np.eye(used))
         self._rounding = RESOLUTION**2 * np.trace(self._precision)
-        self._rows = rows
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """(n,) distances; 0 for one that may be rounding."""
-        u = rows[:, : self._used] - self._mean
+        u = rows[:, : len(self._mean)] - self._mean
         return np.sqrt(np.maximum(np.einsum("ni,ij,nj->n", u, self._precision, u) - self._rounding, 0))
 
     def leave_one_out(self) -> np.ndarray:
         """(n,) distances of each trusted row from the others, by the Sherman–Morrison formula."""
-        n, squared = self._count, self.of(self._rows) ** 2
+        n, squared = len(self._rows), self.of(self._rows) ** 2
         left = np.maximum(1 - n * squared / (n - 1) ** 2, RESOLUTION)
         return np.sqrt((n / (n - 1)) ** 2 * (n - 2) / (n - 1) * squared / left)
 
@@ -127,10 +125,10 @@ class NextTokens(NamedTuple):
 class Surprisal:
     """The surprisal -sum p log q of a prompt's next tokens, in nats; q is how probable trusted prompts make a token.
 
-    q is the mean of the token's p over all trusted prompts, with additive smoothing: PSEUDOCOUNT more prompts have it
+    q is the mean of the token's p over all trusted prompts. Additive smoothing counts half a prompt (PSEUDOCOUNT) more,
     with p = 1. A token that is in the prompt is another token than the same text elsewhere, since answers often begin
-    with a word of the question. Its q is the mean over the trusted prompts with the same token, also in the prompt,
-    and one more with the mean p of any token in a prompt (smoothed likewise).
+    with a word of the question. Its q is the mean over the trusted predictions of this token from prompts that have it
+    too. Smoothing counts one more of them, with the mean p of any token that is in its prompt.
     """
 
     def __init__(self, trusted: Sequence[NextTokens]):
@@ -144,7 +142,8 @@ class Surprisal:
 
     def _surprisal(self, next_tokens: NextTokens, left_out: np.ndarray, count: int) -> np.ndarray:
         """(tokens,) with q of `count` trusted prompts; `left_out` (tokens,) is the p of the one left out, or zeros."""
-        (tokens, p), in_prompt, own = next_tokens, _in_prompt(next_tokens.tokens), left_out > 0
+        tokens, p = next_tokens
+        in_prompt, own = _in_prompt(tokens), left_out > 0
         sums = np.maximum(np.array([self._sum[token] for token in tokens], dtype=float) - left_out, 0)
         times = np.array([self._times[token] for token in tokens], dtype=float) - own
         sum_in_prompt = self._sum_in_prompt - left_out[in_prompt].sum() + PSEUDOCOUNT
@@ -173,7 +172,7 @@ def log_gain(own: NextTokens, base: NextTokens) -> np.ndarray:
 
 
 class Unlearnt:
-    """What is measured of each prompt by itself, with the interface of what is learnt from trusted prompts."""
+    """A distance of each prompt from its own base, measured before: nothing is learnt from trusted prompts."""
 
     def __init__(self, trusted: Sequence):
         self._trusted = trusted

@@ -52,10 +52,9 @@ def _collect(records: Iterable[dict]) -> tuple[Columns, dict[int, dict]]:
         leading = heapq.nlargest(NAMED, [*leading, (index, record)], key=lambda item: item[1][OUTLIER])
     if not leading:
         raise ValueError("no prompts")
-    count = index + 1
-    columns = {key: np.array(column) for key, column in numbers.items()}
-    columns |= {key: np.array(column).reshape(count, len(column) // count) for key, column in lists.items()}
-    return columns, dict(leading)
+    count = len(numbers[OUTLIER])
+    columns = {key: np.array(column).reshape(count, -1) for key, column in lists.items()}
+    return columns | {key: np.array(column) for key, column in numbers.items()}, dict(leading)
 
 
 def spectra_figure(records: Iterable[dict]) -> Figure:
@@ -71,7 +70,6 @@ def spectra_figure(records: Iterable[dict]) -> Figure:
     _scores_panel(scores, prompts, colours)
 
     axes = prompts["principal_coordinates"].T  # (values, n)
-    axes = axes if len(axes) else np.zeros((1, axes.shape[1]))  # all prompts failed
     _dots(plan, axes[0], axes[min(1, len(axes) - 1)], colours)
     plan.set(title="Which directions: prompts with like F lie close")
     plan.set(xlabel="first principal coordinate", ylabel="second principal coordinate")
@@ -144,20 +142,20 @@ def _scores_panel(panel: Axes, prompts: Columns, colours: Colours) -> None:
 
 def _names_panel(panel: Axes, leading: dict[int, dict], colours: Colours) -> None:
     """Each prompt that stands out, with its odd words; beside it the tokens of the direction in which it differs."""
-    tokens = [differing_tokens(record) or [] for record in leading.values()]
+    tokens = [*map(differing_tokens, leading.values())]
     length, end = (72, 0.53) if any(tokens) else (140, 1)
     room = TransformedBbox(Bbox([[0, -1], [end, NAMED]]), panel.transData)
     panel.axis("off")
     panel.set(xlim=(0, 1), ylim=(NAMED - 0.5, -0.5))
     panel.set_title("Prompts that stand out, and their scores", loc="left")
     for row, (index, record) in enumerate(leading.items()):
-        panel.plot(0.005, row, "o", color=colours[index], markersize=10)
+        colour, words = colours[index], " ".join(record["odd_words"])
+        panel.plot(0.005, row, "o", color=colour, markersize=10)
         for x, number in ((0.035, str(index)), (0.06, f"{record[OUTLIER]:.1f}")):
             panel.text(x, row, number, va="center", ha="right")
-        words = record.get("odd_words")
         lines = [(-0.18 * bool(words), record["prompt"], {})]
         if words:
-            lines.append((0.27, "says " + " ".join(words), {"color": colours[index], "fontsize": 11}))
+            lines.append((0.27, f"says {words}", {"color": colour, "fontsize": 11}))
         for shift, text, style in lines:
             line = panel.text(0.07, row + shift, label(excerpt(text, length)), va="center", clip_on=True, **style)
             line.set_clip_box(room)  # its letters may be wide

@@ -48,33 +48,22 @@ def merge(run: Run, count: int) -> list[str] | None:
     Raises:
         UserError: items are missing or damaged, or a file cannot be written.
     """
-    one_file, lines, seen = count <= ONE_FILE, [], 0
-
-    def members() -> Iterator[tuple[str, np.ndarray]]:
-        nonlocal seen
-        for number, record, arrays in run.items():
-            if number != seen:
-                raise UserError(f"finished items have vanished from {run.folder / ITEMS}: run the same command again")
-            seen += 1
-            lines.append(json_text(record))
-            yield from ((f"{name}_{number}.npy", array) for name, array in arrays.items())
-
+    folder = run.folder / ITEMS
     try:
-        if one_file:
-            write_archive(run.folder / ARRAYS, members())
-        else:
-            seen = sum(1 for _ in run.items())
+        if [number for number, _ in run.all_records()] != list(range(count)):
+            raise UserError(f"finished items have vanished from {folder}: run the same command again")
+        if count <= ONE_FILE:
+            arrays = ((number, arrays) for number, _, arrays in run.items())
+            members = ((f"{name}_{number}.npy", array) for number, some in arrays for name, array in some.items())
+            write_archive(run.folder / ARRAYS, members)
+            with atomic_open(run.folder / LINES) as file:
+                file.writelines(json_text(record) for _, record in run.all_records())
+            return [ARRAYS, LINES]
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise UserError(f"an archive in {run.folder / ITEMS} is damaged: run the same command again") from error
-    if seen != count:
-        raise UserError(f"finished items have vanished from {run.folder / ITEMS}: run the same command again")
-    if not one_file:
-        for name in (ARRAYS, LINES):  # of a smaller run that was extended
-            (run.folder / name).unlink(missing_ok=True)
-        return None
-    with atomic_open(run.folder / LINES) as file:
-        file.writelines(lines)
-    return [ARRAYS, LINES]
+        raise UserError(f"an archive in {folder} is damaged: run the same command again") from error
+    for name in (ARRAYS, LINES):  # of a smaller run that was extended
+        (run.folder / name).unlink(missing_ok=True)
+    return None
 
 
 def split(folder: Path) -> Iterator[Item]:

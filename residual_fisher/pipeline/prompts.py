@@ -2,12 +2,11 @@
 
 import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import chain, islice
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.rows import SAMPLE_ROWS, choose_column, parse_json, read_rows, text_of
+from residual_fisher.common.rows import parse_json, read_column, text_of
 from residual_fisher.common.text import excerpt, first_line
 
 TURNS = ("conversation", "conversations", "messages")  # columns of these names must hold conversations, not texts
@@ -35,41 +34,30 @@ class Encoded:
     truncated: bool  # the end of the user's text was cut
 
 
+@dataclass
 class Prompts:
-    """The prompts of a dataset, in order, read lazily.
+    """The prompts of a dataset, in order, read lazily, to be iterated once. The arguments are those of `read_rows`."""
 
-    Rows without a usable text are skipped, and counted in `skipped`.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        split: str = "train",
-        column: str | None = None,
-        config: str | None = None,
-        shuffle: int | None = None,
-    ):
-        """`column` holds texts or conversations; None takes the first of COLUMNS that does.
-
-        The other arguments are those of `common.rows.read_rows`.
-        """
-        self.source, self.column = source, column
-        self.rows = read_rows(source, split, config, shuffle)
-        self.usable, self.skipped = 0, 0
+    source: str
+    split: str = "train"
+    column: str | None = None  # holds texts or conversations; None takes the first of COLUMNS that does
+    config: str | None = None
+    shuffle: int | None = None
+    usable: int = field(default=0, init=False)  # rows read that have a usable text
+    skipped: int = field(default=0, init=False)  # rows read that have none
 
     def __iter__(self) -> Iterator[Prompt]:
         """Raises UserError: the dataset cannot be read, or has no such column, or no text in it."""
-        first = list(islice(self.rows, SAMPLE_ROWS))
-        if not first:
+        part = {"split": self.split, "config": self.config, "shuffle": self.shuffle}
+        self.column, texts = read_column(self.source, self.column, COLUMNS, "--prompt-column", prompt_text, **part)
+        if self.column is None:
             raise UserError(f"{self.source} has no usable prompt: it holds no rows")
-        self.column = choose_column(self.source, first, self.column, COLUMNS, "--prompt-column", prompt_text)
-        for number, row in enumerate(chain(first, self.rows)):
-            text = prompt_text(self.column, row.get(self.column))
+        for row, text in enumerate(texts):
             if text is None:
                 self.skipped += 1
                 continue
             self.usable += 1
-            yield Prompt(self.usable - 1, number, text)
+            yield Prompt(self.usable - 1, row, text)
         if not self.usable:
             what = "conversation" if self.column in TURNS else "text"
             where = f"in the column {excerpt(repr(self.column), 100)}"
@@ -80,14 +68,12 @@ class Prompts:
 
 
 def prompt_text(column: str, cell) -> str | None:
-    """The user's text in a cell, which must be a conversation if the column is one of TURNS; None if there is none."""
-    return first_user_turn(turns_of(cell) or []) if column in TURNS else user_text(cell)
+    """The user's first turn if a cell is a conversation, otherwise its text; None if there is none.
 
-
-def user_text(cell) -> str | None:
-    """The user's first turn if a cell is a conversation, otherwise the text of the cell; None if there is none."""
+    In the columns of TURNS, what is not a conversation has no text.
+    """
     turns = turns_of(cell)
-    return text_of(cell) if turns is None else first_user_turn(turns)
+    return text_of(cell) if turns is None and column not in TURNS else first_user_turn(turns or [])
 
 
 def turns_of(cell) -> list[dict] | None:
@@ -139,7 +125,9 @@ def encode(tokenizer, prompt: Prompt, max_length: int) -> Encoded:
     """
 
     def ids(text: str) -> list[int]:
-        return _in_template(tokenizer, text) if tokenizer.chat_template else _bare(tokenizer, text)
+        if not tokenizer.chat_template:
+            return _bare(tokenizer, text)
+        return tokenizer(render(tokenizer, text), add_special_tokens=False)["input_ids"]  # the template has its own
 
     all_ids, kept = ids(prompt.text), len(prompt.text)
     if len(all_ids) > max_length:
@@ -167,10 +155,6 @@ def _bare(tokenizer, text: str) -> list[int]:
     if start is None:
         raise UserError(f"{tokenizer.name_or_path} is not supported: its tokenizer puts special tokens into a text")
     return special[: start + len(bare)]
-
-
-def _in_template(tokenizer, text: str) -> list[int]:
-    return tokenizer(render(tokenizer, text), add_special_tokens=False)["input_ids"]  # the template brings its own
 
 
 def render(tokenizer, text: str) -> str:

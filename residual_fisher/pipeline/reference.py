@@ -2,12 +2,10 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-import hashlib
-import json
 from pathlib import Path
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.run import checksum, read_manifest, shown
+from residual_fisher.common.run import checksum, read_manifest, short_hash, shown
 from residual_fisher.pipeline.matrices import load_fisher_matrices, records_of
 from residual_fisher.pipeline.scores import ScoredRun
 from residual_fisher.pipeline.settings import Settings
@@ -69,7 +67,7 @@ class Reference:
     @property
     def checksum(self) -> str:
         """By which the run is known again, wherever it is."""
-        return hashlib.sha256(json.dumps(self.manifest["primary"]).encode()).hexdigest()[:16]
+        return short_hash(self.manifest["primary"])
 
     def open(self, stack: ExitStack, own: ScoredRun) -> ScoredRun:
         """Its prompts.
@@ -81,9 +79,10 @@ class Reference:
         found = ScoredRun.of(records_of(self.path), matrices)
         if matrices[0].U.shape != own.matrices[0].U.shape:
             raise UserError(f"the matrices in {self.path} are of another shape: --{self.kind} takes a run of the same")
-        if self.kind == "base" and found.texts != own.texts:
-            pairs = zip(found.texts, own.texts, strict=False)
-            first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found.texts), len(own.texts)))
+        ours, theirs = own.prompt_hashes, found.prompt_hashes
+        if self.kind == "base" and ours != theirs:
+            pairs = zip(ours, theirs, strict=False)
+            first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
             raise UserError(
                 f"the run in {self.path} is of other prompts (first at prompt {first}): "
                 "--base takes one of the same prompts through another model"

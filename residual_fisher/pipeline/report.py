@@ -102,11 +102,10 @@ def _from_what(settings: Settings) -> str:
 def _explanation(record: dict) -> str:
     """A prompt's odd words, and the tokens of the direction in which it differs."""
     tokens = differing_tokens(record)
-    parts = " ".join(record.get("odd_words", [])), "" if tokens is None else summary_line(tokens)
-    return "; ".join(filter(None, parts))
+    return "; ".join(filter(None, [" ".join(record["odd_words"]), tokens and summary_line(tokens)]))
 
 
-def differing_tokens(record: dict) -> list[dict] | None:
-    """The tokens of the direction in which a prompt differs from others; None if it failed, or is of an old version."""
-    directions, along = record.get("directions", []), int(record.get("differs_along", 0))
-    return directions[along] if along < len(directions) else None
+def differing_tokens(record: dict) -> list[dict]:
+    """The tokens of the direction in which a prompt differs from others; none if it failed, or is of an old version."""
+    directions, along = record.get("directions", []), record["differs_along"]
+    return directions[along] if along < len(directions) else []

@@ -48,13 +48,13 @@ SCORES = ("z_strength", "z_spectrum", "z_directions", "z_words")
 # The smallest deviation that is not rounding. For words: what one prompt more or less changes.
 LEAST_DEVIATIONS = (RESOLUTION, RESOLUTION, RESOLUTION, 0.01)
 OUTLIER = "outlier_score"
-THRESHOLD = 2.3  # a prompt above it stands out: 1% of normal data do, about as many of ordinary prompts
+THRESHOLD = 2.3  # a prompt above it stands out, as 1% of normal data do
 LANDMARKS = 256  # prompts learnt from: more hardly change what is usual
 FEWEST = 8  # prompts learnt from: fewer do not show what is usual
 CONCENTRATION_STEPS = 2  # by which the usual half is found
 SCORED_AT_ONCE = 64  # prompts
 ODD_WORDS = 3  # named of a prompt
-OFFSET = 0.3  # added to distances, which are of order 1, before the logarithm: near 0 they should not differ much
+OFFSET = 0.3  # added to distances of order 1 before the logarithm, so that those near 0 hardly differ
 VALUES = 10  # leading singular values and vectors that are compared
 LEAST_VALUE = 1e-9  # of the first singular value: what is less is rounding
 CERTAIN = 1e-7  # the rounding of a float32 probability
@@ -72,6 +72,9 @@ class Features(NamedTuple):
     roots: list[np.ndarray]  # X (d, values) float32, with F / tr F = X X^T
     tokens: list[NextTokens]
 
+    measures = (Mahalanobis, Mahalanobis, Subspace, Surprisal)  # one for each of these, and for each of SCORES
+    counted = SCORES  # by the outlier score
+
 
 class Change(NamedTuple):
     """What is compared of n prompts in a model and its base model."""
@@ -80,6 +83,9 @@ class Change(NamedTuple):
     spectrum: np.ndarray  # (n, values), differences
     outside: np.ndarray  # (n, values): the share of tr F outside the directions of the base model's F
     gains: list[np.ndarray]  # of each prompt's next tokens, `log_gain`
+
+    measures = (Mahalanobis, Mahalanobis, Unlearnt, Unlearnt)
+    counted = ("z_directions",)  # a fine-tune changes how certain a model is of many prompts, but the directions of few
 
     @classmethod
     def between(cls, own: Features, base: Features) -> "Change":
@@ -124,12 +130,11 @@ class ScoredRun:
         return [index for index in range(len(self.trace)) if index not in self.failed]
 
     def features(self, numbers: Sequence[int]) -> Features:
-        several = [self.matrices[i] for i in numbers]
         p = np.clip(self.top_probability[numbers], CERTAIN, 1 - CERTAIN)
-        values = np.array([triplets.S[:VALUES] for triplets in several], dtype=np.float64)
-        values = np.maximum(values, np.maximum(LEAST_VALUE * values[:, :1], TINY))
         strength = np.stack([np.log(np.maximum(self.trace[numbers], TINY)), np.log(p / (1 - p))], axis=1)
-        leading = [(triplets.U[:, :VALUES], triplets.S[:VALUES]) for triplets in several]
+        leading = [(found.U[:, :VALUES], found.S[:VALUES]) for found in map(self.matrices.__getitem__, numbers)]
+        values = np.array([s for _, s in leading], dtype=np.float64)
+        values = np.maximum(values, np.maximum(LEAST_VALUE * values[:, :1], TINY))
         roots = [root(u, s, s.sum(dtype=np.float64)) for u, s in leading]
         return Features(strength, np.log(values), roots, [self.next_tokens(i) for i in numbers])
 
@@ -149,18 +154,16 @@ class Scorer:
         total: (n,) the sum of the sample's z-scores that the outlier score counts.
     """
 
-    measures: tuple[type, ...]  # one for each of the features, and for each of SCORES
-    counted: slice | list[int]  # which of SCORES the outlier score counts
-
     def __init__(self, sample: Features | Change, trusted: Sequence[int]):
         learnt = [[part[i] for i in trusted] if isinstance(part, list) else part[trusted] for part in sample]
-        self._measures = [measure(part) for measure, part in zip(self.measures, learnt, strict=True)]
+        self._measures = [measure(part) for measure, part in zip(sample.measures, learnt, strict=True)]
+        self._counted = [SCORES.index(name) for name in sample.counted]
         self.sample = self.compare(sample)
         for found, measure in zip(self.sample, self._measures, strict=True):
             for place, left_out in zip(trusted, measure.leave_one_out(), strict=True):
                 found[place] = left_out
         self._usual = _logarithms(self.sample)
-        self.total = self._z_scores(self._usual)[self.counted].sum(axis=0)
+        self.total = self._z_scores(self._usual)[self._counted].sum(axis=0)
 
     @classmethod
     def of_usual_half(cls, sample: Features | Change) -> "Scorer":
@@ -186,24 +189,11 @@ class Scorer:
     def scores(self, compared: list) -> np.ndarray:
         """(5, n): the four scores and the outlier score."""
         four = self._z_scores(_logarithms(compared))
-        return np.concatenate([four, robust_z(four[self.counted].sum(axis=0), self.total)[None]])
+        return np.concatenate([four, robust_z(four[self._counted].sum(axis=0), self.total)[None]])
 
     def _z_scores(self, logarithms: np.ndarray) -> np.ndarray:
         rows = zip(logarithms, self._usual, LEAST_DEVIATIONS, strict=True)
         return np.stack([robust_z(row, usual, least) for row, usual, least in rows])
-
-
-class TrustedScorer(Scorer):
-    """Scores prompts by their distance from trusted ones in all features."""
-
-    measures, counted = (Mahalanobis, Mahalanobis, Subspace, Surprisal), slice(None)
-
-
-class ChangeScorer(Scorer):
-    """Scores the change from a base model: of directions and words, what the base model has not for the same prompt."""
-
-    # a fine-tune changes how certain a model is of many prompts, but the directions of few
-    measures, counted = (Mahalanobis, Mahalanobis, Unlearnt, Unlearnt), [SCORES.index("z_directions")]
 
 
 def _logarithms(compared: list) -> np.ndarray:
@@ -241,9 +231,9 @@ def outlier_scores(run: ScoredRun, reference: ScoredRun | None = None, base: Sco
         warnings.warn(f"{len(landmarks)} prompts do not say what is usual: all scores are 0", stacklevel=2)
     else:
         if reference is not None:
-            scorer, left_out = TrustedScorer(reference.features(landmarks), np.arange(len(landmarks))), []
+            scorer, left_out = Scorer(reference.features(landmarks), np.arange(len(landmarks))), []
         else:
-            scorer = (TrustedScorer if base is None else ChangeScorer).of_usual_half(features(landmarks))
+            scorer = Scorer.of_usual_half(features(landmarks))
             left_out = [(landmarks, scorer.sample)]  # replaces what the parts say of these prompts
         parts = ((part, scorer.compare(features(part))) for part in _in_parts(usable))
         for numbers, compared in chain(parts, left_out):
@@ -255,8 +245,8 @@ def outlier_scores(run: ScoredRun, reference: ScoredRun | None = None, base: Sco
         if alike := [name.removeprefix("z_") for name, row in zip(SCORES, scores, strict=False) if not row.any()]:
             warnings.warn(f"all prompts have the same {' and '.join(alike)}: these scores are 0", stacklevel=2)
     columns = dict(zip((*SCORES, OUTLIER), scores.tolist(), strict=True))
-    columns |= {"differs_along": along.tolist(), "odd_words": words}
-    return {**columns, "principal_coordinates": _principal_coordinates(run, usable)}
+    coordinates = _principal_coordinates(run, usable).tolist()
+    return {**columns, "differs_along": along.tolist(), "principal_coordinates": coordinates, "odd_words": words}
 
 
 def _landmarks(numbers: Sequence[int]) -> list[int]:
@@ -267,11 +257,11 @@ def _in_parts(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
     return (numbers[start : start + SCORED_AT_ONCE] for start in range(0, len(numbers), SCORED_AT_ONCE))
 
 
-def _principal_coordinates(run: ScoredRun, usable: Sequence[int]) -> list[list[float]]:
+def _principal_coordinates(run: ScoredRun, usable: Sequence[int]) -> np.ndarray:
     if not usable:
-        return [[0.0] * COORDINATES for _ in range(len(run.trace))]
+        return np.zeros((len(run.trace), COORDINATES))
     principal = PrincipalCoordinates([run.matrices[i] for i in _landmarks(usable)])
     found = np.concatenate([principal.of([run.matrices[i] for i in part]) for part in _in_parts(usable)])
     coordinates = np.zeros((len(run.trace), found.shape[1]))
     coordinates[usable] = found
-    return coordinates.tolist()
+    return coordinates

@@ -1,0 +1,124 @@
+"""What a run would take: what a dry run says."""
+
+from collections.abc import Iterator
+from itertools import chain, islice
+import os
+from statistics import fmean, median
+
+from residual_fisher.common.estimate import Trial
+from residual_fisher.common.files import json_text
+from residual_fisher.common.program import peak_memory
+from residual_fisher.common.rows import evenly_spaced
+from residual_fisher.common.run import ITEMS, Run
+from residual_fisher.common.text import duration, excerpt, printable, size
+from residual_fisher.model.loading import dtype_advice
+from residual_fisher.model.passes import devices_of
+from residual_fisher.pipeline.batches import check_once, into_batches, measure
+from residual_fisher.pipeline.derived import PROMPTS
+from residual_fisher.pipeline.matrices import ARRAYS, ONE_FILE
+from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts, encode
+from residual_fisher.pipeline.settings import Settings
+from residual_fisher.pipeline.windows import WINDOW_BATCHES, Failures, Pipeline, changed, finished_in
+
+SAMPLE = 256  # prompts, the first ones, whose lengths stand for all
+TRIED = 3  # batches of them, from the smallest to the largest
+SCORE_BYTES = 300  # that the scores add to a prompt's record
+
+
+def tell_too_few(settings: Settings, usable: int) -> None:
+    if settings.num_prompts != "all" and usable < settings.num_prompts:
+        print(f"note: {settings.num_prompts} prompts were asked for, only {usable} are available")
+
+
+def describe_run(
+    pipeline: Pipeline, prompts: Prompts, source: Iterator[Prompt], run: Run, load_seconds: float, processes: int
+) -> int:
+    """Reads a local dataset to its end, a remote one as far as earlier calls have come; tries a few batches."""
+    settings = pipeline.settings
+    if run.overwrite and run.is_begun():
+        print(f"An earlier run in {printable(settings.output_dir)} would be replaced.")
+    sample, taken, done, to_its_end = [], 0, 0, os.path.isfile(settings.dataset)
+    while to_its_end or len(sample) < SAMPLE or taken <= run.last():
+        if not (window := list(islice(source, WINDOW_BATCHES * settings.batch_size))):
+            to_its_end = True
+            break
+        sample += window[: SAMPLE - len(sample)]
+        taken, done = taken + len(window), done + len(finished_in(run, window))
+    if run.last() >= taken:
+        raise changed(run, "which had more prompts")
+    if not to_its_end:
+        taken = None if settings.num_prompts == "all" else settings.num_prompts
+
+    place = f"{excerpt(settings.dataset, 80)}, column {excerpt(repr(prompts.column), 40)}"
+    if taken is None:
+        print(f"prompts: all of {place}: how many, only its end will tell")
+    else:
+        print(f"prompts: {taken} of {place}; {prompts.skipped} rows without a text skipped")
+        tell_too_few(settings, taken)
+    if done:
+        print(f"resuming: {done} are finished" + ("" if taken is None else f", {taken - done} are left"))
+    encoded = [encode(pipeline.subject.tokenizer, prompt, pipeline.longest) for prompt in sample]
+    lengths = [len(e.ids) for e in encoded]
+    print(
+        f"tokens: {min(lengths)} to {max(lengths)}, median {median(lengths):g}, in the first {len(lengths)} prompts; "
+        f"{sum(e.truncated for e in encoded)} of them cut (--max-length {settings.max_length})"
+    )
+    print(describe_costs(pipeline, encoded, taken, done, load_seconds, processes))
+    print("Nothing was written: a dry run.")
+    return 0
+
+
+def describe_costs(
+    pipeline: Pipeline, encoded: list[Encoded], taken: int | None, done: int, load_seconds: float, processes: int
+) -> str:
+    """Time, memory and disk, from a few batches that are tried: the largest and the longest prompt's among them.
+
+    Raises:
+        UserError: the model is not supported, or too many prompts fail.
+    """
+    settings, subject = pipeline.settings, pipeline.subject
+    size_of_window = WINDOW_BATCHES * settings.batch_size
+    windows = [encoded[start : start + size_of_window] for start in range(0, len(encoded), size_of_window)]
+    batches = sorted(chain.from_iterable(into_batches(settings, subject, window) for window in windows), key=padded)
+    places = {*evenly_spaced(len(batches), TRIED), max(range(len(batches)), key=lambda i: longest(batches[i]))}
+    chosen, items = [batches[place] for place in sorted(places)], []
+    checked, failures = set(), Failures(dtype_advice(subject.model))
+    for batch in batches:  # warms up each kind of attention
+        if check_once(settings, subject, batch, checked):
+            measure(settings, subject, batch[-1:])
+    seconds = []
+    for batch in chosen:
+        found = measure(settings, subject, batch)
+        failures.count(found)
+        seconds.append(sum(item.record["seconds"] for item in found))
+        items += found
+    each = Trial(list(map(padded, chosen)), seconds).total(list(map(padded, batches))) / len(encoded)
+    arrays = fmean(sum(array.nbytes for array in item.arrays.values()) for item in items)
+    record = fmean(len(json_text(item.record)) for item in items) + SCORE_BYTES
+    tokens = fmean(len(e.ids) for e in encoded)
+    time_line = f"{duration(each)} a prompt, {processes * tokens / each:.0f} tokens/s"
+    place = ARRAYS if taken is not None and taken <= ONE_FILE else f"{ITEMS}/"
+    files = f"{size(arrays)} in {place} and {size(record)} in {PROMPTS} a prompt"
+    if taken is not None:
+        time_line = f"about {duration(each * (taken - done) / processes)}, {time_line}"
+        files = f"about {size(arrays * taken)} {place}, {size(record * taken)} {PROMPTS}"
+    if processes > 1:
+        time_line += f", by {processes} processes as fast as this one"
+    shape = f"{len(chosen[-1])} x {longest(chosen[-1])} tokens"
+    return "\n".join(
+        [
+            f"time: {time_line}; and {duration(load_seconds)} to load and check the model",
+            f"memory: {peak_memory(devices_of(subject.model))}, with the largest batch ({shape}) and the longest "
+            "prompt of these",
+            f"files: {files}, a picture and the metadata",
+        ]
+    )
+
+
+def longest(batch: list[Encoded]) -> int:
+    return max(len(encoded.ids) for encoded in batch)
+
+
+def padded(batch: list[Encoded]) -> int:
+    """Tokens that the model is given, the padding among them."""
+    return len(batch) * longest(batch)
