@@ -15,8 +15,10 @@ import fisher
 from residual_fisher.common.lock import lock_directory
 from residual_fisher.common.run import Item, Run
 from residual_fisher.common.text import duration, size
+from residual_fisher.experiment import estimate as of_experiment
 from residual_fisher.experiment.records import file_sizes, split_results
-from residual_fisher.experiment.sentences import Context
+from residual_fisher.pipeline import estimate as of_pipeline
+from residual_fisher.pipeline import matrices
 from residual_fisher.pipeline.processes import Processes
 from residual_fisher.pipeline.prompts import Encoded, Prompt
 from residual_fisher.pipeline.settings import parse
@@ -70,7 +72,7 @@ def test_the_sizes_of_the_experiments_files_are_about_right(finished_experiment)
 
 
 def test_a_dry_experiment_says_what_an_earlier_run_has_left(finished_experiment, model_directory, tmp_path, capsys):
-    output = shutil.copycontents(finished_experiment, tmp_path / "out")
+    output = shutil.copytree(finished_experiment, tmp_path / "out")
     before = contents(tmp_path)
     words = experiment_words(model_directory, output, *FINISHED_EXPERIMENT)
     code, said, _ = say("core_experiment", words, capsys)
@@ -113,32 +115,25 @@ def test_how_many_sentences_qualify_is_only_bounded(model_directory, tmp_path, c
     assert "usable, at most 4 to run:" in said and "time: about at most " in said
 
 
-def test_the_experiments_seconds_grow_with_its_sentences(monkeypatch):
+def test_the_experiments_seconds_grow_with_its_sentences():
     """Those of median and of greatest length are tried; the first round, which takes longer, is the start's."""
-    lengths, tried = [10, 20, 5, 9], []
-    contexts = [Context(f"s{n}", "p", list(range(n)), 0) for n in lengths]
-    settings = core_experiment.parse(["--layers", "0"])
-    about_run = core_experiment.Experiment(settings, tiny.shared("llama"), None, contexts, None, {}, {}, 3.0)
+    lengths, spent = {0: 10, 1: 20, 2: 5, 3: 9}, {3: 1.0, 1: 2.1}
+    assert of_experiment.representatives(lengths) == [3, 1] and of_experiment.representatives({0: 10}) == [0]
 
-    def measure(experiment, numbers: list[int], *_) -> Iterator[Item]:
-        tried.append([lengths[number] for number in numbers])
-        for number in numbers:
-            seconds = {"prefix": 0.25, "sweep": {9: 0.75, 10: 0.75, 20: 1.85}[lengths[number]]}
-            yield Item(number, {"fisher": {"0": {}}, "perturbations": {"0": {}}, "seconds": seconds}, {})
+    def record(seconds: float) -> dict:
+        return {"fisher": {"0": {}}, "perturbations": {"0": {}}, "seconds": {"prefix": 0.25, "sweep": seconds - 0.25}}
 
-    def about(todo: list[int], others: int = 0) -> str:
-        clock = SimpleNamespace(perf_counter=iter([0.0, 4.0, 10.0, 13.1]).__next__)
-        monkeypatch.setattr(core_experiment, "time", clock)
-        return core_experiment.describe_costs(about_run, todo, others, len(todo), "").splitlines()[1]
+    items = [Item(number, record(seconds), {}) for number, seconds in spent.items()]
+    rounds = [(4.0, items), (3.1, items)]
 
-    monkeypatch.setattr(core_experiment, "measure", measure)
-    start = 4.0 - 3.1
-    expected = "1 s to 2.1 s a sentence; and 3 s to load the model"
-    assert about([0, 1, 2, 3]) == f"time: about {duration(start + 1 + 1 + 1.1 + 2.1)}, {expected}"
-    assert tried == [[9, 20]] * 2
-    assert about([0, 1, 2, 3] * 10) == f"time: about {duration(start + 52)}, {expected}"
-    assert about([0, 1, 2, 3], others=8) == f"time: about {duration(start + 5.2 + 2)}, {expected}"
-    assert "1 s a sentence; " in about([0]) and tried[-1] == [10]
+    def about(lengths: dict[int, int], others: int = 0) -> str:
+        return of_experiment.describe_costs(rounds, lengths, others, 4, "some", 3.0, "").splitlines()[1]
+
+    start, a_sentence = 4.0 - 3.1, "1 s to 2.1 s a sentence; and 3 s to load the model"
+    assert about(lengths) == f"time: about {duration(start + 1 + 1 + 1.1 + 2.1)}, {a_sentence}"
+    many = {4 * turn + number: length for turn in range(10) for number, length in lengths.items()}
+    assert about(many) == f"time: about {duration(start + 52)}, {a_sentence}"
+    assert about(lengths, others=8) == f"time: about {duration(start + 5.2 + 2)}, {a_sentence}"
 
 
 # --- compute_fisher.py ---------------------------------------------------------------------------
@@ -168,20 +163,28 @@ def test_all_prompts_or_too_many_are_counted(number, chat_directory, dataset, tm
     assert ("note: 1000 prompts were asked for, only 40 are available" in said) is (number == "1000")
 
 
-def test_of_a_stream_only_a_sample_is_read(tmp_path):
-    nothing = Run(tmp_path / "none", "compute_fisher.py", [])
-    for asked, taken in (("all", None), ("5000", 5000)):
+def test_of_a_stream_only_a_sample_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(of_pipeline, "encode", lambda tokenizer, prompt, longest: Encoded(prompt, [1], False))
+    monkeypatch.setattr(of_pipeline, "describe_costs", lambda *_: "")
+    run = Run(tmp_path / "none", "compute_fisher.py", [])
+    prompts, subject = SimpleNamespace(column="text", skipped=0), SimpleNamespace(tokenizer=None)
+
+    def said(asked: str, stream: Iterator[Prompt]) -> str:
+        pipeline = SimpleNamespace(settings=parse(["--num-prompts", asked, "--dataset-name", "hub/name"]))
+        pipeline.subject, pipeline.longest = subject, 9
+        assert of_pipeline.describe_run(pipeline, prompts, stream, run, 0.0, 1) == 0
+        return capsys.readouterr().out
+
+    for asked, taken in (("all", "prompts: all of hub/name, column 'text': how many"), ("5000", "prompts: 5000 of")):
         stream = (Prompt(i, i, "text") for i in range(10**9))
-        pipeline = SimpleNamespace(settings=parse(["--num-prompts", asked]))
-        found = compute_fisher.survey(pipeline, stream, nothing, to_its_end=False)
-        assert (len(found.sample), found.taken, found.done) == (compute_fisher.SAMPLE, taken, 0)
-        assert next(stream).index == compute_fisher.SAMPLE
-    short = compute_fisher.survey(pipeline, iter([Prompt(0, 0, "text")]), nothing, to_its_end=False)
-    assert (len(short.sample), short.taken) == (1, 1)
+        found = said(asked, stream)
+        assert found.startswith(taken) and f"in the first {of_pipeline.SAMPLE} prompts" in found
+        assert next(stream).index == of_pipeline.SAMPLE
+    assert "in the first 1 prompts" in said("5000", iter([Prompt(0, 0, "text")]))
 
 
 def test_a_dry_pipeline_says_what_an_earlier_run_has_left(chat_directory, dataset, finished_pipeline, tmp_path, capsys):
-    output = shutil.copycontents(finished_pipeline, tmp_path / "out")
+    output = shutil.copytree(finished_pipeline, tmp_path / "out")
     words = pipeline_words(chat_directory, dataset, output)
     before = contents(tmp_path)
     code, said, _ = say("compute_fisher", words, capsys)
@@ -192,7 +195,7 @@ def test_a_dry_pipeline_says_what_an_earlier_run_has_left(chat_directory, datase
     assert "holds a run with other settings (top_k_tokens was 6 and is 5)" in refusal
     assert contents(tmp_path) == before
 
-    with calls_of(compute_fisher, "finish", KeyboardInterrupt):
+    with calls_of(matrices, "merge", KeyboardInterrupt):
         assert run("compute_fisher", [*words, "--overwrite"]) == 130
     (output / "items" / "00000032-00000039.npz").write_bytes(b"damaged")  # a run would remove it
     (output / "items" / ".run.json-00").touch()
@@ -222,9 +225,9 @@ def test_a_dry_pipeline_counts_what_extends_a_finished_run(chat_directory, datas
 
 def test_of_several_processes_the_first_alone_works_and_counts_them(chat_directory, dataset, tmp_path, capsys):
     command = parse([*pipeline_words(chat_directory, dataset, tmp_path / "out"), "--dry-run"])
-    assert compute_fisher.dry_run(command, Processes(1, 2, 1)) == 0
+    assert compute_fisher.run_pipeline(command, Processes(1, 2, 1)) == 0
     assert capsys.readouterr().out == ""
-    assert compute_fisher.dry_run(command, Processes(0, 2, 0)) == 0
+    assert compute_fisher.run_pipeline(command, Processes(0, 2, 0)) == 0
     assert "tokens/s, by 2 processes as fast as this one;" in capsys.readouterr().out
 
 
@@ -237,17 +240,19 @@ def test_the_pipelines_seconds_follow_the_sizes_of_its_batches(monkeypatch):
     batches, tried = [batch(1, 50), batch(4, 20), batch(8, 10), batch(8, 5), batch(2, 5)], []
 
     def measure(settings, subject, some: list[Encoded]) -> list[Item]:
-        tried.append(compute_fisher.padded(some))
+        tried.append(of_pipeline.padded(some))
         seconds = {10: 1.0, 50: 5.0, 80: 8.0}[tried[-1]] / len(some)
         return [Item(0, {"seconds": seconds}, {})] * len(some)
 
-    monkeypatch.setattr(compute_fisher, "into_batches", lambda *_: batches)
-    monkeypatch.setattr(compute_fisher, "check_once", lambda *_: False)
-    monkeypatch.setattr(compute_fisher, "measure", measure)
-    subject = SimpleNamespace(model=tiny.shared("llama"))
-    pipeline = compute_fisher.Pipeline(parse([]), subject, 100, {}, {})
-    found = compute_fisher.Survey([], taken=230, done=0)
-    said = compute_fisher.describe_costs(pipeline, found, [some for batch in batches for some in batch], 3.0, 1)
+    for name, function in {
+        "into_batches": lambda *_: batches,
+        "check_once": lambda *_: False,
+        "measure": measure,
+    }.items():
+        monkeypatch.setattr(of_pipeline, name, function)
+    pipeline = SimpleNamespace(settings=parse([]), subject=SimpleNamespace(model=tiny.shared("llama")))
+    encoded = [some for batch in batches for some in batch]
+    said = of_pipeline.describe_costs(pipeline, encoded, 230, 0, load_seconds=3.0, processes=1)
     assert tried == [10, 50, 80]
     each, tokens = (5 + 8 + 8 + 4 + 1) / 23, 50 + 80 + 80 + 40 + 10
     expected = f"{duration(230 * each)}, {duration(each)} a prompt, {tokens / 26:.0f} tokens/s"
@@ -259,7 +264,7 @@ def test_the_pipelines_seconds_follow_the_sizes_of_its_batches(monkeypatch):
 MISTAKES = {
     ("core_experiment", "--layers 7"): "the model has layers 0 to 2",
     ("core_experiment", "--target-word xyzzy"): "no list for the target word",
-    ("core_experiment", "--data-file none.txt"): "No such file",
+    ("core_experiment", "--data-file none.txt"): "no such file",
     ("compute_fisher", "--hook-layer-name 9"): "its layers are",
     ("compute_fisher", "--prompt-column none"): "no column 'none'",
     ("compute_fisher", "--max-length 2"): "leaves no room",
