@@ -4,7 +4,6 @@ from contextlib import ExitStack
 import os
 from pathlib import Path
 import signal
-import time
 
 import matplotlib.image
 import numpy as np
@@ -19,7 +18,7 @@ from residual_fisher.common.run import archives_in
 from residual_fisher.experiment import sentences
 from residual_fisher.model import loading, reading
 import scripts
-from scripts import EXPERIMENT_FILES, calls_of, experiment_results, experiment_words
+from scripts import EXPERIMENT_FILES, calls_of, contents, experiment_results, experiment_words
 
 # --- bad input -----------------------------------------------------------------------------------
 
@@ -115,10 +114,6 @@ def texts(tmp_path) -> list[str]:
     return ["--data-file", str(tmp_path / "data.txt")]
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_a_sentence_that_leads_to_nan_is_left_out_and_said(number, texts, tmp_path, byte_level, capsys):
     """For real: a token that only this sentence has is NaN. The finished run is told of again as it was told of."""
@@ -197,7 +192,7 @@ def test_perturbations_that_overflow_are_null_and_said(model_directory, tmp_path
             far = layer["1e+39"]
             assert (far["kl"], far["target_prob"], far["top_changed"], far["top_ids"]) == (None, None, None, [])
     assert set(os.listdir(tmp_path)) == EXPERIMENT_FILES
-    assert core_experiment.main(core_experiment.parse(["--redraw", str(tmp_path)])) == 0
+    assert scripts.run("core_experiment", ["--redraw", str(tmp_path)]) == 0
 
 
 # --- no memory -----------------------------------------------------------------------------------
@@ -274,15 +269,10 @@ def finished_sentences(output: Path) -> int:
     return len(results["sentences"])
 
 
-def slow_down() -> None:
-    perturb = core_experiment.perturb
-    core_experiment.perturb = lambda *arguments: (time.sleep(0.2), perturb(*arguments))[1]
-
-
 def test_control_c_as_a_user_sends_it(model_directory, tmp_path):
     output = tmp_path / "out"
     words = experiment_words(model_directory, output, "--num-sentences", "150")
-    running = scripts.start("core_experiment", words, output, slow_down)
+    running = scripts.start("core_experiment", words, output, scripts.slow_sentences)
     running.wait_until(lambda: len(archives_in(output / "items")) >= 2)
     running.send(signal.SIGINT)
     code, errors = running.end()
