@@ -40,7 +40,6 @@ from residual_fisher.model.head import OutputHead, cotangents_through, is_linear
 from residual_fisher.model.loading import decoder_layers, load
 from residual_fisher.model.passes import (
     Chunks,
-    HeadCapture,
     UnsupportedModelError,
     add_at,
     batched_gradients,
@@ -83,9 +82,8 @@ class NumericalError(ArithmeticError):
 class Point:
     """Where the model is linearised: what was read at the last token of each prompt, and the graph from h to x."""
 
-    def __init__(
-        self, model: nn.Module, streams: list[Tensor], biases: list[Tensor], head: HeadCapture, logits: Tensor
-    ):
+    def __init__(self, model: nn.Module, streams: list[Tensor], biases: list[Tensor], head, logits: Tensor):
+        """`head` is the result of `capture_head`."""
         logits = logits.to(head.raw_logits.device)  # a model that is spread over devices returns them on the first
         self.model = model
         # (layers, ..., d) float32, the residual stream h leaving each hooked module

@@ -66,9 +66,6 @@ def last_token_attention(
     batched backward pass carries no (tokens, head_dim) gradient per cotangent, head and layer (half of its time on a
     CPU), and a batched forward pass does not copy the prefix. Fused kernels are not used: their backward has no
     batching rule.
-
-    Raises:
-        UnsupportedModelError: the model changed the key after it was cached, and lost the prefix.
     """
     rows, heads, _, width = query.shape
     groups = key.shape[1]
@@ -76,7 +73,7 @@ def last_token_attention(
     scores = (q * key).sum(-1, keepdim=True)  # (rows, groups, share, 1)
     if hasattr(key, "prefix"):
         scores = torch.cat([_SharedProduct.apply(q, key.prefix[0].mT), scores], dim=-1)
-    if attention_mask is not None and attention_mask.shape[-1] != scores.shape[-1]:
+    if attention_mask is not None and attention_mask.shape[-1] != scores.shape[-1]:  # the key has lost its prefix
         raise UnsupportedModelError(f"the attention of {type(module).__name__} changes keys after they are cached")
     scores = scores * (width**-0.5 if scaling is None else scaling)
     if softcap is not None:
@@ -107,10 +104,8 @@ def _carry_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> 
 
 def _copy_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
     """Replaces `update` for other attentions than `last_token_attention`: the prefix is copied for every row."""
-    rows = key.shape[0]
-    keys = torch.cat([layer.keys.expand(rows, -1, -1, -1), key], dim=-2)
-    values = torch.cat([layer.values.expand(rows, -1, -1, -1), value], dim=-2)
-    return keys, values
+    pairs = ((layer.keys, key), (layer.values, value))
+    return tuple(torch.cat([prefix.expand(len(own), -1, -1, -1), own], dim=-2) for prefix, own in pairs)
 
 
 @torch.no_grad()
@@ -120,8 +115,6 @@ def prefill(model: nn.Module, ids: Tensor, shared: bool) -> DynamicCache | None:
     Args:
         ids: (tokens,) int64, the prompt without its last token; if empty, the result is None.
         shared: whether the later passes use `last_token_attention`.
-    Raises:
-        UnsupportedModelError: the model's cache holds more than keys and values (recurrent and hybrid models).
     """
     if "past_key_values" not in signature(model.forward).parameters:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no key-value cache")
@@ -130,7 +123,7 @@ def prefill(model: nn.Module, ids: Tensor, shared: bool) -> DynamicCache | None:
     cache = DynamicCache(config=model.config)
     model.base_model(ids[None].to(model.device), past_key_values=cache, use_cache=True)  # no head
     for layer in cache.layers:
-        # The exact type counts: its subclasses hold states that a pass changes.
+        # The exact type counts: its subclasses, in recurrent and hybrid models, hold states that a pass changes.
         if type(layer).__name__ not in PLAIN_LAYERS:
             raise UnsupportedModelError(f"a cache of {type(layer).__name__} holds more than keys and values")
         if layer.keys is not None:  # else the layer has no attention, or uses another layer's keys

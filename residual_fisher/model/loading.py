@@ -1,6 +1,6 @@
 """Loading models by name (the embedded small one, a hub id or a local directory), and finding their layers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 import difflib
 import hashlib
@@ -236,21 +236,18 @@ def fingerprint(model: nn.Module, tokenizer) -> str:
     )
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     digest = hashlib.sha256(json.dumps([config, vocabulary, tokenizer.chat_template], sort_keys=True).encode())
-    for name, values in _plain_tensors(model.state_dict().items()):
-        if isinstance(values, torch.Tensor):
-            checksum = None if values.is_meta else _checksum(values)
-            digest.update(f"{name} {tuple(values.shape)} {values.dtype} {checksum}".encode())
+    for name, values in model.state_dict().items():
+        digest.update(_described(name, values).encode())
     return digest.hexdigest()[:16]
 
 
-def _plain_tensors(named: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """The same, with each tensor that is made of others (a quantised one) replaced by those others."""
-    for name, values in named:
-        if hasattr(values, "__tensor_flatten__"):
-            inner, _ = values.__tensor_flatten__()
-            yield from _plain_tensors((f"{name}.{part}", getattr(values, part)) for part in inner)
-        else:
-            yield name, values
+def _described(name: str, values) -> str:
+    if hasattr(values, "__tensor_flatten__"):  # made of other tensors, as a quantised one is
+        inner, _ = values.__tensor_flatten__()
+        return "".join(_described(f"{name}.{part}", getattr(values, part)) for part in inner)
+    if not isinstance(values, torch.Tensor):
+        return ""
+    return f"{name} {tuple(values.shape)} {values.dtype} {None if values.is_meta else _checksum(values)}"
 
 
 def _checksum(values: torch.Tensor) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 import warnings
 
 import torch
@@ -72,26 +73,14 @@ def add_to_rows(modules: Sequence[nn.Module], deltas: Tensor, at: Tensor, token:
     return [edit_stream(modules[index], partial(add, index)) for index in at.unique().tolist()]
 
 
-class HeadCapture:
-    """What went into and out of the output head in the last pass."""
-
-    x: Tensor  # (rows, tokens, d_head): the final normalised hidden state
-    raw_logits: Tensor  # (rows, tokens, V): before the scaling or soft-capping that may follow
-
-
 @contextmanager
-def capture_head(
-    model: PreTrainedModel, pick: Callable[[Tensor], Tensor] = lambda x: x[:, -1:]
-) -> Iterator[HeadCapture]:
-    """Captures the output head's input and output, and gives the head only what `pick` takes of its input.
+def capture_head(model: PreTrainedModel, pick: Callable = lambda x: x[:, -1:]) -> Iterator[SimpleNamespace]:
+    """Captures the output head's input x (rows, tokens, d_head) and output raw_logits (rows, tokens, V), in every pass.
 
-    The logits of all other tokens and rows are never computed: they would be the peak of memory. Of nested
-    captures, the outer one picks first, and all hold what the head got in the end.
-
-    Args:
-        pick: takes x (rows, tokens, d_head), returns some of its rows or tokens; by default the last token.
+    The head gets only pick(x), by default the last token. The logits of all other tokens and rows are never computed:
+    they would be the peak of memory. Of nested captures, the outer one picks first, and all hold what the head got.
     """
-    head, captured = model.get_output_embeddings(), HeadCapture()
+    head, captured = model.get_output_embeddings(), SimpleNamespace()
 
     def before(module: nn.Module, args: tuple) -> tuple:
         return (pick(args[0]), *args[1:])
@@ -157,7 +146,7 @@ def stream_width(model: nn.Module, module: nn.Module) -> int:
 
 
 def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Logits (prompts, V) after the last token of prompts `ids` (prompts, tokens), padded on the right."""
+    """Logits (prompts, V) after the last token of each prompt: `ids` (prompts, tokens), padded on the right."""
     require_known_tokens(model, ids)
     with capture_head(model, lambda x: token_at(x, lengths - 1, ids.shape)):
         return model(ids.to(model.device), use_cache=False).logits[:, 0]
@@ -171,10 +160,9 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 def batched_gradients(
     model: nn.Module, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Vector-Jacobian products (rows, ...) at each of `inputs`, in one backward pass through the model.
+    """Vector-Jacobian products (rows, ...) at each of `inputs`, of a tensor of cotangents (rows, ...) for each output.
 
-    Args:
-        cotangents: (rows, ...), one tensor for each of `outputs`.
+    All rows take one backward pass through the model.
     """
 
     def one(*cotangents: Tensor) -> tuple[Tensor, ...]:
@@ -197,14 +185,11 @@ def largest_kl(logits: Tensor, others: Tensor) -> float:
 
 @torch.no_grad()
 def require_causal(model: nn.Module, ids: Tensor, lengths: Tensor) -> None:
-    """Checks that predictions do not depend on later tokens: runs `last_logits` with two kinds of padding.
+    """Raises UnsupportedModelError if predictions depend on later tokens: if `last_logits` change with the padding.
 
     In a causal model the logits are the same to the last bit, in every dtype. One exception is allowed: a mixture of
     experts sorts the tokens of a batch by expert, so other padding changes the order of its sums. Its logits may differ
     by rounding if their gradient at the padding is zero.
-
-    Raises:
-        UnsupportedModelError: the predictions do depend on later tokens.
     """
     padding = torch.arange(ids.shape[1]) >= lengths[:, None]
     tokens = model.get_output_embeddings().weight.shape[0]
@@ -212,10 +197,8 @@ def require_causal(model: nn.Module, ids: Tensor, lengths: Tensor) -> None:
     first, second = (last_logits(model, some, lengths).nan_to_num() for some in (ids, other))
     if torch.equal(first, second):
         return
-    if (
-        not largest_kl(first, second) <= ROUNDING_NATS[model.dtype]
-        or _gradient_at_tokens(model, ids, lengths).cpu()[padding].any()
-    ):
+    rounding = largest_kl(first, second) <= ROUNDING_NATS[model.dtype]
+    if not rounding or _gradient_at_tokens(model, ids, lengths).cpu()[padding].any():
         raise UnsupportedModelError("its predictions change with the padding of a batch: it is not causal")
 
 
@@ -242,11 +225,7 @@ class Chunks:
         self.size = size
 
     def map(self, function: Callable, *rows: Tensor) -> list:
-        """function(chunk of each tensor in `rows`) for every chunk, in order.
-
-        Raises:
-            torch.OutOfMemoryError: a single row does not fit; or another error that `is_out_of_memory` knows.
-        """
+        """function(chunk of each tensor in `rows`) for every chunk, in order. Memory must suffice for a single row."""
         results, start = [], 0
         while left := len(rows[0]) - start:
             # chunks of equal size: a small remainder takes as long as a chunk of several times its rows

@@ -58,14 +58,9 @@ class Reading:
             return self.model(ids, **memory).logits[:, -1].float()
 
     def perturbed_logits(self, modules: Sequence[nn.Module], deltas: Tensor, at: Tensor) -> Tensor:
-        """Logits (rows, V) float32 after perturbations, each added to the output of one module at the last token.
+        """Logits (rows, V) float32 after perturbations `deltas` (rows, d) of the last token.
 
-        Args:
-            modules: decoder layers, in order.
-            deltas: (rows, d).
-            at: (rows,) int64 on the CPU, ascending: the index in `modules` of each row's layer.
-        Raises:
-            ValueError: `at` is not ascending.
+        Each is added to the output of `modules[at[row]]`: decoder layers in order, `at` (rows,) int64 on the CPU.
         """
         if (at.diff() < 0).any():
             raise ValueError("the rows' layers must be ascending")
@@ -86,8 +81,7 @@ class Reading:
 def read(model: nn.Module, ids: Tensor, mode: PrefixMode) -> Reading:
     """The last of a prompt's `ids` (tokens,) int64; runs its prefix.
 
-    Raises:
-        UnsupportedModelError: the model cannot be read in this mode.
+    Raises UnsupportedModelError if the model cannot be read in this mode, or another error.
     """
     if mode is PrefixMode.WHOLE:
         return Reading(model, mode, ids[None], None)
@@ -110,10 +104,7 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     """The first mode in which this prompt's predictions, as it is and perturbed, are those of plain forward passes.
 
     The choice is remembered. It is made again for a longer prompt, which may exceed a window of attention, and if the
-    model's dtype, devices or attention have changed.
-
-    Raises:
-        UnsupportedModelError: no mode is right, or the model is not decoder-only.
+    model's dtype, devices or attention have changed. Raises UnsupportedModelError if no mode is right.
     """
     inner = unwrapped(model)
     chosen = _chosen.setdefault(model, {})
@@ -145,11 +136,10 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
 
 @torch.no_grad()
 def _plain_passes(model: nn.Module, ids: Tensor) -> tuple[Tensor, tuple[list[nn.Module], Tensor, Tensor]]:
-    """What plain forward passes make of perturbations at the first and the last layer.
+    """Perturbations at the first and the last layer: what plain forward passes make of them, logits (4, V); themselves.
 
-    Returns:
-        logits (4, V), unperturbed and after each perturbation; and the arguments of `Reading.perturbed_logits` for the
-        three perturbations, of which the first is zero
+    They are arguments of `Reading.perturbed_logits`, three rows of which the first is zero. The logits begin with those
+    of the intact prompt.
     """
     inner = unwrapped(model)
     name = type(inner).__name__
