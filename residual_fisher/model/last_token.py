@@ -102,19 +102,11 @@ def _carry_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> 
     return key, value
 
 
-def _copy_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-    """Replaces `update` for other attentions than `last_token_attention`: the prefix is copied for every row."""
-    pairs = ((layer.keys, key), (layer.values, value))
-    return tuple(torch.cat([prefix.expand(len(own), -1, -1, -1), own], dim=-2) for prefix, own in pairs)
-
-
 @torch.no_grad()
 def prefill(model: nn.Module, ids: Tensor, shared: bool) -> DynamicCache | None:
-    """A cache of a prompt's keys and values, which later passes read in each of their rows but never change.
+    """A cache of the keys and values of a prompt without its last token, `ids` (tokens,); None if that is empty.
 
-    Args:
-        ids: (tokens,) int64, the prompt without its last token; if empty, the result is None.
-        shared: whether the later passes use `last_token_attention`.
+    If it is to be `shared`, passes with `last_token_attention` read it in each of their rows and never change it.
     """
     if "past_key_values" not in signature(model.forward).parameters:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no key-value cache")
@@ -126,8 +118,8 @@ def prefill(model: nn.Module, ids: Tensor, shared: bool) -> DynamicCache | None:
         # The exact type counts: its subclasses, in recurrent and hybrid models, hold states that a pass changes.
         if type(layer).__name__ not in PLAIN_LAYERS:
             raise UnsupportedModelError(f"a cache of {type(layer).__name__} holds more than keys and values")
-        if layer.keys is not None:  # else the layer has no attention, or uses another layer's keys
-            layer.update = MethodType(_carry_prefix if shared else _copy_prefix, layer)
+        if shared and layer.keys is not None:  # else the layer has no attention, or uses another layer's keys
+            layer.update = MethodType(_carry_prefix, layer)
     return cache
 
 
@@ -137,6 +129,6 @@ def growing_copy(prefix: DynamicCache, rows: int) -> DynamicCache:
     cache.layers = [copy(layer) for layer in prefix.layers]
     for layer in cache.layers:
         if layer.keys is not None:
-            del layer.update  # back to the class's own, which puts new tensors in place of these
+            vars(layer).pop("update", None)  # back to the class's own, which puts new tensors in place of these
             layer.keys, layer.values = (part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
     return cache

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import json
 import logging
 import math
+import os
 from pathlib import Path
 import pickle
 import platform
@@ -62,8 +63,6 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
         dtype: a key of DTYPES, or "auto": bfloat16 on CUDA, float32 elsewhere.
         device: "auto", or a torch device. With "auto", a model larger than one GPU is spread over all of them. A GPU
             named here becomes CUDA's current one.
-    Returns:
-        (model, tokenizer)
     Raises:
         UserError: there is no such model or device, the embedded model cannot be fetched, the files are damaged or
             incomplete, or the model is larger than all GPUs.
@@ -75,18 +74,15 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
     if place.index is not None and place.type == "cuda":
         torch.cuda.set_device(place)  # kernels that a model brings along run on the current one
     options = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **PLAIN}
-    if name != EMBEDDED:
-        with _explain_failures(name):
-            return _from_files(name, options, place, device)
     with _explain_failures(name):
-        path = embedded_model()
-    damaged = path.stat().st_ino
+        source = str(embedded_model()) if name == EMBEDDED else name
+    damaged = os.stat(source).st_ino if name == EMBEDDED else None
     try:
         with _explain_failures(name):
-            return _from_files(str(path), options, place, device)
-    except TooLargeError:
-        raise
+            return _from_files(source, options, place, device)
     except UserError as error:
+        if name != EMBEDDED or isinstance(error, TooLargeError):
+            raise
         print(f"note: {error}: converting it again", file=sys.stderr)
     with _explain_failures(name):
         return _from_files(str(embedded_model(damaged)), options, place, device)
@@ -310,10 +306,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     They are a module list of the length that the configuration gives for the decoder. It is looked for in the part that
     transformers calls the decoder, then anywhere. Of several such lists, the outermost is taken (a vision tower is
-    deeper inside), then the one with the most parameters.
-
-    Raises:
-        UserError: there is no such list.
+    deeper inside), then the one with the most parameters. Raises UserError if there is none.
     """
     depth = getattr(text_config(model), "num_hidden_layers", None)
     paths = {module: path for path, module in model.named_modules()}
@@ -328,8 +321,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     """(path, module) of a module by its path ("model.layers.15"), or of a decoder layer by its number ("15").
 
-    Raises:
-        UserError: the model has no such module; the message lists its decoder layers.
+    Raises UserError if the model has no such module.
     """
     modules = {path: module for path, module in model.named_modules() if path}  # "" is the model itself
     if name in modules:

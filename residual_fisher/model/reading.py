@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from residual_fisher.common.program import is_out_of_memory
 from residual_fisher.common.text import first_line
-from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, prefill
+from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, growing_copy, prefill
 from residual_fisher.model.loading import decoder_layers
 from residual_fisher.model.passes import (
     ROUNDING_NATS,
@@ -51,11 +51,13 @@ class Reading:
 
     def logits(self, rows: int = 1) -> Tensor:
         """Logits (rows, V) float32 of `rows` copies of the last token."""
-        kind = LAST_TOKEN_ATTENTION if self.mode is PrefixMode.SHARED else "eager"
+        kind, cache = LAST_TOKEN_ATTENTION, self.prefix
+        if self.mode is not PrefixMode.SHARED:
+            kind, cache = "eager", cache and growing_copy(cache, rows)
+        memory = {} if cache is None else {"past_key_values": cache}
         ids = self.ids.expand(rows, -1).to(self.model.device)
-        memory = {"use_cache": False} if self.prefix is None else {"past_key_values": self.prefix, "use_cache": True}
         with attention(self.model, kind), capture_head(self.model):
-            return self.model(ids, **memory).logits[:, -1].float()
+            return self.model(ids, use_cache=cache is not None, **memory).logits[:, -1].float()
 
     def perturbed_logits(self, modules: Sequence[nn.Module], deltas: Tensor, at: Tensor) -> Tensor:
         """Logits (rows, V) float32 after perturbations `deltas` (rows, d) of the last token.

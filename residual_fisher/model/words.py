@@ -45,10 +45,8 @@ class TokenShares(NamedTuple):
 def token_shares(slopes: Tensor, p: Tensor, tokens: Tensor | None = None, num: int = TOKENS_RECORDED) -> TokenShares:
     """The `num` tokens with the largest shares p_t slope_t^2 of each direction's curvature.
 
-    Args:
-        slopes: (..., n, k), of the tokens that F counts.
-        p: (..., k), their probabilities.
-        tokens: (..., k) int64, their ids; None for the whole vocabulary.
+    Of the tokens that F counts, it takes slopes (..., n, k), probabilities (..., k) and ids (..., k) int64; None for
+    the whole vocabulary.
     """
     parts = p[..., None, :] * slopes**2  # (..., n, k)
     largest, at = parts.topk(min(num, parts.shape[-1]))
