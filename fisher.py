@@ -46,8 +46,8 @@ from residual_fisher.model.passes import (
     capture_head,
     edit_stream,
     hooked,
+    last_logits,
     require_known_tokens,
-    token_at,
     unwrapped,
 )
 from residual_fisher.model.reading import Reading, choose_mode, read
@@ -201,9 +201,7 @@ def linearize_prompts(
     Raises:
         UnsupportedModelError: the module's output has another shape or does not lead to the predictions.
     """
-    model = unwrapped(model)
-    require_known_tokens(model, ids)
-    prompts, last = torch.arange(len(ids)), lengths.cpu() - 1
+    model, prompts, last = unwrapped(model), torch.arange(len(ids)), lengths.cpu() - 1
 
     def at_last(h: Tensor) -> Tensor:
         if not isinstance(h, Tensor) or h.ndim != 3 or h.shape[:2] != ids.shape or not h.is_floating_point():
@@ -215,8 +213,8 @@ def linearize_prompts(
         return h + (here.to(h) * bias[:, None] if last_only else bias[:, None])
 
     biases, streams, hooks = _zero_biases([module], at_last, add)  # (prompts, d) of the one module
-    with torch.enable_grad(), hooked(*hooks), capture_head(model, lambda x: token_at(x, last, ids.shape)) as head:
-        logits = model(ids.to(model.device), use_cache=False).logits[:, 0].float()  # (prompts, V)
+    with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
+        logits = last_logits(model, ids, lengths.cpu()).float()  # (prompts, V)
     if len(biases) != 1 or not head.x.requires_grad:
         raise UnsupportedModelError("it does not stand, once, between the prompt and the output head")
     return Point(model, streams, biases, head, logits)

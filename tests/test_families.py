@@ -92,7 +92,7 @@ def test_a_longer_prompt_is_tried_anew(monkeypatch):
 def test_a_cache_that_misleads_is_not_used(monkeypatch):
     model, ids = tiny.build("llama"), tiny.prompt()
     prefill = reading.prefill
-    monkeypatch.setattr(reading, "prefill", lambda model, ids, shared: prefill(model, ids.flip(0), shared))
+    monkeypatch.setattr(reading, "prefill", lambda model, ids: prefill(model, ids.flip(0)))
     point = fisher.linearize(model, ids)
     assert point.reading.mode is PrefixMode.WHOLE
     assert torch.allclose(point.log_probs.double(), tiny.reference_log_probs("llama", ids), atol=1e-4)
@@ -101,8 +101,8 @@ def test_a_cache_that_misleads_is_not_used(monkeypatch):
 def test_a_mode_is_chosen_anew_in_another_dtype(monkeypatch):
     model, prefill = tiny.build("llama"), reading.prefill
 
-    def misread_in_half_precision(model: nn.Module, ids: torch.Tensor, shared: bool):
-        return prefill(model, ids.flip(0) if model.dtype == torch.bfloat16 else ids, shared)
+    def misread_in_half_precision(model: nn.Module, ids: torch.Tensor):
+        return prefill(model, ids.flip(0) if model.dtype == torch.bfloat16 else ids)
 
     monkeypatch.setattr(reading, "prefill", misread_in_half_precision)
     for dtype, mode in (

@@ -96,18 +96,9 @@ AttentionInterface.register(LAST_TOKEN_ATTENTION, last_token_attention)
 AttentionMaskInterface.register(LAST_TOKEN_ATTENTION, eager_mask)
 
 
-def _carry_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-    """Replaces `update` of a cache layer: the prefix is attached to the last token's key and value."""
-    key.prefix, value.prefix = layer.keys, layer.values
-    return key, value
-
-
 @torch.no_grad()
-def prefill(model: nn.Module, ids: Tensor, shared: bool) -> DynamicCache | None:
-    """A cache of the keys and values of a prompt without its last token, `ids` (tokens,); None if that is empty.
-
-    If it is to be `shared`, passes with `last_token_attention` read it in each of their rows and never change it.
-    """
+def prefill(model: nn.Module, ids: Tensor) -> DynamicCache | None:
+    """A cache of the keys and values of a prompt without its last token, `ids` (tokens,); None if that is empty."""
     if "past_key_values" not in signature(model.forward).parameters:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no key-value cache")
     if len(ids) == 0:
@@ -118,17 +109,27 @@ def prefill(model: nn.Module, ids: Tensor, shared: bool) -> DynamicCache | None:
         # The exact type counts: its subclasses, in recurrent and hybrid models, hold states that a pass changes.
         if type(layer).__name__ not in PLAIN_LAYERS:
             raise UnsupportedModelError(f"a cache of {type(layer).__name__} holds more than keys and values")
-        if shared and layer.keys is not None:  # else the layer has no attention, or uses another layer's keys
-            layer.update = MethodType(_carry_prefix, layer)
     return cache
 
 
-def growing_copy(prefix: DynamicCache, rows: int) -> DynamicCache:
-    """A copy of `prefill`'s cache that grows with every pass over the same `rows`."""
+def copy_of(prefix: DynamicCache, rows: int, shared: bool = False) -> DynamicCache:
+    """A copy of `prefill`'s cache that grows with every pass over the same `rows`, and leaves the prefix as it is.
+
+    If it is `shared`, it never grows and serves any number of rows, in passes with `last_token_attention`.
+    """
     cache = copy(prefix)
     cache.layers = [copy(layer) for layer in prefix.layers]
     for layer in cache.layers:
-        if layer.keys is not None:
-            vars(layer).pop("update", None)  # back to the class's own, which puts new tensors in place of these
+        if layer.keys is None:  # the layer has no attention, or uses another layer's keys
+            continue
+        if shared:
+            layer.update = MethodType(_carry_prefix, layer)
+        else:  # `update` puts new tensors in place of these
             layer.keys, layer.values = (part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
     return cache
+
+
+def _carry_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+    """Replaces `update` of a cache layer: the prefix is attached to the last token's key and value."""
+    key.prefix, value.prefix = layer.keys, layer.values
+    return key, value

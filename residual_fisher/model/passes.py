@@ -74,11 +74,11 @@ def add_to_rows(modules: Sequence[nn.Module], deltas: Tensor, at: Tensor, token:
 
 
 @contextmanager
-def capture_head(model: PreTrainedModel, pick: Callable = lambda x: x[:, -1:]) -> Iterator[SimpleNamespace]:
+def capture_head(model: PreTrainedModel, pick: Callable = lambda x: x) -> Iterator[SimpleNamespace]:
     """Captures the output head's input x (rows, tokens, d_head) and output raw_logits (rows, tokens, V), in every pass.
 
-    The head gets only pick(x), by default the last token. The logits of all other tokens and rows are never computed:
-    they would be the peak of memory. Of nested captures, the outer one picks first, and all hold what the head got.
+    The head gets only pick(x). The logits of all other tokens and rows are never computed: they would be the peak of
+    memory. Of nested captures, the outer one picks first, and all hold what the head got.
     """
     head, captured = model.get_output_embeddings(), SimpleNamespace()
 
@@ -90,13 +90,6 @@ def capture_head(model: PreTrainedModel, pick: Callable = lambda x: x[:, -1:]) -
 
     with hooked((head.register_forward_pre_hook, before), (head.register_forward_hook, after)):
         yield captured
-
-
-def token_at(x: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
-    """(prompts, 1, d) of x (*shape, d) with shape (prompts, tokens), at one token index (prompts,) of each prompt."""
-    if x.ndim != 3 or x.shape[:2] != shape:
-        raise UnsupportedModelError(f"its output head is not given (prompts, tokens, d), but {tuple(x.shape)}")
-    return x[torch.arange(len(x)), index][:, None]
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -148,7 +141,13 @@ def stream_width(model: nn.Module, module: nn.Module) -> int:
 def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
     """Logits (prompts, V) after the last token of each prompt: `ids` (prompts, tokens), padded on the right."""
     require_known_tokens(model, ids)
-    with capture_head(model, lambda x: token_at(x, lengths - 1, ids.shape)):
+
+    def pick(x: Tensor) -> Tensor:
+        if x.ndim != 3 or x.shape[:2] != ids.shape:
+            raise UnsupportedModelError(f"its output head is not given (prompts, tokens, d), but {tuple(x.shape)}")
+        return x[torch.arange(len(x)), lengths - 1][:, None]
+
+    with capture_head(model, pick):
         return model(ids.to(model.device), use_cache=False).logits[:, 0]
 
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from residual_fisher.common.program import is_out_of_memory
 from residual_fisher.common.text import first_line
-from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, growing_copy, prefill
+from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, copy_of, prefill
 from residual_fisher.model.loading import decoder_layers
 from residual_fisher.model.passes import (
     ROUNDING_NATS,
@@ -51,13 +51,11 @@ class Reading:
 
     def logits(self, rows: int = 1) -> Tensor:
         """Logits (rows, V) float32 of `rows` copies of the last token."""
-        kind, cache = LAST_TOKEN_ATTENTION, self.prefix
-        if self.mode is not PrefixMode.SHARED:
-            kind, cache = "eager", cache and growing_copy(cache, rows)
-        memory = {} if cache is None else {"past_key_values": cache}
-        ids = self.ids.expand(rows, -1).to(self.model.device)
-        with attention(self.model, kind), capture_head(self.model):
-            return self.model(ids, use_cache=cache is not None, **memory).logits[:, -1].float()
+        shared = self.mode is PrefixMode.SHARED
+        kind, ids = LAST_TOKEN_ATTENTION if shared else "eager", self.ids.expand(rows, -1).to(self.model.device)
+        memory = {} if self.prefix is None else {"past_key_values": copy_of(self.prefix, rows, shared)}
+        with attention(self.model, kind), capture_head(self.model, lambda x: x[:, -1:]):
+            return self.model(ids, use_cache=bool(memory), **memory).logits[:, -1].float()
 
     def perturbed_logits(self, modules: Sequence[nn.Module], deltas: Tensor, at: Tensor) -> Tensor:
         """Logits (rows, V) float32 after perturbations `deltas` (rows, d) of the last token.
@@ -90,7 +88,7 @@ def read(model: nn.Module, ids: Tensor, mode: PrefixMode) -> Reading:
     if mode is PrefixMode.SHARED and not model.is_backend_compatible():
         raise UnsupportedModelError(f"{type(model).__name__} has an attention of its own")
     with attention(model, "eager"), hooked():
-        prefix = prefill(model, ids[:-1], shared=mode is PrefixMode.SHARED)
+        prefix = prefill(model, ids[:-1])
     return Reading(model, mode, ids[None, -1:], prefix)
 
 
