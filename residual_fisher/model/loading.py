@@ -256,9 +256,7 @@ def _checksum(values: torch.Tensor) -> int:
     bits = values.detach().contiguous().flatten().view(integers)
     weights = _scrambled(torch.arange(BLOCK, device=bits.device))
     at_once = BLOCK if bits.device.type == "cpu" else 1 << 24  # in 8 bytes each: a CPU's cache, a GPU's work
-    blocks = (
-        nn.functional.pad(part, (0, -len(part) % BLOCK)).unflatten(0, (-1, BLOCK)) for part in bits.split(at_once)
-    )
+    blocks = (nn.functional.pad(b, (0, -len(b) % BLOCK)).unflatten(0, (-1, BLOCK)) for b in bits.split(at_once))
     sums = torch.cat([(some * weights).sum(-1) for some in blocks])
     return int((sums * _scrambled(torch.arange(len(sums), device=bits.device))).sum())
 
@@ -319,10 +317,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """(path, module) of a module by its path ("model.layers.15"), or of a decoder layer by its number ("15").
-
-    Raises UserError if the model has no such module.
-    """
+    """(path, module) by the path ("model.layers.15"), or of a decoder layer by its number ("15"); else UserError."""
     modules = {path: module for path, module in model.named_modules() if path}  # "" is the model itself
     if name in modules:
         return name, modules[name]

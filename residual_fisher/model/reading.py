@@ -28,6 +28,7 @@ from residual_fisher.model.passes import (
     hooked,
     largest_kl,
     require_causal,
+    require_known_tokens,
     unwrapped,
 )
 
@@ -79,10 +80,7 @@ class Reading:
 
 
 def read(model: nn.Module, ids: Tensor, mode: PrefixMode) -> Reading:
-    """The last of a prompt's `ids` (tokens,) int64; runs its prefix.
-
-    Raises UnsupportedModelError if the model cannot be read in this mode, or another error.
-    """
+    """The last of a prompt's `ids` (tokens,) int64; runs its prefix. A model that does not fit the mode may raise."""
     if mode is PrefixMode.WHOLE:
         return Reading(model, mode, ids[None], None)
     if mode is PrefixMode.SHARED and not model.is_backend_compatible():
@@ -100,6 +98,7 @@ PROBE = 0.1  # length of the perturbations that are tried, as a share of the res
 _chosen: WeakKeyDictionary[nn.Module, dict[tuple, tuple[PrefixMode, int]]] = WeakKeyDictionary()
 
 
+@torch.no_grad()
 def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     """The first mode in which this prompt's predictions, as it is and perturbed, are those of plain forward passes.
 
@@ -107,6 +106,7 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     model's dtype, devices or attention have changed. Raises UnsupportedModelError if no mode is right.
     """
     inner = unwrapped(model)
+    require_known_tokens(inner, ids)
     chosen = _chosen.setdefault(model, {})
     conditions = (inner.dtype, frozenset(devices_of(inner)), inner.config._attn_implementation)
     mode, longest = chosen.get(conditions, (None, 0))
@@ -117,7 +117,8 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
         return PrefixMode.WHOLE  # nothing can be compared; what is read next will be NaN as well
     for mode in PrefixMode:
         try:
-            kl = _departure(inner, ids, mode, expected, perturbations)
+            reading = read(inner, ids, mode)
+            kl = largest_kl(expected, torch.cat([reading.logits(), reading.perturbed_logits(*perturbations)]))
         except Exception as error:  # an unknown architecture may fail in any manner
             if is_out_of_memory(error):
                 raise
@@ -134,7 +135,6 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     return mode
 
 
-@torch.no_grad()
 def _plain_passes(model: nn.Module, ids: Tensor) -> tuple[Tensor, tuple[list[nn.Module], Tensor, Tensor]]:
     """Perturbations at the first and the last layer: what plain forward passes make of them, logits (4, V); themselves.
 
@@ -168,10 +168,3 @@ def _plain_passes(model: nn.Module, ids: Tensor) -> tuple[Tensor, tuple[list[nn.
     alone = read(inner, ids, PrefixMode.WHOLE)
     moved = [alone.perturbed_logits([m], delta[None], at[:1]) for m, delta in zip(modules, noise, strict=True)]
     return torch.cat([plain, plain, *moved]), (modules, deltas, at)
-
-
-@torch.no_grad()
-def _departure(model: nn.Module, ids: Tensor, mode: PrefixMode, expected: Tensor, perturbations: tuple) -> float:
-    """The largest KL in nats of the expected predictions from those read in this mode."""
-    reading = read(model, ids, mode)
-    return largest_kl(expected, torch.cat([reading.logits(), reading.perturbed_logits(*perturbations)]))
