@@ -541,8 +541,7 @@ def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Ch
         UnsupportedModelError: the model's gradient is not its derivative, for example as activations are quantised.
     """
     sizes, least, factor = HALF_PRECISION if point.model.dtype.itemsize < 4 else FULL_PRECISION
-    tokens = min(CHECKED_TOKENS, point.log_probs.shape[-1])
-    top = top_k(point, tokens, chunks)
+    top = top_k(point, min(CHECKED_TOKENS, point.log_probs.shape[-1]), chunks)
     first = (0,) * (top.gradients.ndim - 2)  # layer and prompt
     eigen = top.eigenpairs(allow_zero=True)
     value, v, h = eigen.values[first][0], eigen.vectors[first][0], point.activations[first]

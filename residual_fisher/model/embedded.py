@@ -35,8 +35,7 @@ STDERR = 2  # the file descriptor: in a notebook sys.stderr has none
 
 def cache_directory() -> Path:
     """Where converted models are kept: $XDG_CACHE_HOME/residual-fisher, else ~/.cache/residual-fisher."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "residual-fisher"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "residual-fisher"
 
 
 def embedded_model(damaged: int | None = None) -> Path:

@@ -44,8 +44,8 @@ class TooLargeError(UserError):
 def pick_device(device: str = "auto") -> torch.device:
     """The device to run on. "auto" takes cuda, then mps, then cpu."""
     if device == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try:
         torch.empty(1, device=device)
         if torch.device(device).type == "meta":
@@ -151,8 +151,8 @@ def _from_files(source: str, options: dict, place: torch.device, device: str):
         raise ValueError(f"its checkpoint lacks {len(missing)} of the weights, {min(missing)} among them")
     if mismatched := found["mismatched_keys"]:  # these too
         key, *shapes = min(mismatched)
-        is_shape, wanted = (" x ".join(map(str, shape)) for shape in shapes)
-        raise ValueError(f"{len(mismatched)} of its weights have another shape: {key} is {is_shape}, not {wanted}")
+        own, wanted = (" x ".join(map(str, shape)) for shape in shapes)
+        raise ValueError(f"{len(mismatched)} of its weights have another shape: {key} is {own}, not {wanted}")
     if any(p.is_meta for p in model.parameters()):
         raise TooLargeError
     model.eval().requires_grad_(False)

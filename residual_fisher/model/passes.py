@@ -1,7 +1,7 @@
 """Passes through a model: hooks that are always removed, and batches of rows that shrink when memory runs out."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
 import warnings
@@ -27,15 +27,11 @@ def hooked(*hooks: tuple[Callable, Callable]) -> Iterator[None]:
 
     Modules compiled by `torch.compile` run uncompiled meanwhile: compiled code may skip hooks.
     """
-    handles = []
-    try:
+    with ExitStack() as stack:
         for register, hook in hooks:
-            handles.append(register(hook))
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            stack.enter_context(register(hook))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def edit_stream(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> tuple[Callable, Callable]:
@@ -229,9 +225,8 @@ class Chunks:
         while left := len(rows[0]) - start:
             # chunks of equal size: a small remainder takes as long as a chunk of several times its rows
             count = -(-left // -(-left // self.size))
-            chunk = [r[start : start + count] for r in rows]
             try:
-                results.append(function(*chunk))
+                results.append(function(*(r[start : start + count] for r in rows)))
                 start += count
                 continue
             except Exception as error:

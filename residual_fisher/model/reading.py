@@ -1,8 +1,4 @@
-"""Reading a prompt's last token: its prediction, as it is and perturbed, in the fastest mode that is right.
-
-There are three modes. The first one whose predictions agree with plain forward passes is chosen. Nothing outside this
-module has to know which.
-"""
+"""Reading a prompt's last token: its prediction, as it is and perturbed, in the fastest mode that is right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
