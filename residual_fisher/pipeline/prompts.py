@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.rows import parse_json, read_column, text_of
+from residual_fisher.common.rows import parse_json, read_column, read_rows, text_of
 from residual_fisher.common.text import excerpt, first_line
 
 TURNS = ("conversation", "conversations", "messages")  # columns of these names must hold conversations, not texts
@@ -48,8 +48,8 @@ class Prompts:
 
     def __iter__(self) -> Iterator[Prompt]:
         """Raises UserError: the dataset cannot be read, or has no such column, or no text in it."""
-        part = {"split": self.split, "config": self.config, "shuffle": self.shuffle}
-        self.column, texts = read_column(self.source, self.column, COLUMNS, "--prompt-column", prompt_text, **part)
+        rows = read_rows(self.source, self.split, self.config, self.shuffle)
+        self.column, texts = read_column(self.source, rows, self.column, COLUMNS, "--prompt-column", prompt_text)
         if self.column is None:
             raise UserError(f"{self.source} has no usable prompt: it holds no rows")
         for row, text in enumerate(texts):
