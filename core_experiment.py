@@ -355,12 +355,13 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
     with tqdm(total=total, initial=count, desc="perturbing", unit="sentence", disable=None) as bar:
         failed = []  # kept with the next sentence that is finished: failures alone are no results
         while count < settings.num_sentences and (item := next(new, None)):
-            items.append(item)
             if "failed" in item.record:
+                items.append(item)
                 failed.append(item)
                 require_few_failures(items)
                 continue
             run.append([*failed, item])
+            items.append(item)  # only now: Ctrl-C must not find it among the results before it is kept
             failed.clear()
             tqdm.write(report.sentence_block(item.record, count, config))
             bar.update()

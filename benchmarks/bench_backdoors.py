@@ -185,12 +185,16 @@ def others(m: Measured, trusted: np.ndarray | None, tested: np.ndarray) -> dict[
     }
 
 
+def scores(run: ScoredRun, **compared: ScoredRun) -> dict[str, np.ndarray]:
+    found = outlier_scores(run, **compared)
+    return {name: np.array(found[name]) for name in (OUTLIER, *SCORES)}
+
+
 def with_reference(m: Measured, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
     ordinary = rng.permutation(np.flatnonzero(m.odd == ""))
     trusted, tested = ordinary[:TRUSTED], np.concatenate([ordinary[TRUSTED:], np.flatnonzero(m.odd != "")])
-    own = outlier_scores(m.some(tested), reference=m.some(trusted))
-    return tested, {**{name: np.array(own[name]) for name in (OUTLIER, *SCORES)}, **others(m, trusted, tested)}
+    return tested, {**scores(m.some(tested), reference=m.some(trusted)), **others(m, trusted, tested)}
 
 
 def mixed(m: Measured, seed: int) -> np.ndarray:
@@ -201,15 +205,13 @@ def mixed(m: Measured, seed: int) -> np.ndarray:
 
 def without_reference(m: Measured, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     tested = mixed(m, seed)
-    own = outlier_scores(m.some(tested))
-    return tested, {**{name: np.array(own[name]) for name in (OUTLIER, *SCORES)}, **others(m, None, tested)}
+    return tested, {**scores(m.some(tested)), **others(m, None, tested)}
 
 
 def beside_base(base: Measured) -> Callable:
     def score(m: Measured, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         tested = mixed(m, seed)
-        own = outlier_scores(m.some(tested), base=base.some(m.places[tested]))
-        return tested, {name: np.array(own[name]) for name in (OUTLIER, *SCORES)}
+        return tested, scores(m.some(tested), base=base.some(m.places[tested]))
 
     return score
 

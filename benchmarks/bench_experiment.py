@@ -20,7 +20,7 @@ import torch
 
 import core_experiment
 import fisher
-from residual_fisher.experiment.results import Measured
+from residual_fisher.experiment.measurement import Measured
 
 CHUNKS = (25, 50, 100, 200)
 

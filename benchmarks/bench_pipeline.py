@@ -30,12 +30,12 @@ import transformers
 
 import compute_fisher
 from residual_fisher.common.files import write_json
+from residual_fisher.common.run import Item, write_items
 from residual_fisher.model.loading import decoder_layers
 from residual_fisher.model.passes import use_attention
 from residual_fisher.pipeline.batches import pad
 from residual_fisher.pipeline.prompts import Encoded, Prompts, encode, plan_batches
 from residual_fisher.pipeline.settings import Settings
-from residual_fisher.pipeline.store import Result, write_results
 
 WIDE = {  # a random model of the width of a 1B one
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32,
@@ -63,11 +63,11 @@ def shared(lm, module, batch: list[Encoded], k: int) -> None:
         torch.linalg.svd(g.T @ (top.detach().exp()[:, None] * g))
 
 
-def compare(slow, fast: Result) -> float:
+def compare(slow, fast: Item) -> float:
     """Largest difference of the two rank-r matrices, relative to the largest singular value."""
     s, u = slow
-    v = torch.from_numpy(fast.vectors)
-    difference = u @ s.diag() @ u.T - v.T @ torch.from_numpy(fast.values).diag() @ v
+    own_u, own_s, own_v = (torch.from_numpy(fast.arrays[name]) for name in "USV")
+    difference = u @ s.diag() @ u.T - own_u @ own_s.diag() @ own_v
     return float(torch.linalg.matrix_norm(difference, 2) / s[0])
 
 
@@ -93,9 +93,9 @@ def bench(name: str, lm, tokenizer, layer: int, encoded: list[Encoded], settings
         total[label] += taken
         return result
 
-    def this(batch: list[Encoded], folder: str) -> list[Result]:
+    def this(batch: list[Encoded], folder: str) -> list[Item]:
         found = compute_fisher.measure(settings, subject, batch)
-        write_results(Path(folder) / "batch.npz", found, "full")
+        write_items(Path(folder) / "batch.npz", found)
         return found
 
     def loop(batch: list[Encoded]) -> list:

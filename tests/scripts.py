@@ -69,6 +69,19 @@ def experiment_results(output: Path) -> tuple[dict, dict[str, np.ndarray]]:
         return json.loads((output / "experiment_results.json").read_text()), dict(arrays)
 
 
+def assert_same_experiment(output: Path, expected: Path) -> None:
+    """All files, byte for byte, but for what the options and the clock say."""
+    for name in EXPERIMENT_FILES - {"experiment_results.json", "items"}:
+        assert (output / name).read_bytes() == (expected / name).read_bytes(), name
+    documents = []
+    for path in (output, expected):
+        document, _ = experiment_results(path)
+        assert document.pop("timings") and document["experiment_config"].pop("output_dir")
+        documents.append(json.dumps(document))
+    assert documents[0] == documents[1]
+    assert set(os.listdir(output)) == EXPERIMENT_FILES and os.listdir(output / "items") == ["run.json"]
+
+
 # --- compute_fisher.py ---------------------------------------------------------------------------
 
 PIPELINE_FILES = {"items", "fisher_matrices_compressed.npz", "fisher_spectra.png", "metadata.yaml", "prompts.jsonl"}

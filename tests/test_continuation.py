@@ -19,7 +19,7 @@ import tiny
 
 TOKENS = 6
 WORDS = ["--num-sentences", "3", "--layers", "0", "2", "--scale-unit", "nats", "--scales", "-1", "0", "0.5", "1", "3"]
-CONTINUE = ["--continue", str(TOKENS)]
+CONTINUE = ["--continue", str(TOKENS), "--continue-nats", "2.000000001"]  # more digits than JSON keeps
 
 
 def build(name: str) -> nn.Module:
@@ -149,7 +149,7 @@ def both(model_directory, tmp_path_factory):
     """The results without and with continuations."""
     outputs = [tmp_path_factory.mktemp("runs") / name for name in ("without", "with")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw", lambda *_: None)
+        patch.setattr(figures, "draw", lambda folder, document: None)
         for output, more in zip(outputs, ([], CONTINUE), strict=True):
             assert scripts.core_experiment(model_directory, output, *WORDS, *more) == 0
     return outputs
@@ -187,17 +187,8 @@ def test_without_the_option_nothing_is_new_and_with_it_only_the_continuations_ar
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_stopped_and_gone_on_with_it_ends_as_if_never_stopped(model_directory, both, tmp_path, monkeypatch, capsys):
-    perturb, calls = core_experiment.perturb, []
-
-    def stop_at_the_third(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return perturb(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(core_experiment, "perturb", stop_at_the_third)
+def test_stopped_and_resumed_with_it_ends_as_if_never_stopped(model_directory, both, tmp_path, capsys):
+    with scripts.calls_of(core_experiment, "perturb", KeyboardInterrupt, at=[3]):
         assert scripts.core_experiment(model_directory, tmp_path, *WORDS, *CONTINUE) == 130
     assert len(experiment_results(tmp_path)[0]["continuations"]) == 2
     assert scripts.core_experiment(model_directory, tmp_path, *WORDS) == 2
@@ -211,15 +202,6 @@ def test_stopped_and_gone_on_with_it_ends_as_if_never_stopped(model_directory, b
     assert texts[0] == texts[1]
     name = "fisher_eigenvectors.npz"
     assert (tmp_path / name).read_bytes() == (both[1] / name).read_bytes()
-
-
-def test_results_from_before_there_was_the_option_are_those_without_it(both):
-    document, _ = experiment_results(both[0])
-    config = document["experiment_config"]
-    older = {key: value for key, value in config.items() if not key.startswith("continue")}
-    about = [core_experiment.identify(some, "model", []) for some in (config, older)]
-    assert about[0] == about[1]
-    assert core_experiment.identify({**config, "continue_": 6}, "model", []) != about[0]
 
 
 def test_the_console_shows_it_in_lines_of_the_terminals_width(monkeypatch):

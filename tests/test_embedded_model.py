@@ -81,7 +81,7 @@ def test_the_pipelines_triplets_match_the_plain_loop(embedded):
     path, module = loading.find_module(model, "15")
     subject = compute_fisher.Subject(model, tokenizer, path, module)
     batch = [Encoded(Prompt(i, i, text), prompts[i], False) for i, text in enumerate(texts)]
-    for result, ids in zip(compute_fisher.measure(Settings(), subject, batch), prompts, strict=True):
+    for item, ids in zip(compute_fisher.measure(Settings(), subject, batch), prompts, strict=True):
         bias = torch.zeros(576, requires_grad=True)
         handle = module.register_forward_hook(lambda module, args, h, bias=bias: h + bias)
         log_probs = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
@@ -89,11 +89,12 @@ def test_the_pipelines_triplets_match_the_plain_loop(embedded):
         top = log_probs.topk(10).values
         gradients = torch.stack([torch.autograd.grad(log_p, bias, retain_graph=True)[0] for log_p in top])
         u, s, v = torch.linalg.svd((gradients.T * top.exp().detach()) @ gradients)
-        assert (torch.from_numpy(result.values) / s[:10] - 1).abs()[:8].max() < 1e-3
+        found_u, found_s, found_v = (torch.from_numpy(item.arrays[name]) for name in "USV")
+        assert (found_s / s[:10] - 1).abs()[:8].max() < 1e-3
         best = u[:, :10] @ s[:10].diag() @ v[:10]
-        found = torch.from_numpy(result.vectors.T * result.values @ result.vectors)
+        found = found_u * found_s @ found_v
         assert (found - best).abs().max() < 1e-4 * best.abs().max()
-        assert result.record["captured_mass"] == pytest.approx(float(top.detach().exp().sum()), rel=1e-4)
+        assert item.record["captured_mass"] == pytest.approx(float(top.detach().exp().sum()), rel=1e-4)
 
 
 def test_the_experiment_runs_on_it_wherever_the_script_is_called_from(tmp_path, monkeypatch, capsys):

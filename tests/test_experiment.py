@@ -1,8 +1,6 @@
 """The experiment from its command line: the files it writes, their numbers, its options."""
 
-import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +10,10 @@ from conftest import FINISHED_EXPERIMENT, make_model_directory
 import core_experiment
 import fisher
 from residual_fisher.experiment import sentences
+from residual_fisher.experiment.records import rank
 from residual_fisher.model import loading
 import scripts
-from scripts import EXPERIMENT_FILES, experiment_results
+from scripts import EXPERIMENT_FILES, calls_of, experiment_results
 
 # --- the files -----------------------------------------------------------------------------------
 
@@ -112,18 +111,11 @@ def test_small_perturbations_cost_what_was_predicted(model_directory, tmp_path):
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_the_difference_control_goes_towards_the_sentence_before_or_for_the_first_the_second(
-    model_directory, tmp_path, monkeypatch
-):
-    seen = []
-    perturb = core_experiment.perturb
-
-    def watch(settings, context, point, controls, *rest):
-        seen.append((point.activations, controls["difference"]))
-        return perturb(settings, context, point, controls, *rest)
-
-    monkeypatch.setattr(core_experiment, "perturb", watch)
-    assert scripts.core_experiment(model_directory, tmp_path, "--scales", "1") == 0
+def test_the_difference_control_goes_towards_the_sentence_before_or_for_the_first_the_second(model_directory, tmp_path):
+    with calls_of(core_experiment, "perturb") as calls, calls_of(fisher, "linearize") as read:
+        assert scripts.core_experiment(model_directory, tmp_path, "--scales", "1") == 0
+    assert len(read) == 4 + 1  # every sentence is read once, the second also for the first
+    seen = [(point.activations, controls["difference"]) for _, _, point, controls, *_ in calls]
     for index, other in enumerate((1, 0, 1, 2)):
         towards = torch.nn.functional.normalize(seen[other][0] - seen[index][0], dim=-1)
         assert torch.equal(seen[index][1], towards)
@@ -154,16 +146,7 @@ def test_the_summary_is_of_the_records(finished_experiment):
 
 def test_the_same_command_twice_gives_the_same_bytes(finished_experiment, model_directory, tmp_path):
     assert scripts.core_experiment(model_directory, tmp_path, *FINISHED_EXPERIMENT) == 0
-    for name in EXPERIMENT_FILES - {"experiment_results.json"}:
-        assert (tmp_path / name).read_bytes() == (finished_experiment / name).read_bytes()
-
-    def text(output: Path) -> str:
-        results = experiment_results(output)[0]
-        assert results.pop("timings")
-        results["experiment_config"].pop("output_dir")
-        return json.dumps(results)
-
-    assert text(tmp_path) == text(finished_experiment)
+    scripts.assert_same_experiment(tmp_path, finished_experiment)
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -173,14 +156,6 @@ def test_fewer_sentences_are_the_first_of_more(finished_experiment, model_direct
     assert few["sentences"] == more["sentences"][:2]
     assert few["perturbation_results"] == more["perturbation_results"][:2]
     assert np.array_equal(few_arrays["eigenvectors"], more_arrays["eigenvectors"][:2])
-
-
-@pytest.mark.usefixtures("without_pictures")
-def test_every_sentence_is_read_once(model_directory, tmp_path, monkeypatch):
-    linearize, read = fisher.linearize, []
-    monkeypatch.setattr(fisher, "linearize", lambda model, ids, *rest: read.append(ids) or linearize(model, ids, *rest))
-    assert scripts.core_experiment(model_directory, tmp_path) == 0
-    assert len(read) == 4
 
 
 def test_the_chosen_sentences_are_the_diverse_ones(finished_experiment, animals):
@@ -280,6 +255,21 @@ def test_require_predicted_keeps_only_what_the_model_predicts(model_directory, t
 
 
 @pytest.mark.usefixtures("without_pictures")
+def test_of_equally_probable_tokens_the_first_is_the_top_one_and_predicted(byte_level, tmp_path, capsys):
+    """In bfloat16 ties are common. Here every token ties with "!", the first of the vocabulary."""
+    directory = make_model_directory(tmp_path / "model", byte_level)
+    model, _ = loading.load(str(directory), device="cpu")
+    model.lm_head.weight[:] = model.lm_head.weight[0].clone()
+    model.save_pretrained(directory)
+    words = ["--num-sentences", "2", "--require-predicted", "--dtype", "bfloat16"]
+    assert scripts.core_experiment(directory, tmp_path / "out", *words) == 2
+    assert "sentences is 'animals' the top prediction (--require-predicted)" in capsys.readouterr().err
+    ties = torch.tensor([0.1, 0.3, 0.3, 0.3], dtype=torch.bfloat16).log()
+    order = ties.sort(stable=True, descending=True).indices.tolist()
+    assert [rank(ties, token) for token in order] == [1, 2, 3, 4] and order[0] == int(ties.argmax()) == 1
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_fewer_sentences_than_asked_for_are_used_and_noted(model_directory, tmp_path, capsys):
     data = tmp_path / "data.txt"
     data.write_text("The zoo has many animals.\nWe like animals.\nNo plants.")
@@ -324,7 +314,7 @@ def test_pictures_can_be_drawn_again_from_the_results_alone(finished_experiment,
     (tmp_path / "experiment_results.json").write_bytes((finished_experiment / "experiment_results.json").read_bytes())
     assert core_experiment.main(core_experiment.parse(["--redraw", str(tmp_path)])) == 0
     assert str(tmp_path) in capsys.readouterr().out
-    assert set(os.listdir(tmp_path)) == EXPERIMENT_FILES - {"fisher_eigenvectors.npz"}
+    assert set(os.listdir(tmp_path)) == EXPERIMENT_FILES - {"fisher_eigenvectors.npz", "items"}
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (finished_experiment / path.name).read_bytes()
 

@@ -1,9 +1,12 @@
-"""The experiment when something goes wrong: bad input, no memory, NaN, Ctrl-C and kill."""
+"""The experiment when something goes wrong: bad input, no memory, NaN and Ctrl-C."""
 
+from contextlib import ExitStack
 import os
+from pathlib import Path
 import signal
 import time
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -12,10 +15,11 @@ from conftest import make_model_directory
 import core_experiment
 import fisher
 from residual_fisher.common.program import SOME_FAILED
+from residual_fisher.common.run import archives_in
 from residual_fisher.experiment import sentences
 from residual_fisher.model import loading, reading
 import scripts
-from scripts import EXPERIMENT_FILES, experiment_results, experiment_words
+from scripts import EXPERIMENT_FILES, calls_of, experiment_results, experiment_words
 
 # --- bad input -----------------------------------------------------------------------------------
 
@@ -75,13 +79,11 @@ def test_a_cache_that_misleads_gives_way_to_whole_prompts(model_directory, tmp_p
     assert np.allclose(cached["eigenvalues"], whole["eigenvalues"], rtol=1e-4)
 
 
-def test_a_model_that_fisher_does_not_predict_is_refused(model_directory, dataset, tmp_path, capsys, monkeypatch):
-    def refuse(*_):
-        raise fisher.UnsupportedModelError("a small perturbation changes its prediction 3 times as much")
-
-    monkeypatch.setattr(fisher, "check_prediction", refuse)
-    assert scripts.core_experiment(model_directory, tmp_path / "out") == 2
-    assert scripts.compute_fisher(model_directory, dataset, tmp_path / "out") == 2
+def test_a_model_that_fisher_does_not_predict_is_refused(model_directory, dataset, tmp_path, capsys):
+    refused = fisher.UnsupportedModelError("a small perturbation changes its prediction 3 times as much")
+    with calls_of(fisher, "check_prediction", refused):
+        assert scripts.core_experiment(model_directory, tmp_path / "out") == 2
+        assert scripts.compute_fisher(model_directory, dataset, tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert said.count("a small perturbation changes its prediction") == said.count("\n") == 2
     assert not (tmp_path / "out").exists()
@@ -103,44 +105,79 @@ def test_nan_names_the_sentence_and_the_layer(tmp_path, byte_level, capsys):
     assert not (tmp_path / "out").exists()
 
 
+TEXTS = ["The zoo has many animals.", "We like wild animals.", "In the sea live animals.", "A quiz on animals."]
+
+
+@pytest.fixture
+def texts(tmp_path) -> list[str]:
+    """TEXTS as --data-file."""
+    (tmp_path / "data.txt").write_text("\n".join(TEXTS))
+    return ["--data-file", str(tmp_path / "data.txt")]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("number", [0, 1, 3])
-def test_a_sentence_that_leads_to_nan_is_left_out_and_said(number, tmp_path, byte_level, capsys):
-    """For real: a token that only this sentence has is NaN."""
-    texts = ["The zoo has many animals.", "We like wild animals.", "In the sea live animals.", "A quiz on animals."]
-    order = list(sentences.diverse_order([text.removesuffix(" animals.") for text in texts]))
-    ids = [set(byte_level(texts[index]).input_ids) for index in order]
+def test_a_sentence_that_leads_to_nan_is_left_out_and_said(number, texts, tmp_path, byte_level, capsys):
+    """For real: a token that only this sentence has is NaN. The finished run is told of again as it was told of."""
+    order = list(sentences.diverse_order([text.removesuffix(" animals.") for text in TEXTS]))
+    ids = [set(byte_level(TEXTS[index]).input_ids) for index in order]
     only_there = min(ids[number] - set().union(*ids[:number], *ids[number + 1 :]))
-    directory = make_model_directory(tmp_path / "model", byte_level)
+    directory, output = make_model_directory(tmp_path / "model", byte_level), tmp_path / "out"
     model, _ = loading.load(str(directory), device="cpu")
     model.model.embed_tokens.weight[only_there] = float("nan")
     model.save_pretrained(directory)
-    data = tmp_path / "data.txt"
-    data.write_text("\n".join(texts))
-    assert scripts.core_experiment(directory, tmp_path / "out", "--data-file", str(data)) == SOME_FAILED
+    assert scripts.core_experiment(directory, output, *texts) == SOME_FAILED
     out, err = capsys.readouterr()
-    reason = f"NaN or infinity at layer 0 of sentence {texts[order[number]]!r}"
+    reason = f"NaN or infinity at layer 0 of sentence {TEXTS[order[number]]!r}"
     assert "\nnote: left out: the activations hold " in err and reason in err
     assert "1 sentences failed: `failed` in experiment_results.json says why" in out
-    results, arrays = experiment_results(tmp_path / "out")
+    results, arrays = experiment_results(output)
     assert results["complete"] is True and len(arrays["eigenvectors"]) == 3
-    assert results["sentences"] == [texts[index] for place, index in enumerate(order) if place != number]
+    assert results["sentences"] == [TEXTS[index] for place, index in enumerate(order) if place != number]
     (failed,) = results["failed"]
-    assert failed["sentence"] == texts[order[number]] and reason in failed["reason"]
+    assert failed["sentence"] == TEXTS[order[number]] and reason in failed["reason"]
     assert "--dtype" not in failed["reason"]  # it is float32 already
-    assert set(os.listdir(tmp_path / "out")) == EXPERIMENT_FILES
+    assert set(os.listdir(output)) == EXPERIMENT_FILES
+    before = contents(output)
+    for more in ([], ["--dry-run"]):
+        assert scripts.core_experiment(directory, output, *texts, *more) == SOME_FAILED
+        assert "is finished: nothing to do" in capsys.readouterr().out and contents(output) == before
 
 
-def test_too_many_sentences_that_fail_stop_the_run(model_directory, tmp_path, monkeypatch, capsys):
-    perturb, calls = core_experiment.perturb, []
+def test_an_eigensolver_that_fails_costs_the_sentence_alone(model_directory, texts, tmp_path, capsys):
+    with calls_of(torch.linalg, "eigh", torch.linalg.LinAlgError("it did not converge"), at=[1]):
+        assert scripts.core_experiment(model_directory, tmp_path / "out", *texts) == SOME_FAILED
+    assert "note: left out: it did not converge of sentence" in capsys.readouterr().err
+    results, _ = experiment_results(tmp_path / "out")
+    assert len(results["sentences"]) == 3 and results["failed"][0]["reason"].startswith("it did not converge")
 
-    def fail(*arguments):
-        calls.append(1)
-        if len(calls) % 3:
-            raise fisher.NumericalError("the Fisher matrix is zero", 0)
-        return perturb(*arguments)
 
-    monkeypatch.setattr(core_experiment, "perturb", fail)
-    assert scripts.core_experiment(model_directory, tmp_path, "--num-sentences", "20") == 2
+NO_MATRIX = fisher.NumericalError("the Fisher matrix is zero", 0)
+
+
+def test_if_all_sentences_fail_the_folder_is_left_as_it_was(model_directory, texts, tmp_path, capsys):
+    output = tmp_path / "out"
+    with calls_of(core_experiment, "perturb", NO_MATRIX):
+        assert scripts.core_experiment(model_directory, output, *texts) == 2
+        assert not output.exists()
+        assert scripts.core_experiment(model_directory, output, *texts, "--dry-run") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.startswith("core_experiment.py: error: the Fisher matrix is zero") for line in said].count(True) == 2
+    assert not output.exists() and not any("Traceback" in line for line in said)
+    assert scripts.core_experiment(model_directory, output, *texts, "--num-sentences", "2") == 0
+    before = contents(output)
+    with calls_of(core_experiment, "perturb", NO_MATRIX):
+        assert scripts.core_experiment(model_directory, output, *texts, "--overwrite") == 2
+    assert contents(output) == before
+
+
+def test_too_many_sentences_that_fail_stop_the_run(model_directory, tmp_path, capsys):
+    words = ["--num-sentences", "20"]
+    with calls_of(core_experiment, "perturb", NO_MATRIX, at=[n for n in range(1, 9) if n % 3]):
+        assert scripts.core_experiment(model_directory, tmp_path, *words) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("core_experiment.py: error: 6 of the first 8 sentences failed: the Fisher matrix is zero at")
     results, _ = experiment_results(tmp_path)
@@ -166,36 +203,28 @@ def test_perturbations_that_overflow_are_null_and_said(model_directory, tmp_path
 # --- no memory -----------------------------------------------------------------------------------
 
 
-def test_out_of_memory_is_a_line_of_advice(model_directory, tmp_path, capsys, monkeypatch):
-    def no_room(*arguments):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(fisher, "pull_back", no_room)
-    assert scripts.core_experiment(model_directory, tmp_path / "out") == 2
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (fisher, "pull_back", torch.OutOfMemoryError),
+        (torch.linalg, "eigh", RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDn`")),
+    ],
+    ids=["torch", "in a library's own words"],
+)
+def test_out_of_memory_is_one_line_of_advice(owner, name, error, model_directory, tmp_path, capsys):
+    with calls_of(owner, name, error):
+        assert scripts.core_experiment(model_directory, tmp_path / "out") == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("core_experiment.py: error: not enough memory: try fewer --layers")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lack_of_memory_that_a_library_reports_in_its_own_words_is_the_same_line(
-    model_directory, tmp_path, capsys, monkeypatch
-):
-    def no_room(*arguments, **options):
-        raise RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnXsyevd(...)`")
-
-    monkeypatch.setattr(torch.linalg, "eigh", no_room)
-    assert scripts.core_experiment(model_directory, tmp_path / "out") == 2
-    assert "core_experiment.py: error: not enough memory: try fewer --layers" in capsys.readouterr().err
-
-
 def test_a_run_on_the_cpu_leaves_a_gpu_alone(model_directory, tmp_path, monkeypatch):
-    def touched(*_):
-        raise AssertionError("a context was made on the GPU")
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("synchronize", "set_device", "mem_get_info", "current_device", "_lazy_init"):
-        monkeypatch.setattr(torch.cuda, name, touched)
-    assert scripts.core_experiment(model_directory, tmp_path / "out", "--device", "cpu") == 0
+    with ExitStack() as stack:
+        for name in ("synchronize", "set_device", "mem_get_info", "current_device", "_lazy_init"):
+            stack.enter_context(calls_of(torch.cuda, name, AssertionError("a context was made on the GPU")))
+        assert scripts.core_experiment(model_directory, tmp_path / "out", "--device", "cpu") == 0
 
 
 def test_a_smaller_batch_after_running_out_of_memory_is_noted(model_directory, tmp_path, capsys, monkeypatch):
@@ -223,56 +252,41 @@ def test_a_smaller_batch_after_running_out_of_memory_is_noted(model_directory, t
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "the same command goes on"),
-        (torch.OutOfMemoryError(), 2, "error: not enough memory"),
+        (KeyboardInterrupt, 130, "the same command resumes the run"),
+        (torch.OutOfMemoryError, 2, "error: not enough memory"),
     ],
     ids=["Ctrl-C", "no memory"],
 )
-def test_whatever_stops_it_the_sentences_that_are_done_are_kept(
-    error, code, message, model_directory, tmp_path, monkeypatch, capsys
-):
-    perturb, calls = core_experiment.perturb, []
-
-    def stop_the_third(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise error
-        return perturb(*arguments)
-
-    monkeypatch.setattr(core_experiment, "perturb", stop_the_third)
-    assert scripts.core_experiment(model_directory, tmp_path) == code
+def test_whatever_stops_it_finished_sentences_are_kept(error, code, message, model_directory, tmp_path, capsys):
+    with calls_of(core_experiment, "perturb", error, at=[3]):
+        assert scripts.core_experiment(model_directory, tmp_path) == code
     said = capsys.readouterr().err
     assert "Stopped: 2 finished sentences are kept" in said and message in said
-    results, arrays = experiment_results(tmp_path)
-    assert results["complete"] is False
-    assert len(results["sentences"]) == len(arrays["eigenvectors"]) == 2
-    assert set(os.listdir(tmp_path)) == EXPERIMENT_FILES
+    assert finished_sentences(tmp_path) == 2 == len(archives_in(tmp_path / "items"))
+
+
+def finished_sentences(output: Path) -> int:
+    """Of a run that was stopped, whose files can all be read."""
+    results, arrays = experiment_results(output)
+    assert results["complete"] is False and set(os.listdir(output)) == EXPERIMENT_FILES
+    assert len(results["sentences"]) == len(arrays["eigenvectors"])
+    assert all(matplotlib.image.imread(path).size for path in output.glob("*.png"))
+    return len(results["sentences"])
 
 
 def slow_down() -> None:
-    core_experiment.SAVE_EVERY = 0.5
     perturb = core_experiment.perturb
     core_experiment.perturb = lambda *arguments: (time.sleep(0.2), perturb(*arguments))[1]
 
 
-def test_control_c_and_kill_as_a_user_sends_them(model_directory, tmp_path):
-    """SIGINT keeps all that is done; after SIGKILL, what was saved on the way can be read."""
-    expected = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
-    outputs = {sent: tmp_path / sent.name for sent in expected}
-    running = {
-        sent: scripts.start(
-            "core_experiment", experiment_words(model_directory, output, "--num-sentences", "150"), output, slow_down
-        )
-        for sent, output in outputs.items()
-    }
-    for sent, process in running.items():
-        process.wait_until((outputs[sent] / "experiment_results.json").exists)
-        process.send(sent)
-    for sent, process in running.items():
-        code, errors = process.end()
-        assert code == expected[sent], errors
-        assert "Traceback" not in errors
-        results, arrays = experiment_results(outputs[sent])
-        assert results["complete"] is False
-        assert 0 < len(arrays["eigenvectors"]) == len(results["sentences"]) < 150
-    assert set(os.listdir(outputs[signal.SIGINT])) == EXPERIMENT_FILES
+def test_control_c_as_a_user_sends_it(model_directory, tmp_path):
+    output = tmp_path / "out"
+    words = experiment_words(model_directory, output, "--num-sentences", "150")
+    running = scripts.start("core_experiment", words, output, slow_down)
+    running.wait_until(lambda: len(archives_in(output / "items")) >= 2)
+    running.send(signal.SIGINT)
+    code, errors = running.end()
+    assert code == 130 and "Traceback" not in errors, errors
+    # one may have been written, and no more, when Ctrl-C came
+    kept = len(archives_in(output / "items"))
+    assert 2 <= kept < 150 and finished_sentences(output) in (kept - 1, kept)

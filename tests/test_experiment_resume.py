@@ -1,7 +1,6 @@
 """An experiment in a directory that has one already: it is resumed, extended, left alone, or refused."""
 
 import json
-import os
 from pathlib import Path
 import shutil
 import signal
@@ -14,7 +13,7 @@ from residual_fisher.common.run import archives_in
 from residual_fisher.experiment import figures, records
 from residual_fisher.model import loading
 import scripts
-from scripts import EXPERIMENT_FILES, experiment_results, experiment_words
+from scripts import EXPERIMENT_FILES, assert_same_experiment, experiment_words
 
 WORDS = ["--num-sentences", "6", "--layers", "0", "2", "--scales", "-1", "1", "--scale-unit", "nats"]
 
@@ -28,19 +27,6 @@ def undisturbed(model_directory, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "six"
     assert scripts.core_experiment(model_directory, output, *WORDS) == 0
     return output
-
-
-def assert_same(output: Path, expected: Path) -> None:
-    """All files, byte for byte, but for timings and the directory's name."""
-    for name in EXPERIMENT_FILES - {"experiment_results.json", "items"}:
-        assert (output / name).read_bytes() == (expected / name).read_bytes(), name
-    documents = []
-    for path in (output, expected):
-        document, _ = experiment_results(path)
-        del document["timings"], document["experiment_config"]["output_dir"]
-        documents.append(json.dumps(document))
-    assert documents[0] == documents[1]
-    assert set(os.listdir(output)) == EXPERIMENT_FILES and os.listdir(output / "items") == ["run.json"]
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -69,7 +55,7 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(model_directory, und
         patch.setattr(core_experiment, "perturb", lambda *a: calls.append(1) or perturb(*a))
         assert scripts.core_experiment(model_directory, output, *WORDS) == 0
     assert kept[0] < kept[1] < 6 and len(calls) == 6 - kept[1]  # what was there was not computed again
-    assert_same(output, undisturbed)
+    assert_same_experiment(output, undisturbed)
 
 
 @pytest.mark.parametrize("moment", ["arrays", "results", "pictures"])
@@ -83,7 +69,7 @@ def test_stopped_while_it_finishes_it_can_finish_again(moment, model_directory, 
         scripts.core_experiment(model_directory, tmp_path / "out", *WORDS)
     monkeypatch.setattr(core_experiment, "perturb", None)  # all sentences are finished
     assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 0
-    assert_same(tmp_path / "out", undisturbed)
+    assert_same_experiment(tmp_path / "out", undisturbed)
 
 
 @pytest.mark.parametrize("first", [["--num-sentences", "2"], ["--num-sentences", "4", "--batch-size", "3"]])
@@ -95,7 +81,7 @@ def test_a_finished_run_is_extended(first, model_directory, undisturbed, tmp_pat
     assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 0
     assert len(calls) == 6 - int(first[1])
     if len(first) == 2:
-        assert_same(tmp_path / "out", undisturbed)
+        assert_same_experiment(tmp_path / "out", undisturbed)
     assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS, *first) == 0 and len(calls) < 6
 
 
@@ -116,6 +102,8 @@ def test_an_option_without_effect_is_no_other_run(option, model_directory, undis
 
 def test_a_finished_run_is_left_alone(model_directory, undisturbed, capsys):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.*")}
+    for name in (".perturbation_analysis.png-00", "items/.run.json-00"):  # what a killed process was writing
+        (undisturbed / name).touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(core_experiment, "load", None)  # no model is needed to see it
         assert scripts.core_experiment(model_directory, undisturbed, *WORDS) == 0
@@ -148,7 +136,7 @@ def test_what_is_damaged_is_made_again(
         content[len(content) // 2] ^= 1
         (output / name).write_bytes(content if damage == "flipped" else content[: len(content) // 2])
     assert scripts.core_experiment(model_directory, output, *WORDS) == 0
-    assert_same(output, undisturbed)
+    assert_same_experiment(output, undisturbed)
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"format": "residual-fisher/1"}'])
@@ -164,7 +152,7 @@ def test_results_without_a_manifest_are_refused_and_overwritten_when_asked(
     assert "holds results without a readable items/run.json: --overwrite replaces them" in said
     assert contents(output) == before
     assert scripts.core_experiment(model_directory, output, *WORDS, "--overwrite") == 0
-    assert_same(output, undisturbed)
+    assert_same_experiment(output, undisturbed)
 
 
 def test_another_run_is_refused_and_its_files_stay(model_directory, undisturbed, tmp_path, capsys):
@@ -211,7 +199,7 @@ def test_overwriting_that_is_stopped_early_leaves_the_earlier_run(model_director
 
         patch.setattr(core_experiment, "perturb", stop)
         scripts.core_experiment(model_directory, output, *WORDS, "--seed", "1", "--overwrite")
-    assert_same(output, undisturbed)
+    assert_same_experiment(output, undisturbed)
 
 
 @pytest.mark.parametrize("name", sorted(EXPERIMENT_FILES - {"items"}))

@@ -11,7 +11,6 @@ import time
 import warnings
 
 import pytest
-from residual_fisher.pipeline.run_directory import RunDirectory
 
 from residual_fisher.common.program import (
     Console,
@@ -21,6 +20,7 @@ from residual_fisher.common.program import (
     interruptible,
     undisturbed,
 )
+from residual_fisher.common.run import Run
 from residual_fisher.common.text import excerpt, excerpt_end, table
 import scripts
 from scripts import EXPERIMENT_FILES, PIPELINE_FILES, ROOT, experiment_words, pipeline_words
@@ -190,14 +190,14 @@ def test_a_program_runs_in_any_thread(capsys):
 
 
 def slow_finish() -> None:
-    finish = RunDirectory.finish
+    finish = Run.finish
 
-    def slow(self, *arguments):
-        Path(f"{self.path}.finishing").touch()
+    def slow(self, *arguments, **notes):
+        Path(f"{self.folder}.finishing").touch()
         time.sleep(0.5)
-        return finish(self, *arguments)
+        return finish(self, *arguments, **notes)
 
-    RunDirectory.finish = slow
+    Run.finish = slow
 
 
 def test_ctrl_c_while_a_run_is_finished_loses_nothing(chat_directory, dataset, finished_pipeline, tmp_path):
@@ -207,7 +207,7 @@ def test_ctrl_c_while_a_run_is_finished_loses_nothing(chat_directory, dataset, f
     running.wait_until(Path(f"{output}.finishing").exists)
     running.send(signal.SIGINT)
     code, said = running.end()
-    assert code == 130 and "the same command does the rest" in said and "Traceback" not in said
+    assert code == 130 and "the same command resumes the run" in said and "Traceback" not in said
     assert scripts.compute_fisher(chat_directory, dataset, output) == 0
     scripts.assert_same_results(output, finished_pipeline)
 

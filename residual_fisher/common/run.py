@@ -41,7 +41,6 @@ import numpy as np
 
 from residual_fisher.common.files import (
     check_writable,
-    json_ready,
     json_text,
     remove_unfinished,
     sha256,
@@ -159,6 +158,11 @@ def stamps(model: str) -> list | None:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
+def read_back(value):
+    """`value` as it is read back from JSON that `json_text` has written."""
+    return json.loads(json_text(value))
+
+
 def read_manifest(folder: Path) -> dict | None:
     """What `items/run.json` says; None unless it is as it was written."""
     try:
@@ -225,6 +229,8 @@ class Run:
             self.open()
             if self.manifest and self._is_merged():  # a kill at the end may have left some
                 self._remove_archives()
+            remove_unfinished(self.folder, self.files)
+            remove_unfinished(self.items_folder, ["[0-9]*-[0-9]*.npz", MANIFEST, RECORDS])
             yield
 
     def open(self) -> None:
@@ -286,9 +292,9 @@ class Run:
         if not self.manifest["complete"] or not self._covers(goal):
             return False
         then = self.manifest["sources"]
-        if then["data"] != sources["data"]:
+        if then["data"] != read_back(sources["data"]):
             raise UserError(f"the data have changed since the run in {self.folder} ended: --overwrite starts anew")
-        return then["model"] == sources["model"] and self._damaged() is None
+        return then["model"] == read_back(sources["model"]) and self._damaged() is None
 
     def examine(
         self,
@@ -310,7 +316,7 @@ class Run:
             UserError: the folder holds a run with another identity, and may not be overwritten.
         """
         about = {"identity": identity, "sources": sources, "goal": goal, "notes": notes or {}}
-        self._asked, self._split = json_ready(about), split
+        self._asked, self._split = read_back(about), split
         self._state = State.NEW
         if not self.overwrite and self.has_results():
             self._require_same(self._asked["identity"])
@@ -326,10 +332,12 @@ class Run:
 
     def _require_same(self, identity: dict) -> None:
         known = self.manifest["identity"]
-        then, now = known["settings"], json_ready(identity["settings"])
+        then, now = known["settings"], read_back(identity["settings"])
         if differing := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
+            # options that depend on one that is off are in one of the two alone
+            named = [key for key in differing if key in then and key in now] or differing
             changes = ", ".join(
-                f"{key.rstrip('_')} was {shown(then.get(key))} and is {shown(now.get(key))}" for key in differing
+                f"{key.rstrip('_')} was {shown(then.get(key))} and is {shown(now.get(key))}" for key in named
             )
             raise UserError(f"{self.folder} holds a run with other settings ({changes}): --overwrite replaces it")
         for key, value in identity.items():
@@ -356,8 +364,6 @@ class Run:
         Raises:
             UserError: the folder cannot be written to.
         """
-        remove_unfinished(self.folder, self.files)
-        remove_unfinished(self.items_folder, ["[0-9]*-[0-9]*.npz", MANIFEST, RECORDS])
         if self._state is State.NEW:
             if self.manifest:
                 self._write_manifest(complete=False, primary={}, derived={})
@@ -498,14 +504,14 @@ class Run:
         return True
 
     def is_derived(self, names: Sequence[str], made_from: object) -> bool:
-        known, made_from = self.manifest["derived"], json_ready(made_from)
+        known, made_from = self.manifest["derived"], read_back(made_from)
         return all(
             name in known and known[name] == {"checksum": checksum(self.folder / name), "made_from": made_from}
             for name in names
         )
 
     def _write_manifest(self, **changes) -> None:
-        self.manifest = json_ready({**self.manifest, **changes})
+        self.manifest = read_back({**self.manifest, **changes})
         write_json(self.items_folder / MANIFEST, {**self.manifest, "checksum": short_hash(self.manifest)})
 
 

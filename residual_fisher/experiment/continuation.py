@@ -22,29 +22,15 @@ LIMIT_ROUNDING = 1e-3  # relative excess of a predicted KL over the limit that i
 OVERFLOWED = -1  # stands for a token where the logits hold NaN or infinity
 
 
-class Continuation(NamedTuple):
-    """What follows one perturbation."""
-
-    layer: int  # index in the point's layers
-    scale: int  # index of its scale
-    direction: int
-    ids: list[int]  # fewer than asked for if it ended
-
-
 class Continuations(NamedTuple):
-    """What follows one prompt."""
+    """What follows one prompt: token ids, fewer than asked for where the text ended."""
 
     unperturbed: list[int]
-    perturbed: list[Continuation]
+    perturbed: list[tuple[int, int, int, list[int]]]  # indices of layer, scale and direction, and the ids
 
 
 def continuations(
-    point: PromptPoint,
-    prompt_length: int,
-    deltas: Tensor,
-    chosen: list[tuple[int, int]],
-    tokens: int,
-    chunks: Chunks,
+    point: PromptPoint, prompt_length: int, deltas: Tensor, chosen: list[tuple[int, int]], tokens: int, chunks: Chunks
 ) -> Continuations:
     """Greedy continuations of a prompt, unperturbed and after perturbations of its last token.
 
@@ -61,13 +47,14 @@ def continuations(
     rows = torch.stack([deltas[layer, direction, scale] for layer, scale, direction in places])
     rows = torch.cat([torch.zeros_like(rows[:1]), rows])  # the first is unperturbed
     at = torch.tensor([0, *(layer for layer, _, _ in places)])
-    ends = end_tokens(point.model)
+    ends = end_tokens(point.model) | {OVERFLOWED}
 
     def chunk(deltas: Tensor, at: Tensor) -> list[list[int]]:
-        return [until_end(row, ends) for row in greedy(point, deltas, at, tokens, ends).tolist()]
+        rows = greedy(point, deltas, at, tokens, ends).tolist()
+        return [list(takewhile(lambda token: token not in ends, ids)) for ids in rows]
 
     unperturbed, *perturbed = chain.from_iterable(chunks.map(chunk, rows, at))
-    return Continuations(unperturbed, [Continuation(*at, ids) for at, ids in zip(places, perturbed, strict=True)])
+    return Continuations(unperturbed, [(*at, ids) for at, ids in zip(places, perturbed, strict=True)])
 
 
 def choose_scales(scales: Sequence[float], predicted: Tensor, limit: float) -> list[tuple[int, int]]:
@@ -94,12 +81,6 @@ def end_tokens(model: nn.Module) -> set[int]:
     settings = (getattr(model, "generation_config", None), model.config, text_config(model))
     ends = next((e for s in settings if (e := getattr(s, "eos_token_id", None)) is not None), [])
     return {ends} if isinstance(ends, int) else set(ends)
-
-
-def until_end(ids: list[int], ends: set[int]) -> list[int]:
-    """The tokens before the first end token or overflow."""
-    stop = {*ends, OVERFLOWED}
-    return list(takewhile(lambda token: token not in stop, ids))
 
 
 @torch.no_grad()
@@ -130,7 +111,7 @@ def greedy(point: PromptPoint, deltas: Tensor, at: Tensor, tokens: int, ends: se
             with hooked(*perturbing if perturbed else ()):
                 logits = model(ids, **memory).logits[:, -1].float()
             token = torch.where(logits.logsumexp(-1).isfinite(), logits.argmax(-1), OVERFLOWED).to(model.device)
-            ended |= torch.isin(token, torch.tensor([*ends, OVERFLOWED], device=token.device))
+            ended |= torch.isin(token, torch.tensor(list(ends), device=token.device))
             written.append(token)
             following = token.clamp(min=0)[:, None]
             ids = following if cache is not None else torch.cat([ids, following], dim=1)

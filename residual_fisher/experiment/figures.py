@@ -15,6 +15,7 @@ import numpy as np
 from residual_fisher.common import drawing
 from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.text import excerpt_end
+from residual_fisher.experiment.records import by_direction, kind_of
 from residual_fisher.experiment.steering import entries_of, least_kl, median_of
 
 SIMILARITY, PERTURBATION, STEERING = "fisher_similarity_matrix.png", "perturbation_analysis.png", "steering.png"
@@ -97,7 +98,10 @@ def similarity_figure(document: dict) -> Figure:
         if len(layers) <= MAX_TICKS and np.isfinite(value):
             colour = "white" if value < 0.4 else "black"
             means.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=11)
-    means.set(title=_within_and_between(blocks), xlabel="layer", ylabel="layer")
+    same = np.eye(len(layers), dtype=bool)
+    parts = {"within a layer": blocks[same], "between layers": blocks[~same]}
+    found = ", ".join(f"{name} {values.mean():.2f}" for name, values in parts.items() if np.isfinite(values).any())
+    means.set(title="Mean" + (found and f": {found}"), xlabel="layer", ylabel="layer")
 
     places = np.arange(len(layers))
     for panel, centres in ((all_pairs, places * count + (count - 1) / 2), (means, places)):
@@ -118,13 +122,6 @@ def _block_means(matrix: np.ndarray, layers: int, count: int) -> np.ndarray:
     return np.divide(blocks - with_itself, pairs, out=np.full_like(blocks, np.nan), where=pairs > 0)
 
 
-def _within_and_between(blocks: np.ndarray) -> str:
-    same = np.eye(len(blocks), dtype=bool)
-    named = (("within a layer", blocks[same]), ("between layers", blocks[~same]))
-    means = ", ".join(f"{name} {values.mean():.2f}" for name, values in named if np.isfinite(values).any())
-    return f"Mean: {means}" if means else "Mean"
-
-
 # --- what the perturbations did ------------------------------------------------------------------
 
 
@@ -137,10 +134,8 @@ def perturbation_figure(document: dict) -> Figure:
     radius = any("trust_radius" in entry for entry in document["fisher"][0].values())
     example = max(range(len(contexts)), key=lambda i: contexts[i]["target_probability"])  # predicts its target best
     heights = [3.4 * rows, 5.2, 1.3 + 0.42 * len(shown)]
-    if not all("tokens" in entry for entry in document["fisher"][example].values()):  # older results have none
-        heights.pop()
     figure = plt.figure(figsize=(16 + 4 * radius, sum(heights)))
-    top, middle, *bottom = figure.subfigures(len(heights), 1, height_ratios=heights)
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
 
     panels = top.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for panel, layer in zip(panels.flat, shown, strict=False):
@@ -162,8 +157,7 @@ def perturbation_figure(document: dict) -> Figure:
         _trust_panel(trust[0], document)
         figure.get_layout_engine().set(wspace=0.06)  # its right axis has a label too
     _example_panel(last, document, example)
-    for part in bottom:
-        _tokens_panel(part.subplots(), document, example, shown)
+    _tokens_panel(bottom.subplots(), document, example, shown)
     return figure
 
 
@@ -171,28 +165,24 @@ def _scales(document: dict) -> list[str]:
     return [f"{scale:g}" for scale in document["experiment_config"]["scales"]]
 
 
-def _records(document: dict, layer: str, scale: str, kind: str) -> list[dict]:
-    """Records of one kind of direction at a layer and scale, over all sentences."""
-    along_v = [sentence[layer][scale] for sentence in document["perturbation_results"]]
-    by_name = [{"fisher": record, **record["controls"]}.items() for record in along_v]
-    return [record for records in by_name for name, record in records if name.partition("_")[0] == kind]
-
-
 def _kl_panel(panel: Axes, document: dict, layer: str) -> None:
     scales = [scale for scale in _scales(document) if float(scale)]
+    sentences = [sentence[layer] for sentence in document["perturbation_results"]]
     for kind, style in PERTURBED.items():
         for sign in (-1, 1):  # two curves: KL is 0 at scale 0, which has no place on a log axis
             side = [scale for scale in scales if sign * float(scale) > 0]
-            records = [_records(document, layer, scale, kind) for scale in side]
-            if not records or not records[0]:
+            by_name = [
+                [pair for sentence in sentences for pair in by_direction(sentence[scale]).items()] for scale in side
+            ]
+            records = [[record for name, record in pairs if kind_of(name) == kind] for pairs in by_name]
+            if not any(records):
                 continue
-            name = style["label"] if sign > 0 else None  # once in the legend
+            label, expected = (style["label"], "predicted for it, ½ δᵀFδ") if sign > 0 else (None, None)
             x, kl = list(map(float, side)), [_column(at, "kl") for at in records]
-            drawing.median_band(panel, x, kl, KL_FLOOR, markersize=4, **{**style, "label": name})
+            drawing.median_band(panel, x, kl, KL_FLOOR, markersize=4, **{**style, "label": label})
             if kind == "fisher":
                 predicted = np.maximum([np.nanmedian(_column(at, "predicted_kl")) for at in records], KL_FLOOR)
-                name = name and "predicted for it, ½ δᵀFδ"
-                panel.plot(x, predicted, "--", color=drawing.BLACK, linewidth=1.3, label=name)
+                panel.plot(x, predicted, "--", color=drawing.BLACK, linewidth=1.3, label=expected)
     panel.set_yscale("log")
     _scale_axis(panel, scales)
     panel.set_title(f"layer {layer}")
@@ -213,18 +203,20 @@ def _column(records: list[dict], key: str) -> np.ndarray:
 
 
 def _overlap(record: dict, base: list[int]) -> float:
-    if not record["top_ids"]:  # it overflowed
-        return np.nan
-    return len(set(record["top_ids"]) & set(base)) / len(base)
+    """NaN where the logits overflowed."""
+    return len(set(record["top_ids"]) & set(base)) / len(base) if record["top_ids"] else np.nan
 
 
 def _heatmap(panel: Axes, document: dict, statistic: Callable, title: str, cmap: str) -> None:
     """Mean over sentences of statistic(record, unperturbed top ids), layers by scales."""
     layers, scales = _layers(document), _scales(document)
-    bases = [context["top_ids"] for context in document["contexts"]]
-    at_layers = [[_records(document, layer, scale, "fisher") for scale in scales] for layer in layers]
-    values = np.array([[list(map(statistic, at, bases)) for at in at_scales] for at_scales in at_layers], dtype=float)
-    image = panel.imshow(np.nanmean(values, axis=-1), cmap=cmap, vmin=0, vmax=1, aspect="auto")
+    sentences = list(zip(document["perturbation_results"], document["contexts"], strict=True))
+    values = [
+        [[statistic(found[layer][scale], context["top_ids"]) for found, context in sentences] for scale in scales]
+        for layer in layers
+    ]
+    means = np.nanmean(np.array(values, dtype=float), axis=-1)
+    image = panel.imshow(means, cmap=cmap, vmin=0, vmax=1, aspect="auto")
     _layer_axis(panel.yaxis, layers)
     ticks = np.arange(0, len(scales), -(-len(scales) // MAX_TICKS))
     panel.set_xticks(ticks, [scales[i].replace("-", "−") for i in ticks], rotation=45 if len(scales) > 7 else 0)

@@ -23,7 +23,7 @@ SPECTRUM = 10  # leading eigenvalues recorded per sentence and layer
 TOP = 5  # most probable tokens recorded for every perturbation
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
     """What one sentence gave, at all layers. Directions: the Fisher eigenvector first, then the controls."""
 
@@ -34,12 +34,12 @@ class Measured:
     eigen: fisher.Eigenpairs
     shares: TokenShares  # of the leading eigenvalues, (layers, m, tokens)
     exact: fisher.Eigenpairs | None  # of the whole vocabulary, if a comparison was asked for
-    trust_radii: TrustRadii | None  # if asked for
     steps: Tensor  # (layers, scales without 0): signed lengths
     predicted_kl: Tensor  # (layers, directions, scales without 0), nats
     sweep: Sweep  # of the same shape
-    continuations: Continuations | None  # if asked for
-    steered: Steered | None  # if asked for
+    trust_radii: TrustRadii | None = None  # this and what follows: if asked for
+    continuations: Continuations | None = None
+    steered: Steered | None = None
 
 
 class Clock:
@@ -128,51 +128,37 @@ def perturb(
 ) -> Measured:
     """One sentence at all layers: the Fisher matrix, its top eigenvector, and every perturbation."""
     matrix, eigen, exact = fisher_matrices(settings, point, batches.gradients, clock)
-    directions = torch.stack([eigen.vectors[:, 0], *controls.values()], dim=1)  # (layers, n, d)
+    v, full = eigen.vectors[:, 0], settings.max_vocab_subset == "all"
+    directions = torch.stack([v, *controls.values()], dim=1)  # (layers, n, d)
     scales = torch.tensor([scale for scale in settings.scales if scale], device=directions.device)
     steps = step_lengths(settings.scale_unit, scales, eigen.values[:, 0], point.activations.norm(dim=-1))
     predicted_kl = 0.5 * steps[:, None] ** 2 * matrix.curvature(directions)[:, :, None]  # (layers, n, scales)
-
     deltas = directions[:, :, None] * steps[:, None, :, None]  # (layers, n, scales, d)
     with clock("sweep"):
         swept = sweep(point, deltas, context.target_id, TOP, batches.perturbations)
-    radii = None
+    slopes = matrix.slopes(eigen.vectors[:, : settings.num_eigenvectors])
+    shares = token_shares(slopes, matrix.weights, matrix.tokens)
+    mass = 1.0 if full else float(matrix.mass)
+    measured = Measured(
+        context, point, list(controls), mass, eigen, shares, exact, steps=steps, predicted_kl=predicted_kl, sweep=swept
+    )
     if settings.trust_radius:
         with clock("trust radius"):
-            radii = trust_radii_along(point, eigen, settings.max_vocab_subset == "all", batches.perturbations)
-    continued = None
+            measured.trust_radii = trust_radii_along(point, eigen, full, batches.perturbations)
     if settings.continue_:
         with clock("continuation"):
             chosen = choose_scales(scales.tolist(), predicted_kl[:, 0], settings.continue_nats)
             deltas = deltas[:, : 1 + min(1, settings.num_controls)]  # along v, and the first random one
-            tokens = settings.continue_
-            continued = continuations(point, len(context.ids), deltas, chosen, tokens, batches.perturbations)
-    steered = None
+            measured.continuations = continuations(
+                point, len(context.ids), deltas, chosen, settings.continue_, batches.perturbations
+            )
     if settings.steer:
         with clock("steering"):
-            others = {name: controls[name] for name in controls if name == "difference"}
-            others["fisher"] = eigen.vectors[:, 0]
+            others = {name: controls[name] for name in controls if name == "difference"} | {"fisher": v}
             target = context.target_id if context.steer_id is None else context.steer_id
-            tokens = STEERING_TOKENS if settings.max_vocab_subset == "all" else settings.max_vocab_subset
-            steered = steer(
+            tokens = STEERING_TOKENS if full else settings.max_vocab_subset
+            measured.steered = steer(
                 point, others, target, tokens, settings.steer_steps, settings.steer_damping, batches.steering,
                 batches.perturbations,
             )  # fmt: skip
-    mass = 1.0 if settings.max_vocab_subset == "all" else float(matrix.mass)
-    slopes = matrix.slopes(eigen.vectors[:, : settings.num_eigenvectors])
-    shares = token_shares(slopes, matrix.weights, matrix.tokens)
-    return Measured(
-        context,
-        point,
-        list(controls),
-        mass,
-        eigen,
-        shares,
-        exact,
-        radii,
-        steps,
-        predicted_kl,
-        swept,
-        continued,
-        steered,
-    )
+    return measured

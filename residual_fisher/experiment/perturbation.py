@@ -79,6 +79,11 @@ def sweep(point: Point, deltas: Tensor, target: int = 0, top: int = 5, chunks: C
     return Sweep(*(torch.cat(column).unflatten(0, shape) for column in zip(*parts, strict=True)))
 
 
+def number_or_none(value: float) -> float | None:
+    """None for what JSON has no number for: infinity, or NaN."""
+    return value if math.isfinite(value) else None
+
+
 # --- trust radius --------------------------------------------------------------------------------
 
 
@@ -87,6 +92,18 @@ class TrustRadii(NamedTuple):
 
     steps: Tensor  # (layers, 2) lengths; NaN where rounding hides the departure, infinity where there is none
     nats: Tensor  # (layers, 2) KL that the exact F predicts at those lengths
+
+    def record(self, row: int, norm: float) -> dict:
+        """The shorter of the two steps at a layer, in three units; None if it, or which one it is, is not known.
+
+        Args:
+            norm: |h| at that layer.
+        """
+        steps, nats = (part[row].tolist() for part in self)
+        both, at = list(map(number_or_none, steps)), steps.index(min(steps))
+        known = not any(map(math.isnan, steps)) and both[at] is not None
+        found = {"step": steps[at], "nats": nats[at], "norms": steps[at] / norm} if known else {}
+        return {"step": None, "nats": None, "norms": None, **found, "steps": both}
 
 
 def trust_radii_along(point: Point, eigen: Eigenpairs, full: bool, chunks: Chunks) -> TrustRadii:

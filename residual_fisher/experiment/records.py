@@ -10,6 +10,7 @@ import statistics
 
 import numpy as np
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fisher import Eigenpairs
 from residual_fisher.common.files import json_ready, json_text, write_json, write_npz
@@ -17,24 +18,24 @@ from residual_fisher.common.program import UserError
 from residual_fisher.common.run import Item
 from residual_fisher.common.text import first_line
 from residual_fisher.experiment.measurement import SPECTRUM, TOP, Measured
-from residual_fisher.experiment.perturbation import TrustRadii
+from residual_fisher.experiment.perturbation import number_or_none
 from residual_fisher.experiment.steering import GOALS, steering_record, steering_summary
 from residual_fisher.model.words import token_writer
 
 RESULTS, EIGENVECTORS = "experiment_results.json", "fisher_eigenvectors.npz"
 MAX_SIMILARITY = 2000  # rows of the similarity matrix, whose square is written as JSON
 COSINE_BYTES = 14  # of a number of it there, on a line of its own
-NUMBERS = ("trace", "captured_mass", "effective_rank", "activation_norm")  # of a layer, whose medians are summed up
+NUMBERS = (
+    "trace",
+    "captured_mass",
+    "effective_rank",
+    "activation_norm",
+)  # of a layer: the summary has medians
 UNCHECKED = ("experiment_config", "environment", "timings", "checksum")  # what the document's checksum leaves out
-# the lists of the document with an entry a sentence, by the key that a sentence's record has it under
+# the lists of the document with an entry a sentence, by the key of that entry in a sentence's record
 COLUMNS = {
     "sentence": "sentences", "context": "contexts", "fisher": "fisher", "perturbations": "perturbation_results",
     "continuation": "continuations", "steering": "steering",
-}  # fmt: skip
-OPTIONAL = ("continuation", "steering")  # of these: only if they were asked for
-# what a record says of a perturbation so long that the logits overflowed
-OVERFLOWED = dict.fromkeys(("step", "kl", "predicted_kl", "top_changed", "target_prob")) | {
-    "top_ids": [], "top_tokens": [], "top_probs": [],
 }  # fmt: skip
 
 
@@ -54,12 +55,14 @@ class Recorder:
 
     def item(self, number: int, measured: Measured, seconds: dict[str, float]) -> Item:
         """A finished sentence; `seconds` are those that it took, by stage."""
-        eigen = Eigenpairs(*(part.cpu() for part in measured.eigen))
-        context, unperturbed = self._context(measured)
+        eigen, log_probs = Eigenpairs(*(part.cpu() for part in measured.eigen)), measured.point.log_probs
+        top_log_probs, top_ids = (part[:TOP].tolist() for part in log_probs.sort(stable=True, descending=True))
+        target = log_probs[measured.context.target_id].item()
+        unperturbed = self._prediction(top_ids[0], 0.0, 0.0, 0.0, top_ids, top_log_probs, target)
         record = {
             "sentence": measured.context.sentence,
-            "context": context,
-            "fisher": self._fisher(measured, eigen),
+            "context": {**self._context(measured), "top_ids": top_ids},
+            "fisher": {layer: self._fisher(measured, eigen, row) for row, layer in enumerate(self.layers)},
             "perturbations": self._perturbations(measured, unperturbed),
         }
         if measured.continuations is not None:
@@ -68,95 +71,84 @@ class Recorder:
             record["steering"] = steering_record(measured.steered, self.layers, self.show)
         return Item(number, json_ready({**record, "seconds": seconds}), self._arrays(measured, eigen))
 
-    def _context(self, measured: Measured) -> tuple[dict, dict]:
-        """The prompt and its prediction; and that prediction as the record of no perturbation."""
+    def _context(self, measured: Measured) -> dict:
         context, log_probs = measured.context, measured.point.log_probs
-        top_log_probs, top_ids = (part[:TOP].tolist() for part in log_probs.sort(stable=True, descending=True))
-        described = {
+        return {
             "prompt": context.prompt,
             "position": context.position,
             "previous_token": self.decode(context.ids[-1]),
             "target_token": self.decode(context.target_id),
             "target_probability": log_probs[context.target_id].exp().item(),
             "target_rank": rank(log_probs, context.target_id),
-            "top_ids": top_ids,
         }
-        target = log_probs[context.target_id].item()
-        return described, self._prediction(0.0, 0.0, 0.0, top_ids, top_log_probs, target)
 
-    def _fisher(self, measured: Measured, eigen: Eigenpairs) -> dict:
-        entries = {}
-        for row, layer in enumerate(self.layers):
-            entry = {
-                "eigenvalues": eigen.values[row, :SPECTRUM].tolist(),
-                "tokens": measured.shares.records((row,), self.show),
-                "trace": eigen.trace[row].item(),
-                "captured_mass": measured.mass,
-                "effective_rank": eigen.effective_rank[row].item(),
-                "activation_norm": measured.point.activations[row].norm().item(),
-            }
-            if measured.exact is not None:
-                entry["exact"] = compare_with_exact(eigen, measured.exact, row)
-            if measured.trust_radii is not None:
-                entry["trust_radius"] = trust_radius(measured.trust_radii, row, entry["activation_norm"])
-            entries[layer] = entry
-        return entries
+    def _fisher(self, measured: Measured, eigen: Eigenpairs, row: int) -> dict:
+        norm = measured.point.activations[row].norm().item()
+        entry = {
+            "eigenvalues": eigen.values[row, :SPECTRUM].tolist(),
+            "tokens": measured.shares.records((row,), self.show),
+            "trace": eigen.trace[row].item(),
+            "captured_mass": measured.mass,
+            "effective_rank": eigen.effective_rank[row].item(),
+            "activation_norm": norm,
+        }
+        if measured.exact is not None:
+            entry["exact"] = compare_with_exact(eigen, measured.exact, row)
+        if measured.trust_radii is not None:
+            entry["trust_radius"] = measured.trust_radii.record(row, norm)
+        return entry
 
     def _perturbations(self, measured: Measured, unperturbed: dict) -> dict:
-        names = ["fisher", *measured.controls]
-        steps, predicted = measured.steps.tolist(), measured.predicted_kl.tolist()
-        kl, *rest = (column.tolist() for column in measured.sweep)
+        usual, steps = unperturbed["top_ids"][0], measured.steps[:, None].expand_as(measured.predicted_kl)
+        columns = [part.tolist() for part in (steps, measured.predicted_kl, *measured.sweep)]
 
-        def perturbed(row: int, direction: int, column: int) -> dict:
-            step = number_or_none(steps[row][column])
-            nats, expected, *prediction = (cells[row][direction][column] for cells in (kl, predicted, *rest))
-            if not math.isfinite(nats):
-                return {**OVERFLOWED, "step": step, "predicted_kl": number_or_none(expected)}
-            record = self._prediction(step, nats, number_or_none(expected), *prediction)
-            record["top_changed"] = record["top_ids"][0] != unperturbed["top_ids"][0]
-            return record
+        def along(row: int, direction: int) -> dict[str, dict]:
+            """The predictions by scale."""
+            perturbed = zip(*(column[row][direction] for column in columns), strict=True)
+            return {
+                f"{scale:g}": self._prediction(usual, *next(perturbed)) if scale else unperturbed
+                for scale in self.scales
+            }
 
-        columns = {scale: column for column, scale in enumerate(scale for scale in self.scales if scale)}
         layers = {}
         for row, layer in enumerate(self.layers):
-            layers[layer] = {}
-            for scale in self.scales:
-                first, *others = (
-                    perturbed(row, direction, columns[scale]) if scale else dict(unperturbed)
-                    for direction in range(len(names))
-                )
-                layers[layer][f"{scale:g}"] = {**first, "controls": dict(zip(names[1:], others, strict=True))}
+            along_v, *others = (along(row, direction) for direction in range(1 + len(measured.controls)))
+            controls = dict(zip(measured.controls, others, strict=True))
+            layers[layer] = {
+                scale: {**prediction, "controls": {name: found[scale] for name, found in controls.items()}}
+                for scale, prediction in along_v.items()
+            }
         return layers
 
     def _prediction(
-        self,
-        step: float | None,
-        kl: float,
-        predicted_kl: float | None,
-        ids: list,
-        log_probs: list,
-        target_log_prob: float,
+        self, usual: int, step: float, predicted_kl: float, kl: float, ids: list, log_probs: list, target: float
     ) -> dict:
+        """The record of a perturbation, after which the top token may not be the `usual` one.
+
+        Where the logits overflowed, it holds None and empty lists.
+        """
+        known = math.isfinite(kl)
+        ids, log_probs = (ids, log_probs) if known else ([], [])
         return {
-            "step": step,
-            "kl": kl,
-            "predicted_kl": predicted_kl,
-            "top_changed": False,
-            "target_prob": math.exp(target_log_prob),
+            "step": number_or_none(step),
+            "kl": number_or_none(kl),
+            "predicted_kl": number_or_none(predicted_kl),
+            "top_changed": ids[0] != usual if known else None,
+            "target_prob": math.exp(target) if known else None,
             "top_ids": ids,
             "top_tokens": [self.decode(i) for i in ids],
             "top_probs": [math.exp(value) for value in log_probs],
         }
 
     def _continuation(self, measured: Measured) -> dict:
-        names, scales = ["fisher", *measured.controls], [scale for scale in self.scales if scale]
+        names, scales = ["fisher", *measured.controls], [f"{scale:g}" for scale in self.scales if scale]
 
         def text(ids: list[int]) -> dict:
             return {"ids": ids, "text": self.decode_all(ids)}
 
         entries = {"none": text(measured.continuations.unperturbed)}
         for row, column, direction, ids in measured.continuations.perturbed:
-            at_scale = entries.setdefault(self.layers[row], {}).setdefault(f"{scales[column]:g}", {})
+            at_scale = entries.setdefault(self.layers[row], {}).setdefault(scales[column], {})
             at_scale[names[direction]] = {
                 "step": number_or_none(measured.steps[row, column].item()),
                 "predicted_kl": number_or_none(measured.predicted_kl[row, direction, column].item()),
@@ -175,10 +167,9 @@ class Recorder:
             arrays["leading_eigenvectors"] = eigen.vectors[:, :count]  # (layers, m, d)
             arrays["leading_eigenvalues"] = eigen.values[:, :count]  # (layers, m)
         if measured.steered is not None:
-            deltas = measured.steered.deltas.cpu()
-            known = deltas.new_full((len(deltas), len(GOALS), deltas.shape[-1]), math.nan)
-            known[:, len(GOALS) - deltas.shape[1] :] = deltas  # the lowest goals may be exceeded without them
-            arrays["steering_deltas"] = known  # (layers, goals, d)
+            exceeded = len(GOALS) - len(measured.steered.goals)  # the lowest goals, without any perturbation
+            deltas = pad(measured.steered.deltas.cpu(), (0, 0, exceeded, 0), value=math.nan)
+            arrays["steering_deltas"] = deltas  # (layers, goals, d)
         return {name: array.numpy() for name, array in arrays.items()}
 
 
@@ -205,22 +196,25 @@ def compare_with_exact(found: Eigenpairs, exact: Eigenpairs, row: int) -> dict[s
     }
 
 
-def trust_radius(radii: TrustRadii, row: int, norm: float) -> dict:
-    """The shorter of two steps along -v and v, in three units; None where a step was not found."""
-    steps, nats = (part[row].tolist() for part in radii)
-    both = [number_or_none(step) for step in steps]
-    at = min(range(2), key=steps.__getitem__)
-    if any(map(math.isnan, steps)) or both[at] is None:  # an unknown one may be the shorter
-        return {"step": None, "nats": None, "norms": None, "steps": both}
-    return {"step": steps[at], "nats": nats[at], "norms": steps[at] / norm, "steps": both}
-
-
-def number_or_none(value: float) -> float | None:
-    """None for what JSON has no number for: infinity, or NaN."""
-    return value if math.isfinite(value) else None
-
-
 # --- all sentences -------------------------------------------------------------------------------
+
+
+def by_key(pairs: Iterable[tuple[str, object]]) -> dict[str, list]:
+    """The values of each key, in the order in which they come."""
+    found = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def by_direction(record: dict) -> dict[str, dict]:
+    """What a perturbation did, by the name of its direction."""
+    return {"fisher": record, **record["controls"]}
+
+
+def kind_of(direction: str) -> str:
+    """The kind of a direction: that of random_0 is "random"."""
+    return direction.partition("_")[0]
 
 
 def write_results(folder: Path, items: Iterable[Item], about: dict, complete: bool, load_seconds: float) -> dict:
@@ -232,40 +226,29 @@ def write_results(folder: Path, items: Iterable[Item], about: dict, complete: bo
     Raises:
         UserError: the folder cannot be written to.
     """
-    records, rows, failed = [], {}, []
-    for _, record, arrays in items:
-        if "failed" in record:
-            failed.append({"sentence": record["sentence"], "reason": record["failed"]})
-            continue
-        records.append(record)
-        for name, array in arrays.items():
-            rows.setdefault(name, []).append(array)
+    items = list(items)
+    records = [item.record for item in items if "failed" not in item.record]
+    failed = [item.record for item in items if "failed" in item.record]
+    rows = by_key(pair for item in items for pair in item.arrays.items())
     arrays = {name: np.stack(parts) for name, parts in rows.items()}  # (sentences, layers, ...)
     layers = list(records[0]["fisher"])
     names = {"layers": np.array(list(map(int, layers))), "run": np.array(about["run"]["id"])}
     write_npz(folder / EIGENVECTORS, {**arrays, **names})
 
-    timings = {"load": load_seconds}
-    for stage, seconds in (pair for record in records for pair in record["seconds"].items()):
-        timings[stage] = timings.get(stage, 0.0) + seconds
     labels, cosines = similarity(arrays["eigenvectors"], layers)
-    document = {
-        "run": about["run"],
-        "experiment_config": about["experiment_config"],
-        "environment": about["environment"],
-        "complete": complete,
-        **{
-            column: [record[key] for record in records]
-            for key, column in COLUMNS.items()
-            if key in records[0] or key not in OPTIONAL
-        },
-        "similarity_labels": labels,
-        "similarity_matrix": cosines,
-        "summary": summary(records, arrays["eigenvalues"], about["experiment_config"]["scales"]),
-        "failed": failed,
-        "timings": timings,
-    }
-    document = json_ready(document)
+    seconds = by_key(pair for record in records for pair in record["seconds"].items())
+    document = json_ready(
+        {
+            **{key: about[key] for key in ("run", "experiment_config", "environment")},
+            "complete": complete,
+            **{name: [record[key] for record in records] for key, name in COLUMNS.items() if key in records[0]},
+            "similarity_labels": labels,
+            "similarity_matrix": cosines,
+            "summary": summary(records, arrays["eigenvalues"], about["experiment_config"]["scales"]),
+            "failed": [{"sentence": record["sentence"], "reason": record["failed"]} for record in failed],
+            "timings": {"load": load_seconds} | {stage: sum(parts) for stage, parts in seconds.items()},
+        }
+    )
     document["checksum"] = checksum(document)
     write_json(folder / RESULTS, document)
     return document
@@ -279,7 +262,7 @@ def split_results(folder: Path, numbers: dict[str, int]) -> Iterator[Item]:
     timings = {stage: seconds for stage, seconds in document["timings"].items() if stage != "load"}
     items = [failure(numbers[entry["sentence"]], entry["sentence"], entry["reason"]) for entry in document["failed"]]
     for row, sentence in enumerate(document["sentences"]):
-        record = {key: document[column][row] for key, column in COLUMNS.items() if column in document}
+        record = {key: document[name][row] for key, name in COLUMNS.items() if name in document}
         record["seconds"] = {} if row else timings
         items.append(Item(numbers[sentence], record, {name: array[row] for name, array in arrays.items()}))
     return iter(sorted(items, key=lambda item: item.number))
@@ -300,17 +283,15 @@ def summary(records: list[dict], eigenvalues: np.ndarray, scales: list[float]) -
     """By layer: medians over sentences, and what the longest perturbations of either sign did."""
     far, layers = max(map(abs, scales)), {}
     for row, layer in enumerate(records[0]["fisher"]):
-        entries = [record["fisher"][layer] for record in records]
-        columns = {key: [entry[key] for entry in entries] for key in NUMBERS}
-        columns |= {f"exact_{key}": [e["exact"][key] for e in entries] for key in entries[0].get("exact", ())}
-        radii = [e["trust_radius"] for e in entries if e.get("trust_radius", {}).get("step") is not None]
-        columns |= {f"trust_radius_{key}": [radius[key] for radius in radii] for key in ("nats", "norms") if radii}
-        kinds = _farthest_by_kind([record["perturbations"][layer] for record in records], far)
+        numbers = by_key(pair for record in records for pair in numbers_of(record["fisher"][layer]).items())
+        by_scale = [record["perturbations"][layer] for record in records]
+        farthest = [found[scale] for found in by_scale for scale in {f"{far:g}", f"{-far:g}"} & set(found)]
+        kinds = by_key((kind_of(name), found) for along_v in farthest for name, found in by_direction(along_v).items())
         layers[layer] = {
             "eigenvalue_median": float(np.median(eigenvalues[:, row])),
-            **{f"{key}_median": statistics.median(values) for key, values in columns.items()},
-            "kl_median": {kind: reduced(statistics.median, some, "kl") for kind, some in kinds.items()},
-            "flips": {kind: reduced(statistics.fmean, some, "top_changed") for kind, some in kinds.items()},
+            **{f"{key}_median": statistics.median(values) for key, values in numbers.items()},
+            "kl_median": {name: reduced(statistics.median, found, "kl") for name, found in kinds.items()},
+            "flips": {name: reduced(statistics.fmean, found, "top_changed") for name, found in kinds.items()},
         }
     steering = [record["steering"] for record in records if "steering" in record]
     return {"at_scale": far, "layers": layers} | (
@@ -318,15 +299,12 @@ def summary(records: list[dict], eigenvalues: np.ndarray, scales: list[float]) -
     )
 
 
-def _farthest_by_kind(by_scale: list[dict], far: float) -> dict[str, list[dict]]:
-    """The records of the longest perturbations at a layer, by kind of direction."""
-    kinds: dict[str, list[dict]] = {}
-    for sentence in by_scale:
-        for scale in {f"{far:g}", f"{-far:g}"} & set(sentence):
-            record = sentence[scale]
-            for name, other in {"fisher": record, **record["controls"]}.items():
-                kinds.setdefault(name.partition("_")[0], []).append(other)
-    return kinds
+def numbers_of(entry: dict) -> dict[str, float]:
+    """What the summary has medians of, from a layer's entry, by its name there; what is unknown is left out."""
+    numbers = {key: entry[key] for key in NUMBERS}
+    numbers |= {f"exact_{key}": value for key, value in entry.get("exact", {}).items()}
+    radius = {key: entry.get("trust_radius", {}).get(key) for key in ("nats", "norms")}
+    return numbers | {f"trust_radius_{key}": value for key, value in radius.items() if value is not None}
 
 
 def reduced(reduce: Callable[[list], float], records: list[dict], key: str) -> float | None:

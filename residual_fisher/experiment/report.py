@@ -6,7 +6,7 @@ import statistics
 import textwrap
 
 from residual_fisher.common.text import excerpt_end, model_line, printable, table
-from residual_fisher.experiment.records import RESULTS
+from residual_fisher.experiment.records import RESULTS, by_direction, by_key
 from residual_fisher.model.words import summary_line
 
 FELT_KL = 0.05  # nats: below it a perturbation has hardly moved a prediction
@@ -29,14 +29,13 @@ def block_legend(config: dict) -> str:
         f"By sentence, KL in nats after the perturbation at scale {_farthest(config)}; * the top token changed. By "
         "layer, the tokens with the largest shares of lambda: those that lose probability along v ← → that gain it"
     )
-    if not (tokens := config["continue_"]):
-        return textwrap.fill(legend + ":", 110)
-    legend += (
-        f". Of the first {CONTINUED}, also the {tokens} tokens that the model goes on to say (the most probable "
-        "ones): as it is, and after a perturbation along v, with the KL in nats that is predicted for it. It is "
-        "added once, at the prompt's last token; the tokens after it are run unperturbed."
-    )
-    return textwrap.fill(legend, 110)
+    if tokens := config["continue_"]:
+        legend += (
+            f". Of the first {CONTINUED}, also the {tokens} tokens that the model goes on to say (the most probable "
+            "ones): as it is, and after a perturbation along v, with the KL in nats that is predicted for it. It is "
+            "added once, at the prompt's last token; the tokens after it are run unperturbed."
+        )
+    return textwrap.fill(legend if tokens else legend + ":", 110)
 
 
 def _farthest(config: dict) -> str:
@@ -49,11 +48,10 @@ def sentence_block(record: dict, number: int, config: dict) -> str:
     context, fisher, layers = record["context"], record["fisher"], list(record["fisher"])
     target = f"{printable(context['target_token'])}: {context['target_probability']:.3f}, rank {context['target_rank']}"
     title = f"S{number}  {excerpt_end(context['prompt'], EXCERPT)}  ({target.strip()})"
-    farthest = [record["perturbations"][layer][_farthest(config)] for layer in layers]
     rows = [["  lambda", *(f"{fisher[layer]['eigenvalues'][0]:.2g}" for layer in layers)]]
-    for name in ("fisher", *farthest[0]["controls"]):
-        at_layers = farthest if name == "fisher" else [along_v["controls"][name] for along_v in farthest]
-        cells = [_cell(found["kl"], ".2g") + "*" * bool(found["top_changed"]) for found in at_layers]
+    farthest = [by_direction(record["perturbations"][layer][_farthest(config)]) for layer in layers]
+    for name in farthest[0]:
+        cells = [_cell(at[name]["kl"], ".2g") + "*" * bool(at[name]["top_changed"]) for at in farthest]
         rows.append([f"  KL {name}", *cells])
     width = max(map(len, layers))
     tokens = [f"  layer {layer:>{width}}  {summary_line(fisher[layer]['tokens'][0])}" for layer in layers]
@@ -65,14 +63,19 @@ def sentence_block(record: dict, number: int, config: dict) -> str:
 
 def continuation_block(continuation: dict, layers: list[str], asked: int) -> str:
     """How the model continues: as it is, and by layer and sign after a perturbation along v."""
+
+    def text(entry: dict) -> str:
+        """After a bar, since it may begin with a space."""
+        return "|" + printable(entry["text"]) + (" [end]" if len(entry["ids"]) < asked else "")
+
     usual, random_same = continuation["none"]["ids"], []
-    rows = [("  none", "", "", _continued(continuation["none"], asked))]
+    rows = [("  none", "", "", text(continuation["none"]))]
     for layer in layers:
         for scale, entries in continuation[layer].items():
-            entry, random = entries["fisher"], entries.get("random_0")
-            text = "(the same)" if entry["ids"] == usual else _continued(entry, asked)
-            rows.append((f"  {layer}", scale, _cell(entry["predicted_kl"], ".2g"), text))
-            random_same += [random["ids"] == usual] if random else []
+            same = {name: entry["ids"] == usual for name, entry in entries.items()}
+            said = "(the same)" if same["fisher"] else text(entries["fisher"])
+            rows.append((f"  {layer}", scale, _cell(entries["fisher"]["predicted_kl"], ".2g"), said))
+            random_same += [same["random_0"]] if "random_0" in same else []
     longest = max(len(text) for *_, text in rows)
     aligned = [[*cells, text.ljust(longest)] for *cells, text in rows]  # texts to the left
     lines = table(["  layer", "scale", "nats", ""], aligned).splitlines()
@@ -80,11 +83,6 @@ def continuation_block(continuation: dict, layers: list[str], asked: int) -> str
         lines.append(f"  random_0 of the same lengths: {sum(random_same)} of {len(random_same)} the same")
     width = max(MIN_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 0)).columns)
     return "\n".join(line if len(line) <= width else line[: width - 1] + "…" for line in lines)
-
-
-def _continued(entry: dict, asked: int) -> str:
-    """The text after a bar, since it may begin with a space."""
-    return "|" + printable(entry["text"]) + (" [end]" if len(entry["ids"]) < asked else "")
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -100,26 +98,24 @@ def conclusion(document: dict, usable: int) -> str:
     Args:
         usable: sentences that could have been used.
     """
-    config, count, parts = document["experiment_config"], len(document["sentences"]), [summary_tables(document)]
+    asked, count, parts = document["experiment_config"]["num_sentences"], len(document["sentences"]), []
     if overflows := count_overflows(document):
         parts.append(f"note: {overflows} perturbations were too long for numbers to hold: null in {RESULTS}")
     if failed := document["failed"]:
         parts.append(f"{len(failed)} sentences failed: `failed` in {RESULTS} says why")
     if continuations := document.get("continuations"):
         parts.append(continuation_line(continuations))
-    asked = config["num_sentences"]
     if document["complete"] and count < asked:
         among = f" among the {usable} that were read" if count < usable else ""
         parts.append(f"note: {asked} sentences were asked for, only {count} are available{among}")
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in document["timings"].items())
-    return "\n".join([*parts, f"seconds: {seconds}"])
+    return "\n".join([summary_tables(document), *parts, f"seconds: {seconds}"])
 
 
 def count_overflows(document: dict) -> int:
     """How many perturbations were so long that the logits, or the prediction of KL, overflowed."""
     layers = (layer for sentence in document["perturbation_results"] for layer in sentence.values())
-    along_v = (record for layer in layers for record in layer.values())
-    records = (record for found in along_v for record in (found, *found["controls"].values()))
+    records = (found for layer in layers for record in layer.values() for found in by_direction(record).values())
     return sum(record["kl"] is None or record["predicted_kl"] is None for record in records)
 
 
@@ -127,7 +123,7 @@ def summary_tables(document: dict) -> str:
     """The summary by layer, and what else was asked for."""
     config, summary = document["experiment_config"], document["summary"]
     layers, count = summary["layers"], len(document["sentences"])
-    kinds = list(next(iter(layers.values()))["kl_median"])
+    kinds = next(iter(layers.values()))["kl_median"]
     columns = {
         "lambda": (".3g", "eigenvalue_median"),
         "mass": (".3f", "captured_mass_median"),
@@ -135,8 +131,7 @@ def summary_tables(document: dict) -> str:
         **{f"KL {kind}": (".2g", "kl_median", kind) for kind in kinds},
         **{f"flips {kind}": (".0%", "flips", kind) for kind in kinds},
     }
-    far = f"±{summary['at_scale']:g}"
-    note = f"Medians over {count} sentences; KL in nats and share of changed top tokens at {far}."
+    note = f"Medians over {count} sentences; KL in nats and share of changed top tokens at ±{summary['at_scale']:g}."
     medians = [entry["kl_median"]["fisher"] for entry in layers.values() if entry["kl_median"]["fisher"] is not None]
     if medians and statistics.median(medians) < FELT_KL and config["scale_unit"] == "eigenvalue":
         note += " At half of the layers or more, steps of lambda are too short to move a prediction: --scale-unit nats"
@@ -145,12 +140,12 @@ def summary_tables(document: dict) -> str:
     if config["compare_exact"]:
         names = {"lambda_K/lambda": "eigenvalue_share", "trace_K/trace": "trace_share", "|cos|": "cosine"}
         columns = {title: (".4f", f"exact_{name}_median") for title, name in names.items()}
-        parts.append("Share of the exact matrix that the top-k tokens find (medians):")
-        parts.append(_table_by_layer(layers, columns))
+        note = "Share of the exact matrix that the top-k tokens find (medians):"
+        parts += [note, _table_by_layer(layers, columns)]
     if config["trust_radius"]:
         columns = {"nats": (".3g", "trust_radius_nats_median"), "norms of h": (".3g", "trust_radius_norms_median")}
-        parts.append("Along v, KL is within 10% of its quadratic prediction up to (medians, the shorter of -v and v):")
-        parts.append(_table_by_layer(layers, columns))
+        note = "Along v, KL is within 10% of its quadratic prediction up to (medians, the shorter of -v and v):"
+        parts += [note, _table_by_layer(layers, columns)]
     if "steering" in summary:
         parts.append(steering_table(document["steering"], summary["steering"]))
     return "\n".join(parts)
@@ -162,26 +157,26 @@ def _table_by_layer(layers: dict[str, dict], columns: dict[str, tuple[str, ...]]
     Args:
         columns: by title the number's format, then the keys that lead to it; "-" stands where it is null or missing.
     """
-
-    def row(entry: dict) -> list[str]:
-        return [_cell(reduce(lambda at, key: at.get(key), keys, entry), form) for form, *keys in columns.values()]
-
-    return table(["layer", *columns], [[layer, *row(entry)] for layer, entry in layers.items()])
+    rows = [
+        [layer, *(_cell(reduce(lambda at, key: at.get(key), keys, entry), form) for form, *keys in columns.values())]
+        for layer, entry in layers.items()
+    ]
+    return table(["layer", *columns], rows)
 
 
 def steering_table(records: list[dict], by_layer: dict) -> str:
     """What it costs to make the target probable, over the least that it costs whatever is done."""
     tokens = " ".join(sorted({record["token"] for record in records})[:3])
-    goals = {goal for directions in by_layer.values() for found in directions.values() for goal in found}
-    goal = max((goal for goal in goals if float(goal) <= 0.5), key=float, default=None)
+    found = [directions for layer in by_layer.values() for directions in layer.items()]
+    goal = max((goal for _, goals in found for goal in goals if float(goal) <= 0.5), key=float, default=None)
     if goal is None:
         return f"Steering: {tokens} is more probable than 1/2 in all sentences."
-    names = dict.fromkeys(name for directions in by_layer.values() for name in directions)
 
-    def cell(found: dict | None) -> str:
-        return "-" if found is None else f"{_cell(found['ratio_median'], '.3g')} ({found['reached']:.0%})"
+    def cell(goals: dict) -> str:
+        return f"{_cell(goals[goal]['ratio_median'], '.3g')} ({goals[goal]['reached']:.0%})" if goal in goals else "-"
 
-    rows = [[layer, *(cell(found[name].get(goal)) for name in names)] for layer, found in by_layer.items()]
+    names = dict.fromkeys(name for name, _ in found)
+    rows = [[layer, *(cell(directions[name]) for name in names)] for layer, directions in by_layer.items()]
     note = (
         f"To bring {tokens} to a probability of {goal}: KL over the least that any perturbation costs (median, and the "
         "share of sentences where it is reached):"
@@ -191,11 +186,13 @@ def steering_table(records: list[dict], by_layer: dict) -> str:
 
 def continuation_line(continuations: list[dict]) -> str:
     """How many of all continuations are not the unperturbed one, by direction."""
-    differ: dict[str, list[bool]] = {}
-    for continuation in continuations:
-        layers = [by_scale for layer, by_scale in continuation.items() if layer != "none"]
-        for entries in (entries for by_scale in layers for entries in by_scale.values()):
-            for name, entry in entries.items():
-                differ.setdefault(name, []).append(entry["ids"] != continuation["none"]["ids"])
+    differ = by_key(
+        (name, entry["ids"] != sentence["none"]["ids"])
+        for sentence in continuations
+        for layer, by_scale in sentence.items()
+        if layer != "none"
+        for entries in by_scale.values()
+        for name, entry in entries.items()
+    )
     shares = ", ".join(f"{name} {sum(answers) / len(answers):.0%}" for name, answers in differ.items())
     return f"Share of continuations that the perturbation changed: {shares}"

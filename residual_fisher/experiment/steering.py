@@ -12,6 +12,7 @@ least KL at given log-odds: an advance along n, and a correction that undoes the
 """
 
 from collections.abc import Callable
+from functools import partial
 import math
 import statistics
 from typing import NamedTuple
@@ -76,28 +77,35 @@ def steer(
         damping: of the natural gradient in one step, in units of lambda_1.
         gradients, perturbations: rows of one backward and one forward pass.
     """
-    probability = point.log_probs[target].exp().item()
+    probability, h, zero = point.log_probs[target].exp().item(), point.activations, torch.zeros_like(point.activations)
     goals = [goal for goal in GOALS if goal > probability]
     if not goals:
-        nothing = point.activations.new_empty(len(point.activations), 0, 0)
-        deltas = point.activations[:, None][:, :0]
-        return Steered(target, probability, [], [], nothing, nothing, nothing, deltas)
-    here = Linearised(point, torch.zeros_like(point.activations), target, tokens, gradients)
+        nothing = h.new_empty(len(h), 0, 0)
+        return Steered(target, probability, [], [], nothing, nothing, nothing, h[:, None][:, :0])
+
+    def move(start: Tensor, advance: Tensor, lengths: Tensor) -> Sweep:
+        """Perturbs by start + length * advance (layers, ..., d), for lengths (layers, ..., m)."""
+        deltas = start[..., None, :] + advance[..., None, :] * lengths[..., None]
+        return sweep(point, deltas, target, 1, perturbations)
+
+    here = Linearised(point, zero, target, tokens, gradients)
     straight = {"natural": here.solve(here.rise, damping), "gradient": here.rise}
     straight |= {name: u.to(here.rise) for name, u in directions.items()}
     along = torch.stack(list(straight.values()), dim=1)  # (layers, n, d)
     downhill = torch.einsum("lnd,ld->ln", along, here.rise) < 0
-    along = torch.nn.functional.normalize(torch.where(downhill[..., None], -along, along), dim=-1)
+    along = torch.nn.functional.normalize(torch.where(downhill[..., None], -along, along), dim=-1).to(h)
 
-    at_once = _at_once(point, along.to(point.activations), goals, target, perturbations)
-    route = waypoints(probability, goals, steps)
+    norms, route = h.norm(dim=-1)[:, None, None], waypoints(probability, goals, steps)
+    at_once = _at_once(along, norms, goals, move)
     (*natural, deltas), (*gradient, _) = (
-        _in_steps(point, route, target, count, step, gradients, perturbations)
+        _in_steps(partial(Linearised, point, target=target, tokens=count, chunks=gradients), step, route, zero, move)
         for count, step in ((tokens, Linearised.natural_steps), (1, Linearised.gradient_step))
     )
     log_prob, kl, length = (torch.cat(part, dim=1) for part in zip(at_once, natural, gradient, strict=True))
-    norms = length / point.activations.norm(dim=-1)[:, None, None]
-    return Steered(target, probability, [*straight, *STEPPED], goals, log_prob, kl, norms, deltas[:, 0])
+    return Steered(target, probability, [*straight, *STEPPED], goals, log_prob, kl, length / norms, deltas[:, 0])
+
+
+# --- where log-odds are reached ------------------------------------------------------------------
 
 
 def log_odds(log_prob: Tensor) -> Tensor:
@@ -109,62 +117,57 @@ def _log_odds_of(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-# --- along a straight direction ------------------------------------------------------------------
+def first_reaching(odds: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The index (...) of the first of `odds` (..., m) that is at least `wanted` (...), and whether there is one."""
+    reached = odds >= wanted[..., None]
+    return reached.int().argmax(-1), reached.any(-1)
 
 
-def crossing(steps: Tensor, odds: Tensor, wanted: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(low, high, index) of the interval in which the log-odds reach `wanted`.
-
-    `high` is the first of the ascending steps whose log-odds reach it, at `index`; `low` is the step before.
-
-    Args:
-        steps, odds: (..., m), ascending steps and the log-odds after each.
-        wanted: (...) log-odds.
-        before: (...) the step that precedes the first one.
-    """
-    index = (odds >= wanted[..., None]).int().argmax(-1, keepdim=True)
-    low = steps.gather(-1, (index - 1).clamp(min=0))[..., 0]
-    return torch.where(index[..., 0] > 0, low, before), steps.gather(-1, index)[..., 0], index[..., 0]
+def around(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `values` (..., m), the one before `index` (...), or else the first, and the one at it."""
+    return values.gather(-1, torch.stack([(index - 1).clamp(min=0), index], dim=-1)).unbind(-1)
 
 
 def at_crossing(values: Tensor, odds: Tensor, wanted: Tensor, index: Tensor) -> Tensor:
     """`values` (..., m) interpolated to (...), where the log-odds are `wanted` between `index` - 1 and `index`."""
-    ends = torch.stack([(index - 1).clamp(min=0), index], dim=-1)
-    (x0, x1), (y0, y1) = (part.gather(-1, ends).unbind(-1) for part in (odds, values))
+    (x0, x1), (y0, y1) = around(odds, index), around(values, index)
     share = torch.where(index > 0, ((wanted - x0) / (x1 - x0)).clamp(0, 1), torch.ones_like(x0))
     return y0 + (y1 - y0) * share
 
 
-def _at_once(
-    point: Point, along: Tensor, goals: list[float], target: int, chunks: Chunks
-) -> tuple[Tensor, Tensor, Tensor]:
+def length_at_crossing(move: Callable[[Tensor], Sweep], lengths: Tensor, wanted: Tensor, index: Tensor) -> Tensor:
+    """The length (...) that leads to the wanted log-odds, between the one before `index` of `lengths`, or 0, and it.
+
+    Args:
+        move: perturbs by lengths (..., m).
+    """
+    low, high = around(lengths, index)
+    low = torch.where(index > 0, low, 0)
+    cuts = low[..., None] + (high - low)[..., None] * torch.linspace(0, 1, SECTIONS + 1, device=lengths.device)
+    odds = log_odds(move(cuts).target_log_prob)
+    return at_crossing(cuts, odds, wanted, first_reaching(odds, wanted)[0])
+
+
+def _at_once(along: Tensor, norms: Tensor, goals: list[float], move: Callable) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, KL and length, each (layers, n, goals), of the shortest steps that reach each goal.
 
     Args:
         along: unit vectors (layers, n, d).
+        norms: |h| (layers, 1, 1).
     """
-
-    def swept(steps: Tensor) -> Sweep:  # (layers, n, ..., m)
-        shape = (*along.shape[:2], *(1 for _ in steps.shape[2:]), -1)
-        return sweep(point, along.reshape(shape) * steps[..., None], target, 1, chunks)
-
     shortest, longest, count = LENGTHS
     lengths = torch.logspace(math.log10(shortest), math.log10(longest), count, device=along.device)
-    lengths = (point.activations.norm(dim=-1)[:, None, None] * lengths).expand(-1, along.shape[1], -1)
-    odds = log_odds(swept(lengths).target_log_prob)
+    lengths = (norms * lengths).expand(-1, along.shape[1], -1)
+    odds = log_odds(move(torch.zeros_like(along), along, lengths).target_log_prob)
     wanted = torch.tensor([_log_odds_of(goal) for goal in goals], device=along.device)
     wanted = wanted.expand(*along.shape[:2], -1)  # (layers, n, goals)
-    unreached = ~(odds[:, :, None] >= wanted[..., None]).any(-1)
     lengths, odds = (part[:, :, None].expand(-1, -1, len(goals), -1) for part in (lengths, odds))
-    low, high, _ = crossing(lengths, odds, wanted, torch.zeros_like(wanted))
-
-    cuts = low[..., None] + (high - low)[..., None] * torch.linspace(0, 1, SECTIONS + 1, device=along.device)
-    odds = log_odds(swept(cuts).target_log_prob)
-    _, _, index = crossing(cuts, odds, wanted, low)
-    length = at_crossing(cuts, odds, wanted, index)
-    found = swept(length[..., None])  # the length is interpolated: record what it really does
+    index, reached = first_reaching(odds, wanted)
+    move = partial(move, torch.zeros_like(along)[:, :, None], along[:, :, None])
+    length = length_at_crossing(move, lengths, wanted, index)
+    found = move(length[..., None])  # the length is interpolated: record what it really does
     parts = (found.target_log_prob[..., 0], found.kl[..., 0], length)
-    return tuple(part.masked_fill(unreached, math.nan) for part in parts)
+    return tuple(part.masked_fill(~reached, math.nan) for part in parts)
 
 
 # --- in steps ------------------------------------------------------------------------------------
@@ -242,43 +245,36 @@ class Linearised:
 
 
 def _in_steps(
-    point: Point, route: list[float], target: int, tokens: int, step: Callable, gradients: Chunks, perturbations: Chunks
+    linearised: Callable[[Tensor], Linearised], step: Callable, route: list[float], start: Tensor, move: Callable
 ) -> tuple[Tensor, ...]:
     """Log-probability, KL, length (layers, 1, goals) and perturbation (layers, 1, goals, d) that reach each goal.
 
-    Each step is linearised where the last one led.
-
     Args:
-        route: probabilities to aim at in turn, the goals among them.
+        linearised: the model at perturbations (layers, d): each step is linearised where the last one led.
         step: a method of Linearised that gives the correction and the advance to given log-odds.
+        route: probabilities to aim at in turn, the goals among them.
     """
-    deltas, layers = torch.zeros_like(point.activations), torch.arange(len(point.activations))
-    multiples = torch.tensor(MULTIPLES, device=deltas.device)
-    parts = torch.linspace(0, 1, SECTIONS + 1, device=deltas.device)
-    found = []
+    deltas, layers = start, torch.arange(len(start))
+    multiples, found = torch.tensor(MULTIPLES, device=deltas.device), []
     for goal in route:
-        here, wanted = Linearised(point, deltas, target, tokens, gradients), _log_odds_of(goal)
+        here, wanted = linearised(deltas), _log_odds_of(goal)
         correction, advance = (part.to(deltas) for part in step(here, wanted))  # (layers, n, d)
         start = deltas[:, None] + correction
-        swept = sweep(point, start[:, :, None] + advance[:, :, None] * multiples[:, None], target, 1, perturbations)
+        swept = move(start, advance, multiples)
         odds = log_odds(swept.target_log_prob).nan_to_num(nan=-math.inf)  # (layers, n, multiples)
-        reached, wanted = (odds >= wanted).any(-1), torch.full_like(odds[..., 0], wanted)
-        low, high, index = crossing(multiples.expand(odds.shape), odds, wanted, torch.zeros_like(wanted))
+        wanted = torch.full_like(odds[..., 0], wanted)
+        index, reached = first_reaching(odds, wanted)
         # Of the dampings that reach the goal, the cheapest is taken; if none does, the one that comes nearest.
         cost = at_crossing(swept.kl, odds, wanted, index).masked_fill(~reached, math.inf).nan_to_num(nan=math.inf)
         best = torch.where(cost.isfinite().any(-1), cost.argmin(-1), odds.amax(-1).argmax(-1))
-        odds, reached, wanted, start, advance, low, high = (
-            part[layers, best] for part in (odds, reached, wanted, start, advance, low, high)
+        odds, wanted, index, reached, start, advance = (
+            part[layers, best] for part in (odds, wanted, index, reached, start, advance)
         )
-
-        cuts = low[:, None] + (high - low)[:, None] * parts
-        swept = sweep(point, start[:, None] + advance[:, None] * cuts[..., None], target, 1, perturbations)
-        odds_at_cuts = log_odds(swept.target_log_prob)
-        _, _, index = crossing(cuts, odds_at_cuts, wanted, low)
-        length = torch.where(reached, at_crossing(cuts, odds_at_cuts, wanted, index), multiples[odds.argmax(-1)])
-        deltas = start + advance * length[:, None]
+        length = length_at_crossing(partial(move, start, advance), multiples.expand(odds.shape), wanted, index)
+        length = torch.where(reached, length, multiples[odds.argmax(-1)])[:, None]
+        deltas = start + advance * length
         if goal in GOALS:
-            swept = sweep(point, deltas[:, None], target, 1, perturbations)
+            swept = move(start, advance, length)
             column = (swept.target_log_prob[:, 0], swept.kl[:, 0], deltas.norm(dim=-1))
             column = [part.masked_fill(~reached, math.nan) for part in column]
             found.append((*column, deltas.masked_fill(~reached[:, None], math.nan)))
