@@ -101,11 +101,11 @@ def _column(source: str, asked: str | None, config: str | None, split: str) -> I
     if not first:
         return
     column = choose_column(source, first, asked, TEXT_COLUMNS, "--text-column", lambda _, cell: text_of(cell))
-    texts = 0
+    any_text = False
     for row in chain(first, rows):
-        texts += text_of(row.get(column)) is not None
+        any_text |= text_of(row.get(column)) is not None
         yield row.get(column)
-    if not texts:
+    if not any_text:
         raise UserError(f"{source} holds no sentences: no text in the column {excerpt(repr(column), 100)}")
 
 
