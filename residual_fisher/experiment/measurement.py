@@ -72,10 +72,8 @@ class Batches:
         self.steering = fisher.Chunks(max(1, 4 * size // layers))  # a row for each layer
 
     def prepare(self, point: fisher.Point, contexts: Sequence[Context]) -> None:
-        """Before the first sentence: fits the sizes to the mode of reading, and checks what F predicts.
+        """Before the first of all sentences: fits the sizes to the mode of reading, and checks what F predicts.
 
-        Args:
-            contexts: all sentences of the run.
         Raises:
             UnsupportedModelError: a small perturbation does not do what F predicts.
         """

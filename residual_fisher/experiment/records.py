@@ -154,13 +154,12 @@ class Recorder:
         return entries
 
     def _arrays(self, measured: Measured, eigen: Eigenpairs) -> dict[str, np.ndarray]:
-        count = self.num_eigenvectors
         arrays = {
             "eigenvectors": eigen.vectors[:, 0],  # (layers, d)
             "eigenvalues": eigen.values[:, 0],  # (layers,)
             "activations": measured.point.activations.cpu(),  # (layers, d)
         }
-        if count > 1:
+        if (count := self.num_eigenvectors) > 1:
             arrays["leading_eigenvectors"] = eigen.vectors[:, :count]  # (layers, m, d)
             arrays["leading_eigenvalues"] = eigen.values[:, :count]  # (layers, m)
         if measured.steered is not None:
@@ -291,9 +290,8 @@ def summary(records: list[dict], eigenvalues: np.ndarray, scales: list[float]) -
             "flips": {name: reduced(statistics.fmean, found, "top_changed") for name, found in kinds.items()},
         }
     steering = [record["steering"] for record in records if "steering" in record]
-    return {"at_scale": far, "layers": layers} | (
-        {"steering": steering_summary(steering, list(layers))} if steering else {}
-    )
+    found = {"at_scale": far, "layers": layers}
+    return {**found, "steering": steering_summary(steering, list(layers))} if steering else found
 
 
 def numbers_of(entry: dict) -> dict[str, float]:
