@@ -62,8 +62,7 @@ def choose_scales(scales: Sequence[float], predicted: Tensor, limit: float) -> l
 
     Args:
         scales: none is 0.
-        predicted: (layers, scales) nats.
-        limit: nats.
+        predicted: (layers, scales) nats; `limit` too.
     Returns:
         pairs (layer, index of the scale)
     """
@@ -97,11 +96,10 @@ def greedy(point: PromptPoint, deltas: Tensor, at: Tensor, tokens: int, ends: se
     reading, model, rows = point.reading, point.reading.model, len(deltas)
     last = reading.ids.shape[1] - 1  # index of the prompt's last token among the tokens of the first pass
     ids = reading.ids.expand(rows, -1).to(model.device)
-    cache = None
+    cache, memory = None, {"use_cache": False}
     if reading.mode is not PrefixMode.WHOLE:
-        empty = reading.prefix is None
-        cache = DynamicCache(config=model.config) if empty else copy_of(reading.prefix, rows)
-    memory = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+        cache = copy_of(reading.prefix, rows) if reading.prefix is not None else DynamicCache(config=model.config)
+        memory = {"past_key_values": cache, "use_cache": True}
 
     perturbing = add_to_rows(point.modules, deltas, at, last)
     written, ended = [], torch.zeros(rows, dtype=torch.bool, device=model.device)

@@ -185,10 +185,9 @@ def token_of(tokenizer, text: str) -> int:
     Raises:
         UserError: `text` is no token, or several.
     """
-    spellings = (f" {text}", text)  # a tokenizer that adds a space itself makes two tokens of the first
-    found = [tokenizer(spelling, add_special_tokens=False)["input_ids"] for spelling in spellings]
-    for ids in found:
-        if len(ids) == 1:
-            return ids[0]
+    # a tokenizer that adds a space itself makes two tokens of the first
+    found = [tokenizer(spelling, add_special_tokens=False)["input_ids"] for spelling in (f" {text}", text)]
+    if single := [ids[0] for ids in found if len(ids) == 1]:
+        return single[0]
     pieces = " ".join(map(token_writer(tokenizer), found[0]))
     raise UserError(f"--steer-token {text!r} has to be one token, and is {len(found[0])}: {pieces}")
