@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
@@ -53,11 +52,6 @@ class Subject:
     def in_prompt(self) -> Callable[[str, Sequence[str]], list[bool]]:
         """Tells which tokens a prompt holds."""
         return prompt_words_test(self.tokenizer, self.show)
-
-    @cached_property
-    def encoder(self):
-        """The tokenizer once more, for a thread of its own: tokenizers are not made for several."""
-        return deepcopy(self.tokenizer)
 
     def next_tokens(self, prompt: str, ids: list[int], p: list[float]) -> list[dict]:
         """The most probable next tokens as they are recorded; `in_prompt` are those that a word there begins with."""
