@@ -93,7 +93,7 @@ def finished_experiment(model_directory, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
-    """40 prompts of many lengths, with three rows that hold none; shards of 32 prompts, so two of them."""
+    """40 prompts of many lengths, with three rows that hold none; windows of 32 prompts, so two of them."""
     words = ["zebra", "animals", "the", "many", "wild", "keep", "in", "what", "river", "blue"]
     texts = [" ".join(words[(7 * i + j) % 10] for j in range(1 + (5 * i) % 11)) + f" {i}" for i in range(40)]
     rows = [{"prompt": text} for text in texts]

@@ -58,6 +58,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def run(script: str, words: list[str]) -> int:
+    """The exit code of a script's `main`."""
+    module = importlib.import_module(script)
+    return module.main(module.parse(words))
+
+
 # --- core_experiment.py --------------------------------------------------------------------------
 
 EXPERIMENT_FILES = {
@@ -75,9 +81,7 @@ def experiment_words(model: Path, output: Path, *words: str) -> list[str]:
 
 
 def core_experiment(model: Path, output: Path, *words: str) -> int:
-    import core_experiment as script
-
-    return script.main(script.parse(experiment_words(model, output, *words)))
+    return run("core_experiment", experiment_words(model, output, *words))
 
 
 def experiment_results(output: Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -98,6 +102,14 @@ def assert_same_experiment(output: Path, expected: Path) -> None:
     assert set(os.listdir(output)) == EXPERIMENT_FILES and os.listdir(output / "items") == ["run.json"]
 
 
+def slow_sentences() -> None:
+    """For `start`: the experiment takes 0.1 s more for each sentence."""
+    import core_experiment
+
+    perturb = core_experiment.perturb
+    core_experiment.perturb = lambda *arguments: (time.sleep(0.1), perturb(*arguments))[1]
+
+
 # --- compute_fisher.py ---------------------------------------------------------------------------
 
 PIPELINE_FILES = {"items", "fisher_matrices_compressed.npz", "fisher_spectra.png", "metadata.yaml", "prompts.jsonl"}
@@ -115,9 +127,7 @@ def pipeline_words(model: Path, dataset: Path, output: Path, **options) -> list[
 
 
 def compute_fisher(model: Path, dataset: Path, output: Path, **options) -> int:
-    import compute_fisher as script
-
-    return script.main(script.parse(pipeline_words(model, dataset, output, **options)))
+    return run("compute_fisher", pipeline_words(model, dataset, output, **options))
 
 
 def arrays(output: Path) -> dict[str, np.ndarray]:
@@ -165,7 +175,7 @@ class Running(NamedTuple):
     stderr: Path
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Returns while the process goes on, as soon as the condition holds."""
+        """Returns while the process runs, as soon as the condition holds."""
         deadline = time.monotonic() + 120
         while not condition() and time.monotonic() < deadline:
             assert self.process.is_alive(), self.stderr.read_text()

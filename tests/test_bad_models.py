@@ -123,10 +123,12 @@ def test_a_damaged_model_is_one_line_and_exit_code_2(name, chat_directory, datas
     with pytest.raises(UserError) as caught:
         loading.load(str(model), device="cpu")
     capsys.readouterr()
-    script = (
-        scripts.core_experiment if len(name) % 2 else lambda *paths: scripts.compute_fisher(paths[0], dataset, paths[1])
-    )
-    assert script(model, tmp_path / "out") == 2
+    words = {
+        "core_experiment": scripts.experiment_words(model, tmp_path / "out"),
+        "compute_fisher": scripts.pipeline_words(model, dataset, tmp_path / "out"),
+    }
+    script = list(words)[len(name) % 2]
+    assert scripts.run(script, words[script]) == 2
     said = capsys.readouterr().err
     assert_one_line(said, reason, f"cannot load model '{model}'")
     assert reason in str(caught.value) and not logged
@@ -151,12 +153,9 @@ def test_a_tied_head_is_not_missing(byte_level, tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_lack_of_memory_is_not_called_a_damaged_model(chat_directory, monkeypatch):
-    def fail(*_, **__):
-        raise torch.OutOfMemoryError("no memory")
-
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
-    with pytest.raises(torch.OutOfMemoryError):
+def test_a_lack_of_memory_is_not_called_a_damaged_model(chat_directory):
+    no_room = scripts.calls_of(loading.AutoModelForCausalLM, "from_pretrained", torch.OutOfMemoryError)
+    with no_room, pytest.raises(torch.OutOfMemoryError):
         loading.load(str(chat_directory), device="cpu")
 
 
@@ -230,15 +229,11 @@ def test_a_conversion_that_does_not_load_is_one_line_and_not_repeated_for_ever(c
     assert len(conversions) == 2
 
 
-def test_a_damaged_embedded_model_stays_if_it_cannot_be_converted_again(conversions, monkeypatch):
+def test_a_damaged_embedded_model_stays_if_it_cannot_be_converted_again(conversions):
     path = embedded.embedded_model()
     (path / "config.json").unlink()
-
-    def fail(work: Path) -> Path:
-        raise UserError("cannot fetch it")
-
-    monkeypatch.setattr(embedded, "_gguf_file", fail)
-    with pytest.raises(UserError, match="cannot fetch it"):
+    offline = scripts.calls_of(embedded, "_gguf_file", UserError("cannot fetch it"))
+    with offline, pytest.raises(UserError, match="cannot fetch it"):
         loading.load(EMBEDDED, device="cpu")
     assert (path / WEIGHTS).is_file()
 

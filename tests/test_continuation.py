@@ -1,4 +1,4 @@
-"""What the model goes on to say, against one full pass of everything for every token."""
+"""How the model continues, against one full pass of everything for every token."""
 
 import json
 

@@ -63,9 +63,8 @@ def of_one_prompt(model: nn.Module) -> dict[str, torch.Tensor]:
         "G": fisher.pull_back(point, point.cotangents(tokens), Chunks(7)),
         "F of k tokens": top.matrix,
         "its eigenvalues": top.eigenpairs(3).values,
-        "u F u of its first eigenvector": top.curvature(
-            top.eigenpairs().vectors
-        ),  # itself, it turns where two are close
+        # itself, it turns where two are close
+        "u F u of its first eigenvector": top.curvature(top.eigenpairs().vectors),
         "F": full.matrix,
         "eigenvalues of F": full.eigenpairs(3).values,
         "J u": fisher.PushForward(point)(u, Chunks(5)),
@@ -105,8 +104,21 @@ def test_all_numbers_are_those_of_the_cpu(name, gpus, dtype):
     for found, expected in zip((of_one_prompt(model), of_a_batch(model)), on_cpu(name, dtype), strict=True):
         for what, value in found.items():
             assert value.device.type == "cuda", what
-            off = (value.cpu() - expected[what]).abs().max() / expected[what].abs().max()
-            assert off <= RELATIVE[dtype], f"{what} differs by {off:.1e}"
+            off = (value.cpu() - expected[what]).abs().max()
+            assert off <= room_for(what, dtype, expected), f"{what} differs by {off:.1e}"
+
+
+def room_for(what: str, dtype: torch.dtype, expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference that rounding may cause."""
+    room = RELATIVE[dtype] * float(expected[what].abs().max())
+    if what != "KL" or dtype != torch.float64:
+        return room
+    # Log-probabilities, logits and KL are float32 whatever the model's dtype. KL is a few tenths of a nat here, and the
+    # difference of two numbers as large as the largest logit, about 10: the log-sum-exp of the logits and their mean.
+    # Each is rounded on the GPU and on the CPU, so four times, by the spacing of float32 there. That is 1e-5 of KL.
+    largest = max(float(expected[name].abs().max()) for name in ("log-probabilities", "logits after a perturbation"))
+    rounding = 4 * torch.finfo(torch.float32).eps * largest
+    return min(rounding, room * RELATIVE[torch.float32] / RELATIVE[dtype])  # no more than in a float32 model
 
 
 class Head(nn.Module):
@@ -132,7 +144,7 @@ def test_a_head_that_is_not_linear_is_differentiated_on_gpus_too(gpus):
 
 
 @pytest.mark.parametrize("gpus", PLACES)
-def test_gradients_out_of_memory_go_on_with_smaller_chunks(gpus):
+def test_gradients_out_of_memory_continue_with_smaller_chunks(gpus):
     point = fisher.linearize(on_gpus(tiny.build("llama"), gpus), tiny.prompt())
     rows, chunks = point.cotangents(torch.arange(K, device=point.log_probs.device)), Chunks(10)
     expected, gradients = fisher.pull_back(point, rows), fisher.batched_gradients
@@ -177,9 +189,8 @@ def test_a_model_is_loaded_straight_to_its_gpu_which_becomes_the_current_one(mod
 
 def test_a_model_that_would_be_offloaded_is_refused(model_directory, monkeypatch):
     spread(monkeypatch, (0, "cpu", 0))
-    with pytest.raises(
-        UserError, match=r"larger than the free memory of the GPUs.*a smaller dtype, more GPUs"
-    ) as caught:
+    too_large = r"larger than the free memory of the GPUs.*a smaller dtype, more GPUs"
+    with pytest.raises(UserError, match=too_large) as caught:
         loading.load(str(model_directory))
     assert "\n" not in str(caught.value)
 
@@ -273,9 +284,8 @@ def test_the_pipeline_writes_what_it_writes_on_the_cpu(place, top_k_tokens, chat
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_stages_are_timed_on_the_models_own_gpu(model_directory, tmp_path, monkeypatch):
-    synchronized = []
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+def test_stages_are_timed_on_the_models_own_gpu(model_directory, tmp_path):
     last = torch.device("cuda", GPUS - 1)
-    assert scripts.core_experiment(model_directory, tmp_path / "out", "--device", str(last)) == 0
-    assert set(synchronized) == {last}
+    with scripts.calls_of(torch.cuda, "synchronize") as calls:
+        assert scripts.core_experiment(model_directory, tmp_path / "out", "--device", str(last)) == 0
+    assert set(calls) == {(last,)}

@@ -1,7 +1,6 @@
 """--dry-run of both scripts: it writes nothing, counts what the run then does, and fails as the run fails."""
 
 from collections.abc import Iterator
-from pathlib import Path
 import re
 import shutil
 from types import SimpleNamespace
@@ -16,28 +15,24 @@ import fisher
 from residual_fisher.common.lock import lock_directory
 from residual_fisher.common.run import Item, Run
 from residual_fisher.common.text import duration, size
+from residual_fisher.experiment import estimate as of_experiment
 from residual_fisher.experiment.records import file_sizes, split_results
-from residual_fisher.experiment.sentences import Context
+from residual_fisher.pipeline import estimate as of_pipeline
+from residual_fisher.pipeline import matrices
 from residual_fisher.pipeline.processes import Processes
 from residual_fisher.pipeline.prompts import Encoded, Prompt
 from residual_fisher.pipeline.settings import parse
 import scripts
-from scripts import calls_of, experiment_results, experiment_words, pipeline_words, records
+from scripts import calls_of, contents, experiment_results, experiment_words, pipeline_words, records, run
 import tiny
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
-def tree(folder: Path) -> dict:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
-
-
 def say(script: str, words: list[str], capsys) -> tuple[int, str, str]:
     """The exit code of a dry run, and what it prints."""
-    module = {"core_experiment": core_experiment, "compute_fisher": compute_fisher}[script]
     capsys.readouterr()
-    code = module.main(module.parse([*words, "--dry-run"]))
-    return code, *capsys.readouterr()
+    return run(script, [*words, "--dry-run"]), *capsys.readouterr()
 
 
 def numbers(said: str, line: str) -> list[int]:
@@ -53,7 +48,7 @@ def test_a_dry_experiment_writes_nothing_and_counts_what_the_run_does(model_dire
     words = experiment_words(model_directory, tmp_path / "a" / "out")
     code, said, _ = say("core_experiment", words, capsys)
     assert code == 0 and list(tmp_path.iterdir()) == []
-    assert core_experiment.main(core_experiment.parse(words)) == 0
+    assert run("core_experiment", words) == 0
     shown = capsys.readouterr().out
     results, _ = experiment_results(tmp_path / "a" / "out")
     assert said.splitlines()[0] == shown.splitlines()[0]  # the model, the layers
@@ -78,49 +73,33 @@ def test_the_sizes_of_the_experiments_files_are_about_right(finished_experiment)
 
 def test_a_dry_experiment_says_what_an_earlier_run_has_left(finished_experiment, model_directory, tmp_path, capsys):
     output = shutil.copytree(finished_experiment, tmp_path / "out")
-    before = tree(tmp_path)
+    before = contents(tmp_path)
     words = experiment_words(model_directory, output, *FINISHED_EXPERIMENT)
     code, said, _ = say("core_experiment", words, capsys)
     assert code == 0 and said.splitlines()[-1] == f"{output} is finished: nothing to do (--overwrite starts anew)"
     code, said, _ = say("core_experiment", [*words, "--overwrite"], capsys)
     assert code == 0 and f"An earlier run in {output} would be replaced." in said and "time: about " in said
     *found, refusal = say("core_experiment", [*words, "--seed", "1"], capsys)
-    assert found[0] == core_experiment.main(core_experiment.parse([*words, "--seed", "1"])) == 2
+    assert found[0] == run("core_experiment", [*words, "--seed", "1"]) == 2
     assert refusal == capsys.readouterr().err and "holds a run with other settings" in refusal
     words += ["--num-sentences", "6"]
     code, said, _ = say("core_experiment", words, capsys)
     assert code == 0 and "Resuming after the 4 sentences that are finished." in said
-    assert tree(tmp_path) == before
+    assert contents(tmp_path) == before
     with calls_of(core_experiment, "perturb") as calls:
-        assert core_experiment.main(core_experiment.parse(words)) == 0
+        assert run("core_experiment", words) == 0
     assert len(calls) == numbers(said, "sentences: ")[-1] == 2
 
 
 def test_a_dry_experiment_resumes_after_the_sentences_of_a_stopped_run(model_directory, tmp_path, capsys):
     words = experiment_words(model_directory, tmp_path / "out", "--require-predicted", "false")
     with calls_of(core_experiment, "perturb", KeyboardInterrupt, at=[3]):
-        assert core_experiment.main(core_experiment.parse(words)) == 130
+        assert run("core_experiment", words) == 130
     (tmp_path / "out" / ".experiment_results.json-00").touch()  # a run would remove it
-    before = tree(tmp_path)
+    before = contents(tmp_path)
     _, said, _ = say("core_experiment", words, capsys)
     assert "Resuming after the 2 sentences that are finished." in said and numbers(said, "sentences: ")[-1] == 2
-    assert tree(tmp_path) == before
-
-
-BAD_EXPERIMENTS = {
-    "layer": ["--layers", "7"],
-    "word": ["--target-word", "xyzzy"],
-    "file": ["--data-file", "none.txt"],
-}
-
-
-@pytest.mark.parametrize("mistake", BAD_EXPERIMENTS)
-def test_a_dry_experiment_fails_as_the_run_does(mistake, model_directory, tmp_path, capsys):
-    words = experiment_words(model_directory, tmp_path / "out", *BAD_EXPERIMENTS[mistake])
-    code, _, error = say("core_experiment", words, capsys)
-    assert code == core_experiment.main(core_experiment.parse(words)) == 2
-    assert error == capsys.readouterr().err and error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert contents(tmp_path) == before
 
 
 def test_a_model_that_fails_on_every_sentence_fails_dry_too(model_directory, tmp_path, capsys):
@@ -136,32 +115,25 @@ def test_how_many_sentences_qualify_is_only_bounded(model_directory, tmp_path, c
     assert "usable, at most 4 to run:" in said and "time: about at most " in said
 
 
-def test_the_experiments_seconds_grow_with_its_sentences(monkeypatch):
+def test_the_experiments_seconds_grow_with_its_sentences():
     """Those of median and of greatest length are tried; the first round, which takes longer, is the start's."""
-    lengths, tried = [10, 20, 5, 9], []
-    contexts = [Context(f"s{n}", "p", list(range(n)), 0) for n in lengths]
-    settings = core_experiment.parse(["--layers", "0"])
-    about_run = core_experiment.Experiment(settings, tiny.shared("llama"), None, contexts, None, {}, {}, 3.0)
+    lengths, spent = {0: 10, 1: 20, 2: 5, 3: 9}, {3: 1.0, 1: 2.1}
+    assert of_experiment.representatives(lengths) == [3, 1] and of_experiment.representatives({0: 10}) == [0]
 
-    def measure(experiment, numbers: list[int], *_) -> Iterator[Item]:
-        tried.append([lengths[number] for number in numbers])
-        for number in numbers:
-            seconds = {"prefix": 0.25, "sweep": {9: 0.75, 10: 0.75, 20: 1.85}[lengths[number]]}
-            yield Item(number, {"fisher": {"0": {}}, "perturbations": {"0": {}}, "seconds": seconds}, {})
+    def record(seconds: float) -> dict:
+        return {"fisher": {"0": {}}, "perturbations": {"0": {}}, "seconds": {"prefix": 0.25, "sweep": seconds - 0.25}}
 
-    def about(todo: list[int], others: int = 0) -> str:
-        clock = SimpleNamespace(perf_counter=iter([0.0, 4.0, 10.0, 13.1]).__next__)
-        monkeypatch.setattr(core_experiment, "time", clock)
-        return core_experiment.describe_costs(about_run, todo, others, len(todo), "").splitlines()[1]
+    items = [Item(number, record(seconds), {}) for number, seconds in spent.items()]
+    rounds = [(4.0, items), (3.1, items)]
 
-    monkeypatch.setattr(core_experiment, "measure", measure)
-    start = 4.0 - 3.1
-    expected = "1 s to 2.1 s a sentence; and 3 s to load the model"
-    assert about([0, 1, 2, 3]) == f"time: about {duration(start + 1 + 1 + 1.1 + 2.1)}, {expected}"
-    assert tried == [[9, 20]] * 2
-    assert about([0, 1, 2, 3] * 10) == f"time: about {duration(start + 52)}, {expected}"
-    assert about([0, 1, 2, 3], others=8) == f"time: about {duration(start + 5.2 + 2)}, {expected}"
-    assert "1 s a sentence; " in about([0]) and tried[-1] == [10]
+    def about(lengths: dict[int, int], others: int = 0) -> str:
+        return of_experiment.describe_costs(rounds, lengths, others, 4, "some", 3.0, "").splitlines()[1]
+
+    start, a_sentence = 4.0 - 3.1, "1 s to 2.1 s a sentence; and 3 s to load the model"
+    assert about(lengths) == f"time: about {duration(start + 1 + 1 + 1.1 + 2.1)}, {a_sentence}"
+    many = {4 * turn + number: length for turn in range(10) for number, length in lengths.items()}
+    assert about(many) == f"time: about {duration(start + 52)}, {a_sentence}"
+    assert about(lengths, others=8) == f"time: about {duration(start + 5.2 + 2)}, {a_sentence}"
 
 
 # --- compute_fisher.py ---------------------------------------------------------------------------
@@ -191,38 +163,46 @@ def test_all_prompts_or_too_many_are_counted(number, chat_directory, dataset, tm
     assert ("note: 1000 prompts were asked for, only 40 are available" in said) is (number == "1000")
 
 
-def test_of_a_stream_only_a_sample_is_read(tmp_path):
+def test_of_a_stream_only_a_sample_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(of_pipeline, "encode", lambda tokenizer, prompt, longest: Encoded(prompt, [1], False))
+    monkeypatch.setattr(of_pipeline, "describe_costs", lambda *_: "")
     run = Run(tmp_path / "none", "compute_fisher.py", [])
-    for asked, taken in (("all", None), ("5000", 5000)):
+    prompts, subject = SimpleNamespace(column="text", skipped=0), SimpleNamespace(tokenizer=None)
+
+    def said(asked: str, stream: Iterator[Prompt]) -> str:
+        pipeline = SimpleNamespace(settings=parse(["--num-prompts", asked, "--dataset-name", "hub/name"]))
+        pipeline.subject, pipeline.longest = subject, 9
+        assert of_pipeline.describe_run(pipeline, prompts, stream, run, 0.0, 1) == 0
+        return capsys.readouterr().out
+
+    for asked, taken in (("all", "prompts: all of hub/name, column 'text': how many"), ("5000", "prompts: 5000 of")):
         stream = (Prompt(i, i, "text") for i in range(10**9))
-        pipeline = SimpleNamespace(settings=parse(["--num-prompts", asked]))
-        found = compute_fisher.survey(pipeline, stream, run, to_its_end=False)
-        assert (len(found.sample), found.taken, found.done) == (compute_fisher.SAMPLE, taken, 0)
-        assert next(stream).index == compute_fisher.SAMPLE
-    short = compute_fisher.survey(pipeline, iter([Prompt(0, 0, "text")]), run, to_its_end=False)
-    assert (len(short.sample), short.taken) == (1, 1)
+        found = said(asked, stream)
+        assert found.startswith(taken) and f"in the first {of_pipeline.SAMPLE} prompts" in found
+        assert next(stream).index == of_pipeline.SAMPLE
+    assert "in the first 1 prompts" in said("5000", iter([Prompt(0, 0, "text")]))
 
 
 def test_a_dry_pipeline_says_what_an_earlier_run_has_left(chat_directory, dataset, finished_pipeline, tmp_path, capsys):
     output = shutil.copytree(finished_pipeline, tmp_path / "out")
     words = pipeline_words(chat_directory, dataset, output)
-    before = tree(tmp_path)
+    before = contents(tmp_path)
     code, said, _ = say("compute_fisher", words, capsys)
     assert (code, said) == (0, f"{output} is finished: nothing to do (--overwrite starts anew)\n")
     code, said, _ = say("compute_fisher", [*words, "--overwrite"], capsys)
     assert code == 0 and f"An earlier run in {output} would be replaced." in said and "resuming" not in said
     *_, refusal = say("compute_fisher", [*words, "--top-k-tokens", "5"], capsys)
     assert "holds a run with other settings (top_k_tokens was 6 and is 5)" in refusal
-    assert tree(tmp_path) == before
+    assert contents(tmp_path) == before
 
-    with calls_of(compute_fisher, "finish", KeyboardInterrupt):
-        assert compute_fisher.main(compute_fisher.parse([*words, "--overwrite"])) == 130
+    with calls_of(matrices, "merge", KeyboardInterrupt):
+        assert run("compute_fisher", [*words, "--overwrite"]) == 130
     (output / "items" / "00000032-00000039.npz").write_bytes(b"damaged")  # a run would remove it
     (output / "items" / ".run.json-00").touch()
-    before = tree(tmp_path)
+    before = contents(tmp_path)
     _, said, _ = say("compute_fisher", words, capsys)
     assert "resuming: 32 are finished, 8 are left" in said.splitlines()
-    assert tree(tmp_path) == before
+    assert contents(tmp_path) == before
 
     changed = tmp_path / "changed.jsonl"
     changed.write_text(dataset.read_text().replace(" 3", " three"))
@@ -234,36 +214,20 @@ def test_a_dry_pipeline_says_what_an_earlier_run_has_left(chat_directory, datase
 def test_a_dry_pipeline_counts_what_extends_a_finished_run(chat_directory, dataset, tmp_path, capsys):
     output = tmp_path / "out"
     assert scripts.compute_fisher(chat_directory, dataset, output, num_prompts=6) == 0
-    before, words = tree(tmp_path), pipeline_words(chat_directory, dataset, output, num_prompts=10)
+    before, words = contents(tmp_path), pipeline_words(chat_directory, dataset, output, num_prompts=10)
     code, said, _ = say("compute_fisher", words, capsys)
     assert code == 0 and "resuming: 6 are finished, 4 are left" in said.splitlines()
-    assert tree(tmp_path) == before
+    assert contents(tmp_path) == before
     with calls_of(compute_fisher, "measure") as calls:
-        assert compute_fisher.main(compute_fisher.parse(words)) == 0
+        assert run("compute_fisher", words) == 0
     assert sum(len(batch) for *_, batch in calls) == 4 and len(records(output)) == 10
-
-
-BAD_PIPELINES = {
-    "layer": ({"hook_layer_name": 9}, "its layers are"),
-    "column": ({"prompt_column": "none"}, "no column 'none'"),
-    "room": ({"max_length": 2}, "leaves no room"),
-}
-
-
-@pytest.mark.parametrize("mistake", BAD_PIPELINES)
-def test_a_dry_pipeline_fails_as_the_run_does(mistake, chat_directory, dataset, tmp_path, capsys):
-    options, what = BAD_PIPELINES[mistake]
-    code, _, error = say("compute_fisher", pipeline_words(chat_directory, dataset, tmp_path / "out", **options), capsys)
-    assert code == scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", **options) == 2
-    assert error == capsys.readouterr().err and error.count("\n") == 1 and what in error
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_several_processes_the_first_alone_works_and_counts_them(chat_directory, dataset, tmp_path, capsys):
     command = parse([*pipeline_words(chat_directory, dataset, tmp_path / "out"), "--dry-run"])
-    assert compute_fisher.dry_run(command, Processes(1, 2, 1)) == 0
+    assert compute_fisher.run_pipeline(command, Processes(1, 2, 1)) == 0
     assert capsys.readouterr().out == ""
-    assert compute_fisher.dry_run(command, Processes(0, 2, 0)) == 0
+    assert compute_fisher.run_pipeline(command, Processes(0, 2, 0)) == 0
     assert "tokens/s, by 2 processes as fast as this one;" in capsys.readouterr().out
 
 
@@ -276,17 +240,19 @@ def test_the_pipelines_seconds_follow_the_sizes_of_its_batches(monkeypatch):
     batches, tried = [batch(1, 50), batch(4, 20), batch(8, 10), batch(8, 5), batch(2, 5)], []
 
     def measure(settings, subject, some: list[Encoded]) -> list[Item]:
-        tried.append(compute_fisher.padded(some))
+        tried.append(of_pipeline.padded(some))
         seconds = {10: 1.0, 50: 5.0, 80: 8.0}[tried[-1]] / len(some)
         return [Item(0, {"seconds": seconds}, {})] * len(some)
 
-    monkeypatch.setattr(compute_fisher, "into_batches", lambda *_: batches)
-    monkeypatch.setattr(compute_fisher, "check_once", lambda *_: False)
-    monkeypatch.setattr(compute_fisher, "measure", measure)
-    subject = SimpleNamespace(model=tiny.shared("llama"))
-    pipeline = compute_fisher.Pipeline(parse([]), subject, 100, {}, {})
-    found = compute_fisher.Survey([], taken=230, done=0)
-    said = compute_fisher.describe_costs(pipeline, found, [some for batch in batches for some in batch], 3.0, 1)
+    for name, function in {
+        "into_batches": lambda *_: batches,
+        "check_once": lambda *_: False,
+        "measure": measure,
+    }.items():
+        monkeypatch.setattr(of_pipeline, name, function)
+    pipeline = SimpleNamespace(settings=parse([]), subject=SimpleNamespace(model=tiny.shared("llama")))
+    encoded = [some for batch in batches for some in batch]
+    said = of_pipeline.describe_costs(pipeline, encoded, 230, 0, load_seconds=3.0, processes=1)
     assert tried == [10, 50, 80]
     each, tokens = (5 + 8 + 8 + 4 + 1) / 23, 50 + 80 + 80 + 40 + 10
     expected = f"{duration(230 * each)}, {duration(each)} a prompt, {tokens / 26:.0f} tokens/s"
@@ -294,6 +260,28 @@ def test_the_pipelines_seconds_follow_the_sizes_of_its_batches(monkeypatch):
 
 
 # --- both ----------------------------------------------------------------------------------------
+
+MISTAKES = {
+    ("core_experiment", "--layers 7"): "the model has layers 0 to 2",
+    ("core_experiment", "--target-word xyzzy"): "no list for the target word",
+    ("core_experiment", "--data-file none.txt"): "no such file",
+    ("compute_fisher", "--hook-layer-name 9"): "its layers are",
+    ("compute_fisher", "--prompt-column none"): "no column 'none'",
+    ("compute_fisher", "--max-length 2"): "leaves no room",
+}
+
+
+@pytest.mark.parametrize(("script", "mistake"), MISTAKES)
+def test_a_dry_run_fails_as_the_run_does(script, mistake, chat_directory, dataset, tmp_path, capsys):
+    right = {
+        "core_experiment": experiment_words(chat_directory, tmp_path / "out"),
+        "compute_fisher": pipeline_words(chat_directory, dataset, tmp_path / "out"),
+    }
+    words = [*right[script], *mistake.split()]
+    code, _, error = say(script, words, capsys)
+    assert code == run(script, words) == 2
+    assert error == capsys.readouterr().err and error.count("\n") == 1 and MISTAKES[script, mistake] in error
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("script", ["core_experiment", "compute_fisher"])
@@ -311,13 +299,7 @@ def test_what_a_run_would_not_be_let_into_is_said(script, tmp_path, capsys):
 
 
 def test_amounts_are_said_in_their_largest_unit():
-    assert [duration(s) for s in (0.0123, 1.26, 59, 90, 5400, 260_000)] == [
-        "0.012 s", "1.3 s", "59 s", "1.5 min", "1.5 h", "3 days",
-    ]  # fmt: skip
-    assert [size(b) for b in (0, 999, 1234, 56_000_000, 2.5e12)] == [
-        "0 bytes",
-        "999 bytes",
-        "1.2 kB",
-        "56 MB",
-        "2.5 TB",
-    ]
+    durations = {0.0123: "0.012 s", 1.26: "1.3 s", 59: "59 s", 90: "1.5 min", 5400: "1.5 h", 260_000: "3 days"}
+    assert all(duration(seconds) == said for seconds, said in durations.items())
+    sizes = {0: "0 bytes", 999: "999 bytes", 1234: "1.2 kB", 56_000_000: "56 MB", 2.5e12: "2.5 TB"}
+    assert all(size(number) == said for number, said in sizes.items())

@@ -312,7 +312,7 @@ def test_nothing_in_the_data_reaches_the_terminal_as_a_command(model_directory, 
 
 def test_pictures_can_be_drawn_again_from_the_results_alone(finished_experiment, tmp_path, capsys):
     (tmp_path / "experiment_results.json").write_bytes((finished_experiment / "experiment_results.json").read_bytes())
-    assert core_experiment.main(core_experiment.parse(["--redraw", str(tmp_path)])) == 0
+    assert scripts.run("core_experiment", ["--redraw", str(tmp_path)]) == 0
     assert str(tmp_path) in capsys.readouterr().out
     assert set(os.listdir(tmp_path)) == EXPERIMENT_FILES - {"fisher_eigenvectors.npz", "items"}
     for path in tmp_path.iterdir():
@@ -324,7 +324,7 @@ def test_drawing_again_without_results_is_one_line_and_exit_code_2(content, tmp_
     if content is not None:
         (tmp_path / "experiment_results.json").write_text(content)
     before = os.listdir(tmp_path)
-    assert core_experiment.main(core_experiment.parse(["--redraw", str(tmp_path)])) == 2
+    assert scripts.run("core_experiment", ["--redraw", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"core_experiment.py: error: no readable experiment_results.json in {tmp_path}: ")
     assert said.count("\n") == 1

@@ -4,7 +4,6 @@ from contextlib import ExitStack
 import os
 from pathlib import Path
 import signal
-import time
 
 import matplotlib.image
 import numpy as np
@@ -19,7 +18,7 @@ from residual_fisher.common.run import archives_in
 from residual_fisher.experiment import sentences
 from residual_fisher.model import loading, reading
 import scripts
-from scripts import EXPERIMENT_FILES, calls_of, experiment_results, experiment_words
+from scripts import EXPERIMENT_FILES, calls_of, contents, experiment_results, experiment_words
 
 # --- bad input -----------------------------------------------------------------------------------
 
@@ -70,7 +69,7 @@ def test_require_predicted_with_none_left_is_an_error(model_directory, tmp_path,
 def test_a_cache_that_misleads_gives_way_to_whole_prompts(model_directory, tmp_path, capsys, monkeypatch):
     assert scripts.core_experiment(model_directory, tmp_path / "cached") == 0
     prefill = reading.prefill
-    monkeypatch.setattr(reading, "prefill", lambda model, ids, shared: prefill(model, ids.flip(0), shared))
+    monkeypatch.setattr(reading, "prefill", lambda model, ids: prefill(model, ids.flip(0)))
     assert "whole prompt" not in capsys.readouterr().out
     assert scripts.core_experiment(model_directory, tmp_path / "whole") == 0
     said = capsys.readouterr().out
@@ -113,10 +112,6 @@ def texts(tmp_path) -> list[str]:
     """TEXTS as --data-file."""
     (tmp_path / "data.txt").write_text("\n".join(TEXTS))
     return ["--data-file", str(tmp_path / "data.txt")]
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
@@ -197,7 +192,7 @@ def test_perturbations_that_overflow_are_null_and_said(model_directory, tmp_path
             far = layer["1e+39"]
             assert (far["kl"], far["target_prob"], far["top_changed"], far["top_ids"]) == (None, None, None, [])
     assert set(os.listdir(tmp_path)) == EXPERIMENT_FILES
-    assert core_experiment.main(core_experiment.parse(["--redraw", str(tmp_path)])) == 0
+    assert scripts.run("core_experiment", ["--redraw", str(tmp_path)]) == 0
 
 
 # --- no memory -----------------------------------------------------------------------------------
@@ -274,15 +269,10 @@ def finished_sentences(output: Path) -> int:
     return len(results["sentences"])
 
 
-def slow_down() -> None:
-    perturb = core_experiment.perturb
-    core_experiment.perturb = lambda *arguments: (time.sleep(0.2), perturb(*arguments))[1]
-
-
 def test_control_c_as_a_user_sends_it(model_directory, tmp_path):
     output = tmp_path / "out"
     words = experiment_words(model_directory, output, "--num-sentences", "150")
-    running = scripts.start("core_experiment", words, output, slow_down)
+    running = scripts.start("core_experiment", words, output, scripts.slow_sentences)
     running.wait_until(lambda: len(archives_in(output / "items")) >= 2)
     running.send(signal.SIGINT)
     code, errors = running.end()

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 import shutil
 import signal
-import time
 
 import pytest
 
@@ -13,7 +12,7 @@ from residual_fisher.common.run import archives_in
 from residual_fisher.experiment import figures, records
 from residual_fisher.model import loading
 import scripts
-from scripts import EXPERIMENT_FILES, assert_same_experiment, experiment_words
+from scripts import EXPERIMENT_FILES, assert_same_experiment, calls_of, contents, experiment_words
 
 WORDS = ["--num-sentences", "6", "--layers", "0", "2", "--scales", "-1", "1", "--scale-unit", "nats"]
 
@@ -29,15 +28,6 @@ def undisturbed(model_directory, tmp_path_factory) -> Path:
     return output
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def slow_down() -> None:
-    perturb = core_experiment.perturb
-    core_experiment.perturb = lambda *arguments: (time.sleep(0.1), perturb(*arguments))[1]
-
-
 def test_killed_again_and_again_it_ends_as_if_never_stopped(model_directory, undisturbed, tmp_path):
     output, kept = tmp_path / "out", []
 
@@ -45,14 +35,14 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(model_directory, und
         return len(archives_in(output / "items"))
 
     for wanted in (1, 3):
-        running = scripts.start("core_experiment", experiment_words(model_directory, output, *WORDS), output, slow_down)
+        running = scripts.start(
+            "core_experiment", experiment_words(model_directory, output, *WORDS), output, scripts.slow_sentences
+        )
         running.wait_until(lambda wanted=wanted: sentences() >= wanted)
         running.send(signal.SIGKILL)
         assert running.end()[0] == -signal.SIGKILL
         kept.append(sentences())
-    calls, perturb = [], core_experiment.perturb
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core_experiment, "perturb", lambda *a: calls.append(1) or perturb(*a))
+    with calls_of(core_experiment, "perturb") as calls:
         assert scripts.core_experiment(model_directory, output, *WORDS) == 0
     assert kept[0] < kept[1] < 6 and len(calls) == 6 - kept[1]  # what was there was not computed again
     assert_same_experiment(output, undisturbed)
@@ -60,12 +50,8 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(model_directory, und
 
 @pytest.mark.parametrize("moment", ["arrays", "results", "pictures"])
 def test_stopped_while_it_finishes_it_can_finish_again(moment, model_directory, undisturbed, tmp_path, monkeypatch):
-    def stop(*_):
-        raise Stopped
-
     places = {"arrays": (records, "write_npz"), "results": (records, "write_json"), "pictures": (figures, "draw")}
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(*places[moment], stop)
+    with calls_of(*places[moment], Stopped), pytest.raises(Stopped):
         scripts.core_experiment(model_directory, tmp_path / "out", *WORDS)
     monkeypatch.setattr(core_experiment, "perturb", None)  # all sentences are finished
     assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 0
@@ -73,16 +59,15 @@ def test_stopped_while_it_finishes_it_can_finish_again(moment, model_directory, 
 
 
 @pytest.mark.parametrize("first", [["--num-sentences", "2"], ["--num-sentences", "4", "--batch-size", "3"]])
-def test_a_finished_run_is_extended(first, model_directory, undisturbed, tmp_path, monkeypatch):
+def test_a_finished_run_is_extended(first, model_directory, undisturbed, tmp_path):
     """The rest has the same bytes; a batch size is no other run (after running out of memory, say)."""
     assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS, *first) == 0
-    calls, perturb = [], core_experiment.perturb
-    monkeypatch.setattr(core_experiment, "perturb", lambda *a: calls.append(1) or perturb(*a))
-    assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 0
-    assert len(calls) == 6 - int(first[1])
-    if len(first) == 2:
-        assert_same_experiment(tmp_path / "out", undisturbed)
-    assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS, *first) == 0 and len(calls) < 6
+    with calls_of(core_experiment, "perturb") as calls:
+        assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 0
+        assert len(calls) == 6 - int(first[1])
+        if len(first) == 2:
+            assert_same_experiment(tmp_path / "out", undisturbed)
+        assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS, *first) == 0 and len(calls) < 6
 
 
 def test_a_single_sentence_is_not_extended(model_directory, tmp_path, capsys):
@@ -187,17 +172,12 @@ def test_results_of_an_older_version_are_not_lost(model_directory, undisturbed, 
     (output / "experiment_results.json").write_text(json.dumps(document))
     assert scripts.core_experiment(model_directory, output, *WORDS) == 2
     assert "--overwrite replaces them" in capsys.readouterr().err
-    assert core_experiment.main(core_experiment.parse(["--redraw", str(output)])) == 0
+    assert scripts.run("core_experiment", ["--redraw", str(output)]) == 0
 
 
-def test_overwriting_that_is_stopped_early_leaves_the_earlier_run(model_directory, undisturbed, tmp_path, monkeypatch):
+def test_overwriting_that_is_stopped_early_leaves_the_earlier_run(model_directory, undisturbed, tmp_path):
     output = Path(shutil.copytree(undisturbed, tmp_path / "out"))
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-
-        def stop(*_):
-            raise Stopped
-
-        patch.setattr(core_experiment, "perturb", stop)
+    with calls_of(core_experiment, "perturb", Stopped), pytest.raises(Stopped):
         scripts.core_experiment(model_directory, output, *WORDS, "--seed", "1", "--overwrite")
     assert_same_experiment(output, undisturbed)
 
@@ -213,7 +193,7 @@ def test_a_directory_in_a_files_place_is_found_before_the_work(name, model_direc
 
 def test_a_second_run_in_the_directory_says_who_has_it(model_directory, tmp_path, capsys):
     words = experiment_words(model_directory, tmp_path / "out", "--num-sentences", "60")
-    running = scripts.start("core_experiment", words, tmp_path / "out", slow_down)
+    running = scripts.start("core_experiment", words, tmp_path / "out", scripts.slow_sentences)
     running.wait_until((tmp_path / "out" / "items" / "run.json").exists)
     assert scripts.core_experiment(model_directory, tmp_path / "out") == 2
     assert f"is in use by process {running.process.pid} on " in capsys.readouterr().err
@@ -231,7 +211,7 @@ def test_drawing_results_of_another_form_is_one_line(change, undisturbed, tmp_pa
     del document["checksum"]
     change(document)
     (tmp_path / "experiment_results.json").write_text(json.dumps(document))
-    assert core_experiment.main(core_experiment.parse(["--redraw", str(tmp_path)])) == 2
+    assert scripts.run("core_experiment", ["--redraw", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"core_experiment.py: error: the results in {tmp_path} are of another form: ")
     assert said.count("\n") == 1

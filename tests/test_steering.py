@@ -224,7 +224,7 @@ def test_a_run_with_steering_is_as_it_is_without(model_directory, tmp_path):
     assert all((arrays[0][name] == arrays[1][name]).all() for name in arrays[1] if name != "run")
 
 
-def test_a_text_that_is_no_token_is_a_line(model_directory, tmp_path, capsys):
+def test_a_text_that_is_no_token_is_a_one_line_error(model_directory, tmp_path, capsys):
     words = [*WORDS, "--steer-token", "a text of several tokens"]
     assert scripts.core_experiment(model_directory, tmp_path, *words) == 2
     assert "has to be one token" in capsys.readouterr().err
