@@ -148,7 +148,7 @@ def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Pro
     The next window is tokenized, and items are written, meanwhile.
     """
     settings, subject = pipeline.settings, pipeline.subject
-    windows = plan(pipeline, source, subject.encoder, run, process)
+    windows = plan(pipeline, source, run, process)
     pending: deque[Future] = deque()
     tokens, start, checked = 0, time.perf_counter(), set()
     failures = Failures(dtype_advice(subject.model))

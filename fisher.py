@@ -40,15 +40,13 @@ from residual_fisher.model.head import OutputHead, cotangents_through, is_linear
 from residual_fisher.model.loading import decoder_layers, load
 from residual_fisher.model.passes import (
     Chunks,
-    HeadCapture,
     UnsupportedModelError,
     add_at,
     batched_gradients,
     capture_head,
     edit_stream,
     hooked,
-    require_known_tokens,
-    token_at,
+    last_logits,
     unwrapped,
 )
 from residual_fisher.model.reading import Reading, choose_mode, read
@@ -83,17 +81,15 @@ class NumericalError(ArithmeticError):
 class Point:
     """Where the model is linearised: what was read at the last token of each prompt, and the graph from h to x."""
 
-    def __init__(
-        self, model: nn.Module, streams: list[Tensor], biases: list[Tensor], head: HeadCapture, logits: Tensor
-    ):
-        logits = logits.to(head.raw_logits.device)  # a model that is spread over devices returns them on the first
+    def __init__(self, model: nn.Module, streams: list[Tensor], biases: list[Tensor], captured, logits: Tensor):
+        logits = logits.to(captured.raw_logits.device)  # a model that is spread over devices returns them on the first
         self.model = model
         # (layers, ..., d) float32, the residual stream h leaving each hooked module
         self.activations = torch.stack([h.float().to(logits.device) for h in streams])
         self.biases = biases  # one leaf (..., d) for each layer, added to h; gradients are taken at it
-        self.x = head.x  # (prompts, 1, d_head), the head's input: the final normalised hidden state
+        self.x = captured.x  # (prompts, 1, d_head), the head's input: the final normalised hidden state
         self.head = model.get_output_embeddings()  # x -> raw_logits
-        self.raw_logits = head.raw_logits  # (prompts, 1, V)
+        self.raw_logits = captured.raw_logits  # (prompts, 1, V)
         self.logits = logits  # (..., V) float32, after the scaling or soft-capping that follows the head
         self.log_probs = logits.detach().log_softmax(-1)  # (..., V) float32, nats
         _require_finite(self.activations, "activations", places=self.activations.ndim - 1)
@@ -141,21 +137,20 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
     if ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"linearize takes the token ids of one prompt, not a tensor of shape {tuple(ids.shape)}")
     wrapped, model = model, unwrapped(model)
-    require_known_tokens(model, ids)
-    found = list(decoder_layers(model).values())
-    layers = list(range(len(found)) if layers is None else layers)
-    if not layers or layers != sorted(set(layers) & set(range(len(found)))):
+    found = dict(enumerate(decoder_layers(model).values()))
+    layers = list(found if layers is None else layers)
+    if not layers or layers != sorted(set(layers) & set(found)):
         raise ValueError(f"layers {layers} are not ascending numbers from 0 to {len(found) - 1}")
+    chosen = {number: found[number] for number in layers}
     reading = read(model, ids, choose_mode(wrapped, ids))
-    hooked_layers = {number: found[number] for number in layers}
-    biases, streams, hooks = _zero_biases(hooked_layers.values(), lambda h: h[0, -1], add_at)  # (d,) for each layer
+    biases, streams, hooks = _zero_biases(chosen.values(), lambda h: h[0, -1], add_at)  # (d,) for each layer
     with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
         logits = reading.logits()[0]  # (V,)
     if not logits.requires_grad:
         raise UnsupportedModelError("no gradient leads from its layers to its prediction (is it quantised?)")
     if len(biases) != len(layers):
         raise UnsupportedModelError(f"some of its layers {layers} do not run, or not once, in a pass: choose others")
-    return PromptPoint(model, streams, biases, head, logits, layers=hooked_layers, reading=reading)
+    return PromptPoint(model, streams, biases, head, logits, layers=chosen, reading=reading)
 
 
 def _zero_biases(modules: Iterable[nn.Module], at_last: Callable, add: Callable) -> tuple[list, list, list]:
@@ -180,8 +175,7 @@ def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) ->
     """
     at = torch.as_tensor(at).expand(len(deltas))
     leaf = deltas.detach().float().clone().requires_grad_()
-    # the rows before these are unperturbed
-    with capture_head(point.model, lambda x: x[-len(deltas) :]) as head:
+    with capture_head(point.model, lambda x: x[-len(deltas) :]) as head:  # the rows before these are unperturbed
         logits = perturb(point, leaf, at)  # (rows, V)
     streams = point.activations[at] + deltas.to(point.activations)  # (rows, d)
     return Point(point.model, [streams], [leaf], head, logits)
@@ -203,9 +197,7 @@ def linearize_prompts(
     Raises:
         UnsupportedModelError: the module's output has another shape or does not lead to the predictions.
     """
-    model = unwrapped(model)
-    require_known_tokens(model, ids)
-    prompts, last = torch.arange(len(ids)), lengths.cpu() - 1
+    model, prompts, last = unwrapped(model), torch.arange(len(ids)), lengths.cpu() - 1
 
     def at_last(h: Tensor) -> Tensor:
         if not isinstance(h, Tensor) or h.ndim != 3 or h.shape[:2] != ids.shape or not h.is_floating_point():
@@ -217,8 +209,8 @@ def linearize_prompts(
         return h + (here.to(h) * bias[:, None] if last_only else bias[:, None])
 
     biases, streams, hooks = _zero_biases([module], at_last, add)  # (prompts, d) of the one module
-    with torch.enable_grad(), hooked(*hooks), capture_head(model, lambda x: token_at(x, last, ids.shape)) as head:
-        logits = model(ids.to(model.device), use_cache=False).logits[:, 0].float()  # (prompts, V)
+    with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
+        logits = last_logits(model, ids, lengths.cpu()).float()  # (prompts, V)
     if len(biases) != 1 or not head.x.requires_grad:
         raise UnsupportedModelError("it does not stand, once, between the prompt and the output head")
     return Point(model, streams, biases, head, logits)
@@ -413,13 +405,9 @@ class FullVocabulary:
     jacobian: Tensor  # J (layers, ..., d_head, d) float32: z @ J is J^T z for any z at x
     matrix: Tensor  # F (layers, ..., d, d) float32, nats / unit^2
     top_gradient: Tensor  # (layers, ..., d) float32: of the most probable token's log-probability
+    weights: Tensor  # p (..., V) float32
     head: OutputHead
     tokens = None  # TopK's field; here it is all tokens, in order
-
-    @property
-    def weights(self) -> Tensor:
-        """p (..., V) float32."""
-        return self.head.p
 
     def eigenpairs(self, num: int = 1, allow_zero: bool = False) -> Eigenpairs:
         """The `num` largest eigenpairs of each F; signs and zeros are treated as in `eigenpairs`."""
@@ -455,7 +443,7 @@ def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabular
     jacobian = pull_back(point, identity, chunks)  # J (layers, ..., d_head, d)
     top = head.cotangents(point.log_probs.argmax(-1, keepdim=True))
     matrix = torch.stack([j.mT @ (fisher_at_x @ j) for j in jacobian])  # a layer at a time: less memory
-    return FullVocabulary(jacobian, matrix, (top @ jacobian)[..., 0, :], head)
+    return FullVocabulary(jacobian, matrix, (top @ jacobian)[..., 0, :], head.p, head)
 
 
 def full_curvature(point: Point, directions: Tensor, chunks: Chunks | None = None) -> Tensor:
@@ -550,12 +538,10 @@ def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Ch
     Returns:
         whether there was anything to see beyond rounding: F is too small if the prediction is certain
     Raises:
-        UnsupportedModelError: the prediction changes by another amount. Then the model's gradient is not its
-            derivative, for example since its activations are rounded to integers.
+        UnsupportedModelError: the model's gradient is not its derivative, for example as activations are quantised.
     """
     sizes, least, factor = HALF_PRECISION if point.model.dtype.itemsize < 4 else FULL_PRECISION
-    tokens = min(CHECKED_TOKENS, point.log_probs.shape[-1])
-    top = top_k(point, tokens, chunks)
+    top = top_k(point, min(CHECKED_TOKENS, point.log_probs.shape[-1]), chunks)
     first = (0,) * (top.gradients.ndim - 2)  # layer and prompt
     eigen = top.eigenpairs(allow_zero=True)
     value, v, h = eigen.values[first][0], eigen.vectors[first][0], point.activations[first]

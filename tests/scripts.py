@@ -42,9 +42,20 @@ def calls_of(
         yield calls
 
 
+class Stopped(BaseException):
+    """For `calls_of`: what no program handles, like a kill."""
+
+
 def contents(folder: Path) -> dict[str, bytes | None]:
     """All files of a folder, and None for each folder in it."""
     return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def flip(path: Path) -> None:
+    """Changes one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def run(script: str, words: list[str]) -> int:

@@ -104,8 +104,21 @@ def test_all_numbers_are_those_of_the_cpu(name, gpus, dtype):
     for found, expected in zip((of_one_prompt(model), of_a_batch(model)), on_cpu(name, dtype), strict=True):
         for what, value in found.items():
             assert value.device.type == "cuda", what
-            off = (value.cpu() - expected[what]).abs().max() / expected[what].abs().max()
-            assert off <= RELATIVE[dtype], f"{what} differs by {off:.1e}"
+            off = (value.cpu() - expected[what]).abs().max()
+            assert off <= room_for(what, dtype, expected), f"{what} differs by {off:.1e}"
+
+
+def room_for(what: str, dtype: torch.dtype, expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference that rounding may cause."""
+    room = RELATIVE[dtype] * float(expected[what].abs().max())
+    if what != "KL" or dtype != torch.float64:
+        return room
+    # Log-probabilities, logits and KL are float32 whatever the model's dtype. KL is a few tenths of a nat here, and the
+    # difference of two numbers as large as the largest logit, about 10: the log-sum-exp of the logits and their mean.
+    # Each is rounded on the GPU and on the CPU, so four times, by the spacing of float32 there. That is 1e-5 of KL.
+    largest = max(float(expected[name].abs().max()) for name in ("log-probabilities", "logits after a perturbation"))
+    rounding = 4 * torch.finfo(torch.float32).eps * largest
+    return min(rounding, room * RELATIVE[torch.float32] / RELATIVE[dtype])  # no more than in a float32 model
 
 
 class Head(nn.Module):

@@ -23,7 +23,7 @@ from residual_fisher.common.run import Run
 from residual_fisher.pipeline import matrices, processes
 from residual_fisher.pipeline.scores import SCORES
 import scripts
-from scripts import arrays, calls_of, pipeline_words, records
+from scripts import arrays, calls_of, contents, flip, pipeline_words, records
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -53,10 +53,6 @@ def enter(output: Path, overwrite: bool = False) -> None:
         pass
 
 
-def snapshot(folder: Path) -> dict:
-    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
-
-
 @pytest.fixture
 def finished_copy(finished_pipeline, tmp_path) -> Path:
     return shutil.copytree(finished_pipeline, tmp_path / "copy")
@@ -71,10 +67,10 @@ def test_a_folder_in_a_files_place_is_found_first_and_stays(name, overwrite, fin
     (finished_copy / name).unlink(missing_ok=True)
     (finished_copy / name).mkdir(parents=True)
     (finished_copy / name / "thesis.txt").write_text("mine")
-    before = snapshot(finished_copy)
+    before = contents(finished_copy)
     with pytest.raises(UserError, match=r"a directory has its place|cannot lock"):
         enter(finished_copy, overwrite)
-    assert snapshot(finished_copy) == before
+    assert contents(finished_copy) == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -82,7 +78,7 @@ def test_a_file_in_the_place_of_the_items_is_found_first(overwrite, tmp_path):
     (tmp_path / "items").write_text("mine")
     with pytest.raises(UserError, match="a file, or a link that leads nowhere, has its place"):
         enter(tmp_path, overwrite)
-    assert snapshot(tmp_path) == {str(tmp_path / "items"): b"mine"}
+    assert contents(tmp_path) == {str(tmp_path / "items"): b"mine"}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -90,10 +86,10 @@ def test_a_folder_of_other_files_is_never_touched(overwrite, tmp_path):
     for name in ("thesis.txt", "prompts.jsonl", "items/00000000-00000031.npz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-        before = snapshot(tmp_path)
+        before = contents(tmp_path)
         with pytest.raises(UserError, match=r"files that compute_fisher\.py did not write \(thesis\.txt\)"):
             enter(tmp_path, overwrite)
-        assert snapshot(tmp_path) == before
+        assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -134,35 +130,29 @@ def test_only_files_of_its_own_are_read_or_removed(chat_directory, dataset, tmp_
 # --- what of a finished run is made again ---------------------------------------------------------
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize("name", ["fisher_spectra.png", "prompts.jsonl", "metadata.yaml"])
 def test_a_derived_file_is_made_again_and_nothing_is_computed(name, finished_copy, chat_directory, dataset, capsys):
     path, primary = finished_copy / name, finished_copy / "fisher_matrices_compressed.npz"
-    before, stamp = snapshot(finished_copy), primary.stat().st_mtime_ns
+    before, stamp = contents(finished_copy), primary.stat().st_mtime_ns
     for damage in (Path.unlink, flip):
         damage(path)
         with calls_of(hf.AutoTokenizer, "from_pretrained") as loaded:
             assert scripts.compute_fisher(chat_directory, dataset, finished_copy) == 0
         assert not loaded and capsys.readouterr().err == ""
-        assert snapshot(finished_copy) == before and primary.stat().st_mtime_ns == stamp
+        assert contents(finished_copy) == before and primary.stat().st_mtime_ns == stamp
 
 
 def test_what_another_matplotlib_has_redrawn_is_drawn_again_and_nothing_is_computed(
     finished_copy, chat_directory, dataset, capsys
 ):
-    before = snapshot(finished_copy)
+    before = contents(finished_copy)
     assert scripts.as_program("compute_fisher", ["--redraw", str(finished_copy)]) == 0
-    assert snapshot(finished_copy) == before  # the same matplotlib
+    assert contents(finished_copy) == before  # the same matplotlib
     picture = finished_copy / "fisher_spectra.png"
     picture.write_bytes(picture.read_bytes() + b"another version")
     with calls_of(hf.AutoTokenizer, "from_pretrained") as loaded:
         assert scripts.compute_fisher(chat_directory, dataset, finished_copy) == 0
-    assert not loaded and snapshot(finished_copy) == before
+    assert not loaded and contents(finished_copy) == before
 
 
 @pytest.mark.usefixtures("without_pictures")

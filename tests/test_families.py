@@ -83,7 +83,8 @@ def test_a_second_linearization_equals_the_first(model_type):
 def test_a_longer_prompt_is_tried_anew(monkeypatch):
     model = tiny.build("llama")
     tried = []
-    monkeypatch.setattr(reading, "_departure", lambda model, ids, *_: tried.append(len(ids)) or 0.0)
+    plain = reading._plain_passes
+    monkeypatch.setattr(reading, "_plain_passes", lambda model, ids: tried.append(len(ids)) or plain(model, ids))
     for length in (5, 3, 5, 9, 8):
         fisher.linearize(model, tiny.prompt(length))
     assert tried == [5, 9]
@@ -92,7 +93,7 @@ def test_a_longer_prompt_is_tried_anew(monkeypatch):
 def test_a_cache_that_misleads_is_not_used(monkeypatch):
     model, ids = tiny.build("llama"), tiny.prompt()
     prefill = reading.prefill
-    monkeypatch.setattr(reading, "prefill", lambda model, ids, shared: prefill(model, ids.flip(0), shared))
+    monkeypatch.setattr(reading, "prefill", lambda model, ids: prefill(model, ids.flip(0)))
     point = fisher.linearize(model, ids)
     assert point.reading.mode is PrefixMode.WHOLE
     assert torch.allclose(point.log_probs.double(), tiny.reference_log_probs("llama", ids), atol=1e-4)
@@ -101,8 +102,8 @@ def test_a_cache_that_misleads_is_not_used(monkeypatch):
 def test_a_mode_is_chosen_anew_in_another_dtype(monkeypatch):
     model, prefill = tiny.build("llama"), reading.prefill
 
-    def misread_in_half_precision(model: nn.Module, ids: torch.Tensor, shared: bool):
-        return prefill(model, ids.flip(0) if model.dtype == torch.bfloat16 else ids, shared)
+    def misread_in_half_precision(model: nn.Module, ids: torch.Tensor):
+        return prefill(model, ids.flip(0) if model.dtype == torch.bfloat16 else ids)
 
     monkeypatch.setattr(reading, "prefill", misread_in_half_precision)
     for dtype, mode in (
@@ -115,11 +116,23 @@ def test_a_mode_is_chosen_anew_in_another_dtype(monkeypatch):
 
 def test_a_mode_is_chosen_anew_for_another_attention(monkeypatch):
     model, tried = tiny.build("llama"), []
-    monkeypatch.setattr(reading, "_departure", lambda model, ids, *_: tried.append(len(ids)) or 0.0)
+    plain = reading._plain_passes
+    monkeypatch.setattr(reading, "_plain_passes", lambda model, ids: tried.append(len(ids)) or plain(model, ids))
     for kind in ("eager", "sdpa", "eager"):
         model.set_attn_implementation(kind)
         fisher.linearize(model, tiny.prompt())
     assert len(tried) == 2
+
+
+def test_a_lack_of_memory_is_not_called_an_unsupported_model(monkeypatch):
+    model = tiny.build("llama")
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.model.layers[1], "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        fisher.linearize(model, tiny.prompt())
 
 
 def test_a_model_that_sees_what_comes_after_a_token_is_not_causal():

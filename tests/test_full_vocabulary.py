@@ -92,7 +92,7 @@ def wide(top: tuple[float, float] = (1.0, 0.5)) -> tuple[fisher.FullVocabulary, 
     spectra[1, :3] = torch.tensor([3.0, 2.0, 1.0])
     q = torch.linalg.qr(torch.randn(2, 400, 400, dtype=torch.float64, generator=generator)).Q
     matrix = (q * spectra[:, None]) @ q.mT
-    return fisher.FullVocabulary(torch.empty(0), matrix.float(), torch.ones(2, 400), head=None), matrix
+    return fisher.FullVocabulary(torch.empty(0), matrix.float(), torch.ones(2, 400), weights=None, head=None), matrix
 
 
 @pytest.mark.parametrize("top", [(1.0, 0.5), (1.0, 0.999)], ids=["apart", "close"])

@@ -27,32 +27,29 @@ from residual_fisher.model import loading
 from residual_fisher.pipeline import figures, matrices
 from residual_fisher.pipeline.processes import Processes
 import scripts
-from scripts import PIPELINE_FILES, ROOT, arrays, assert_same_results, calls_of, pipeline_words, records
+from scripts import (
+    PIPELINE_FILES,
+    ROOT,
+    Stopped,
+    arrays,
+    assert_same_results,
+    calls_of,
+    contents,
+    flip,
+    pipeline_words,
+    records,
+)
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
-
-
-class Stopped(BaseException):
-    pass
 
 
 def archives(output: Path) -> list[Path]:
     return [path for *_, path in archives_in(output / "items")]
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def assert_same_to_rounding(output: Path, expected: Path) -> None:
     for a, b in zip(load_fisher_matrices(output), load_fisher_matrices(expected), strict=True):
         assert np.abs(a.S / b.S - 1).max() < 1e-4
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.fixture(scope="module")
@@ -296,9 +293,8 @@ def test_a_run_of_another_dataset_is_refused(change, stop, chat_directory, datas
     assert scripts.compute_fisher(chat_directory, data, output) == 2
     said = capsys.readouterr().err
     assert ("the dataset has changed since" if stop else "the data have changed since") in said
-    assert {path for path, content in contents(output).items() if before[path] != content} <= {
-        output / "items/run.json"
-    }
+    changed = [path for path, content in contents(output).items() if before[path] != content]
+    assert changed in ([], [str(output / "items" / "run.json")])  # what was computed stays
 
 
 @pytest.mark.parametrize("change", ["template", "weight", "head", "rms_norm_eps", "nothing"])
@@ -459,12 +455,6 @@ def test_bad_input_is_one_line_and_exit_code_2(flag, chat_directory, dataset, tm
     assert BAD[flag] in said
     assert "--model-name" not in said  # the other script's
     assert not (tmp_path / "out").exists()
-
-
-def test_a_dataset_of_empty_prompts_is_said(chat_directory, tmp_path, capsys):
-    (tmp_path / "empty.jsonl").write_text('{"prompt": ""}\n{"prompt": "  "}\n')
-    assert scripts.compute_fisher(chat_directory, tmp_path / "empty.jsonl", tmp_path / "out") == 2
-    assert "has no usable prompt: 2 rows, all empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -14,7 +14,7 @@ from residual_fisher import load_fisher_matrices
 from residual_fisher.pipeline import figures
 from residual_fisher.pipeline.scores import SCORES, ScoredRun, outlier_scores
 import scripts
-from scripts import arrays, calls_of, pipeline_words, records
+from scripts import Stopped, arrays, calls_of, pipeline_words, records
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 SCORE_KEYS = {*SCORES, "outlier_score", "differs_along", "odd_words", "principal_coordinates"}
@@ -101,9 +101,6 @@ def test_a_reference_is_its_matrices_wherever_they_lie_and_whatever_has_become_o
     ids=["scores", "picture", "metadata"],
 )
 def test_stopped_while_it_scores_anew_it_loses_no_matrix(owner, step, trusted, finished, chat_directory, dataset):
-    class Stopped(BaseException):
-        pass
-
     matrices = arrays(finished)
     with calls_of(owner, step, Stopped), pytest.raises(Stopped):
         scripts.compute_fisher(chat_directory, dataset, finished, reference=trusted)

@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.rows import SAMPLE_ROWS, choose_column, parse_json, read_rows, text_of
+from residual_fisher.common.rows import SAMPLE_ROWS, parse_json, read_column, read_rows, text_of
 
 TWO = [{"a": "1st", "b": "x"}, {"a": "2nd", "b": "y"}]
 FILES = {  # of every kind of file, what it holds, and the rows that are read of it
@@ -128,7 +128,7 @@ def test_a_text_is_whole_characters_and_not_blank():
 
 
 def choose(rows, asked=None):
-    return choose_column("t.csv", rows, asked, ["x", "y"], "--column", lambda name, cell: text_of(cell))
+    return read_column("t.csv", iter(rows), asked, ["x", "y"], "--column", lambda name, cell: text_of(cell))[0]
 
 
 def test_the_first_recognised_column_that_can_be_read_is_chosen():

@@ -114,10 +114,13 @@ def option(default, read, metavar: str, help: str, several=False, identity=True,
 
     Args:
         read: turns a word into a value, or raises argparse.ArgumentTypeError.
+        help: for --help, which adds the default, unless it is None, False, or told in brackets at the end.
         several: the flag takes one or more words, the YAML key one or a list, and the value is a tuple.
         identity: it changes results, so that a run cannot be resumed with another value.
         needs: the field of the option without which this one has no effect.
     """
+    if not (default is None or default is False or help.endswith(")")):
+        help += f" ({default})"
     about = {"read": read, "metavar": metavar, "help": help, "several": several, "identity": identity, "needs": needs}
     return field(default=default, metadata=about)
 

@@ -186,39 +186,31 @@ def text_of(cell) -> str | None:
 
 
 def read_column(
-    source: str, asked: str | None, recognised: Sequence[str], flag: str, read: Callable, **part
+    source: str, rows: Iterator[dict], asked: str | None, recognised: Sequence[str], flag: str, read: Callable
 ) -> tuple[str | None, Iterator]:
-    """A column's name (None if there are no rows), and what `read` makes of its cell in each row, read lazily.
+    """The column asked for, or else the first recognised one with a readable cell, or else the first that exists.
 
     Args:
-        source: see `read_rows`, whose other arguments are `part`.
+        source: what the rows are of, for the error message.
         asked: a column name, or None to choose one.
         recognised: column names, in order of preference.
         flag: the option that names a column, for the error message.
         read: reads a cell of a column (name, cell); None if it cannot be read.
+    Returns:
+        Its name (None if there are no rows), and what `read` makes of its cell in each row, read lazily.
     Raises:
-        UserError: the rows cannot be read, or there is no such column.
+        UserError: no such column exists.
     """
-    rows = read_rows(source, **part)
     first = list(islice(rows, SAMPLE_ROWS))
-    column = choose_column(source, first, asked, recognised, flag, read) if first else None
-    return column, (read(column, row.get(column)) for row in chain(first, rows))
-
-
-def choose_column(
-    source: str, rows: Sequence[dict], asked: str | None, recognised: Sequence[str], flag: str, read: Callable
-) -> str:
-    """The column asked for, or else the first recognised one with a readable cell, or else the first that exists."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    has = f"{source} has " + (f"the columns {excerpt(', '.join(map(str, names)), 200)}" if names else "no columns")
-    if asked is not None:
-        if asked not in names:
-            raise UserError(f"no column {asked!r}: {has}")
-        return asked
-    there = [name for name in recognised if name in names]
+    if not first:
+        return None, iter(())
+    names = dict.fromkeys(name for row in first for name in row)
+    there = [name for name in (recognised if asked is None else [asked]) if name in names]
     if not there:
-        raise UserError(f"{has}: say with {flag} which one to read")
-    return next((name for name in there if any(read(name, row.get(name)) is not None for row in rows)), there[0])
+        has = f"{source} has " + (f"the columns {excerpt(', '.join(map(str, names)), 200)}" if names else "no columns")
+        raise UserError(f"{has}: say with {flag} which one to read" if asked is None else f"no column {asked!r}: {has}")
+    column = next((name for name in there if any(read(name, row.get(name)) is not None for row in first)), there[0])
+    return column, (read(column, row.get(column)) for row in chain(first, rows))
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:

@@ -227,6 +227,8 @@ class Run:
             return
         with lock_directory(self.folder):
             self.open()
+            remove_unfinished(self.folder, self.files)
+            remove_unfinished(self.items_folder, ["[0-9]*-[0-9]*.npz", MANIFEST, RECORDS])
             if self.manifest and self._is_merged():  # a kill at the end may have left some
                 self._remove_archives()
             remove_unfinished(self.folder, self.files)

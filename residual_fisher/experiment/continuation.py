@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fisher import Chunks, PromptPoint
-from residual_fisher.model.last_token import growing_copy
+from residual_fisher.model.last_token import copy_of
 from residual_fisher.model.loading import longest_prompt, text_config
 from residual_fisher.model.passes import add_to_rows, attention, capture_head, hooked
 from residual_fisher.model.reading import PrefixMode
@@ -62,8 +62,7 @@ def choose_scales(scales: Sequence[float], predicted: Tensor, limit: float) -> l
 
     Args:
         scales: none is 0.
-        predicted: (layers, scales) nats.
-        limit: nats.
+        predicted: (layers, scales) nats; `limit` too.
     Returns:
         pairs (layer, index of the scale)
     """
@@ -97,15 +96,14 @@ def greedy(point: PromptPoint, deltas: Tensor, at: Tensor, tokens: int, ends: se
     reading, model, rows = point.reading, point.reading.model, len(deltas)
     last = reading.ids.shape[1] - 1  # index of the prompt's last token among the tokens of the first pass
     ids = reading.ids.expand(rows, -1).to(model.device)
-    cache = None
+    cache, memory = None, {"use_cache": False}
     if reading.mode is not PrefixMode.WHOLE:
-        empty = reading.prefix is None
-        cache = DynamicCache(config=model.config) if empty else growing_copy(reading.prefix, rows)
-    memory = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+        cache = copy_of(reading.prefix, rows) if reading.prefix is not None else DynamicCache(config=model.config)
+        memory = {"past_key_values": cache, "use_cache": True}
 
     perturbing = add_to_rows(point.modules, deltas, at, last)
     written, ended = [], torch.zeros(rows, dtype=torch.bool, device=model.device)
-    with attention(model, "eager"), capture_head(model):
+    with attention(model, "eager"), capture_head(model, lambda x: x[:, -1:]):
         while len(written) < tokens and not ended.all():
             perturbed = cache is None or not written  # later its effect is in the cache
             with hooked(*perturbing if perturbed else ()):

@@ -48,11 +48,7 @@ def names_of(document: dict) -> tuple[str, ...]:
 
 
 def draw(folder: Path, document: dict) -> None:
-    """Draws the pictures of the content of an experiment_results.json.
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
+    """Draws the pictures of an experiment_results.json. Raises UserError: the folder cannot be written to."""
     figures = {SIMILARITY: similarity_figure, PERTURBATION: perturbation_figure, STEERING: steering_figure}
     drawing.save(folder, {name: partial(figures[name], document) for name in names_of(document)})
 
@@ -304,10 +300,11 @@ def steering_figure(document: dict) -> Figure:
     goals_of = [next(iter(record["layers"][middle].values()), {}) for record in steering]
     goals = sorted({goal for goals in goals_of for goal in goals}, key=float)
     middle_goal = "0.5" if "0.5" in goals else goals[-1]
-    x, least = list(map(float, goals)), []
-    for goal in goals:
-        before = [record["probability"] for record, own in zip(steering, goals_of, strict=True) if goal in own]
-        least.append(np.median([least_kl(p, float(goal)) for p in before]))
+    before = {
+        goal: [r["probability"] for r, own in zip(steering, goals_of, strict=True) if goal in own] for goal in goals
+    }
+    least = [np.median([least_kl(p, float(goal)) for p in before[goal]]) for goal in goals]
+    x = list(map(float, goals))
 
     def medians(where: list[tuple[str, str]], name: str, key: str) -> list[float]:
         """Over sentences, at each layer and goal; NaN where it is infinite."""

@@ -72,27 +72,22 @@ class Batches:
         self.steering = fisher.Chunks(max(1, 4 * size // layers))  # a row for each layer
 
     def prepare(self, point: fisher.Point, contexts: Sequence[Context]) -> None:
-        """Before the first sentence: fits the sizes to the mode of reading, and checks what F predicts.
+        """Before the first of all sentences: fits the sizes to the mode of reading, and checks what F predicts.
 
-        Args:
-            contexts: all sentences of the run.
         Raises:
             UnsupportedModelError: a small perturbation does not do what F predicts.
         """
         if not self._fitted and point.reading.mode is PrefixMode.WHOLE:
-            self._fit_to_whole_prompts(point, [len(context.ids) for context in contexts])
+            lengths = [len(context.ids) for context in contexts]
+            for chunks in (self.gradients, self.perturbations, self.steering):
+                chunks.size = max(1, chunks.size // max(lengths))  # a row is a whole prompt, not its last token
+            tqdm.write(
+                f"note: {type(point.model).__name__} remembers more than keys and values, so every pass runs the whole "
+                f"prompt: about {sum(lengths) / len(lengths):.0f} times as much work"
+            )
         self._fitted = True
         moved = partial(fisher.perturb, point, at=0)
         self._checked = self._checked or fisher.check_prediction(point, moved, self.gradients)
-
-    def _fit_to_whole_prompts(self, point: fisher.Point, lengths: list[int]) -> None:
-        """Where a row of a pass is a whole prompt, in place of its last token, fewer go together."""
-        for chunks in (self.gradients, self.perturbations, self.steering):
-            chunks.size = max(1, chunks.size // max(lengths))
-        tqdm.write(
-            f"note: {type(point.model).__name__} remembers more than keys and values, so every pass runs the whole "
-            f"prompt: about {sum(lengths) / len(lengths):.0f} times as much work"
-        )
 
 
 def fisher_matrices(
@@ -102,18 +97,17 @@ def fisher_matrices(
 
     With both, one backward sweep serves the two.
     """
-    num = max(SPECTRUM, settings.num_eigenvectors)
-    exact, full = None, settings.max_vocab_subset == "all"
-    if full or settings.compare_exact:
+    num, k = max(SPECTRUM, settings.num_eigenvectors), settings.max_vocab_subset
+    exact = jacobian = None
+    if k == "all" or settings.compare_exact:
         with clock("gradients"):
             matrix = fisher.full_vocabulary(point, chunks)
         with clock("eigen"):
-            exact = matrix.eigenpairs(num)
-    if full:
+            exact, jacobian = matrix.eigenpairs(num), matrix.jacobian
+    if k == "all":
         return matrix, exact, exact if settings.compare_exact else None
     with clock("gradients"):
-        jacobian = matrix.jacobian if settings.compare_exact else None
-        top = fisher.top_k(point, settings.max_vocab_subset, chunks, jacobian)
+        top = fisher.top_k(point, k, chunks, jacobian)
     with clock("eigen"):
         return top, top.eigenpairs(num), exact
 

@@ -57,8 +57,7 @@ class Recorder:
         """A finished sentence; `seconds` are those that it took, by stage."""
         eigen, log_probs = Eigenpairs(*(part.cpu() for part in measured.eigen)), measured.point.log_probs
         top_log_probs, top_ids = (part[:TOP].tolist() for part in log_probs.sort(stable=True, descending=True))
-        target = log_probs[measured.context.target_id].item()
-        unperturbed = self._prediction(top_ids[0], 0.0, 0.0, 0.0, top_ids, top_log_probs, target)
+        unperturbed = (0.0, 0.0, 0.0, top_ids, top_log_probs, log_probs[measured.context.target_id].item())
         record = {
             "sentence": measured.context.sentence,
             "context": {**self._context(measured), "top_ids": top_ids},
@@ -98,17 +97,15 @@ class Recorder:
             entry["trust_radius"] = measured.trust_radii.record(row, norm)
         return entry
 
-    def _perturbations(self, measured: Measured, unperturbed: dict) -> dict:
-        usual, steps = unperturbed["top_ids"][0], measured.steps[:, None].expand_as(measured.predicted_kl)
+    def _perturbations(self, measured: Measured, unperturbed: tuple) -> dict:
+        """What each perturbation did, and none, which has no place in the sweep: `unperturbed` is its prediction."""
+        steps = measured.steps[:, None].expand_as(measured.predicted_kl)
         columns = [part.tolist() for part in (steps, measured.predicted_kl, *measured.sweep)]
 
-        def along(row: int, direction: int) -> dict[str, dict]:
-            """The predictions by scale."""
-            perturbed = zip(*(column[row][direction] for column in columns), strict=True)
-            return {
-                f"{scale:g}": self._prediction(usual, *next(perturbed)) if scale else unperturbed
-                for scale in self.scales
-            }
+        def along(row: int, direction: int) -> dict[str, dict]:  # by scale
+            swept = zip(*(column[row][direction] for column in columns), strict=True)
+            found = {f"{scale:g}": next(swept) if scale else unperturbed for scale in self.scales}
+            return {scale: self._prediction(unperturbed[3][0], *cells) for scale, cells in found.items()}
 
         layers = {}
         for row, layer in enumerate(self.layers):
@@ -157,13 +154,12 @@ class Recorder:
         return entries
 
     def _arrays(self, measured: Measured, eigen: Eigenpairs) -> dict[str, np.ndarray]:
-        count = self.num_eigenvectors
         arrays = {
             "eigenvectors": eigen.vectors[:, 0],  # (layers, d)
             "eigenvalues": eigen.values[:, 0],  # (layers,)
             "activations": measured.point.activations.cpu(),  # (layers, d)
         }
-        if count > 1:
+        if (count := self.num_eigenvectors) > 1:
             arrays["leading_eigenvectors"] = eigen.vectors[:, :count]  # (layers, m, d)
             arrays["leading_eigenvalues"] = eigen.values[:, :count]  # (layers, m)
         if measured.steered is not None:
@@ -294,9 +290,8 @@ def summary(records: list[dict], eigenvalues: np.ndarray, scales: list[float]) -
             "flips": {name: reduced(statistics.fmean, found, "top_changed") for name, found in kinds.items()},
         }
     steering = [record["steering"] for record in records if "steering" in record]
-    return {"at_scale": far, "layers": layers} | (
-        {"steering": steering_summary(steering, list(layers))} if steering else {}
-    )
+    found = {"at_scale": far, "layers": layers}
+    return {**found, "steering": steering_summary(steering, list(layers))} if steering else found
 
 
 def numbers_of(entry: dict) -> dict[str, float]:

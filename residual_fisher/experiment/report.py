@@ -93,11 +93,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def conclusion(document: dict, usable: int) -> str:
-    """The summary by layer, what is not in it, and how long each stage took.
-
-    Args:
-        usable: sentences that could have been used.
-    """
+    """The summary by layer, what is not in it, how long each stage took. `usable` sentences could have been used."""
     asked, count, parts = document["experiment_config"]["num_sentences"], len(document["sentences"]), []
     if overflows := count_overflows(document):
         parts.append(f"note: {overflows} perturbations were too long for numbers to hold: null in {RESULTS}")
@@ -140,8 +136,7 @@ def summary_tables(document: dict) -> str:
     if config["compare_exact"]:
         names = {"lambda_K/lambda": "eigenvalue_share", "trace_K/trace": "trace_share", "|cos|": "cosine"}
         columns = {title: (".4f", f"exact_{name}_median") for title, name in names.items()}
-        note = "Share of the exact matrix that the top-k tokens find (medians):"
-        parts += [note, _table_by_layer(layers, columns)]
+        parts += ["Share of the exact matrix that the top-k tokens find (medians):", _table_by_layer(layers, columns)]
     if config["trust_radius"]:
         columns = {"nats": (".3g", "trust_radius_nats_median"), "norms of h": (".3g", "trust_radius_norms_median")}
         note = "Along v, KL is within 10% of its quadratic prediction up to (medians, the shorter of -v and v):"
@@ -152,11 +147,7 @@ def summary_tables(document: dict) -> str:
 
 
 def _table_by_layer(layers: dict[str, dict], columns: dict[str, tuple[str, ...]]) -> str:
-    """A table with a row for each layer.
-
-    Args:
-        columns: by title the number's format, then the keys that lead to it; "-" stands where it is null or missing.
-    """
+    """A row for each layer. A column is a number's format, then the keys that lead to it; "-" is null or missing."""
     rows = [
         [layer, *(_cell(reduce(lambda at, key: at.get(key), keys, entry), form) for form, *keys in columns.values())]
         for layer, entry in layers.items()

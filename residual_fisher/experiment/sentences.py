@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.rows import parse_json, read_column, text_of
+from residual_fisher.common.rows import parse_json, read_column, read_rows, text_of
 from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.words import token_writer
 
@@ -67,8 +67,8 @@ def _texts(source: str, word: str, column: str | None, config: str | None, split
     if suffix == ".json":
         texts = map(text_of, _json_list(Path(source), word))
     else:
-        part = {"split": split, "config": config}
-        name, texts = read_column(source, column, TEXT_COLUMNS, "--text-column", lambda _, cell: text_of(cell), **part)
+        rows, read = read_rows(source, split, config), lambda _, cell: text_of(cell)
+        name, texts = read_column(source, rows, column, TEXT_COLUMNS, "--text-column", read)
     one_each = suffix in (".json", ".txt")  # each text is one sentence
     found = False
     for text in filter(None, texts):
@@ -185,10 +185,9 @@ def token_of(tokenizer, text: str) -> int:
     Raises:
         UserError: `text` is no token, or several.
     """
-    spellings = (f" {text}", text)  # a tokenizer that adds a space itself makes two tokens of the first
-    found = [tokenizer(spelling, add_special_tokens=False)["input_ids"] for spelling in spellings]
-    for ids in found:
-        if len(ids) == 1:
-            return ids[0]
+    # a tokenizer that adds a space itself makes two tokens of the first
+    found = [tokenizer(spelling, add_special_tokens=False)["input_ids"] for spelling in (f" {text}", text)]
+    if single := [ids[0] for ids in found if len(ids) == 1]:
+        return single[0]
     pieces = " ".join(map(token_writer(tokenizer), found[0]))
     raise UserError(f"--steer-token {text!r} has to be one token, and is {len(found[0])}: {pieces}")

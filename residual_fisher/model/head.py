@@ -19,17 +19,13 @@ class OutputHead:
 
         s_t = d log p_t / dx = phi'_t W_t - sum_c p_c phi'_c W_c
 
-    The Fisher matrix with respect to x is C = sum_t p_t s_t s_t^T = S^T diag(p) S. S is never in memory as a whole.
+    phi is what the model does after its head: nothing, a scale (Cohere, Granite) or a soft cap (Gemma 2). Its slope
+    phi' is the gradient of the sum of the logits. The Fisher matrix with respect to x is
+    C = sum_t p_t s_t s_t^T = S^T diag(p) S. S is never in memory as a whole.
     """
 
     def __init__(self, head: nn.Module, x: Tensor, raw_logits: Tensor, logits: Tensor, log_probs: Tensor):
-        """
-        phi is what the model does after its head: nothing, a scale (Cohere, Granite) or a soft cap (Gemma 2). Its
-        slope phi' is the gradient of the sum of the logits. The arguments are attributes of `fisher.Point`.
-
-        Raises:
-            UnsupportedModelError: the head is not linear.
-        """
+        """The arguments are attributes of `fisher.Point`. Raises UnsupportedModelError if the head is not linear."""
         if isinstance(head, nn.Linear) and head.weight.is_meta:
             raise UnsupportedModelError("the whole vocabulary needs the output head on a device, and it is offloaded")
         self.weight = head.weight.detach() if is_linear(head) else weight_of(head, x.detach(), raw_logits.detach())
@@ -82,8 +78,7 @@ def is_linear(head: nn.Module) -> bool:
 def weight_of(head: nn.Module, x: Tensor, raw_logits: Tensor) -> Tensor:
     """W (V, d_head) of a head that computes W x + b in another way (adapted, quantised, offloaded), from its outputs.
 
-    Raises:
-        UnsupportedModelError: the head is not linear at x (prompts, 1, d_head).
+    Raises UnsupportedModelError if that is not what it computes at x (prompts, 1, d_head).
     """
     identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     bias = head(torch.zeros_like(identity[None, :1]))[0]  # (1, V)

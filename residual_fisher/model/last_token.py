@@ -66,9 +66,6 @@ def last_token_attention(
     batched backward pass carries no (tokens, head_dim) gradient per cotangent, head and layer (half of its time on a
     CPU), and a batched forward pass does not copy the prefix. Fused kernels are not used: their backward has no
     batching rule.
-
-    Raises:
-        UnsupportedModelError: the model changed the key after it was cached, and lost the prefix.
     """
     rows, heads, _, width = query.shape
     groups = key.shape[1]
@@ -76,7 +73,7 @@ def last_token_attention(
     scores = (q * key).sum(-1, keepdim=True)  # (rows, groups, share, 1)
     if hasattr(key, "prefix"):
         scores = torch.cat([_SharedProduct.apply(q, key.prefix[0].mT), scores], dim=-1)
-    if attention_mask is not None and attention_mask.shape[-1] != scores.shape[-1]:
+    if attention_mask is not None and attention_mask.shape[-1] != scores.shape[-1]:  # the key has lost its prefix
         raise UnsupportedModelError(f"the attention of {type(module).__name__} changes keys after they are cached")
     scores = scores * (width**-0.5 if scaling is None else scaling)
     if softcap is not None:
@@ -99,30 +96,9 @@ AttentionInterface.register(LAST_TOKEN_ATTENTION, last_token_attention)
 AttentionMaskInterface.register(LAST_TOKEN_ATTENTION, eager_mask)
 
 
-def _carry_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-    """Replaces `update` of a cache layer: the prefix is attached to the last token's key and value."""
-    key.prefix, value.prefix = layer.keys, layer.values
-    return key, value
-
-
-def _copy_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-    """Replaces `update` for other attentions than `last_token_attention`: the prefix is copied for every row."""
-    rows = key.shape[0]
-    keys = torch.cat([layer.keys.expand(rows, -1, -1, -1), key], dim=-2)
-    values = torch.cat([layer.values.expand(rows, -1, -1, -1), value], dim=-2)
-    return keys, values
-
-
 @torch.no_grad()
-def prefill(model: nn.Module, ids: Tensor, shared: bool) -> DynamicCache | None:
-    """A cache of a prompt's keys and values, which later passes read in each of their rows but never change.
-
-    Args:
-        ids: (tokens,) int64, the prompt without its last token; if empty, the result is None.
-        shared: whether the later passes use `last_token_attention`.
-    Raises:
-        UnsupportedModelError: the model's cache holds more than keys and values (recurrent and hybrid models).
-    """
+def prefill(model: nn.Module, ids: Tensor) -> DynamicCache | None:
+    """A cache of the keys and values of a prompt without its last token, `ids` (tokens,); None if that is empty."""
     if "past_key_values" not in signature(model.forward).parameters:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no key-value cache")
     if len(ids) == 0:
@@ -130,20 +106,30 @@ def prefill(model: nn.Module, ids: Tensor, shared: bool) -> DynamicCache | None:
     cache = DynamicCache(config=model.config)
     model.base_model(ids[None].to(model.device), past_key_values=cache, use_cache=True)  # no head
     for layer in cache.layers:
-        # The exact type counts: its subclasses hold states that a pass changes.
+        # The exact type counts: its subclasses, in recurrent and hybrid models, hold states that a pass changes.
         if type(layer).__name__ not in PLAIN_LAYERS:
             raise UnsupportedModelError(f"a cache of {type(layer).__name__} holds more than keys and values")
-        if layer.keys is not None:  # else the layer has no attention, or uses another layer's keys
-            layer.update = MethodType(_carry_prefix if shared else _copy_prefix, layer)
     return cache
 
 
-def growing_copy(prefix: DynamicCache, rows: int) -> DynamicCache:
-    """A copy of `prefill`'s cache that grows with every pass over the same `rows`."""
+def copy_of(prefix: DynamicCache, rows: int, shared: bool = False) -> DynamicCache:
+    """A copy of `prefill`'s cache that grows with every pass over the same `rows`, and leaves the prefix as it is.
+
+    If it is `shared`, it never grows and serves any number of rows, in passes with `last_token_attention`.
+    """
     cache = copy(prefix)
     cache.layers = [copy(layer) for layer in prefix.layers]
     for layer in cache.layers:
-        if layer.keys is not None:
-            del layer.update  # back to the class's own, which puts new tensors in place of these
+        if layer.keys is None:  # the layer has no attention, or uses another layer's keys
+            continue
+        if shared:
+            layer.update = MethodType(_carry_prefix, layer)
+        else:  # `update` puts new tensors in place of these
             layer.keys, layer.values = (part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
     return cache
+
+
+def _carry_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+    """Replaces `update` of a cache layer: the prefix is attached to the last token's key and value."""
+    key.prefix, value.prefix = layer.keys, layer.values
+    return key, value

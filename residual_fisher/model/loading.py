@@ -1,6 +1,6 @@
 """Loading models by name (the embedded small one, a hub id or a local directory), and finding their layers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 import difflib
 import hashlib
@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import json
 import logging
 import math
+import os
 from pathlib import Path
 import pickle
 import platform
@@ -43,8 +44,8 @@ class TooLargeError(UserError):
 def pick_device(device: str = "auto") -> torch.device:
     """The device to run on. "auto" takes cuda, then mps, then cpu."""
     if device == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try:
         torch.empty(1, device=device)
         if torch.device(device).type == "meta":
@@ -62,8 +63,6 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
         dtype: a key of DTYPES, or "auto": bfloat16 on CUDA, float32 elsewhere.
         device: "auto", or a torch device. With "auto", a model larger than one GPU is spread over all of them. A GPU
             named here becomes CUDA's current one.
-    Returns:
-        (model, tokenizer)
     Raises:
         UserError: there is no such model or device, the embedded model cannot be fetched, the files are damaged or
             incomplete, or the model is larger than all GPUs.
@@ -75,18 +74,15 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
     if place.index is not None and place.type == "cuda":
         torch.cuda.set_device(place)  # kernels that a model brings along run on the current one
     options = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **PLAIN}
-    if name != EMBEDDED:
-        with _explain_failures(name):
-            return _from_files(name, options, place, device)
     with _explain_failures(name):
-        path = embedded_model()
-    damaged = path.stat().st_ino
+        source = str(embedded_model()) if name == EMBEDDED else name
+    damaged = os.stat(source).st_ino if name == EMBEDDED else None
     try:
         with _explain_failures(name):
-            return _from_files(str(path), options, place, device)
-    except TooLargeError:
-        raise
+            return _from_files(source, options, place, device)
     except UserError as error:
+        if name != EMBEDDED or isinstance(error, TooLargeError):
+            raise
         print(f"note: {error}: converting it again", file=sys.stderr)
     with _explain_failures(name):
         return _from_files(str(embedded_model(damaged)), options, place, device)
@@ -155,8 +151,8 @@ def _from_files(source: str, options: dict, place: torch.device, device: str):
         raise ValueError(f"its checkpoint lacks {len(missing)} of the weights, {min(missing)} among them")
     if mismatched := found["mismatched_keys"]:  # these too
         key, *shapes = min(mismatched)
-        is_shape, wanted = (" x ".join(map(str, shape)) for shape in shapes)
-        raise ValueError(f"{len(mismatched)} of its weights have another shape: {key} is {is_shape}, not {wanted}")
+        own, wanted = (" x ".join(map(str, shape)) for shape in shapes)
+        raise ValueError(f"{len(mismatched)} of its weights have another shape: {key} is {own}, not {wanted}")
     if any(p.is_meta for p in model.parameters()):
         raise TooLargeError
     model.eval().requires_grad_(False)
@@ -236,21 +232,18 @@ def fingerprint(model: nn.Module, tokenizer) -> str:
     )
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     digest = hashlib.sha256(json.dumps([config, vocabulary, tokenizer.chat_template], sort_keys=True).encode())
-    for name, values in _plain_tensors(model.state_dict().items()):
-        if isinstance(values, torch.Tensor):
-            checksum = None if values.is_meta else _checksum(values)
-            digest.update(f"{name} {tuple(values.shape)} {values.dtype} {checksum}".encode())
+    for name, values in model.state_dict().items():
+        digest.update(_described(name, values).encode())
     return digest.hexdigest()[:16]
 
 
-def _plain_tensors(named: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """The same, with each tensor that is made of others (a quantised one) replaced by those others."""
-    for name, values in named:
-        if hasattr(values, "__tensor_flatten__"):
-            inner, _ = values.__tensor_flatten__()
-            yield from _plain_tensors((f"{name}.{part}", getattr(values, part)) for part in inner)
-        else:
-            yield name, values
+def _described(name: str, values) -> str:
+    if hasattr(values, "__tensor_flatten__"):  # made of other tensors, as a quantised one is
+        inner, _ = values.__tensor_flatten__()
+        return "".join(_described(f"{name}.{part}", getattr(values, part)) for part in inner)
+    if not isinstance(values, torch.Tensor):
+        return ""
+    return f"{name} {tuple(values.shape)} {values.dtype} {None if values.is_meta else _checksum(values)}"
 
 
 def _checksum(values: torch.Tensor) -> int:
@@ -263,9 +256,7 @@ def _checksum(values: torch.Tensor) -> int:
     bits = values.detach().contiguous().flatten().view(integers)
     weights = _scrambled(torch.arange(BLOCK, device=bits.device))
     at_once = BLOCK if bits.device.type == "cpu" else 1 << 24  # in 8 bytes each: a CPU's cache, a GPU's work
-    blocks = (
-        nn.functional.pad(part, (0, -len(part) % BLOCK)).unflatten(0, (-1, BLOCK)) for part in bits.split(at_once)
-    )
+    blocks = (nn.functional.pad(b, (0, -len(b) % BLOCK)).unflatten(0, (-1, BLOCK)) for b in bits.split(at_once))
     sums = torch.cat([(some * weights).sum(-1) for some in blocks])
     return int((sums * _scrambled(torch.arange(len(sums), device=bits.device))).sum())
 
@@ -313,10 +304,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     They are a module list of the length that the configuration gives for the decoder. It is looked for in the part that
     transformers calls the decoder, then anywhere. Of several such lists, the outermost is taken (a vision tower is
-    deeper inside), then the one with the most parameters.
-
-    Raises:
-        UserError: there is no such list.
+    deeper inside), then the one with the most parameters. Raises UserError if there is none.
     """
     depth = getattr(text_config(model), "num_hidden_layers", None)
     paths = {module: path for path, module in model.named_modules()}
@@ -329,11 +317,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """(path, module) of a module by its path ("model.layers.15"), or of a decoder layer by its number ("15").
-
-    Raises:
-        UserError: the model has no such module; the message lists its decoder layers.
-    """
+    """(path, module) by the path ("model.layers.15"), or of a decoder layer by its number ("15"); else UserError."""
     modules = {path: module for path, module in model.named_modules() if path}  # "" is the model itself
     if name in modules:
         return name, modules[name]

@@ -1,8 +1,9 @@
 """Passes through a model: hooks that are always removed, and batches of rows that shrink when memory runs out."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import SimpleNamespace
 import warnings
 
 import torch
@@ -26,15 +27,11 @@ def hooked(*hooks: tuple[Callable, Callable]) -> Iterator[None]:
 
     Modules compiled by `torch.compile` run uncompiled meanwhile: compiled code may skip hooks.
     """
-    handles = []
-    try:
+    with ExitStack() as stack:
         for register, hook in hooks:
-            handles.append(register(hook))
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            stack.enter_context(register(hook))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def edit_stream(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> tuple[Callable, Callable]:
@@ -72,26 +69,14 @@ def add_to_rows(modules: Sequence[nn.Module], deltas: Tensor, at: Tensor, token:
     return [edit_stream(modules[index], partial(add, index)) for index in at.unique().tolist()]
 
 
-class HeadCapture:
-    """What went into and out of the output head in the last pass."""
-
-    x: Tensor  # (rows, tokens, d_head): the final normalised hidden state
-    raw_logits: Tensor  # (rows, tokens, V): before the scaling or soft-capping that may follow
-
-
 @contextmanager
-def capture_head(
-    model: PreTrainedModel, pick: Callable[[Tensor], Tensor] = lambda x: x[:, -1:]
-) -> Iterator[HeadCapture]:
-    """Captures the output head's input and output, and gives the head only what `pick` takes of its input.
+def capture_head(model: PreTrainedModel, pick: Callable = lambda x: x) -> Iterator[SimpleNamespace]:
+    """Captures the output head's input x (rows, tokens, d_head) and output raw_logits (rows, tokens, V), in every pass.
 
-    The logits of all other tokens and rows are never computed: they would be the peak of memory. Of nested
-    captures, the outer one picks first, and all hold what the head got in the end.
-
-    Args:
-        pick: takes x (rows, tokens, d_head), returns some of its rows or tokens; by default the last token.
+    The head gets only pick(x). The logits of all other tokens and rows are never computed: they would be the peak of
+    memory. Of nested captures, the outer one picks first, and all hold what the head got.
     """
-    head, captured = model.get_output_embeddings(), HeadCapture()
+    head, captured = model.get_output_embeddings(), SimpleNamespace()
 
     def before(module: nn.Module, args: tuple) -> tuple:
         return (pick(args[0]), *args[1:])
@@ -101,13 +86,6 @@ def capture_head(
 
     with hooked((head.register_forward_pre_hook, before), (head.register_forward_hook, after)):
         yield captured
-
-
-def token_at(x: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
-    """(prompts, 1, d) of x (*shape, d) with shape (prompts, tokens), at one token index (prompts,) of each prompt."""
-    if x.ndim != 3 or x.shape[:2] != shape:
-        raise UnsupportedModelError(f"its output head is not given (prompts, tokens, d), but {tuple(x.shape)}")
-    return x[torch.arange(len(x)), index][:, None]
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -157,9 +135,15 @@ def stream_width(model: nn.Module, module: nn.Module) -> int:
 
 
 def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Logits (prompts, V) after the last token of prompts `ids` (prompts, tokens), padded on the right."""
+    """Logits (prompts, V) after the last token of each prompt: `ids` (prompts, tokens), padded on the right."""
     require_known_tokens(model, ids)
-    with capture_head(model, lambda x: token_at(x, lengths - 1, ids.shape)):
+
+    def pick(x: Tensor) -> Tensor:
+        if x.ndim != 3 or x.shape[:2] != ids.shape:
+            raise UnsupportedModelError(f"its output head is not given (prompts, tokens, d), but {tuple(x.shape)}")
+        return x[torch.arange(len(x)), lengths - 1][:, None]
+
+    with capture_head(model, pick):
         return model(ids.to(model.device), use_cache=False).logits[:, 0]
 
 
@@ -171,10 +155,9 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 def batched_gradients(
     model: nn.Module, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Vector-Jacobian products (rows, ...) at each of `inputs`, in one backward pass through the model.
+    """Vector-Jacobian products (rows, ...) at each of `inputs`, of a tensor of cotangents (rows, ...) for each output.
 
-    Args:
-        cotangents: (rows, ...), one tensor for each of `outputs`.
+    All rows take one backward pass through the model.
     """
 
     def one(*cotangents: Tensor) -> tuple[Tensor, ...]:
@@ -197,14 +180,11 @@ def largest_kl(logits: Tensor, others: Tensor) -> float:
 
 @torch.no_grad()
 def require_causal(model: nn.Module, ids: Tensor, lengths: Tensor) -> None:
-    """Checks that predictions do not depend on later tokens: runs `last_logits` with two kinds of padding.
+    """Raises UnsupportedModelError if predictions depend on later tokens: if `last_logits` change with the padding.
 
     In a causal model the logits are the same to the last bit, in every dtype. One exception is allowed: a mixture of
     experts sorts the tokens of a batch by expert, so other padding changes the order of its sums. Its logits may differ
     by rounding if their gradient at the padding is zero.
-
-    Raises:
-        UnsupportedModelError: the predictions do depend on later tokens.
     """
     padding = torch.arange(ids.shape[1]) >= lengths[:, None]
     tokens = model.get_output_embeddings().weight.shape[0]
@@ -212,10 +192,8 @@ def require_causal(model: nn.Module, ids: Tensor, lengths: Tensor) -> None:
     first, second = (last_logits(model, some, lengths).nan_to_num() for some in (ids, other))
     if torch.equal(first, second):
         return
-    if (
-        not largest_kl(first, second) <= ROUNDING_NATS[model.dtype]
-        or _gradient_at_tokens(model, ids, lengths).cpu()[padding].any()
-    ):
+    rounding = largest_kl(first, second) <= ROUNDING_NATS[model.dtype]
+    if not rounding or _gradient_at_tokens(model, ids, lengths).cpu()[padding].any():
         raise UnsupportedModelError("its predictions change with the padding of a batch: it is not causal")
 
 
@@ -242,18 +220,13 @@ class Chunks:
         self.size = size
 
     def map(self, function: Callable, *rows: Tensor) -> list:
-        """function(chunk of each tensor in `rows`) for every chunk, in order.
-
-        Raises:
-            torch.OutOfMemoryError: a single row does not fit; or another error that `is_out_of_memory` knows.
-        """
+        """function(chunk of each tensor in `rows`) for every chunk, in order. Memory must suffice for a single row."""
         results, start = [], 0
         while left := len(rows[0]) - start:
             # chunks of equal size: a small remainder takes as long as a chunk of several times its rows
             count = -(-left // -(-left // self.size))
-            chunk = [r[start : start + count] for r in rows]
             try:
-                results.append(function(*chunk))
+                results.append(function(*(r[start : start + count] for r in rows)))
                 start += count
                 continue
             except Exception as error:

@@ -1,8 +1,4 @@
-"""Reading a prompt's last token: its prediction, as it is and perturbed, in the fastest mode that is right.
-
-There are three modes. The first one whose predictions agree with plain forward passes is chosen. Nothing outside this
-module has to know which.
-"""
+"""Reading a prompt's last token: its prediction, as it is and perturbed, in the fastest mode that is right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +11,7 @@ from transformers import DynamicCache
 
 from residual_fisher.common.program import is_out_of_memory
 from residual_fisher.common.text import first_line
-from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, prefill
+from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, copy_of, prefill
 from residual_fisher.model.loading import decoder_layers
 from residual_fisher.model.passes import (
     ROUNDING_NATS,
@@ -28,6 +24,7 @@ from residual_fisher.model.passes import (
     hooked,
     largest_kl,
     require_causal,
+    require_known_tokens,
     unwrapped,
 )
 
@@ -51,21 +48,16 @@ class Reading:
 
     def logits(self, rows: int = 1) -> Tensor:
         """Logits (rows, V) float32 of `rows` copies of the last token."""
-        kind = LAST_TOKEN_ATTENTION if self.mode is PrefixMode.SHARED else "eager"
-        ids = self.ids.expand(rows, -1).to(self.model.device)
-        memory = {"use_cache": False} if self.prefix is None else {"past_key_values": self.prefix, "use_cache": True}
-        with attention(self.model, kind), capture_head(self.model):
-            return self.model(ids, **memory).logits[:, -1].float()
+        shared = self.mode is PrefixMode.SHARED
+        kind, ids = LAST_TOKEN_ATTENTION if shared else "eager", self.ids.expand(rows, -1).to(self.model.device)
+        memory = {} if self.prefix is None else {"past_key_values": copy_of(self.prefix, rows, shared)}
+        with attention(self.model, kind), capture_head(self.model, lambda x: x[:, -1:]):
+            return self.model(ids, use_cache=bool(memory), **memory).logits[:, -1].float()
 
     def perturbed_logits(self, modules: Sequence[nn.Module], deltas: Tensor, at: Tensor) -> Tensor:
-        """Logits (rows, V) float32 after perturbations, each added to the output of one module at the last token.
+        """Logits (rows, V) float32 after perturbations `deltas` (rows, d) of the last token.
 
-        Args:
-            modules: decoder layers, in order.
-            deltas: (rows, d).
-            at: (rows,) int64 on the CPU, ascending: the index in `modules` of each row's layer.
-        Raises:
-            ValueError: `at` is not ascending.
+        Each is added to the output of `modules[at[row]]`: decoder layers in order, `at` (rows,) int64 on the CPU.
         """
         if (at.diff() < 0).any():
             raise ValueError("the rows' layers must be ascending")
@@ -84,17 +76,13 @@ class Reading:
 
 
 def read(model: nn.Module, ids: Tensor, mode: PrefixMode) -> Reading:
-    """The last of a prompt's `ids` (tokens,) int64; runs its prefix.
-
-    Raises:
-        UnsupportedModelError: the model cannot be read in this mode.
-    """
+    """The last of a prompt's `ids` (tokens,) int64; runs its prefix. A model that does not fit the mode may raise."""
     if mode is PrefixMode.WHOLE:
         return Reading(model, mode, ids[None], None)
     if mode is PrefixMode.SHARED and not model.is_backend_compatible():
         raise UnsupportedModelError(f"{type(model).__name__} has an attention of its own")
     with attention(model, "eager"), hooked():
-        prefix = prefill(model, ids[:-1], shared=mode is PrefixMode.SHARED)
+        prefix = prefill(model, ids[:-1])
     return Reading(model, mode, ids[None, -1:], prefix)
 
 
@@ -106,16 +94,15 @@ PROBE = 0.1  # length of the perturbations that are tried, as a share of the res
 _chosen: WeakKeyDictionary[nn.Module, dict[tuple, tuple[PrefixMode, int]]] = WeakKeyDictionary()
 
 
+@torch.no_grad()
 def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     """The first mode in which this prompt's predictions, as it is and perturbed, are those of plain forward passes.
 
     The choice is remembered. It is made again for a longer prompt, which may exceed a window of attention, and if the
-    model's dtype, devices or attention have changed.
-
-    Raises:
-        UnsupportedModelError: no mode is right, or the model is not decoder-only.
+    model's dtype, devices or attention have changed. Raises UnsupportedModelError if no mode is right.
     """
     inner = unwrapped(model)
+    require_known_tokens(inner, ids)
     chosen = _chosen.setdefault(model, {})
     conditions = (inner.dtype, frozenset(devices_of(inner)), inner.config._attn_implementation)
     mode, longest = chosen.get(conditions, (None, 0))
@@ -126,7 +113,8 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
         return PrefixMode.WHOLE  # nothing can be compared; what is read next will be NaN as well
     for mode in PrefixMode:
         try:
-            kl = _departure(inner, ids, mode, expected, perturbations)
+            reading = read(inner, ids, mode)
+            kl = largest_kl(expected, torch.cat([reading.logits(), reading.perturbed_logits(*perturbations)]))
         except Exception as error:  # an unknown architecture may fail in any manner
             if is_out_of_memory(error):
                 raise
@@ -143,13 +131,11 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     return mode
 
 
-@torch.no_grad()
 def _plain_passes(model: nn.Module, ids: Tensor) -> tuple[Tensor, tuple[list[nn.Module], Tensor, Tensor]]:
-    """What plain forward passes make of perturbations at the first and the last layer.
+    """Perturbations at the first and the last layer: what plain forward passes make of them, logits (4, V); themselves.
 
-    Returns:
-        logits (4, V), unperturbed and after each perturbation; and the arguments of `Reading.perturbed_logits` for the
-        three perturbations, of which the first is zero
+    They are arguments of `Reading.perturbed_logits`, three rows of which the first is zero. The logits begin with those
+    of the intact prompt.
     """
     inner = unwrapped(model)
     name = type(inner).__name__
@@ -178,10 +164,3 @@ def _plain_passes(model: nn.Module, ids: Tensor) -> tuple[Tensor, tuple[list[nn.
     alone = read(inner, ids, PrefixMode.WHOLE)
     moved = [alone.perturbed_logits([m], delta[None], at[:1]) for m, delta in zip(modules, noise, strict=True)]
     return torch.cat([plain, plain, *moved]), (modules, deltas, at)
-
-
-@torch.no_grad()
-def _departure(model: nn.Module, ids: Tensor, mode: PrefixMode, expected: Tensor, perturbations: tuple) -> float:
-    """The largest KL in nats of the expected predictions from those read in this mode."""
-    reading = read(model, ids, mode)
-    return largest_kl(expected, torch.cat([reading.logits(), reading.perturbed_logits(*perturbations)]))

@@ -45,10 +45,7 @@ class TokenShares(NamedTuple):
 def token_shares(slopes: Tensor, p: Tensor, tokens: Tensor | None = None, num: int = TOKENS_RECORDED) -> TokenShares:
     """The `num` tokens with the largest shares p_t slope_t^2 of each direction's curvature.
 
-    Args:
-        slopes: (..., n, k), of the tokens that F counts.
-        p: (..., k), their probabilities.
-        tokens: (..., k) int64, their ids; None for the whole vocabulary.
+    Of the tokens that F counts: `slopes` (..., n, k), probabilities `p` and ids `tokens`, both (..., k). None: all ids.
     """
     parts = p[..., None, :] * slopes**2  # (..., n, k)
     largest, at = parts.topk(min(num, parts.shape[-1]))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
@@ -15,16 +14,8 @@ import fisher
 from residual_fisher.common.program import UserError
 from residual_fisher.common.run import Item
 from residual_fisher.common.text import first_line
+from residual_fisher.model import passes
 from residual_fisher.model.loading import rotation_change
-from residual_fisher.model.passes import (
-    add_at,
-    edit_stream,
-    hooked,
-    last_logits,
-    require_causal,
-    stream_width,
-    use_attention,
-)
 from residual_fisher.model.words import TokenShares, prompt_words_test, token_shares, token_writer
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 from residual_fisher.pipeline.matrices import arrays_of
@@ -61,11 +52,6 @@ class Subject:
     def in_prompt(self) -> Callable[[str, Sequence[str]], list[bool]]:
         """Tells which tokens a prompt holds."""
         return prompt_words_test(self.tokenizer, self.show)
-
-    @cached_property
-    def encoder(self):
-        """The tokenizer once more, for a thread of its own: tokenizers are not made for several."""
-        return deepcopy(self.tokenizer)
 
     def next_tokens(self, prompt: str, ids: list[int], p: list[float]) -> list[dict]:
         """The most probable next tokens as they are recorded; `in_prompt` are those that a word there begins with."""
@@ -114,7 +100,7 @@ def attention_for(settings: Settings, batch: list[Encoded]) -> tuple[str, int]:
 def linearize(settings: Settings, subject: Subject, batch: list[Encoded]) -> tuple[fisher.Point, int]:
     """The batch's prompts at their last tokens, and how many cotangents to pull back at once."""
     kind, rows = attention_for(settings, batch)
-    use_attention(subject.model, kind)
+    passes.use_attention(subject.model, kind)
     last_only = settings.bias_positions == "last"
     return fisher.linearize_prompts(subject.model, subject.module, *pad(batch), last_only), rows
 
@@ -222,7 +208,7 @@ def describe_prompt(encoded: Encoded) -> dict:
 
 def without_matrix(settings: Settings, subject: Subject, encoded: Encoded, reason: str) -> Item:
     """The item of a prompt that failed: why, and zeros."""
-    r, width = settings.num_singular_values, stream_width(subject.model, subject.module)
+    r, width = settings.num_singular_values, passes.stream_width(subject.model, subject.module)
     zeros = dict.fromkeys(("top_probability", "captured_mass", "trace", "effective_rank"), 0.0)
     lists = {"next_tokens": [], "singular_values": [0.0] * r, "directions": []}
     record = {**describe_prompt(encoded), "failed": reason, "top_token": "", **zeros, **lists}
@@ -243,12 +229,12 @@ def check_once(settings: Settings, subject: Subject, batch: list[Encoded], check
     kind = attention_for(settings, batch)[0]
     if kind in checked:
         return False
-    use_attention(subject.model, kind)
+    passes.use_attention(subject.model, kind)
     by_length = sorted(batch, key=lambda encoded: len(encoded.ids))
     ids, lengths = pad([by_length[0], by_length[-1]])
     ids = ids if ids.shape[1] > 1 else ids.expand(-1, 2)
     try:
-        require_causal(subject.model, ids, (lengths - 1).clamp(min=1))
+        passes.require_causal(subject.model, ids, (lengths - 1).clamp(min=1))
     except fisher.UnsupportedModelError as error:
         raise UserError(f"{type(subject.model).__name__} is not supported: {error}") from error
     checked.add(kind)
@@ -268,13 +254,11 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
     check_template(subject.tokenizer)
     batch = [encode(subject.tokenizer, first, longest)]
 
-    def moved(deltas: torch.Tensor) -> torch.Tensor:
-        def add(h: torch.Tensor) -> torch.Tensor:
-            here = deltas[:, None].to(h)
-            return add_at(h, here) if settings.bias_positions == "last" else h + here
+    add = passes.add_at if settings.bias_positions == "last" else torch.add
 
-        with hooked(edit_stream(subject.module, add)):
-            return last_logits(subject.model, *pad(batch * len(deltas)))
+    def moved(deltas: torch.Tensor) -> torch.Tensor:
+        with passes.hooked(passes.edit_stream(subject.module, lambda h: add(h, deltas[:, None].to(h)))):
+            return passes.last_logits(subject.model, *pad(batch * len(deltas)))
 
     # a prompt that leads to NaN, infinity or no convergence will be recorded as failed
     with explain_unsupported(subject), suppress(fisher.NumericalError, torch.linalg.LinAlgError):

@@ -171,19 +171,6 @@ def log_gain(own: NextTokens, base: NextTokens) -> np.ndarray:
     return own.p * np.log((own.p + PSEUDOCOUNT) / (b + PSEUDOCOUNT))
 
 
-class Unlearnt:
-    """A distance of each prompt from its own base, measured before: nothing is learnt from trusted prompts."""
-
-    def __init__(self, trusted: Sequence):
-        self._trusted = trusted
-
-    def of(self, prompts: Sequence) -> Sequence:
-        return prompts
-
-    def leave_one_out(self) -> Sequence:
-        return self._trusted
-
-
 def root(u: np.ndarray, s: np.ndarray, norm: float) -> np.ndarray:
     """R (d, r) float32 with F / norm = R R^T; zero if F is."""
     return u * np.sqrt(s / norm if norm > 0 else s, dtype=np.float32)

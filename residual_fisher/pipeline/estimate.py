@@ -13,7 +13,7 @@ from residual_fisher.common.run import ITEMS, Run
 from residual_fisher.common.text import duration, excerpt, printable, size
 from residual_fisher.model.loading import dtype_advice
 from residual_fisher.model.passes import devices_of
-from residual_fisher.pipeline.batches import check_once, into_batches, measure
+from residual_fisher.pipeline.batches import check_once, into_batches, longest, measure
 from residual_fisher.pipeline.derived import PROMPTS
 from residual_fisher.pipeline.matrices import ARRAYS, ONE_FILE
 from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts, encode
@@ -113,10 +113,6 @@ def describe_costs(
             f"files: {files}, a picture and the metadata",
         ]
     )
-
-
-def longest(batch: list[Encoded]) -> int:
-    return max(len(encoded.ids) for encoded in batch)
 
 
 def padded(batch: list[Encoded]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.rows import parse_json, read_column, text_of
+from residual_fisher.common.rows import parse_json, read_column, read_rows, text_of
 from residual_fisher.common.text import excerpt, first_line
 
 TURNS = ("conversation", "conversations", "messages")  # columns of these names must hold conversations, not texts
@@ -48,8 +48,8 @@ class Prompts:
 
     def __iter__(self) -> Iterator[Prompt]:
         """Raises UserError: the dataset cannot be read, or has no such column, or no text in it."""
-        part = {"split": self.split, "config": self.config, "shuffle": self.shuffle}
-        self.column, texts = read_column(self.source, self.column, COLUMNS, "--prompt-column", prompt_text, **part)
+        rows = read_rows(self.source, self.split, self.config, self.shuffle)
+        self.column, texts = read_column(self.source, rows, self.column, COLUMNS, "--prompt-column", prompt_text)
         if self.column is None:
             raise UserError(f"{self.source} has no usable prompt: it holds no rows")
         for row, text in enumerate(texts):
@@ -68,48 +68,42 @@ class Prompts:
 
 
 def prompt_text(column: str, cell) -> str | None:
-    """The user's first turn if a cell is a conversation, otherwise its text; None if there is none.
+    """The first turn by the user if a cell is a conversation, otherwise its text; None if that is blank or missing.
 
-    In the columns of TURNS, what is not a conversation has no text.
+    In the columns of TURNS, what is not a conversation has no text. Of a turn that is a list of parts, the texts are
+    joined.
     """
-    turns = turns_of(cell)
-    return text_of(cell) if turns is None and column not in TURNS else first_user_turn(turns or [])
-
-
-def turns_of(cell) -> list[dict] | None:
-    """The turns of a conversation, or None if the cell is not one.
-
-    A conversation is a list of turns, a dict of columns, or either as JSON text. A turn is
-    {"role": "user", "content": text} or {"from": "human", "value": text}.
-    """
-    if isinstance(cell, str):
-        try:
-            cell = parse_json(cell) if cell.lstrip().startswith(("[", "{")) else None
-        except ValueError:
-            return None
-    if isinstance(cell, dict):
-        columns = {name: column for name, column in cell.items() if isinstance(column, list)}
-        cell = [dict(zip(columns, items, strict=False)) for items in zip(*columns.values(), strict=False)]
-    turns = [turn for turn in cell if isinstance(turn, dict) and _role(turn)] if isinstance(cell, list) else []
-    return turns or None
-
-
-def _role(turn: dict) -> str | None:
-    role = turn.get("role") or turn.get("from")
-    return role.strip().lower() if isinstance(role, str) else None
-
-
-def first_user_turn(turns: Sequence[dict]) -> str | None:
-    """The text of the first turn by the user, whatever precedes it; None if it is blank, or not a text.
-
-    Of a content that is a list of parts, the texts are joined.
-    """
+    turns = _turns(cell)
+    if not turns:
+        return None if column in TURNS else text_of(cell)
     turn = next((turn for turn in turns if _role(turn) in USER_ROLES), {})
     content = turn.get("content") or turn.get("value")
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         content = "\n".join(part for part in parts if isinstance(part, str))
     return text_of(content)
+
+
+def _turns(cell) -> list[dict]:
+    """The turns of a conversation; none if the cell is not one.
+
+    A conversation is a list of turns, a dict of columns, or either as JSON text. A turn is
+    {"role": "user", "content": text} or {"from": "human", "value": text}.
+    """
+    if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
+        try:
+            cell = parse_json(cell)
+        except ValueError:
+            return []
+    if isinstance(cell, dict):
+        columns = {name: column for name, column in cell.items() if isinstance(column, list)}
+        cell = [dict(zip(columns, items, strict=False)) for items in zip(*columns.values(), strict=False)]
+    return [turn for turn in cell if isinstance(turn, dict) and _role(turn)] if isinstance(cell, list) else []
+
+
+def _role(turn: dict) -> str | None:
+    role = turn.get("role") or turn.get("from")
+    return role.strip().lower() if isinstance(role, str) else None
 
 
 # --- tokens --------------------------------------------------------------------------------------
@@ -129,17 +123,16 @@ def encode(tokenizer, prompt: Prompt, max_length: int) -> Encoded:
             return _bare(tokenizer, text)
         return tokenizer(render(tokenizer, text), add_special_tokens=False)["input_ids"]  # the template has its own
 
-    all_ids, kept = ids(prompt.text), len(prompt.text)
-    if len(all_ids) > max_length:
+    found, kept = ids(prompt.text), len(prompt.text)
+    if len(found) > max_length:
         lengths = range(len(prompt.text))
         kept = bisect.bisect_right(lengths, max_length, key=lambda n: len(ids(prompt.text[:n]))) - 1
         if kept <= 0:
             raise UserError(f"--max-length {max_length} leaves no room for a user's text: give more")
-    truncated = kept < len(prompt.text)
-    encoded = Encoded(prompt, ids(prompt.text[:kept]) if truncated else all_ids, truncated)
-    if not encoded.ids:
+        found = ids(prompt.text[:kept])
+    if not found:
         raise UserError(f"the tokenizer makes no token of {excerpt(repr(prompt.text), 60)} (row {prompt.row})")
-    return encoded
+    return Encoded(prompt, found, kept < len(prompt.text))
 
 
 def _bare(tokenizer, text: str) -> list[int]:
@@ -163,14 +156,11 @@ def render(tokenizer, text: str) -> str:
     Raises:
         UserError: the template is malformed, raises, or renders nothing.
     """
-    turn = [{"role": "user", "content": text}]
     try:
         template = tokenizer.get_chat_template()
-        if "strftime_now" in template:
-            template = FIXED_CLOCK + template
         rendered = tokenizer.apply_chat_template(
-            turn,
-            chat_template=template,
+            [{"role": "user", "content": text}],
+            chat_template=FIXED_CLOCK + template if "strftime_now" in template else template,
             tokenize=False,
             add_generation_prompt=True,
             date_string=FIXED_TIME.strftime("%d %b %Y"),

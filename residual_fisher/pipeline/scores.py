@@ -35,7 +35,6 @@ from residual_fisher.pipeline.distances import (
     PrincipalCoordinates,
     Subspace,
     Surprisal,
-    Unlearnt,
     log_gain,
     robust_z,
     root,
@@ -84,7 +83,7 @@ class Change(NamedTuple):
     outside: np.ndarray  # (n, values): the share of tr F outside the directions of the base model's F
     gains: list[np.ndarray]  # of each prompt's next tokens, `log_gain`
 
-    measures = (Mahalanobis, Mahalanobis, Unlearnt, Unlearnt)
+    measures = (Mahalanobis, Mahalanobis, None, None)  # None: these are distances already, nothing is learnt
     counted = ("z_directions",)  # a fine-tune changes how certain a model is of many prompts, but the directions of few
 
     @classmethod
@@ -156,11 +155,11 @@ class Scorer:
 
     def __init__(self, sample: Features | Change, trusted: Sequence[int]):
         learnt = [[part[i] for i in trusted] if isinstance(part, list) else part[trusted] for part in sample]
-        self._measures = [measure(part) for measure, part in zip(sample.measures, learnt, strict=True)]
+        self._measures = [measure and measure(part) for measure, part in zip(sample.measures, learnt, strict=True)]
         self._counted = [SCORES.index(name) for name in sample.counted]
         self.sample = self.compare(sample)
         for found, measure in zip(self.sample, self._measures, strict=True):
-            for place, left_out in zip(trusted, measure.leave_one_out(), strict=True):
+            for place, left_out in zip(trusted, measure.leave_one_out(), strict=True) if measure else ():
                 found[place] = left_out
         self._usual = _logarithms(self.sample)
         self.total = self._z_scores(self._usual)[self._counted].sum(axis=0)
@@ -184,7 +183,8 @@ class Scorer:
 
     def compare(self, prompts: Features | Change) -> list:
         """[distances in strength, in spectrum, shares of F outside by singular vector, surprisals by token]."""
-        return [measure.of(part) for measure, part in zip(self._measures, prompts, strict=True)]
+        pairs = zip(self._measures, prompts, strict=True)
+        return [measure.of(part) if measure else part for measure, part in pairs]
 
     def scores(self, compared: list) -> np.ndarray:
         """(5, n): the four scores and the outlier score."""

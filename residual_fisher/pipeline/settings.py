@@ -28,27 +28,19 @@ DIRECTIONS = 3  # leading directions of each F whose tokens are recorded, and of
 class Settings(CommandOptions):
     """What the Fisher matrices are of. None stands for YAML's null."""
 
-    model_path: str = option(EMBEDDED, path, "NAME", f"hub id or local directory ({EMBEDDED})")
-    dataset_name: str = option(
-        BUNDLED, path, "NAME", f"a .jsonl, .json, .csv, .parquet or .txt file, or a hub dataset ({BUNDLED})"
-    )
-    dataset_split: str = option("train", nonempty, "NAME", "split of a hub dataset (train)")
+    model_path: str = option(EMBEDDED, path, "NAME", "hub id or local directory")
+    dataset_name: str = option(BUNDLED, path, "NAME", "a .jsonl, .json, .csv, .parquet or .txt file, or a hub dataset")
+    dataset_split: str = option("train", nonempty, "NAME", "split of a hub dataset")
     dataset_config: str | None = option(None, nonempty, "NAME", "configuration of a hub dataset")
     prompt_column: str | None = option(None, nonempty, "NAME", "column that holds the prompts (found by its name)")
-    num_prompts: int | str = option(100, or_all(positive), "N", "prompts to take, or all (100)", identity=False)
-    max_length: int = option(2048, positive, "N", "tokens of a prompt; longer user texts are cut (2048)")
-    hook_layer_name: str = option(
-        "model.layers.15", nonempty, "PATH", "module path, or the number of a decoder layer (model.layers.15)"
-    )
-    bias_positions: str = option(
-        "all", one_of("all", "last"), "WHERE", "tokens the bias is added at: all, or the last (all)"
-    )
-    top_k_tokens: int | str = option(10, or_all(positive), "K", "most probable tokens that F counts, or all (10)")
-    num_singular_values: int = option(10, positive, "R", "singular triplets kept of each F (10)")
-    batch_size: int = option(8, positive, "N", "prompts in one pass, at most (8)", identity=False)
-    store: str = option(
-        "full", one_of("full", "compact"), "FORM", "full: U, S, V in float32; compact: U in float16, S (full)"
-    )
+    num_prompts: int | str = option(100, or_all(positive), "N", "prompts to take, or all", identity=False)
+    max_length: int = option(2048, positive, "N", "tokens of a prompt; longer user texts are cut")
+    hook_layer_name: str = option("model.layers.15", nonempty, "PATH", "module path, or the number of a decoder layer")
+    bias_positions: str = option("all", one_of("all", "last"), "WHERE", "tokens the bias is added at: all, or the last")
+    top_k_tokens: int | str = option(10, or_all(positive), "K", "most probable tokens that F counts, or all")
+    num_singular_values: int = option(10, positive, "R", "singular triplets kept of each F")
+    batch_size: int = option(8, positive, "N", "prompts in one pass, at most", identity=False)
+    store: str = option("full", one_of("full", "compact"), "FORM", "full: U, S, V in float32; compact: U in float16, S")
     dtype: str = option(
         "auto", dtype_name, "TYPE", "float64, float32, bfloat16, float16 (bfloat16 on CUDA, else float32)"
     )
@@ -61,7 +53,7 @@ class Settings(CommandOptions):
         None, path, "DIR", "finished run of these prompts in a base model, to score the change", identity=False
     )
     trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along", identity=False)
-    output_dir: str = option("fisher_results", path, "DIR", "for the results (fisher_results)", identity=False)
+    output_dir: str = option("fisher_results", path, "DIR", "for the results", identity=False)
 
     @property
     def dataset(self) -> str:

@@ -34,14 +34,12 @@ class Window:
     finished: int
 
 
-def plan(pipeline: Pipeline, prompts: Iterator[Prompt], tokenizer, run: Run, process: Processes) -> Iterator[Window]:
+def plan(pipeline: Pipeline, prompts: Iterator[Prompt], run: Run, process: Processes) -> Iterator[Window]:
     """The windows that this process takes, each with what an earlier call left of it.
 
     Windows and batches are a function of the dataset and the settings alone, so that neither the number of
     processes nor an interruption changes a result.
 
-    Args:
-        tokenizer: for this generator alone, which may run in another thread.
     Raises:
         UserError: the dataset is not the one of the earlier call.
     """
@@ -49,19 +47,19 @@ def plan(pipeline: Pipeline, prompts: Iterator[Prompt], tokenizer, run: Run, pro
     number, claimed, count = 0, process.claim(), 0
     while window := list(islice(prompts, size)):
         if number == claimed:
-            yield plan_window(pipeline, window, tokenizer, run)
+            yield plan_window(pipeline, window, run)
             claimed = process.claim()
         number, count = number + 1, count + len(window)
     if run.last() >= count:
         raise changed(run, "which had more prompts")
 
 
-def plan_window(pipeline: Pipeline, window: list[Prompt], tokenizer, run: Run) -> Window:
+def plan_window(pipeline: Pipeline, window: list[Prompt], run: Run) -> Window:
     numbers = range(window[0].index, window[-1].index + 1)
     finished = finished_in(run, window)
     if len(finished) == len(window):
         return Window(numbers, [], len(finished))
-    encoded = [encode(tokenizer, prompt, pipeline.longest) for prompt in window]
+    encoded = [encode(pipeline.subject.tokenizer, prompt, pipeline.longest) for prompt in window]
     batches = into_batches(pipeline.settings, pipeline.subject, encoded)
     left = ([prompt for prompt in batch if prompt.prompt.index not in finished] for batch in batches)
     return Window(numbers, list(filter(None, left)), len(finished))
