@@ -25,12 +25,8 @@ from residual_fisher.model.words import token_writer
 RESULTS, EIGENVECTORS = "experiment_results.json", "fisher_eigenvectors.npz"
 MAX_SIMILARITY = 2000  # rows of the similarity matrix, whose square is written as JSON
 COSINE_BYTES = 14  # of a number of it there, on a line of its own
-NUMBERS = (
-    "trace",
-    "captured_mass",
-    "effective_rank",
-    "activation_norm",
-)  # of a layer: the summary has medians
+# of a layer, whose medians are in the summary
+NUMBERS = ("trace", "captured_mass", "effective_rank", "activation_norm")
 UNCHECKED = ("experiment_config", "environment", "timings", "checksum")  # what the document's checksum leaves out
 # the lists of the document with an entry a sentence, by the key of that entry in a sentence's record
 COLUMNS = {

@@ -74,7 +74,7 @@ def steer(
         damping: of the natural gradient in one step, in units of lambda_1.
         gradients, perturbations: rows of one backward and one forward pass.
     """
-    probability, h, zero = point.log_probs[target].exp().item(), point.activations, torch.zeros_like(point.activations)
+    probability, h = point.log_probs[target].exp().item(), point.activations
     goals = [goal for goal in GOALS if goal > probability]
     if not goals:
         nothing = h.new_empty(len(h), 0, 0)
@@ -86,7 +86,7 @@ def steer(
         return sweep(point, deltas, target, 1, perturbations)
 
     linearised = partial(Linearised, point, target=target, chunks=gradients)
-    here = linearised(zero, tokens=tokens)
+    here = linearised(zero := torch.zeros_like(h), tokens=tokens)
     others = {name: u.to(here.rise) for name, u in directions.items()}
     straight = {"natural": here.solve(here.rise, damping), "gradient": here.rise, **others}
     along = torch.stack(list(straight.values()), dim=1)  # (layers, n, d)
@@ -95,10 +95,8 @@ def steer(
 
     norms, route = h.norm(dim=-1)[:, None, None], waypoints(probability, goals, steps)
     at_once = _at_once(along, norms, goals, move)
-    (*natural, deltas), (*gradient, _) = (
-        _in_steps(partial(Linearised, point, target=target, tokens=count, chunks=gradients), step, route, zero, move)
-        for count, step in ((tokens, Linearised.natural_steps), (1, Linearised.gradient_step))
-    )
+    *natural, deltas = _in_steps(partial(linearised, tokens=tokens), Linearised.natural_steps, route, zero, move)
+    *gradient, _ = _in_steps(partial(linearised, tokens=1), Linearised.gradient_step, route, zero, move)
     log_prob, kl, length = (torch.cat(part, dim=1) for part in zip(at_once, natural, gradient, strict=True))
     return Steered(target, probability, [*straight, *STEPPED], goals, log_prob, kl, length / norms, deltas[:, 0])
 
@@ -122,7 +120,7 @@ def first_reaching(odds: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def around(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `values` (..., m), the one before `index` (...), or else the first, and the one at it."""
+    """Of `values` (..., m), the one before `index` (...) and the one at it; at index 0, the first twice."""
     return values.gather(-1, torch.stack([(index - 1).clamp(min=0), index], dim=-1)).unbind(-1)
 
 
@@ -238,7 +236,7 @@ class Linearised:
 
 
 def _in_steps(
-    linearised: Callable[[Tensor], Linearised], step: Callable, route: list[float], start: Tensor, move: Callable
+    linearised: Callable[[Tensor], Linearised], step: Callable, route: list[float], deltas: Tensor, move: Callable
 ) -> tuple[Tensor, ...]:
     """Log-probability, KL, length (layers, 1, goals) and perturbation (layers, 1, goals, d) that reach each goal.
 
@@ -246,9 +244,9 @@ def _in_steps(
         linearised: the model at perturbations (layers, d): each step is linearised where the last one led.
         step: a method of Linearised that gives the correction and the advance to given log-odds.
         route: probabilities to aim at in turn, the goals among them.
+        deltas: (layers, d), where to begin.
     """
-    deltas, layers = start, torch.arange(len(start))
-    multiples, found = torch.tensor(MULTIPLES, device=deltas.device), []
+    layers, multiples, found = torch.arange(len(deltas)), torch.tensor(MULTIPLES, device=deltas.device), []
     for goal in route:
         here, wanted = linearised(deltas), _log_odds_of(goal)
         correction, advance = (part.to(deltas) for part in step(here, wanted))  # (layers, n, d)
@@ -289,11 +287,9 @@ def steering_record(steered: Steered, layers: list[str], show: Callable[[int], s
         found = {"probability": after, "kl": kl, "least_kl": least, "ratio": kl / least}
         return {**found, "others_kl": others, "norms": norms}
 
-    by_layer = {}
-    for layer, *columns in zip(
-        layers, *(p.tolist() for p in (steered.log_prob, steered.kl, steered.norms)), strict=True
-    ):
-        directions = zip(steered.names, *columns, strict=True)
+    columns, by_layer = [part.tolist() for part in (steered.log_prob, steered.kl, steered.norms)], {}
+    for layer, *at_layer in zip(layers, *columns, strict=True):
+        directions = zip(steered.names, *at_layer, strict=True)
         by_layer[layer] = {name: dict(zip(goals, map(entry, *costs), strict=True)) for name, *costs in directions}
     return {"token": show(steered.target), "id": steered.target, "probability": before, "layers": by_layer}
 
