@@ -230,7 +230,7 @@ def measure(
             batches.prepare(point, experiment.contexts)
             # 4. the Fisher matrix, its eigenpairs, and every perturbation
             measured = perturb(settings, context, point, controls, batches, clock)
-            # 5. what it all was
+            # 5. record it
             item = experiment.recorder.item(number, measured, clock.take())
         except FAILURES as error:
             yield failure(number, context.sentence, reason_of(error, experiment, context))
