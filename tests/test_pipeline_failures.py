@@ -544,6 +544,7 @@ def test_a_run_most_of_whose_prompts_fail_stops(chat_directory, dataset, tmp_pat
     assert f"8 of the first 8 prompts failed: {NAN}" in said and said.count("\n") == 1
 
 
+@pytest.mark.filterwarnings("error:All-NaN")
 def test_of_so_few_that_nothing_is_judged_all_may_fail(chat_directory, dataset, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, lambda length: True)
     for count in (1, 1, 7):
