@@ -249,12 +249,11 @@ def test_stopped_while_it_overwrites_it_leaves_a_folder_that_it_can_resume(chat_
     assert {path.name for path in (output / "items").iterdir()} == {"run.json", "records.jsonl"}
 
 
-@pytest.mark.parametrize("mistake", [{"hook_layer_name": "9"}, {"max_length": "3"}, {"dataset_name": "none.jsonl"}])
-def test_overwriting_checks_everything_before_it_removes_anything(mistake, chat_directory, dataset, unfinished):
+def test_overwriting_checks_everything_before_it_removes_anything(chat_directory, dataset, unfinished):
     before = contents(unfinished)
-    given = {"dataset": dataset, "overwrite": True, **mistake}
-    data = given.pop("dataset_name", given.pop("dataset"))
-    assert scripts.compute_fisher(chat_directory, data, unfinished, **given) == 2
+    for mistake in ({"hook_layer_name": "9"}, {"max_length": "3"}, {"prompt_column": "none"}):
+        assert scripts.compute_fisher(chat_directory, dataset, unfinished, overwrite=True, **mistake) == 2
+    assert scripts.compute_fisher(chat_directory, "none.jsonl", unfinished, overwrite=True) == 2
     assert contents(unfinished) == before
 
 
@@ -545,6 +544,7 @@ def test_a_run_most_of_whose_prompts_fail_stops(chat_directory, dataset, tmp_pat
     assert f"8 of the first 8 prompts failed: {NAN}" in said and said.count("\n") == 1
 
 
+@pytest.mark.filterwarnings("error:All-NaN")
 def test_of_so_few_that_nothing_is_judged_all_may_fail(chat_directory, dataset, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, lambda length: True)
     for count in (1, 1, 7):
@@ -552,6 +552,7 @@ def test_of_so_few_that_nothing_is_judged_all_may_fail(chat_directory, dataset, 
         assert code == SOME_FAILED and "Traceback" not in capsys.readouterr().err
         assert [record["failed"] for record in records(tmp_path / "out")] == [NAN] * count
         assert len(load_fisher_matrices(tmp_path / "out")) == count
+    assert figures.spectra_figure(records(tmp_path / "out"))
 
 
 # --- two at once ---------------------------------------------------------------------------------

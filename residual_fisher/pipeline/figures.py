@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Iterable
 import heapq
 from pathlib import Path
+import warnings
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -114,7 +115,9 @@ def _dots(
 def _spectra_panel(panel: Axes, spectra: np.ndarray, colours: Colours) -> None:
     x = np.arange(1, spectra.shape[1] + 1)
     shown = np.where(spectra > 0, spectra, np.nan)
-    quantiles = np.nanquantile(shown, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1], axis=0)  # (7, values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # about values that are 0 for all prompts
+        quantiles = np.nanquantile(shown, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1], axis=0)  # (7, values)
     shades = {"all": "#E5E5E5", "5 to 95 %": "#BFD9EC", "25 to 75 %": "#7FB5DB"}
     for place, (name, shade) in enumerate(shades.items()):
         panel.fill_between(x, quantiles[place], quantiles[-1 - place], color=shade, label=name, linewidth=0)
