@@ -143,11 +143,16 @@ def test_a_sentence_that_leads_to_nan_is_left_out_and_said(number, texts, tmp_pa
 
 
 def test_an_eigensolver_that_fails_costs_the_sentence_alone(model_directory, texts, tmp_path, capsys):
+    """Also of a run that is extended, which does not try it again."""
+    output, words = tmp_path / "out", [*texts, "--num-sentences", "2"]
     with calls_of(torch.linalg, "eigh", torch.linalg.LinAlgError("it did not converge"), at=[1]):
-        assert scripts.core_experiment(model_directory, tmp_path / "out", *texts) == SOME_FAILED
+        assert scripts.core_experiment(model_directory, output, *words) == SOME_FAILED
     assert "note: left out: it did not converge of sentence" in capsys.readouterr().err
-    results, _ = experiment_results(tmp_path / "out")
-    assert len(results["sentences"]) == 3 and results["failed"][0]["reason"].startswith("it did not converge")
+    with calls_of(core_experiment, "perturb") as calls:
+        assert scripts.core_experiment(model_directory, output, *texts) == SOME_FAILED
+    results, _ = experiment_results(output)
+    assert len(calls) == 1 and len(results["sentences"]) == 3 and len(results["failed"]) == 1
+    assert results["failed"][0]["reason"].startswith("it did not converge")
 
 
 NO_MATRIX = fisher.NumericalError("the Fisher matrix is zero", 0)

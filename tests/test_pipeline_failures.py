@@ -24,7 +24,7 @@ from residual_fisher.common.lock import lock_directory
 from residual_fisher.common.program import SOME_FAILED, UserError
 from residual_fisher.common.run import Run, archives_in, read_manifest, read_records
 from residual_fisher.model import loading
-from residual_fisher.pipeline import figures, matrices
+from residual_fisher.pipeline import derived, figures, matrices
 from residual_fisher.pipeline.processes import Processes
 import scripts
 from scripts import (
@@ -96,9 +96,9 @@ STEPS = [
     ("finish", Run, 1),
     ("_write_manifest", Run, 2),
     ("_remove_archives", Run, 2),
-    ("outlier_scores", compute_fisher, 1),
+    ("outlier_scores", derived, 1),
     ("draw", figures, 1),
-    ("write_metadata", compute_fisher, 1),
+    ("write_metadata", derived, 1),
 ]
 
 

@@ -11,7 +11,7 @@ import yaml
 
 import compute_fisher
 from residual_fisher import load_fisher_matrices
-from residual_fisher.pipeline import figures
+from residual_fisher.pipeline import derived, figures
 from residual_fisher.pipeline.scores import SCORES, ScoredRun, outlier_scores
 import scripts
 from scripts import Stopped, arrays, calls_of, pipeline_words, records
@@ -97,7 +97,7 @@ def test_a_reference_is_its_matrices_wherever_they_lie_and_whatever_has_become_o
 
 @pytest.mark.parametrize(
     ("owner", "step"),
-    [(compute_fisher, "outlier_scores"), (figures, "draw"), (compute_fisher, "write_metadata")],
+    [(derived, "outlier_scores"), (figures, "draw"), (derived, "write_metadata")],
     ids=["scores", "picture", "metadata"],
 )
 def test_stopped_while_it_scores_anew_it_loses_no_matrix(owner, step, trusted, finished, chat_directory, dataset):
@@ -115,8 +115,8 @@ def test_stopped_while_it_scores_anew_it_loses_no_matrix(owner, step, trusted, f
 def test_scores_of_an_earlier_version_are_made_again(finished, chat_directory, dataset, tmp_path, capsys, monkeypatch):
     wanted = scored(finished)
     with monkeypatch.context() as patch:
-        patch.setattr(compute_fisher, "SCORING_VERSION", 1)
-        patch.setattr(compute_fisher, "outlier_scores", lambda run: {"z_subspace": [0.1] * len(run.trace)})
+        patch.setattr(derived, "SCORING_VERSION", 1)
+        patch.setattr(derived, "outlier_scores", lambda run: {"z_subspace": [0.1] * len(run.trace)})
         patch.setattr(compute_fisher.report, "final_table", lambda *_: "")
         scripts.compute_fisher(chat_directory, dataset, finished)
     assert "z_subspace" in records(finished)[0]

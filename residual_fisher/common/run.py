@@ -231,8 +231,6 @@ class Run:
             remove_unfinished(self.items_folder, ["[0-9]*-[0-9]*.npz", MANIFEST, RECORDS])
             if self.manifest and self._is_merged():  # a kill at the end may have left some
                 self._remove_archives()
-            remove_unfinished(self.folder, self.files)
-            remove_unfinished(self.items_folder, ["[0-9]*-[0-9]*.npz", MANIFEST, RECORDS])
             yield
 
     def open(self) -> None:
