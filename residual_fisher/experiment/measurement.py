@@ -133,9 +133,7 @@ def perturb(
     slopes = matrix.slopes(eigen.vectors[:, : settings.num_eigenvectors])
     shares = token_shares(slopes, matrix.weights, matrix.tokens)
     mass = 1.0 if full else float(matrix.mass)
-    measured = Measured(
-        context, point, list(controls), mass, eigen, shares, exact, steps=steps, predicted_kl=predicted_kl, sweep=swept
-    )
+    measured = Measured(context, point, list(controls), mass, eigen, shares, exact, steps, predicted_kl, swept)
     if settings.trust_radius:
         with clock("trust radius"):
             measured.trust_radii = trust_radii_along(point, eigen, full, batches.perturbations)

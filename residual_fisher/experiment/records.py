@@ -223,11 +223,10 @@ def write_results(folder: Path, items: Iterable[Item], about: dict, complete: bo
     failed = [item.record for item in items if "failed" in item.record]
     rows = by_key(pair for item in items for pair in item.arrays.items())
     arrays = {name: np.stack(parts) for name, parts in rows.items()}  # (sentences, layers, ...)
-    layers = list(records[0]["fisher"])
-    names = {"layers": np.array(list(map(int, layers))), "run": np.array(about["run"]["id"])}
-    write_npz(folder / EIGENVECTORS, {**arrays, **names})
+    numbers = np.array(list(map(int, records[0]["fisher"])))
+    write_npz(folder / EIGENVECTORS, {**arrays, "layers": numbers, "run": np.array(about["run"]["id"])})
 
-    labels, cosines = similarity(arrays["eigenvectors"], layers)
+    labels, cosines = similarity(arrays["eigenvectors"], list(records[0]["fisher"]))
     seconds = by_key(pair for record in records for pair in record["seconds"].items())
     document = json_ready(
         {
