@@ -191,10 +191,9 @@ def read_column(
     """The column asked for, or else the first recognised one with a readable cell, or else the first that exists.
 
     Args:
-        source: what the rows are of, for the error message.
+        source, flag: what the rows are of, and the option that names a column, for the error message.
         asked: a column name, or None to choose one.
         recognised: column names, in order of preference.
-        flag: the option that names a column, for the error message.
         read: reads a cell of a column (name, cell); None if it cannot be read.
     Returns:
         Its name (None if there are no rows), and what `read` makes of its cell in each row, read lazily.
