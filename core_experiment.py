@@ -51,8 +51,9 @@ import torch
 from tqdm import tqdm
 
 import fisher
+from residual_fisher.common.archives import Item
 from residual_fisher.common.options import identity_of, settings_of
-from residual_fisher.common.run import Item, Run, State, checksum, short_hash, stamps
+from residual_fisher.common.run import Run, State, checksum, short_hash, stamps
 from residual_fisher.common.text import excerpt, first_line, printable
 from residual_fisher.experiment import estimate, figures, records, report
 from residual_fisher.experiment.measurement import Batches, Clock, perturb

@@ -29,8 +29,8 @@ from tqdm import tqdm
 import transformers
 
 import compute_fisher
+from residual_fisher.common.archives import Item, write_items
 from residual_fisher.common.files import write_json
-from residual_fisher.common.run import Item, write_items
 from residual_fisher.model.loading import decoder_layers
 from residual_fisher.model.passes import use_attention
 from residual_fisher.pipeline.batches import pad

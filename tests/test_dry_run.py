@@ -12,8 +12,9 @@ import compute_fisher
 from conftest import FINISHED_EXPERIMENT
 import core_experiment
 import fisher
+from residual_fisher.common.archives import Item
 from residual_fisher.common.lock import lock_directory
-from residual_fisher.common.run import Item, Run
+from residual_fisher.common.run import Run
 from residual_fisher.common.text import duration, size
 from residual_fisher.experiment import estimate as of_experiment
 from residual_fisher.experiment.records import file_sizes, split_results

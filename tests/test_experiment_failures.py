@@ -13,8 +13,8 @@ import torch
 from conftest import make_model_directory
 import core_experiment
 import fisher
+from residual_fisher.common.archives import archives_in
 from residual_fisher.common.program import SOME_FAILED
-from residual_fisher.common.run import archives_in
 from residual_fisher.experiment import sentences
 from residual_fisher.model import loading, reading
 import scripts

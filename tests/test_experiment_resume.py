@@ -8,7 +8,7 @@ import signal
 import pytest
 
 import core_experiment
-from residual_fisher.common.run import archives_in
+from residual_fisher.common.archives import archives_in
 from residual_fisher.experiment import figures, records
 from residual_fisher.model import loading
 import scripts

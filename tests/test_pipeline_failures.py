@@ -20,9 +20,10 @@ import yaml
 import compute_fisher
 import fisher
 from residual_fisher import load_fisher_matrices
+from residual_fisher.common.archives import archives_in, read_records
 from residual_fisher.common.lock import lock_directory
 from residual_fisher.common.program import SOME_FAILED, UserError
-from residual_fisher.common.run import Run, archives_in, read_manifest, read_records
+from residual_fisher.common.run import Run, read_manifest
 from residual_fisher.model import loading
 from residual_fisher.pipeline import derived, figures, matrices
 from residual_fisher.pipeline.processes import Processes

@@ -5,20 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from residual_fisher.common.archives import DamagedArchiveError, Item, archives_in, read_records, write_items
 from residual_fisher.common.files import write_json
 from residual_fisher.common.program import UserError
-from residual_fisher.common.run import (
-    ITEMS,
-    MANIFEST,
-    DamagedArchiveError,
-    Item,
-    Run,
-    State,
-    archives_in,
-    read_manifest,
-    read_records,
-    write_items,
-)
+from residual_fisher.common.run import ITEMS, MANIFEST, Run, State, read_manifest
 
 FILES = ("results.json", "picture.png")
 SETTINGS = {"k": 3, "continue_": 0}

@@ -26,25 +26,29 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 import hashlib
-import heapq
 from itertools import chain
 import json
 import math
 import os
 from pathlib import Path
-import re
-from typing import NamedTuple
 import warnings
-import zipfile
 
-import numpy as np
-
+from residual_fisher.common.archives import (
+    ARCHIVE,
+    RECORDS,
+    DamagedArchiveError,
+    Item,
+    archives_in,
+    merged_items,
+    read_records,
+    record_lines,
+    write_items,
+)
 from residual_fisher.common.files import (
     check_writable,
     json_text,
     remove_unfinished,
     sha256,
-    write_archive,
     write_json,
 )
 from residual_fisher.common.lock import LOCK, lock_directory, require_unlocked
@@ -54,8 +58,6 @@ from residual_fisher.common.text import excerpt
 ITEMS = "items"
 MANIFEST = "run.json"
 FORMAT = "residual-fisher/2"
-ARCHIVE = re.compile(r"(\d{8,12})-(\d{8,12})\.npz")  # the first and the last number in it
-RECORDS = "records.jsonl"  # the member of an archive that has a line for each of its items: [number, record]
 MAX_HASHED = 1 << 30  # bytes of a file: of a larger one only the size is compared
 OTHERS = {"model": "another model", "hook_layer": "another layer", "sentences": "other sentences"}  # by identity's key
 
@@ -66,80 +68,6 @@ class State(Enum):
     NEW = "nothing"
     STARTED = "a part of its items"
     FINISHED = "everything"
-
-
-class Item(NamedTuple):
-    """One finished sentence or prompt."""
-
-    number: int
-    record: dict  # in JSON's types
-    arrays: dict[str, np.ndarray]  # by name
-
-
-class DamagedArchiveError(Exception):
-    """An archive of items that cannot be read back, or not all of it."""
-
-
-# --- archives of items ---------------------------------------------------------------------------
-
-
-def write_items(path: Path, items: Iterable[Item]) -> None:
-    """Writes items, in their order, as one archive: their arrays as NAME_NUMBER.npy, then all records."""
-    lines = []
-
-    def members() -> Iterator[tuple[str, np.ndarray | bytes]]:
-        for number, record, arrays in items:
-            lines.append(json_text([number, record]))
-            yield from ((f"{name}_{number}.npy", array) for name, array in arrays.items())
-        yield RECORDS, b"".join(lines)
-
-    write_archive(path, members())
-
-
-def read_records(path: Path) -> dict[int, dict]:
-    """The records of an archive that is intact, by number: the checksum of each of its members is compared.
-
-    Raises:
-        DamagedArchiveError: it is not.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise DamagedArchiveError(path)
-        return dict(record_lines(path))
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError, TypeError) as error:
-        raise DamagedArchiveError(path) from error
-
-
-def record_lines(path: Path) -> list[tuple[int, dict]]:
-    """Number and record of each item in an archive, ascending."""
-    with zipfile.ZipFile(path) as archive:
-        return sorted(map(json.loads, archive.read(RECORDS).splitlines()), key=lambda line: line[0])
-
-
-def read_items(path: Path) -> Iterator[Item]:
-    """The items of an archive, by ascending number, one in memory at a time."""
-    with zipfile.ZipFile(path) as archive:
-        names: dict[int, list[str]] = {}
-        for member in archive.namelist():
-            if member != RECORDS:
-                name, _, number = member.removesuffix(".npy").rpartition("_")
-                names.setdefault(int(number), []).append(name)
-        for number, record in record_lines(path):
-            arrays = {name: read_array(archive, f"{name}_{number}") for name in names.get(number, ())}
-            yield Item(number, record, arrays)
-
-
-def read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    # `np.load` would do, but searches the list of all names for each member
-    with archive.open(f"{name}.npy") as member:
-        return np.lib.format.read_array(member, allow_pickle=False)
-
-
-def archives_in(folder: Path) -> list[tuple[int, int, Path]]:
-    """First number, last number and path of every archive of items in a folder, in order."""
-    found = ((ARCHIVE.fullmatch(path.name), path) for path in folder.glob("*.npz"))
-    return sorted((int(match[1]), int(match[2]), path) for match, path in found if match)
 
 
 def checksum(path: Path) -> list | None:
@@ -420,7 +348,7 @@ class Run:
         if len(inside) < 2:
             return
         packed = self._archive(inside[0][0], max(last for _, last, _ in inside))
-        write_items(packed, _merged([path for *_, path in inside]))
+        write_items(packed, merged_items([path for *_, path in inside]))
         for *_, path in inside:
             if path != packed:
                 path.unlink()
@@ -433,7 +361,7 @@ class Run:
             yield from self._split()
             return
         for cluster in self._overlapping():
-            yield from _merged([path for *_, path in cluster])
+            yield from merged_items([path for *_, path in cluster])
 
     def all_records(self) -> Iterator[tuple[int, dict]]:
         """Number and record of all items that `items` has, without their arrays."""
@@ -513,12 +441,3 @@ class Run:
     def _write_manifest(self, **changes) -> None:
         self.manifest = read_back({**self.manifest, **changes})
         write_json(self.items_folder / MANIFEST, {**self.manifest, "checksum": short_hash(self.manifest)})
-
-
-def _merged(paths: Sequence[Path]) -> Iterator[Item]:
-    """The items of several archives by ascending number, none twice: a kill may have left both parts and their sum."""
-    before = None
-    for item in heapq.merge(*map(read_items, paths), key=lambda item: item.number):
-        if item.number != before:
-            yield item
-        before = item.number

@@ -1,7 +1,7 @@
 """What a run would take: what a dry run says."""
 
+from residual_fisher.common.archives import Item
 from residual_fisher.common.estimate import Trial
-from residual_fisher.common.run import Item
 from residual_fisher.common.text import duration, excerpt_end, size
 from residual_fisher.experiment.records import EIGENVECTORS, RESULTS, file_sizes, perturbations
 from residual_fisher.experiment.report import EXCERPT

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fisher import Eigenpairs
+from residual_fisher.common.archives import Item
 from residual_fisher.common.files import json_ready, json_text, write_json, write_npz
 from residual_fisher.common.program import UserError
-from residual_fisher.common.run import Item
 from residual_fisher.common.text import first_line
 from residual_fisher.experiment.measurement import SPECTRUM, TOP, Measured
 from residual_fisher.experiment.perturbation import number_or_none

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 import fisher
+from residual_fisher.common.archives import Item
 from residual_fisher.common.program import UserError
-from residual_fisher.common.run import Item
 from residual_fisher.common.text import first_line
 from residual_fisher.model import passes
 from residual_fisher.model.loading import rotation_change

@@ -14,9 +14,10 @@ import zipfile
 
 import numpy as np
 
+from residual_fisher.common.archives import RECORDS, Item, archives_in, read_array, record_lines
 from residual_fisher.common.files import atomic_open, json_text, write_archive
 from residual_fisher.common.program import UserError
-from residual_fisher.common.run import ITEMS, RECORDS, Item, Run, archives_in, read_array, read_manifest, record_lines
+from residual_fisher.common.run import ITEMS, Run, read_manifest
 
 ARRAYS = "fisher_matrices_compressed.npz"
 LINES = f"{ITEMS}/{RECORDS}"  # beside ARRAYS: what was computed of each prompt besides its matrix

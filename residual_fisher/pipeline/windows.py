@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from residual_fisher.common.archives import Item
 from residual_fisher.common.program import UserError, too_many
-from residual_fisher.common.run import Item, Run
+from residual_fisher.common.run import Run
 from residual_fisher.pipeline.batches import Subject, into_batches
 from residual_fisher.pipeline.processes import Processes
 from residual_fisher.pipeline.prompts import Encoded, Prompt, encode
