@@ -754,8 +754,8 @@ def determinism(bench: Bench) -> None:
 
 def values_of_a_batch(bench: Bench, batch: list[Encoded]) -> Tensor:
     """Singular values and vectors (prompts, r, 1 + d) of one batch."""
-    results = measure(pipeline_settings(bench, len(batch)), bench.subject, batch)
-    parts = [(torch.from_numpy(result.values), torch.from_numpy(result.vectors)) for result in results]
+    items = measure(pipeline_settings(bench, len(batch)), bench.subject, batch)
+    parts = [tuple(torch.from_numpy(item.arrays[name]) for name in ("S", "V")) for item in items]
     return torch.stack([torch.cat([values[:, None], vectors], dim=1) for values, vectors in parts])
 
 
