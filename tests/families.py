@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 import transformers as hf
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -40,11 +38,8 @@ SIZES = [
     (48, "moe_latent_size"),
     (DEPTH, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks"),
     (4, "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads"),
-    (
-        4,
-        "num_experts num_local_experts n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads linear_num_heads",
-    ),
-    (4, "linear_num_value_heads index_n_heads swa_num_attention_heads"),
+    (4, "num_experts num_local_experts n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads"),
+    (4, "linear_num_heads linear_num_value_heads index_n_heads swa_num_attention_heads"),
     (2, "num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k"),
     (2, "top_k_experts linear_num_key_heads swa_num_key_value_heads zero_expert_num num_global_key_value_heads"),
     (8, "head_dim attention_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim kv_channels head_size d_kv d_head"),
@@ -68,12 +63,10 @@ SIZES = [
 SMALL = {word: value for value, words in SIZES for word in words.split()}
 HYBRID = ["linear_attention", "hybrid"] * (DEPTH // 2)
 FULL = {"layer_types": ["full_attention"] * DEPTH}
+ROTATION = {"rope_type": "default", "rope_theta": 10000.0}
 # What the words above leave undecided, by model type.
 SPECIAL = {
-    "cohere_compass_text": {
-        **FULL,
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
-    },
+    "cohere_compass_text": {**FULL, "rope_parameters": {"full_attention": ROTATION}},
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": D, "ffn_hidden_size": 48},
@@ -83,14 +76,8 @@ SPECIAL = {
     "gpt_neo": {"attention_types": [[["global", "local"], DEPTH // 2]], "window_size": 5},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 2,
-        "hc_lowrank": 8,
-        "ngram_vocab_size_base": 50,
-        "ple_embed_dim": 16,
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+        "indexer_compress_ratio": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 50, "ple_embed_dim": 16,
     },
     "cpmant": {"prompt_types": 3, "prompt_length": 2, "segment_types": 3, "position_bias_max_distance": 64},
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -103,13 +90,13 @@ SPECIAL = {
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
-    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
+    "qwen2_5_vl_text": {"rope_parameters": {**ROTATION, "mrope_section": [1, 1, 2]}},
     "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": HYBRID, "attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba2": {"layers_block_type": HYBRID, "attention_hidden_size": 64, "attention_head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
-}
+}  # fmt: skip
 
 
 def small_values(config_class: type, model_type: str) -> dict:

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 import torch
+from torch import nn
 import transformers as hf
 
 import fisher
@@ -68,6 +69,12 @@ def unknown_index(model: Path) -> None:
     (model / f"{WEIGHTS}.index.json").write_text("{}")
 
 
+def sentencepiece_alone(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(b"\n\x0f\n\x05<unk>")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+
+
 DAMAGES = {
     "a missing weight": (
         rewrite(lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight")),
@@ -92,10 +99,18 @@ DAMAGES = {
     "a list as width": (configure(hidden_size=[32]), "hidden_size"),
     "an unknown activation": (configure(hidden_act="nope"), "KeyError: 'nope'"),
     "an unknown architecture": (configure(model_type="nope"), "`nope`"),
+    "an encoder-decoder": (
+        lambda model: hf.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4).save_pretrained(model),
+        "T5 is an encoder-decoder, not a decoder-only language model",
+    ),
     "a rotation in words": (configure(rope_parameters={"rope_theta": "x", "rope_type": "default"}), "TypeError"),
     "a list as configuration": (put("config.json", b"[]"), LIST or "not list"),
     "deep nesting": (put("config.json", b"[" * 100_000), "recursion"),
     "no tokenizer in its file": (put("tokenizer.json", b"{}"), "KeyError: 'added_tokens'"),
+    "a tokenizer of sentencepiece alone": (
+        sentencepiece_alone,
+        "its tokenizer has no tokenizer.json; reading it needs `pip install sentencepiece",
+    ),
     "a truncated tokenizer": (truncate("tokenizer.json", 1000), "JSONDecodeError"),
     "a list as the tokenizer's settings": (put("tokenizer_config.json", b"[]"), LIST or "'list' object"),
 }
@@ -116,6 +131,13 @@ def logged() -> Iterator[list[str]]:
     logger.removeHandler(records)
 
 
+def run(script: str, model: Path, dataset: Path, output: Path, *words: str) -> int:
+    """A script's exit code; the experiment reads its own sentences."""
+    if script == "core_experiment":
+        return scripts.core_experiment(model, output, *words)
+    return scripts.run(script, [*scripts.pipeline_words(model, dataset, output), *words])
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_model_is_one_line_and_exit_code_2(name, chat_directory, dataset, tmp_path, capsys, logged):
     damage, reason = DAMAGES[name]
@@ -123,12 +145,8 @@ def test_a_damaged_model_is_one_line_and_exit_code_2(name, chat_directory, datas
     with pytest.raises(UserError) as caught:
         loading.load(str(model), device="cpu")
     capsys.readouterr()
-    words = {
-        "core_experiment": scripts.experiment_words(model, tmp_path / "out"),
-        "compute_fisher": scripts.pipeline_words(model, dataset, tmp_path / "out"),
-    }
-    script = list(words)[len(name) % 2]
-    assert scripts.run(script, words[script]) == 2
+    script = ("core_experiment", "compute_fisher")[len(name) % 2]
+    assert run(script, model, dataset, tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert_one_line(said, reason, f"cannot load model '{model}'")
     assert reason in str(caught.value) and not logged
@@ -144,10 +162,7 @@ def test_a_model_without_layers_is_refused(chat_directory, dataset, tmp_path, ca
 
 
 def test_a_tied_head_is_not_missing(byte_level, tmp_path):
-    config = tiny.CONFIGS["llama-tied"]()
-    config.vocab_size = len(byte_level)
-    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    byte_level.save_pretrained(tmp_path)
+    save_model(tmp_path, byte_level, tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(tmp_path / WEIGHTS)
     model, _ = loading.load(str(tmp_path), device="cpu")
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -160,8 +175,7 @@ def test_a_lack_of_memory_is_not_called_a_damaged_model(chat_directory):
 
 
 def test_what_transformers_warns_of_is_said_of_a_model_that_loads(chat_directory, tmp_path, logged):
-    model = shutil.copytree(chat_directory, tmp_path / "model")
-    configure(num_hidden_layers=2)(model)
+    configure(num_hidden_layers=2)(model := shutil.copytree(chat_directory, tmp_path / "model"))
     loading.load(str(model), device="cpu")
     assert "model.layers.2.mlp.up_proj.weight" in logged[0].getMessage()
 
@@ -219,11 +233,9 @@ def test_a_file_in_the_embedded_models_place_gives_way(conversions):
 
 
 def test_a_conversion_that_does_not_load_is_one_line_and_not_repeated_for_ever(conversions, monkeypatch):
-    def convert(gguf: Path, directory: Path) -> None:
-        directory.mkdir()
-        conversions.append(directory)
-
-    monkeypatch.setattr(embedded, "_convert", convert)
+    monkeypatch.setattr(
+        embedded, "_convert", lambda gguf, directory: conversions.append(directory) or directory.mkdir()
+    )
     with pytest.raises(UserError, match=f"cannot load model '{EMBEDDED}'"):
         loading.load(EMBEDDED, device="cpu")
     assert len(conversions) == 2
@@ -256,19 +268,14 @@ def save_model(path: Path, tokenizer, **values) -> Path:
     return path
 
 
-@pytest.mark.parametrize("script", ["experiment", "pipeline"])
+@pytest.mark.parametrize("script", ["core_experiment", "compute_fisher"])
 def test_tokens_beyond_the_embedding_are_one_line(script, chat_tokenizer, animals, tmp_path, capsys):
     """The first prompt has rows in the embedding, some of the others have not."""
     known = max(encode(chat_tokenizer, Prompt(0, 0, "xy"), 100).ids) + 1
     model = save_model(tmp_path / "model", chat_tokenizer, vocab_size=known)
-    (tmp_path / "few.txt").write_text(
-        "xy\n" + "\n".join(animals[:5]) + f"\n{chat_tokenizer.decode([len(chat_tokenizer) - 1])}"
-    )
+    (tmp_path / "few.txt").write_text("\n".join(["xy", *animals[:5], chat_tokenizer.decode([len(chat_tokenizer) - 1])]))
     capsys.readouterr()
-    if script == "experiment":
-        assert scripts.core_experiment(model, tmp_path / "out") == 2
-    else:
-        assert scripts.compute_fisher(model, tmp_path / "few.txt", tmp_path / "out") == 2
+    assert run(script, model, tmp_path / "few.txt", tmp_path / "out") == 2
     said = capsys.readouterr().err.splitlines()
     assert said[-1].endswith(f"and its embedding has {known} tokens") and "its tokenizer gives token " in said[-1]
     assert len([line for line in said if "error" in line]) == 1 and not any("Traceback" in line for line in said)
@@ -351,54 +358,45 @@ def test_a_module_without_a_residual_stream_is_one_line(name, chat_directory, da
 # --- what tells two models apart -----------------------------------------------------------------
 
 
-def set_config(**values):
-    return lambda model, tokenizer: [setattr(model.config, name, value) for name, value in values.items()]
-
-
-def patch(model, tokenizer) -> None:
-    model.model.layers[1].mlp.down_proj.weight[20:24, 20:24] += 1e-3
-
-
-def three_rows(model, tokenizer) -> None:
-    model.lm_head.weight[5:8] *= 1.01
-
-
-def swap_rows(model, tokenizer) -> None:
-    model.lm_head.weight[[5, 6]] = model.lm_head.weight[[6, 5]]
-
-
-def one_bit(model, tokenizer) -> None:
-    model.model.norm.weight.view(torch.int32)[7] ^= 1
-
-
 def shift(model, tokenizer) -> None:
     """Changes that a sum, or one weighted by the place, would miss."""
     bits = model.model.layers[0].mlp.up_proj.weight.view(torch.int32)[0]
     bits[3:6] += torch.tensor([1, -2, 1], dtype=torch.int32)
 
 
-def template(model, tokenizer) -> None:
-    tokenizer.chat_template += " "
+def set_rows(owner: nn.Module, rows: object, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    owner.weight[rows] = change(owner.weight[rows])
 
 
-def word(model, tokenizer) -> None:
-    tokenizer.add_tokens(["zebras"])
+CHANGES = {
+    "a setting": lambda model, _: setattr(model.config, "rms_norm_eps", 1e-5),
+    "the rotation": lambda model, _: model.config.rope_parameters.update(rope_theta=500.0),
+    "the activation": lambda model, _: setattr(model.config, "hidden_act", "gelu"),
+    "a patch": lambda model, _: set_rows(model.model.layers[1].mlp.down_proj, slice(20, 24), lambda rows: rows + 1e-3),
+    "three rows": lambda model, _: set_rows(model.lm_head, slice(5, 8), lambda rows: 1.01 * rows),
+    "rows swapped": lambda model, _: set_rows(model.lm_head, [5, 6], lambda rows: rows.flip(0)),
+    "embeddings swapped": lambda model, _: set_rows(model.model.embed_tokens, [0, 1], lambda rows: rows.flip(0)),
+    "one bit": lambda model, _: model.model.norm.weight.view(torch.int32)[7:8].bitwise_xor_(torch.tensor(1)),
+    "bits that keep the sum": shift,
+    "the template": lambda _, tokenizer: setattr(tokenizer, "chat_template", tokenizer.chat_template + " "),
+    "a token": lambda _, tokenizer: tokenizer.add_tokens(["zebras"]),
+}
 
 
-CHANGES = [
-    set_config(rms_norm_eps=1e-5),
-    set_config(rope_parameters={"rope_theta": 500.0, "rope_type": "default"}),
-    set_config(hidden_act="gelu"),
-    patch, three_rows, swap_rows, one_bit, shift, template, word,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("number", range(len(CHANGES)))
-def test_a_fingerprint_sees_every_change(number, chat_directory):
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_fingerprint_sees_every_change(name, chat_directory):
     model, tokenizer = loading.load(str(chat_directory), device="cpu")
     before = loading.fingerprint(model, tokenizer)
-    CHANGES[number](model, tokenizer)
+    CHANGES[name](model, tokenizer)
     assert loading.fingerprint(model, tokenizer) != before
+
+
+def test_a_fingerprint_tells_architectures_and_tokenizers_apart(byte_level, sentencepiece):
+    model = tiny.build("llama")
+    before = loading.fingerprint(model, byte_level)
+    assert before == loading.fingerprint(tiny.build("llama"), byte_level)
+    assert before != loading.fingerprint(tiny.shared("qwen2"), byte_level)
+    assert before != loading.fingerprint(model, sentencepiece)
 
 
 def test_a_fingerprint_is_that_of_the_files_wherever_they_are_and_whatever_was_run(chat_directory, tmp_path):

@@ -6,8 +6,7 @@ import torch
 import fisher
 from residual_fisher.pipeline import block_lanczos
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
-from test_fisher import RELATIVE, point_of
-from test_full_vocabulary import assert_eigenpairs_of
+from test_fisher import RELATIVE, assert_eigenpairs_of, point_of
 import tiny
 
 

@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(GPUS == 0, reason="no GPU her
 needs_two = pytest.mark.skipif(GPUS < 2, reason="fewer than two GPUs here")
 
 # Relative to the largest number. A GPU sums in another order than a CPU: what differs is the rounding of a
-# three-layer network, in bfloat16 of 8 bits a number. From float64 what is left is that of the float32 results: of F, sums
-# of K = 20 products, (K + 3) / 2 units of 1.2e-7 on each of the two devices (on an H100 up to 1.6e-6 was seen).
+# three-layer network, in bfloat16 of 8 bits a number. From float64 what is left is that of the float32 results: F is a
+# sum of K = 20 products, each device's off by up to (K + 3) / 2 units of 1.2e-7 (1.6e-6 was seen on an H100).
 RELATIVE = {torch.float64: 3e-6, torch.float32: 3e-5, torch.bfloat16: 0.2, torch.float16: 0.2}
 PLACES = [pytest.param(1, id="one GPU"), pytest.param(2, id="two GPUs", marks=needs_two)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

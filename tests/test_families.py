@@ -12,6 +12,7 @@ from residual_fisher.common.program import UserError
 from residual_fisher.model import loading, reading
 from residual_fisher.model.passes import edit_stream, require_causal
 from residual_fisher.model.reading import PrefixMode, choose_mode, read
+import scripts
 import tiny
 
 MODES = {
@@ -80,23 +81,12 @@ def test_a_second_linearization_equals_the_first(model_type):
     assert torch.equal(first, second)
 
 
-def test_a_longer_prompt_is_tried_anew(monkeypatch):
+def test_a_longer_prompt_is_tried_anew():
     model = tiny.build("llama")
-    tried = []
-    plain = reading._plain_passes
-    monkeypatch.setattr(reading, "_plain_passes", lambda model, ids: tried.append(len(ids)) or plain(model, ids))
-    for length in (5, 3, 5, 9, 8):
-        fisher.linearize(model, tiny.prompt(length))
-    assert tried == [5, 9]
-
-
-def test_a_cache_that_misleads_is_not_used(monkeypatch):
-    model, ids = tiny.build("llama"), tiny.prompt()
-    prefill = reading.prefill
-    monkeypatch.setattr(reading, "prefill", lambda model, ids: prefill(model, ids.flip(0)))
-    point = fisher.linearize(model, ids)
-    assert point.reading.mode is PrefixMode.WHOLE
-    assert torch.allclose(point.log_probs.double(), tiny.reference_log_probs("llama", ids), atol=1e-4)
+    with scripts.calls_of(reading, "_plain_passes") as tried:
+        for length in (5, 3, 5, 9, 8):
+            fisher.linearize(model, tiny.prompt(length))
+    assert [len(ids) for _, ids in tried] == [5, 9]
 
 
 def test_a_mode_is_chosen_anew_in_another_dtype(monkeypatch):
@@ -114,24 +104,19 @@ def test_a_mode_is_chosen_anew_in_another_dtype(monkeypatch):
         assert fisher.linearize(model.to(dtype), tiny.prompt()).reading.mode is mode
 
 
-def test_a_mode_is_chosen_anew_for_another_attention(monkeypatch):
-    model, tried = tiny.build("llama"), []
-    plain = reading._plain_passes
-    monkeypatch.setattr(reading, "_plain_passes", lambda model, ids: tried.append(len(ids)) or plain(model, ids))
-    for kind in ("eager", "sdpa", "eager"):
-        model.set_attn_implementation(kind)
-        fisher.linearize(model, tiny.prompt())
+def test_a_mode_is_chosen_anew_for_another_attention():
+    model = tiny.build("llama")
+    with scripts.calls_of(reading, "_plain_passes") as tried:
+        for kind in ("eager", "sdpa", "eager"):
+            model.set_attn_implementation(kind)
+            fisher.linearize(model, tiny.prompt())
     assert len(tried) == 2
 
 
-def test_a_lack_of_memory_is_not_called_an_unsupported_model(monkeypatch):
+def test_a_lack_of_memory_is_not_called_an_unsupported_model():
     model = tiny.build("llama")
-
-    def fail(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(model.model.layers[1], "forward", fail)
-    with pytest.raises(torch.OutOfMemoryError):
+    no_room = scripts.calls_of(model.model.layers[1], "forward", torch.OutOfMemoryError("CUDA out of memory"))
+    with no_room, pytest.raises(torch.OutOfMemoryError):
         fisher.linearize(model, tiny.prompt())
 
 

@@ -129,38 +129,36 @@ def test_the_example_shows_the_target_of_the_sentence_that_predicts_it_best(resu
     assert len(axes.lines) >= 2
 
 
-def with_trust_radii(results: dict, radius: dict) -> dict:
-    for entries in results["fisher"]:
-        for entry in entries.values():
-            entry["trust_radius"] = dict(radius)
-    return results
+RADIUS = {"step": 2.0, "nats": 0.5, "norms": 0.01, "steps": [2.0, 3.0]}
+HIDDEN = {"step": None, "nats": None, "norms": None, "steps": [None, 2.0]}  # by rounding
+SENTENCES = range(4)
 
 
-def test_the_trust_panel_shows_medians_in_nats_and_in_norms(results):
-    with_trust_radii(results, {"step": 2.0, "nats": 0.5, "norms": 0.01, "steps": [2.0, 3.0]})
-    results["fisher"][0]["2"]["trust_radius"] = {"step": None, "nats": None, "norms": None, "steps": [None, 2.0]}
-    axes = panel(figure := figures.perturbation_figure(results), "½ λ s² holds to 10% up to")
-    assert axes.lines[0].get_ydata().tolist() == [0.5, 0.5]
-    (norms,) = [other for other in figure.axes if other.get_ylabel() == "step there, norms of h"]
-    assert norms.lines[0].get_ydata().tolist() == [0.01, 0.01]
-
-
-@pytest.mark.parametrize("known", [(), ("2",)], ids=["at no layer", "at one of two layers"])
-def test_the_trust_panel_draws_when_rounding_hides_the_radii(known, results, tmp_path):
-    with_trust_radii(results, {"step": None, "nats": None, "norms": None, "steps": [None, None]})
-    for entries in results["fisher"]:
-        for layer in known:
-            entries[layer]["trust_radius"] = {"step": 2.0, "nats": 0.5, "norms": 0.01, "steps": [2.0, 3.0]}
+@pytest.mark.parametrize(
+    ("hidden", "shown"),
+    [
+        ([(0, "2")], [0.5, 0.5]),
+        ([(sentence, "0") for sentence in SENTENCES], [np.nan, 0.5]),
+        ([(sentence, layer) for sentence in SENTENCES for layer in ("0", "2")], None),
+    ],
+    ids=["of one sentence", "at one of two layers", "at all layers"],
+)
+def test_the_trust_panel_shows_medians_of_the_radii_that_rounding_does_not_hide(hidden, shown, results, tmp_path):
+    for sentence, entries in enumerate(results["fisher"]):
+        for layer, entry in entries.items():
+            entry["trust_radius"] = HIDDEN if (sentence, layer) in hidden else RADIUS
     figures.draw(tmp_path, results)
     assert_is_a_picture(tmp_path / "perturbation_analysis.png", 3000, 1611)
-    axes = panel(figures.perturbation_figure(results), "½ λ s² holds to 10% up to")
-    if known:
-        assert np.isfinite(axes.lines[0].get_ydata()).tolist() == [False, True]
-    else:
+    axes = panel(figure := figures.perturbation_figure(results), "½ λ s² holds to 10% up to")
+    if shown is None:
         assert "rounding hides it" in axes.texts[0].get_text()
+        return
+    assert axes.lines[0].get_ydata() == pytest.approx(shown, nan_ok=True)
+    (norms,) = [other for other in figure.axes if other.get_ylabel() == "step there, norms of h"]
+    assert norms.lines[0].get_ydata() == pytest.approx(np.array(shown) / 50, nan_ok=True)
 
 
-def test_in_bfloat16_a_run_with_trust_radii_ends_with_its_pictures(model_directory, tmp_path):
+def test_in_bfloat16_a_run__ends_with_its_pictures(model_directory, tmp_path):
     """Steps of a bfloat16 model are mostly rounded away: no radius may be visible at all."""
     words = ["--trust-radius", "--dtype", "bfloat16", "--num-sentences", "2"]
     assert scripts.core_experiment(model_directory, tmp_path, *words) == 0
@@ -255,29 +253,31 @@ def test_beside_each_of_them_stand_the_tokens_of_the_direction_in_which_it_diffe
         assert drawing.label(said[0]["token"]) in texts  # the largest has room for its text
 
 
-def test_results_of_an_earlier_version_without_directions_are_drawn(finished_pipeline, tmp_path):
+@pytest.mark.parametrize("places", [slice(0, 3), slice(None)], ids=["some", "all"])
+@pytest.mark.parametrize("change", [{"directions": None}, {"singular_values": [0.0] * 4}], ids=["earlier", "zero"])
+def test_records_of_an_earlier_version_and_of_matrices_that_are_zero_are_drawn(
+    change, places, finished_pipeline, tmp_path
+):
+    """There were no directions, or there are in those that a newer version added; and zero has no logarithm."""
     found = scripts.records(finished_pipeline)
-    for missing in (found[0:1], found):  # of a run that a newer version resumed, and of all of one
-        for record in missing:
-            record.pop("directions", None)
-        spectra.draw(tmp_path, found)
-        assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1950)
-
-
-@pytest.mark.parametrize("zero", [slice(0, 3), slice(None)], ids=["some", "all"])
-def test_matrices_that_are_zero_are_survived_by_the_log_scales(zero, finished_pipeline, tmp_path):
-    found = scripts.records(finished_pipeline)
-    for record in found[zero]:
-        record["singular_values"] = [0.0] * 4
+    for record in found[places]:
+        record.update(change)
+        if record["directions"] is None:
+            del record["directions"]
     spectra.draw(tmp_path, found)
     assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1950)
 
 
+NOTHING = {
+    **dict.fromkeys(("trace", "captured_mass", "outlier_score", *SCORES), 0.0),
+    "singular_values": [0.0] * 4, "principal_coordinates": [0.0] * 5, "directions": [], "odd_words": [],
+    "failed": "NaN",
+}  # fmt: skip
+
+
 def test_a_few_prompts_that_all_failed_are_drawn(finished_pipeline, tmp_path):
     """Too few for scores, and without a Fisher matrix: all that is drawn is zero."""
-    nothing = dict.fromkeys(("captured_mass", "outlier_score", *SCORES), 0.0)
-    lists = {"singular_values": [0.0] * 4, "principal_coordinates": [0.0] * 5, "directions": [], "odd_words": []}
-    found = [{**record, **nothing, **lists, "failed": "NaN"} for record in scripts.records(finished_pipeline)[:7]]
+    found = [{**record, **NOTHING} for record in scripts.records(finished_pipeline)[:7]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         spectra.draw(tmp_path, found)
@@ -288,8 +288,7 @@ def test_a_few_prompts_that_all_failed_are_drawn(finished_pipeline, tmp_path):
 
 
 def test_a_run_whose_prompts_all_failed_has_statistics_and_a_table(finished_pipeline):
-    nothing = {"failed": "NaN", "trace": 0.0, "singular_values": [0.0] * 4, "odd_words": [], "directions": []}
-    found = [{**record, **nothing} for record in scripts.records(finished_pipeline, timings=True)[:7]]
+    found = [{**record, **NOTHING} for record in scripts.records(finished_pipeline, timings=True)[:7]]
     statistics = report.summarize(report.columns_of(found), skipped=0)
     assert statistics["trace"] == {"median": 0, "min": 0, "max": 0} and statistics["tokens"]["max"] > 0
     said = report.final_table(lambda: found, statistics, Settings())

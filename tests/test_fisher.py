@@ -25,6 +25,27 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, relative: float = 
     assert (found.double() - expected).abs().max() <= relative * expected.abs().max()
 
 
+def assert_eigenpairs_of(matrix: torch.Tensor, eigen: fisher.Eigenpairs, vector: float = 0.9999):
+    """All eigenvalues and the leading eigenvector of matrices (..., d, d)."""
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(matrix))
+    assert ((eigen.values - values[..., : eigen.values.shape[-1]]).abs() <= RELATIVE * values[..., :1]).all()
+    assert ((eigen.vectors[..., 0, :].double() * vectors[..., 0]).sum(-1).abs() >= vector).all()
+
+
+def assert_all_of_it_matches(found, matrix: torch.Tensor, toward: torch.Tensor):
+    """The matrix (..., d, d), its eigenpairs that point toward (..., d), trace, effective rank and quadratic form."""
+    assert_close(found.matrix, matrix)
+    eigen, trace = found.eigenpairs(3), matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    assert_eigenpairs_of(matrix, eigen)
+    assert torch.allclose(eigen.trace.double(), trace, rtol=RELATIVE)
+    assert torch.allclose(eigen.effective_rank.double(), trace**2 / matrix.pow(2).sum(dim=(-2, -1)), rtol=RELATIVE)
+    assert ((eigen.vectors[..., 0, :] * toward).sum(-1) > 0).all()
+    u = directions(*matrix.shape[:-2], 4)
+    curvature = torch.einsum("...nd,...de,...ne->...n", u.double(), matrix, u.double())
+    assert_close(found.curvature(u), curvature)
+    assert torch.allclose(found.curvature(u).double(), curvature, rtol=1e-3)
+
+
 # --- against float64 -----------------------------------------------------------------------------
 
 
@@ -43,18 +64,8 @@ def test_gradients_match_the_float64_jacobian(name):
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_the_top_k_matrix_its_eigenpairs_and_its_curvature_match_float64(name):
     ids, point = point_of(name)
-    top, matrix = fisher.top_k(point, K), tiny.reference_layers(name, ids, K)
-    assert_close(top.matrix, matrix)
-    eigen = top.eigenpairs(3)
-    values, vectors = torch.linalg.eigh(matrix)
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    for index in range(tiny.DEPTH):
-        assert_close(eigen.values[index], values[index].flip(0)[:3])
-        assert abs(eigen.vectors[index, 0].double() @ vectors[index, :, -1]) >= 0.9999
-    assert torch.allclose(eigen.trace.double(), trace, rtol=RELATIVE)
-    assert torch.allclose(eigen.effective_rank.double(), trace**2 / matrix.pow(2).sum(dim=(1, 2)), rtol=RELATIVE)
-    u = directions(tiny.DEPTH, 4)
-    assert_close(top.curvature(u), torch.einsum("lnd,lde,lne->ln", u.double(), matrix, u.double()))
+    top = fisher.top_k(point, K)
+    assert_all_of_it_matches(top, tiny.reference_layers(name, ids, K), top.gradients[:, 0])
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
@@ -79,12 +90,11 @@ def test_perturbed_rows_and_their_kl_are_those_of_a_plain_forward_pass_each(name
 
 
 def test_one_layer_may_serve_all_perturbations():
-    _, point = point_of("llama")
+    ids, point = point_of("llama")
     deltas = directions(3)
     at_each = fisher.perturb(point, deltas, torch.tensor([1, 1, 1]))
     assert torch.equal(fisher.perturb(point, deltas, 1), at_each)
     # the index is one among the layers of the point
-    ids = tiny.prompt()
     only_that = fisher.linearize(tiny.shared("llama"), ids, layers=[1])
     assert torch.equal(fisher.perturb(only_that, deltas, 0), at_each)
 
@@ -272,12 +282,6 @@ def test_the_fisher_matrix_is_symmetric_and_positive_semidefinite():
     assert (values.min(dim=-1).values >= -1e-6 * values.max(dim=-1).values).all()
 
 
-def test_curvature_is_the_quadratic_form():
-    top, u = fisher.top_k(point_of("llama")[1], K), directions(tiny.DEPTH, 4, seed=4)
-    expected = torch.einsum("lnd,lde,lne->ln", u, top.matrix, u)
-    assert_close(top.curvature(u), expected.double(), 1e-5)
-
-
 def test_eigenvectors_point_to_the_top_token():
     top = fisher.top_k(point_of("llama")[1], K)
     toward = top.gradients[:, 0]
@@ -340,14 +344,6 @@ def test_out_of_memory_halves_the_chunks_for_good():
     assert chunks.size == 2
 
 
-def test_out_of_memory_with_a_single_row_is_an_error():
-    def function(rows):
-        raise torch.OutOfMemoryError
-
-    with pytest.raises(torch.OutOfMemoryError):
-        fisher.Chunks(1).map(function, torch.arange(2))
-
-
 OUT_OF_MEMORY = [
     MemoryError(),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -373,21 +369,22 @@ def test_every_way_of_running_out_of_memory_halves_the_chunks(error):
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("size", "error"),
     [
-        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
-        RuntimeError("cusolver error: CUSOLVER_STATUS_INVALID_VALUE, when calling `cusolverDnXsyevd(...)`"),
-        torch.linalg.LinAlgError("the algorithm failed to converge"),
-        ValueError("out of memory"),
+        (1, torch.OutOfMemoryError("with a single row")),
+        (2, RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")),
+        (2, RuntimeError("cusolver error: CUSOLVER_STATUS_INVALID_VALUE, when calling `cusolverDnXsyevd(...)`")),
+        (2, torch.linalg.LinAlgError("the algorithm failed to converge")),
+        (2, ValueError("out of memory")),
     ],
     ids=str,
 )
-def test_other_errors_are_not_taken_for_a_lack_of_memory(error):
+def test_other_errors_and_a_lack_of_memory_for_a_single_row_are_raised(size, error):
     def fail(rows):
         raise error
 
     with pytest.raises(type(error)) as caught:
-        fisher.Chunks(2).map(fail, torch.arange(2))
+        fisher.Chunks(size).map(fail, torch.arange(2))
     assert caught.value is error
 
 
@@ -442,23 +439,24 @@ class Head(torch.nn.Module):
         return self.head(x) ** self.power
 
 
+def with_head(name: str, power: int) -> fisher.PromptPoint:
+    model = tiny.build(name)
+    model.lm_head = Head(model.lm_head, power)
+    return fisher.linearize(model, tiny.prompt())
+
+
 def test_a_head_that_is_linear_in_effect_gives_the_whole_vocabulary():
-    model = tiny.build("phi")  # its head has a bias
-    expected = fisher.linearize(model, tiny.prompt())
-    model.lm_head = Head(model.lm_head, 1)
-    through = fisher.linearize(model, tiny.prompt())
+    (_, expected), through = point_of("phi"), with_head("phi", 1)  # it has a bias
     tokens = expected.log_probs.topk(K).indices
     assert_close(through.cotangents(tokens), expected.cotangents(tokens).double(), 1e-5)
     assert_close(fisher.full_vocabulary(through).matrix, fisher.full_vocabulary(expected).matrix.double(), 1e-5)
 
 
 def test_a_head_that_is_not_linear_is_differentiated_itself():
-    model = tiny.build("llama")
-    model.lm_head = Head(model.lm_head, 2)
-    point = fisher.linearize(model, tiny.prompt())
+    point = with_head("llama", 2)
     tokens = point.log_probs.topk(K).indices
     x = point.x.detach().requires_grad_()
-    log_probs = model.lm_head(x)[0, 0].log_softmax(-1)
+    log_probs = point.model.lm_head(x)[0, 0].log_softmax(-1)
     expected = torch.stack([torch.autograd.grad(log_probs[t], x, retain_graph=True)[0][0, 0] for t in tokens])
     assert_close(point.cotangents(tokens), expected.double(), 1e-5)
     with pytest.raises(fisher.UnsupportedModelError, match="linear output head"):

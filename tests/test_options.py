@@ -15,15 +15,10 @@ import compute_fisher
 import core_experiment
 from residual_fisher.common.options import count, finite, identity_of, path, positive, settings_of
 from residual_fisher.common.program import UserError
-import residual_fisher.experiment.settings
-import residual_fisher.pipeline.settings
 import scripts
 from scripts import ROOT
 
-OPTIONS = {
-    "core_experiment": residual_fisher.experiment.settings.Settings,
-    "compute_fisher": residual_fisher.pipeline.settings.Settings,
-}
+OPTIONS = {"core_experiment": core_experiment.Settings, "compute_fisher": compute_fisher.Settings}
 EVERY_OPTION = [(script, key.name) for script, kind in OPTIONS.items() for key in fields(kind)]
 COMMANDS = {"config", "overwrite", "dry_run", "redraw"}
 
@@ -57,13 +52,19 @@ def config(folder: Path, content: str | bytes) -> list[str]:
     return ["--config", str(folder / "c.yaml")]
 
 
+@pytest.fixture
+def empty_config(tmp_path, monkeypatch) -> None:
+    """A file that `other_value` names for --config."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "3").touch()
+
+
 # --- flags ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("empty_config")
 @pytest.mark.parametrize(("script", "name"), EVERY_OPTION)
-def test_every_option_is_a_flag_and_changes_nothing_else(script, name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "3").touch()  # an empty --config
+def test_every_option_is_a_flag_and_changes_nothing_else(script, name):
     key = option_of(script, name)
     word = other_value(key)
     value = key.metadata["read"](word)
@@ -74,16 +75,11 @@ def test_every_option_is_a_flag_and_changes_nothing_else(script, name, tmp_path,
 
 @pytest.mark.parametrize(
     ("script", "name"),
-    [
-        ("core_experiment", "steer"),
-        ("compute_fisher", "trust_remote_code"),
-        ("compute_fisher", "overwrite"),
-    ],
+    [("core_experiment", "steer"), ("compute_fisher", "trust_remote_code"), ("compute_fisher", "overwrite")],
 )
 def test_a_switch_needs_no_word_and_takes_true_and_false(script, name):
-    assert getattr(parse(script, [flag(name)]), name) is True
-    assert getattr(parse(script, [flag(name), "true"]), name) is True
-    assert getattr(parse(script, [flag(name), "false"]), name) is False
+    for words, value in (([], True), (["true"], True), (["false"], False)):
+        assert getattr(parse(script, [flag(name), *words]), name) is value
 
 
 @pytest.mark.parametrize("script", OPTIONS)
@@ -138,14 +134,13 @@ def test_a_process_of_its_own_writes_nothing_but_the_line(model_directory, datas
         )
         for script in OPTIONS
     }  # fmt: skip
-    said = {script: (*process.communicate(timeout=120), process.returncode) for script, process in running.items()}
-    assert said["core_experiment"] == ("", "core_experiment.py: error: --layers 7: the model has layers 0 to 2\n", 2)
-    assert said["compute_fisher"] == (
-        "",
-        "compute_fisher.py: error: LlamaForCausalLM has no module '7': its layers are model.layers.0 ... "
-        "model.layers.2\n",
-        2,
-    )
+    reasons = {
+        "core_experiment": "--layers 7: the model has layers 0 to 2",
+        "compute_fisher": "LlamaForCausalLM has no module '7': its layers are model.layers.0 ... model.layers.2",
+    }
+    for script, process in running.items():
+        assert process.communicate(timeout=120) == ("", f"{script}.py: error: {reasons[script]}\n")
+        assert process.returncode == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -193,8 +188,7 @@ def test_a_tilde_is_the_home_directory_in_every_path_of_both_scripts(tmp_path, m
     found = compute_fisher.parse(["--config", "~/c.yaml", "--redraw", "~/x"])
     assert (found.redraw, found.output_dir) == (f"{tmp_path}/x", f"{tmp_path}/out")
     assert (found.model_path, found.dataset_name) == ("org/~model", f"{tmp_path}/d.txt")
-    words = ["--model-name", "~/m", "--data-file", "~/d", "--output-dir", "~", "--redraw", "~/r"]
-    found = core_experiment.parse(words)
+    found = core_experiment.parse(["--model-name", "~/m", "--data-file", "~/d", "--output-dir", "~", "--redraw", "~/r"])
     names = [f"{tmp_path}/m", f"{tmp_path}/d", str(tmp_path), f"{tmp_path}/r"]
     assert [found.model_name, found.data_file, found.output_dir, found.redraw] == names
     assert path("./~") == "./~"
@@ -239,8 +233,9 @@ def test_a_yaml_key_is_read_as_its_flag_would_be(script, name, tmp_path):
     assert settings_of(from_yaml) == settings_of(parse(script, [flag(name), word]))
 
 
-def test_values_that_yaml_would_read_as_something_else_are_what_their_flag_makes_of_them(tmp_path):
-    for key, word, value in [
+@pytest.mark.parametrize(
+    ("key", "word", "value"),
+    [
         ("batch_size", "010", 10),
         ("hook_layer_name", "010", "010"),
         ("hook_layer_name", "1e3", "1e3"),
@@ -249,10 +244,14 @@ def test_values_that_yaml_would_read_as_something_else_are_what_their_flag_makes
         ("num_prompts", "all", "all"),
         ("trust_remote_code", "True", True),
         ("seed", "0", 0),
-    ]:
-        from_yaml = compute_fisher.parse(config(tmp_path, f"{key}: {word}"))
-        from_flag = compute_fisher.parse([flag(key), word])
-        assert getattr(from_yaml, key) == getattr(from_flag, key) == value
+        ("prompt_column", "'null'", "null"),
+        *(("prompt_column", none, None) for none in ("null", "~", "")),
+    ],
+)
+def test_values_that_yaml_would_read_as_something_else_are_what_their_flag_makes_of_them(key, word, value, tmp_path):
+    assert getattr(compute_fisher.parse(config(tmp_path, f"{key}: {word}")), key) == value
+    if value is not None:
+        assert getattr(compute_fisher.parse([flag(key), word.strip("'")]), key) == value
 
 
 def test_an_option_of_several_words_is_a_list_in_yaml(tmp_path):
@@ -260,12 +259,6 @@ def test_an_option_of_several_words_is_a_list_in_yaml(tmp_path):
     assert (found.layers, found.scales, found.steer) == ((2, 0), (-1, 1), True)
     assert core_experiment.parse(config(tmp_path, "layers: null")).layers is None
     assert core_experiment.parse(config(tmp_path, "layers: all")).layers == ("all",)
-
-
-def test_null_is_no_value_and_a_quoted_null_is_a_name(tmp_path):
-    for word in ("null", "~", ""):
-        assert compute_fisher.parse(config(tmp_path, f"prompt_column: {word}")).prompt_column is None
-    assert compute_fisher.parse(config(tmp_path, "prompt_column: 'null'")).prompt_column == "null"
 
 
 @pytest.mark.parametrize("content", ["", "# nothing\n", "~", "null"])
@@ -330,19 +323,18 @@ def test_a_bad_config_is_one_line_that_says_where(script, content, tmp_path):
     assert "\n" not in said and len(said) < 800
 
 
-BAD_FOR_ONE = {
-    "top_k_tokens: some": ("compute_fisher", "top_k_tokens: 'some' is not a positive whole number"),
-    "layers: []": ("core_experiment", "layers: a single value is wanted, not a list"),
-    "layers: [[1]]": ("core_experiment", "layers: a single value is wanted, not a list"),
-    "layers: [1, null]": ("core_experiment", "layers: a single value is wanted, not null"),
-    "layers: [1, x]": ("core_experiment", "layers: 'x' is not a whole number, 0 or more"),
-    "continue_: 3": ("core_experiment", "unknown key 'continue_': did you mean continue?"),
-}
-
-
-@pytest.mark.parametrize("content", BAD_FOR_ONE)
-def test_a_bad_value_of_one_script_is_said_too(content, tmp_path):
-    script, said = BAD_FOR_ONE[content]
+@pytest.mark.parametrize(
+    ("script", "content", "said"),
+    [
+        ("compute_fisher", "top_k_tokens: some", "top_k_tokens: 'some' is not a positive whole number"),
+        ("core_experiment", "layers: []", "layers: a single value is wanted, not a list"),
+        ("core_experiment", "layers: [[1]]", "layers: a single value is wanted, not a list"),
+        ("core_experiment", "layers: [1, null]", "layers: a single value is wanted, not null"),
+        ("core_experiment", "layers: [1, x]", "layers: 'x' is not a whole number, 0 or more"),
+        ("core_experiment", "continue_: 3", "unknown key 'continue_': did you mean continue?"),
+    ],
+)
+def test_a_bad_value_of_one_script_is_said_too(script, content, said, tmp_path):
     with pytest.raises(UserError) as caught:
         parse(script, config(tmp_path, content))
     assert str(caught.value) == f"{tmp_path / 'c.yaml'}: {said}"
@@ -359,25 +351,17 @@ def test_a_missing_config_and_one_without_an_end_are_one_line_and_code_2(script,
 # --- what a run records, and what makes it the same run ------------------------------------------
 
 INCIDENTAL = {
-    "num_prompts",
-    "num_sentences",
-    "output_dir",
-    "device",
-    "trust_remote_code",
-    "batch_size",
-    "reference",
-    "base",
-}
+    "num_prompts", "num_sentences", "output_dir", "device", "trust_remote_code", "batch_size", "reference", "base",
+}  # fmt: skip
 WITHOUT_EFFECT = {  # until another option is set
     "steer_token": ["--steer"], "steer_steps": ["--steer"], "steer_damping": ["--steer"],
     "continue_nats": ["--continue", "4"],
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("empty_config")
 @pytest.mark.parametrize(("script", "name"), EVERY_OPTION)
-def test_two_runs_are_the_same_if_all_options_with_an_effect_on_results_are(script, name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "3").touch()  # an empty --config
+def test_two_runs_are_the_same_if_all_options_with_an_effect_on_results_are(script, name):
     words = [flag(name), other_value(option_of(script, name))]
     same = identity_of(parse(script, words)) == identity_of(parse(script, []))
     assert same == (name in INCIDENTAL | COMMANDS | WITHOUT_EFFECT.keys())

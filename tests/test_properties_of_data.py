@@ -113,15 +113,9 @@ def test_sentences_hold_the_word_and_none_is_there_twice(folder, lines, ending):
 
 
 WILD = [
-    "nul \x00",
-    "\x1b[31mred\x1b[0m",
-    "\x9b2J",
-    "left \u202e right",
-    "$x^{$ costs $5",
-    "a\r\nb\rc",
-    "half \ud800",
-    "\x07",
-]
+    "nul \x00", "\x1b[31mred\x1b[0m", "\x9b2J", "left \u202e right", "$x^{$ costs $5", "a\r\nb\rc",
+    "half \ud800", "\x07",
+]  # fmt: skip
 
 
 def assert_harmless(said) -> None:

@@ -76,13 +76,13 @@ def test_robust_z_survives_values_most_of_which_are_equal():
 def test_a_trusted_rows_distance_leaves_itself_out():
     rows = np.random.default_rng(0).standard_normal((40, 3)) @ np.diag([1, 5, 0.2])
     found = Mahalanobis(rows)
-    assert found.of(rows[:2]) == pytest.approx(
-        [np.sqrt((r - rows.mean(0)) @ np.linalg.inv(np.cov(rows.T)) @ (r - rows.mean(0))) for r in rows[:2]], rel=1e-3
+    centred = rows[:2] - rows.mean(axis=0)
+    assert found.of(rows[:2]) ** 2 == pytest.approx(
+        (centred @ np.linalg.inv(np.cov(rows.T)) * centred).sum(1), rel=2e-3
     )
     for i in (0, 17, 39):
-        assert found.leave_one_out()[i] == pytest.approx(
-            Mahalanobis(np.delete(rows, i, axis=0)).of(rows[i : i + 1])[0], rel=1e-3
-        )
+        others = Mahalanobis(np.delete(rows, i, axis=0))
+        assert found.leave_one_out()[i] == pytest.approx(others.of(rows[i : i + 1])[0], rel=1e-3)
 
 
 # --- in directions -------------------------------------------------------------------------------
@@ -279,14 +279,12 @@ def test_prompts_that_all_failed_have_zeros():
 
 
 def test_odd_words_are_texts_whether_or_not_the_prompt_contains_them(ordinary):
-    tokens = [
-        {"token": token, "probability": p, "in_prompt": held}
-        for token, p, held in (("I", 0.9, True), ("Z", 0.1, False))
-    ]
-    own = run(ordinary, at17={"next_tokens": tokens})
+    own = run(
+        ordinary, at17={"next_tokens": [next_tokens({"I": 0.9})[0] | {"in_prompt": True}, *next_tokens({"Z": 0.1})]}
+    )
     assert len({*map(id, own.tokens)}) == len({*own.tokens})  # kept once, however many prompts predict it
-    assert outlier_scores(own)["odd_words"][17] == ["I", "Z"]
-    assert outlier_scores(own, reference=run(ordinary[:20]))["odd_words"][17] == ["I", "Z"]
+    for reference in ({}, {"reference": run(ordinary[:20])}):
+        assert outlier_scores(own, **reference)["odd_words"][17] == ["I", "Z"]
 
 
 def test_few_prompts_and_matrices_that_are_zero_make_no_trouble(ordinary):
