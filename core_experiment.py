@@ -56,7 +56,7 @@ from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.run import Run, State, checksum, short_hash, stamps
 from residual_fisher.common.text import excerpt, first_line, printable
 from residual_fisher.experiment import estimate, figures, records, report
-from residual_fisher.experiment.measurement import Batches, Clock, perturb
+from residual_fisher.experiment.measurement import Batches, Clock, measure_sentence
 from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.experiment.records import Recorder, failure, rank, read_results, split_results, write_results
 from residual_fisher.experiment.sentences import Context, Matches, diverse_order, find_sentences, locate, token_of
@@ -188,7 +188,7 @@ def find_contexts(settings: Settings, model: torch.nn.Module, tokenizer, texts: 
 # --- 2. to 5. sentence by sentence ---------------------------------------------------------------
 
 
-def linearize(experiment: Experiment, context: Context, clock: Clock) -> fisher.Point | None:
+def linearize_sentence(experiment: Experiment, context: Context, clock: Clock) -> fisher.Point | None:
     """The model at the prompt's last token; None if the sentence does not qualify (--require-predicted)."""
     settings = experiment.settings
     with clock("prefix"):
@@ -198,7 +198,7 @@ def linearize(experiment: Experiment, context: Context, clock: Clock) -> fisher.
     return point if qualifies else None
 
 
-def measure(
+def measure_sentences(
     experiment: Experiment,
     numbers: Sequence[int],
     finished: int,
@@ -220,7 +220,7 @@ def measure(
         context = experiment.contexts[number]
         try:
             # 2. linearise the model at the prompt's last token
-            point = linearize(experiment, context, clock)
+            point = linearize_sentence(experiment, context, clock)
             if point is None:
                 continue
             # 3. the directions to compare v with; and, before the first sentence, whether F predicts anything
@@ -230,7 +230,7 @@ def measure(
             controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
             batches.prepare(point, experiment.contexts)
             # 4. the Fisher matrix, its eigenpairs, and every perturbation
-            measured = perturb(settings, context, point, controls, batches, clock)
+            measured = measure_sentence(settings, context, point, controls, batches, clock)
             # 5. record it
             item = experiment.recorder.item(number, measured, clock.take())
         except FAILURES as error:
@@ -246,7 +246,7 @@ def next_activations(experiment: Experiment, numbers: Sequence[int], clock: Cloc
     """The activations (layers, d) of the next sentence that qualifies, for the first one to be compared with."""
     for number in numbers:
         try:
-            point = linearize(experiment, experiment.contexts[number], clock)
+            point = linearize_sentence(experiment, experiment.contexts[number], clock)
         except FAILURES:
             continue  # reported when it is this sentence's turn
         if point is not None:
@@ -352,7 +352,7 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
     numbers = [number for number in range(len(experiment.contexts)) if number not in known]
     count, total = len(finished), min(settings.num_sentences, len(experiment.contexts))
     batches, clock = Batches(settings.batch_size, len(settings.layers)), Clock(devices_of(experiment.model))
-    new = measure(experiment, numbers, count, other, batches, clock)
+    new = measure_sentences(experiment, numbers, count, other, batches, clock)
     with tqdm(total=total, initial=count, desc="perturbing", unit="sentence", disable=None) as bar:
         failed = []  # kept with the next sentence that is finished: failures alone are no results
         while count < settings.num_sentences and (item := next(new, None)):
@@ -452,7 +452,7 @@ def try_some(experiment: Experiment, numbers: list[int]) -> list[tuple[float, li
     batches, rounds = Batches(settings.batch_size, len(settings.layers)), []
     for _ in range(2):
         clock, start = Clock(devices_of(experiment.model)), time.perf_counter()
-        items = list(measure(replace(experiment, settings=settings), numbers, 0, None, batches, clock))
+        items = list(measure_sentences(replace(experiment, settings=settings), numbers, 0, None, batches, clock))
         if not successes(items):
             raise UserError(items[0].record["failed"])
         rounds.append((time.perf_counter() - start, successes(items)))

@@ -4,7 +4,7 @@
 
 naive   for every layer: one full forward pass with the hook, one backward call a token, the d x d
         Fisher matrix, `eigh`, and one full forward pass a scale
-this    fisher.linearize and core_experiment.perturb, without controls
+this    fisher.linearize and core_experiment.measure_sentence, without controls
 floor   one plain forward pass over as many tokens as there are cotangents, perturbations and prefix tokens
 
 Fails unless both find the same eigenvalues (1e-3) and eigenvectors (|cos| >= 0.9999) and KL (1e-2).
@@ -55,7 +55,7 @@ def main() -> None:
         clock = core_experiment.Clock()
         with clock("prefix"):
             point = subject.linearize(context)
-        return core_experiment.perturb(settings, context, point, {}, batches, clock), clock.seconds
+        return core_experiment.measure_sentence(settings, context, point, {}, batches, clock), clock.seconds
 
     def floor(ids):
         with torch.no_grad():

@@ -58,7 +58,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import fisher
-from residual_fisher.experiment.measurement import Batches, Clock, perturb
+from residual_fisher.experiment.measurement import Batches, Clock, measure_sentence
 from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.experiment.sentences import Context
 from residual_fisher.experiment.settings import Settings as ExperimentSettings
@@ -620,7 +620,7 @@ def one_sentence(
     if mode.name != "SHARED":
         raise AssertionError(f"the model is read as {mode.value}, not with a shared prefix")
     controls = control_directions(point.activations, other, layers, settings.num_controls, (settings.seed, index))
-    perturb(settings, context, point, controls, batches, clock)
+    measure_sentence(settings, context, point, controls, batches, clock)
     return point.activations
 
 

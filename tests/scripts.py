@@ -106,8 +106,8 @@ def slow_sentences() -> None:
     """For `start`: the experiment takes 0.1 s more for each sentence."""
     import core_experiment
 
-    perturb = core_experiment.perturb
-    core_experiment.perturb = lambda *arguments: (time.sleep(0.1), perturb(*arguments))[1]
+    perturb = core_experiment.measure_sentence
+    core_experiment.measure_sentence = lambda *arguments: (time.sleep(0.1), perturb(*arguments))[1]
 
 
 # --- compute_fisher.py ---------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_without_the_option_nothing_is_new_and_with_it_only_the_continuations_ar
 
 @pytest.mark.usefixtures("without_pictures")
 def test_stopped_and_resumed_with_it_ends_as_if_never_stopped(model_directory, both, tmp_path, capsys):
-    with scripts.calls_of(core_experiment, "perturb", KeyboardInterrupt, at=[3]):
+    with scripts.calls_of(core_experiment, "measure_sentence", KeyboardInterrupt, at=[3]):
         assert scripts.core_experiment(model_directory, tmp_path, *WORDS, *CONTINUE) == 130
     assert len(experiment_results(tmp_path)[0]["continuations"]) == 2
     assert scripts.core_experiment(model_directory, tmp_path, *WORDS) == 2

@@ -87,14 +87,14 @@ def test_a_dry_experiment_says_what_an_earlier_run_has_left(finished_experiment,
     code, said, _ = say("core_experiment", words, capsys)
     assert code == 0 and "Resuming after the 4 sentences that are finished." in said
     assert contents(tmp_path) == before
-    with calls_of(core_experiment, "perturb") as calls:
+    with calls_of(core_experiment, "measure_sentence") as calls:
         assert run("core_experiment", words) == 0
     assert len(calls) == numbers(said, "sentences: ")[-1] == 2
 
 
 def test_a_dry_experiment_resumes_after_the_sentences_of_a_stopped_run(model_directory, tmp_path, capsys):
     words = experiment_words(model_directory, tmp_path / "out", "--require-predicted", "false")
-    with calls_of(core_experiment, "perturb", KeyboardInterrupt, at=[3]):
+    with calls_of(core_experiment, "measure_sentence", KeyboardInterrupt, at=[3]):
         assert run("core_experiment", words) == 130
     (tmp_path / "out" / ".experiment_results.json-00").touch()  # a run would remove it
     before = contents(tmp_path)
@@ -104,7 +104,7 @@ def test_a_dry_experiment_resumes_after_the_sentences_of_a_stopped_run(model_dir
 
 
 def test_a_model_that_fails_on_every_sentence_fails_dry_too(model_directory, tmp_path, capsys):
-    with calls_of(core_experiment, "perturb", fisher.NumericalError("NaN in the logits")):
+    with calls_of(core_experiment, "measure_sentence", fisher.NumericalError("NaN in the logits")):
         code, _, error = say("core_experiment", experiment_words(model_directory, tmp_path / "out"), capsys)
     assert code == 2 and "core_experiment.py: error: NaN in the logits of sentence" in error
     assert list(tmp_path.iterdir()) == []

@@ -112,7 +112,7 @@ def test_small_perturbations_cost_what_was_predicted(model_directory, tmp_path):
 
 @pytest.mark.usefixtures("without_pictures")
 def test_the_difference_control_goes_towards_the_sentence_before_or_for_the_first_the_second(model_directory, tmp_path):
-    with calls_of(core_experiment, "perturb") as calls, calls_of(fisher, "linearize") as read:
+    with calls_of(core_experiment, "measure_sentence") as calls, calls_of(fisher, "linearize") as read:
         assert scripts.core_experiment(model_directory, tmp_path, "--scales", "1") == 0
     assert len(read) == 4 + 1  # every sentence is read once, the second also for the first
     seen = [(point.activations, controls["difference"]) for _, _, point, controls, *_ in calls]

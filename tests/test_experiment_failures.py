@@ -148,7 +148,7 @@ def test_an_eigensolver_that_fails_costs_the_sentence_alone(model_directory, tex
     with calls_of(torch.linalg, "eigh", torch.linalg.LinAlgError("it did not converge"), at=[1]):
         assert scripts.core_experiment(model_directory, output, *words) == SOME_FAILED
     assert "note: left out: it did not converge of sentence" in capsys.readouterr().err
-    with calls_of(core_experiment, "perturb") as calls:
+    with calls_of(core_experiment, "measure_sentence") as calls:
         assert scripts.core_experiment(model_directory, output, *texts) == SOME_FAILED
     results, _ = experiment_results(output)
     assert len(calls) == 1 and len(results["sentences"]) == 3 and len(results["failed"]) == 1
@@ -160,7 +160,7 @@ NO_MATRIX = fisher.NumericalError("the Fisher matrix is zero", 0)
 
 def test_if_all_sentences_fail_the_folder_is_left_as_it_was(model_directory, texts, tmp_path, capsys):
     output = tmp_path / "out"
-    with calls_of(core_experiment, "perturb", NO_MATRIX):
+    with calls_of(core_experiment, "measure_sentence", NO_MATRIX):
         assert scripts.core_experiment(model_directory, output, *texts) == 2
         assert not output.exists()
         assert scripts.core_experiment(model_directory, output, *texts, "--dry-run") == 2
@@ -169,14 +169,14 @@ def test_if_all_sentences_fail_the_folder_is_left_as_it_was(model_directory, tex
     assert not output.exists() and not any("Traceback" in line for line in said)
     assert scripts.core_experiment(model_directory, output, *texts, "--num-sentences", "2") == 0
     before = contents(output)
-    with calls_of(core_experiment, "perturb", NO_MATRIX):
+    with calls_of(core_experiment, "measure_sentence", NO_MATRIX):
         assert scripts.core_experiment(model_directory, output, *texts, "--overwrite") == 2
     assert contents(output) == before
 
 
 def test_too_many_sentences_that_fail_stop_the_run(model_directory, tmp_path, capsys):
     words = ["--num-sentences", "20"]
-    with calls_of(core_experiment, "perturb", NO_MATRIX, at=[n for n in range(1, 9) if n % 3]):
+    with calls_of(core_experiment, "measure_sentence", NO_MATRIX, at=[n for n in range(1, 9) if n % 3]):
         assert scripts.core_experiment(model_directory, tmp_path, *words) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("core_experiment.py: error: 6 of the first 8 sentences failed: the Fisher matrix is zero at")
@@ -258,7 +258,7 @@ def test_a_smaller_batch_after_running_out_of_memory_is_noted(model_directory, t
     ids=["Ctrl-C", "no memory"],
 )
 def test_whatever_stops_it_finished_sentences_are_kept(error, code, message, model_directory, tmp_path, capsys):
-    with calls_of(core_experiment, "perturb", error, at=[3]):
+    with calls_of(core_experiment, "measure_sentence", error, at=[3]):
         assert scripts.core_experiment(model_directory, tmp_path) == code
     said = capsys.readouterr().err
     assert "Stopped: 2 finished sentences are kept" in said and message in said

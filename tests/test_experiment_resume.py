@@ -42,7 +42,7 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(model_directory, und
         running.send(signal.SIGKILL)
         assert running.end()[0] == -signal.SIGKILL
         kept.append(sentences())
-    with calls_of(core_experiment, "perturb") as calls:
+    with calls_of(core_experiment, "measure_sentence") as calls:
         assert scripts.core_experiment(model_directory, output, *WORDS) == 0
     assert kept[0] < kept[1] < 6 and len(calls) == 6 - kept[1]  # what was there was not computed again
     assert_same_experiment(output, undisturbed)
@@ -53,7 +53,7 @@ def test_stopped_while_it_finishes_it_can_finish_again(moment, model_directory, 
     places = {"arrays": (records, "write_npz"), "results": (records, "write_json"), "pictures": (figures, "draw")}
     with calls_of(*places[moment], Stopped), pytest.raises(Stopped):
         scripts.core_experiment(model_directory, tmp_path / "out", *WORDS)
-    monkeypatch.setattr(core_experiment, "perturb", None)  # all sentences are finished
+    monkeypatch.setattr(core_experiment, "measure_sentence", None)  # all sentences are finished
     assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 0
     assert_same_experiment(tmp_path / "out", undisturbed)
 
@@ -62,7 +62,7 @@ def test_stopped_while_it_finishes_it_can_finish_again(moment, model_directory, 
 def test_a_finished_run_is_extended(first, model_directory, undisturbed, tmp_path):
     """The rest has the same bytes; a batch size is no other run (after running out of memory, say)."""
     assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS, *first) == 0
-    with calls_of(core_experiment, "perturb") as calls:
+    with calls_of(core_experiment, "measure_sentence") as calls:
         assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 0
         assert len(calls) == 6 - int(first[1])
         if len(first) == 2:
@@ -177,7 +177,7 @@ def test_results_of_an_older_version_are_not_lost(model_directory, undisturbed, 
 
 def test_overwriting_that_is_stopped_early_leaves_the_earlier_run(model_directory, undisturbed, tmp_path):
     output = Path(shutil.copytree(undisturbed, tmp_path / "out"))
-    with calls_of(core_experiment, "perturb", Stopped), pytest.raises(Stopped):
+    with calls_of(core_experiment, "measure_sentence", Stopped), pytest.raises(Stopped):
         scripts.core_experiment(model_directory, output, *WORDS, "--seed", "1", "--overwrite")
     assert_same_experiment(output, undisturbed)
 
@@ -185,7 +185,7 @@ def test_overwriting_that_is_stopped_early_leaves_the_earlier_run(model_director
 @pytest.mark.parametrize("name", sorted(EXPERIMENT_FILES - {"items"}))
 def test_a_directory_in_a_files_place_is_found_before_the_work(name, model_directory, tmp_path, capsys, monkeypatch):
     (tmp_path / name).mkdir()
-    monkeypatch.setattr(core_experiment, "perturb", None)
+    monkeypatch.setattr(core_experiment, "measure_sentence", None)
     assert scripts.core_experiment(model_directory, tmp_path) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"core_experiment.py: error: cannot write {tmp_path / name}: a directory has its place")

@@ -181,8 +181,10 @@ def test_long_prompts_go_one_by_one_where_attention_keeps_its_matrices(chat_dire
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "together", **options) == 0
     monkeypatch.setattr(batches, "ATTENTION_BYTES", 1)
     parts = []
-    linearize = batches.linearize
-    monkeypatch.setattr(batches, "linearize", lambda s, m, batch: parts.append(len(batch)) or linearize(s, m, batch))
+    linearize_batch = batches.linearize_batch
+    monkeypatch.setattr(
+        batches, "linearize_batch", lambda s, m, batch: parts.append(len(batch)) or linearize_batch(s, m, batch)
+    )
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "apart", **options) == 0
     assert parts == [1, 1, 1, 1, 1]  # the first is the trial of the first prompt
     together, apart = (load_fisher_matrices(tmp_path / name) for name in ("together", "apart"))

@@ -112,7 +112,7 @@ def fisher_matrices(
         return top, top.eigenpairs(num), exact
 
 
-def perturb(
+def measure_sentence(
     settings: Settings,
     context: Context,
     point: fisher.Point,

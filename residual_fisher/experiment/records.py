@@ -240,7 +240,7 @@ def write_results(folder: Path, items: Iterable[Item], about: dict, complete: bo
             "timings": {"load": load_seconds} | {stage: sum(parts) for stage, parts in seconds.items()},
         }
     )
-    document["checksum"] = checksum(document)
+    document["checksum"] = document_checksum(document)
     write_json(folder / RESULTS, document)
     return document
 
@@ -323,7 +323,7 @@ def file_sizes(items: Sequence[Item], sentences: int) -> tuple[float, float]:
 # --- reading them again --------------------------------------------------------------------------
 
 
-def checksum(document: dict) -> str:
+def document_checksum(document: dict) -> str:
     """A hash of all that the sentences gave."""
     checked = {key: value for key, value in document.items() if key not in UNCHECKED}
     return hashlib.sha256(json.dumps(checked).encode()).hexdigest()
@@ -339,7 +339,7 @@ def read_results(folder: Path) -> dict:
         document = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         if not isinstance(document, dict) or "perturbation_results" not in document:
             raise ValueError("it is of another form")
-        if document.get("checksum") not in (None, checksum(document)):
+        if document.get("checksum") not in (None, document_checksum(document)):
             raise ValueError("it is damaged")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"no readable {RESULTS} in {folder}: {first_line(error)}") from error

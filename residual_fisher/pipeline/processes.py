@@ -87,7 +87,7 @@ class Processes:
         return self.first
 
 
-def _number(name: str, least: int, otherwise: int) -> int:
+def _from_environment(name: str, least: int, otherwise: int) -> int:
     text = os.environ.get(name, str(otherwise))
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
         raise UserError(f"{name}={text} is no number of processes: start several with torchrun, or unset it")
@@ -100,13 +100,13 @@ def join() -> Processes:
     Raises:
         UserError: what torchrun sets is incomplete or wrong, or its store does not answer.
     """
-    size = _number("WORLD_SIZE", 1, 1)
+    size = _from_environment("WORLD_SIZE", 1, 1)
     if size == 1:
         return Processes()
     missing = [name for name in TORCHRUN if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE is set, but {', '.join(missing)} is not: start several processes with torchrun")
-    local = _number("LOCAL_RANK", 0, 0)
+    local = _from_environment("LOCAL_RANK", 0, 0)
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 

@@ -10,7 +10,13 @@ from residual_fisher.common.rows import parse_json, read_column, read_rows, text
 from residual_fisher.common.text import excerpt, first_line
 
 TURNS = ("conversation", "conversations", "messages")  # columns of these names must hold conversations, not texts
-COLUMNS = (*TURNS, "prompt", "instruction", "question", "text")  # recognised without --prompt-column, in this order
+PROMPT_COLUMNS = (
+    *TURNS,
+    "prompt",
+    "instruction",
+    "question",
+    "text",
+)  # recognised, in this order
 USER_ROLES = ("user", "human")  # in lower case
 # The time that chat templates are given: some state the date or the hour, and results must not change overnight.
 FIXED_TIME = datetime(2024, 7, 26)
@@ -40,7 +46,7 @@ class Prompts:
 
     source: str
     split: str = "train"
-    column: str | None = None  # holds texts or conversations; None takes the first of COLUMNS that does
+    column: str | None = None  # holds texts or conversations; None takes the first of PROMPT_COLUMNS that does
     config: str | None = None
     shuffle: int | None = None
     usable: int = field(default=0, init=False)  # rows read that have a usable text
@@ -49,7 +55,7 @@ class Prompts:
     def __iter__(self) -> Iterator[Prompt]:
         """Raises UserError: the dataset cannot be read, or has no such column, or no text in it."""
         rows = read_rows(self.source, self.split, self.config, self.shuffle)
-        self.column, texts = read_column(self.source, rows, self.column, COLUMNS, "--prompt-column", prompt_text)
+        self.column, texts = read_column(self.source, rows, self.column, PROMPT_COLUMNS, "--prompt-column", prompt_text)
         if self.column is None:
             raise UserError(f"{self.source} has no usable prompt: it holds no rows")
         for row, text in enumerate(texts):

@@ -10,7 +10,7 @@ from residual_fisher.pipeline.matrices import load_fisher_matrices, records_of
 from residual_fisher.pipeline.scores import ScoredRun
 from residual_fisher.pipeline.settings import Settings
 
-FEWEST = 20  # prompts of a reference
+FEWEST_TRUSTED = 20  # prompts of a reference
 SAME_SETTINGS = ("bias_positions", "top_k_tokens", "num_singular_values")  # F of one kind have these in common
 
 
@@ -87,6 +87,8 @@ class Reference:
                 f"the run in {self.path} is of other prompts (first at prompt {first}): "
                 "--base takes one of the same prompts through another model"
             )
-        if self.kind == "reference" and len(found.usable()) < FEWEST:
-            raise UserError(f"{len(found.usable())} prompts in {self.path} are too few to trust: {FEWEST} at least")
+        if self.kind == "reference" and len(found.usable()) < FEWEST_TRUSTED:
+            raise UserError(
+                f"{len(found.usable())} prompts in {self.path} are too few to trust: {FEWEST_TRUSTED} at least"
+            )
         return found
