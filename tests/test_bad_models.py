@@ -298,22 +298,15 @@ def test_unknown_tokens_never_reach_the_model(ids):
         fisher.linearize_prompts(model, model.model.layers[0], ids[None], torch.tensor([len(ids)]))
 
 
-@pytest.fixture(scope="module")
-def few_tokens(tmp_path_factory) -> Path:
-    """A model of three tokens, one of which is the word animals."""
+def test_a_vocabulary_of_three_tokens_works(dataset, tmp_path):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "animals": 1, "the": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-    return make_model_directory(
-        tmp_path_factory.mktemp("models") / "few", tokenizer, bos_token_id=None, eos_token_id=None
-    )
-
-
-def test_a_vocabulary_of_three_tokens_works(few_tokens, dataset, tmp_path):
-    assert scripts.core_experiment(few_tokens, tmp_path / "e", "--trust-radius", "--compare-exact") == 0
+    model = make_model_directory(tmp_path / "model", tokenizer, bos_token_id=None, eos_token_id=None)
+    assert scripts.core_experiment(model, tmp_path / "e", "--trust-radius", "--compare-exact") == 0
     results, _ = scripts.experiment_results(tmp_path / "e")
     assert len(results["contexts"][0]["top_ids"]) == 3
-    assert scripts.compute_fisher(few_tokens, dataset, tmp_path / "p", num_prompts=4) == 0
+    assert scripts.compute_fisher(model, dataset, tmp_path / "p", num_prompts=4) == 0
 
 
 def test_more_eigenvectors_than_the_matrix_has_is_said(model_directory, tmp_path, capsys, without_pictures):

@@ -347,14 +347,13 @@ def test_batches_hold_every_prompt_once_and_cost_the_least(size):
     batches = plan_batches(lengths, size)
     assert sorted(itertools.chain(*batches)) == list(range(len(lengths)))
     assert max(map(len, batches)) <= size
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    cuts = itertools.product([False, True], repeat=len(lengths) - 1)
-    every = []
-    for cut in cuts:
+    order, costs = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    for cut in itertools.product([False, True], repeat=len(lengths) - 1):
         edges = [0, *(i + 1 for i, here in enumerate(cut) if here), len(lengths)]
-        every.append([order[a:b] for a, b in itertools.pairwise(edges)])
-    allowed = [plan for plan in every if max(map(len, plan)) <= size]
-    assert cost(lengths, batches) == min(cost(lengths, plan) for plan in allowed)
+        plan = [order[a:b] for a, b in itertools.pairwise(edges)]
+        if max(map(len, plan)) <= size:
+            costs.append(cost(lengths, plan))
+    assert cost(lengths, batches) == min(costs)
 
 
 def test_no_prompts_make_no_batches():
