@@ -162,12 +162,6 @@ def test_a_model_without_layers_is_refused(chat_directory, dataset, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
-def test_the_meta_device_is_refused(chat_directory, dataset, tmp_path, capsys):
-    for script in ("core_experiment", "compute_fisher"):
-        assert run(script, chat_directory, dataset, tmp_path / "out", "--device", "meta") == 2
-        assert_one_line(capsys.readouterr().err, "device meta is not available")
-
-
 def test_a_tied_head_is_not_missing(byte_level, tmp_path):
     make_model_directory(tmp_path, byte_level, tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(tmp_path / WEIGHTS)
@@ -334,12 +328,6 @@ def test_a_wider_dtype_is_advised_only_where_there_is_one(dtype, said, model_dir
     error = capsys.readouterr().err.splitlines()[-1]
     assert ": error: 8 of the first 8 sentences failed: " in error and "hold NaN or infinity" in error
     assert ("try dtype float32" in error) == said
-
-
-@pytest.mark.parametrize("name", ["model", "²", "lm_head", "model.rotary_emb", "model.layers"])
-def test_a_module_without_a_residual_stream_is_one_line(name, chat_directory, dataset, tmp_path, capsys):
-    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", hook_layer_name=name) == 2
-    assert_one_line(capsys.readouterr().err)
 
 
 # --- what tells two models apart -----------------------------------------------------------------

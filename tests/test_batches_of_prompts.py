@@ -108,7 +108,7 @@ def test_the_bias_may_be_at_any_module_on_the_way(path):
         assert_close(top.matrix[0, i], matrix)
 
 
-@pytest.mark.parametrize("path", ["lm_head", "model.rotary_emb", "model.layers"])
+@pytest.mark.parametrize("path", ["model", "lm_head", "model.rotary_emb", "model.layers"])
 def test_a_module_off_the_way_is_refused(path):
     model, (ids, lengths) = tiny.build("llama"), tiny.prompts()
     with pytest.raises(fisher.UnsupportedModelError, match=r"output is not of shape|does not stand, once, between"):

@@ -179,13 +179,6 @@ def test_a_dataset_that_cannot_be_read_is_said_in_one_line(tmp_path, name, text,
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_missing_file_and_an_unknown_hub_dataset_are_said():
-    with pytest.raises(UserError, match=r"none\.jsonl: no such file$"):
-        list(Prompts("none.jsonl"))
-    with pytest.raises(UserError, match="no/such-dataset: no such file, and as a dataset of the hub"):
-        list(Prompts("no/such-dataset"))
-
-
 def test_a_gated_dataset_says_how_to_log_in():
     refused = ConnectionError("Dataset 'some/chats' is a gated dataset on the Hub.\nVisit its page.")
     hint = r"gated dataset on the Hub \(accept its terms on the hub, then log in with `hf auth login`"
