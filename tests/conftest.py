@@ -64,9 +64,9 @@ def chat_tokenizer(byte_level) -> hf.PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model_directory(path: Path, tokenizer: hf.PreTrainedTokenizerFast) -> Path:
-    config = tiny.CONFIGS["llama"]()
-    config.vocab_size = len(tokenizer)
+def make_model_directory(path: Path, tokenizer: hf.PreTrainedTokenizerFast, **values) -> Path:
+    """A tiny model, with these values in its configuration."""
+    config = hf.LlamaConfig(**{**tiny.GROUPED, "vocab_size": len(tokenizer), **values})
     torch.manual_seed(0)
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -25,6 +25,7 @@ import fisher
 from residual_fisher.common.program import UserError
 from residual_fisher.model import loading
 from residual_fisher.model.passes import require_causal
+import tiny
 
 D, DEPTH, VOCABULARY = 32, 4, 97
 
@@ -124,6 +125,11 @@ def build(model_type: str) -> nn.Module:
     options = {"attn_implementation": "eager"} if hasattr(torch, "_grouped_mm") else loading.PLAIN
     model = auto.from_config(config, dtype=torch.float32, **options)
     return model.eval().requires_grad_(False)
+
+
+def shared(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model of tiny.py, in this dtype; or of a type of its own, of which some cannot be run in float64."""
+    return tiny.shared(name, dtype) if name in tiny.CONFIGS else build(name)
 
 
 # --- the reference -------------------------------------------------------------------------------

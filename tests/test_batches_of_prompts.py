@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers as hf
 
 import fisher
 from residual_fisher.model.passes import use_attention
@@ -92,19 +91,6 @@ def test_a_bias_at_the_last_token_only_is_the_experiments(name):
         assert torch.allclose(point.activations[0, i], theirs.activations[0], atol=1e-4)
 
 
-def test_a_recurrent_model_needs_no_cache_here():
-    config = hf.MambaConfig(
-        hidden_size=tiny.D, num_hidden_layers=2, vocab_size=tiny.VOCABULARY, state_size=8, initializer_range=0.3
-    )
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval().requires_grad_(False)
-    (ids, lengths), layer = tiny.prompts(), model.backbone.layers[0]
-    _, top, _ = decompose(model, layer, ids, lengths)
-    for i, length in enumerate(tiny.LENGTHS):
-        matrix = tiny.brute_force_fisher(model, ids[i, :length], layer, K, everywhere=True)
-        assert_close(top.matrix[0, i], matrix)
-
-
 def test_a_one_token_prompt_makes_no_difference_between_all_and_the_last_token():
     model, (ids, lengths) = tiny.shared("llama"), tiny.prompts([1, 9])
     everywhere, last = (decompose(model, tiny.layers_of(model)[0], ids, lengths, last_only=b)[2] for b in (False, True))
@@ -122,7 +108,7 @@ def test_the_bias_may_be_at_any_module_on_the_way(path):
         assert_close(top.matrix[0, i], matrix)
 
 
-@pytest.mark.parametrize("path", ["lm_head", "model.rotary_emb", "model.layers"])
+@pytest.mark.parametrize("path", ["model", "lm_head", "model.rotary_emb", "model.layers"])
 def test_a_module_off_the_way_is_refused(path):
     model, (ids, lengths) = tiny.build("llama"), tiny.prompts()
     with pytest.raises(fisher.UnsupportedModelError, match=r"output is not of shape|does not stand, once, between"):

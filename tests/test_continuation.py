@@ -22,10 +22,6 @@ WORDS = ["--num-sentences", "3", "--layers", "0", "2", "--scale-unit", "nats", "
 CONTINUE = ["--continue", str(TOKENS), "--continue-nats", "2.000000001"]  # more digits than JSON keeps
 
 
-def build(name: str) -> nn.Module:
-    return tiny.shared(name) if name in tiny.CONFIGS else families.build(name)
-
-
 @torch.no_grad()
 def the_long_way(model: nn.Module, ids: Tensor, layer: nn.Module, delta: Tensor, tokens: int) -> list[int]:
     """Greedy tokens, each by a full pass without a cache, with delta added at the prompt's last token."""
@@ -64,7 +60,7 @@ def perturbed_point(model: nn.Module, tokens: int = 9) -> tuple[fisher.Point, Te
     ],
 )
 def test_continuations_are_those_of_full_passes_without_a_cache(name, mode, tokens):
-    model = build(name)
+    model = families.shared(name)
     point, deltas = perturbed_point(model, tokens)
     assert point.reading.mode is mode
     chosen = [(layer, scale) for layer in range(len(deltas)) for scale in (0, 1)]
@@ -123,22 +119,13 @@ def test_a_row_whose_numbers_overflow_ends_and_no_other_does():
 
 
 def test_a_full_batch_that_runs_out_of_memory_is_halved():
-    point, deltas = perturbed_point(tiny.shared("llama"))
-    chunks, tried = fisher.Chunks(), []
+    point, deltas = perturbed_point(tiny.build("llama"))
+    chunks = fisher.Chunks()
     expected = continuations(point, 9, deltas, [(0, 0)], TOKENS, fisher.Chunks())
-    handle = point.model.register_forward_pre_hook(lambda module, args: tried.append(1) or run_out(args[0], tried))
-    try:
-        with pytest.warns(match="out of memory"):
-            assert continuations(point, 9, deltas, [(0, 0)], TOKENS, chunks) == expected
-    finally:
-        handle.remove()
+    third_pass = scripts.calls_of(point.model, "forward", torch.OutOfMemoryError, at=[3])
+    with third_pass, pytest.warns(match="out of memory"):
+        assert continuations(point, 9, deltas, [(0, 0)], TOKENS, chunks) == expected
     assert chunks.size == 1
-
-
-def run_out(ids: Tensor, tried: list[int]) -> None:
-    """In the third pass of the first batch."""
-    if len(ids) == 3 and len(tried) == 3:
-        raise torch.OutOfMemoryError
 
 
 # --- the script ----------------------------------------------------------------------------------
@@ -208,10 +195,8 @@ def test_the_console_shows_it_in_lines_of_the_terminals_width(monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
     usual = {"ids": [4, 5], "text": " as\x1b[31m\n usual"}
     along_v = {"ids": [4], "text": " otherwise" * 20, "step": 1.0, "predicted_kl": 2.0}
-    said = {
-        "none": usual,
-        "3": {"-1": {"fisher": along_v, "random_0": usual}, "1": {"fisher": usual | along_v | usual}},
-    }
+    at_layer = {"-1": {"fisher": along_v, "random_0": usual}, "1": {"fisher": along_v | usual}}
+    said = {"none": usual, "3": at_layer}
     lines = continuation_block(said, ["3"], 2).splitlines()
     assert lines[1] == r"  none                | as\x1b[31m\n usual"
     assert lines[2].startswith("  3         -1     2  | otherwise otherwise") and lines[2].endswith("…")

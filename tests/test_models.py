@@ -45,6 +45,7 @@ def test_a_module_is_found_by_its_path_and_a_layer_by_its_number(name, path):
     ("name", "hint"),
     [
         ("3", r"layers\.2$"),
+        ("²", r"layers\.2$"),
         ("", r"layers\.2$"),
         ("model.layers.0.mpl", r"layers\.2; did you mean model\.layers\.0\.mlp\?$"),
     ],
@@ -76,6 +77,7 @@ def test_load_gives_a_frozen_model_in_evaluation_mode(model_directory):
         ({"name": "no/such-model-anywhere"}, "cannot load model 'no/such-model-anywhere'"),
         ({"name": "/no/such/folder"}, "cannot load model"),
         ({"device": "warp"}, "device warp is not available"),
+        ({"device": "meta"}, "device meta is not available"),
         ({"device": "cuda:99"}, "device cuda:99 is not available"),
     ],
 )

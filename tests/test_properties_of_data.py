@@ -125,24 +125,17 @@ def assert_harmless(said) -> None:
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_no_prompt_reaches_the_terminal_as_it_is(chat_directory, tmp_path, capsys):
-    data = tmp_path / "wild.jsonl"
-    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in WILD))
-    assert scripts.compute_fisher(chat_directory, data, tmp_path / "out") == 0
+def test_no_prompt_and_no_sentence_reaches_the_terminal_as_it_is(chat_directory, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in WILD))
+    assert scripts.compute_fisher(chat_directory, tmp_path / "p.jsonl", tmp_path / "p") == 0
     assert_harmless(capsys.readouterr())
-    assert [record["prompt"] for record in scripts.records(tmp_path / "out")] == [
-        prompt_text("prompt", text) for text in WILD
-    ]
-
-
-@pytest.mark.usefixtures("without_pictures")
-def test_no_sentence_reaches_the_terminal_as_it_is(model_directory, tmp_path, capsys):
-    data = tmp_path / "wild.json"
-    data.write_text(json.dumps({WORD: [f"The {text} {WORD}" for text in WILD]}))
-    words = ["--data-file", str(data), "--num-sentences", str(len(WILD)), "--layers", "1"]
-    assert scripts.core_experiment(model_directory, tmp_path / "out", *words) == 0
+    found = [record["prompt"] for record in scripts.records(tmp_path / "p")]
+    assert found == [prompt_text("prompt", text) for text in WILD]
+    (tmp_path / "s.json").write_text(json.dumps({WORD: [f"The {text} {WORD}" for text in WILD]}))
+    words = ["--data-file", str(tmp_path / "s.json"), "--num-sentences", str(len(WILD)), "--layers", "1"]
+    assert scripts.core_experiment(chat_directory, tmp_path / "s", *words) == 0
     assert_harmless(capsys.readouterr())
-    assert len(scripts.experiment_results(tmp_path / "out")[0]["sentences"]) == len(WILD)
+    assert len(scripts.experiment_results(tmp_path / "s")[0]["sentences"]) == len(WILD)
 
 
 # --- texts ---------------------------------------------------------------------------------------

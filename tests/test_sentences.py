@@ -3,7 +3,6 @@
 import json
 import tracemalloc
 
-import datasets
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -85,31 +84,12 @@ def test_every_bundled_sentence_fits_its_promise(animals, byte_level):
 # --- reading ---
 
 WITH_WORD = ["The farm has animals.", "Do you like animals at all?"]
-WITHOUT = ["The farm has plants.", "Animals first."]
-
-
-def write(path, texts):
-    """The same sentences in the format that the ending asks for."""
-    if path.suffix == ".json":
-        path.write_text(json.dumps({"animals": texts}))
-    elif path.suffix == ".txt":
-        path.write_text("\n".join(texts))
-    else:
-        table = datasets.Dataset.from_dict({"id": list(range(len(texts))), "text": texts})
-        {".jsonl": table.to_json, ".csv": table.to_csv, ".parquet": table.to_parquet}[path.suffix](path)
-    return str(path)
-
-
-@pytest.mark.parametrize("ending", [".json", ".txt", ".jsonl", ".csv", ".parquet"])
-def test_every_format_gives_the_sentences_with_the_word(tmp_path, ending):
-    source = write(tmp_path / f"texts{ending}", [*WITHOUT, *WITH_WORD, WITH_WORD[0]])
-    assert sentences.find_sentences(source, "animals").sentences == WITH_WORD
 
 
 def test_long_texts_are_cut_into_sentences(tmp_path):
     text = "It rained. Dr. Hill's “big animals.” slept! Did all animals?\nNo animals here"
-    source = write(tmp_path / "texts.jsonl", [text])
-    found = sentences.find_sentences(source, "animals").sentences
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}))
+    found = sentences.find_sentences(str(tmp_path / "t.jsonl"), "animals").sentences
     assert found == ["Hill's “big animals.”", "Did all animals?", "No animals here"]
 
 
@@ -121,7 +101,12 @@ def test_another_column_and_another_word(tmp_path):
         sentences.find_sentences(source, "bees", text_column="title")
 
 
-FILES = {  # sentences as editors and programs save them
+ALL = ["The farm has plants.", "Animals first.", *WITH_WORD, WITH_WORD[0]]
+FILES = {  # sentences with the word among others, and as editors and programs save them
+    "all.json": json.dumps({"animals": ALL}),
+    "all.txt": "\n".join(ALL),
+    "all.jsonl": "".join(json.dumps({"id": number, "text": text}) + "\n" for number, text in enumerate(ALL)),
+    "all.csv": "\n".join(["text", *ALL]),
     "mark.txt": "\ufeffThe farm has animals.\nDo you like animals at all?\n",
     "mark.json": '\ufeff{"animals": ["The farm has animals.", "Do you like animals at all?"]}',
     "mark.csv": "\ufefftext\nThe farm has animals.\nDo you like animals at all?\n",
@@ -133,7 +118,7 @@ FILES = {  # sentences as editors and programs save them
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_sentences_are_read_as_they_are_saved(name, tmp_path):
+def test_the_sentences_with_the_word_are_read_once_from_every_kind_of_file(name, tmp_path):
     (tmp_path / name).write_bytes(FILES[name].encode())
     assert sentences.find_sentences(str(tmp_path / name), "animals").sentences == WITH_WORD
 
@@ -152,7 +137,6 @@ def test_as_many_sentences_are_read_as_are_asked_for(tmp_path):
 
 
 BAD_SOURCES = {  # name of the file, its bytes (None: it does not exist), what the error says
-    "folder": (".", None, "cannot read"),
     "missing": ("none.json", None, "none.json: No such file"),
     "missing table": ("none.csv", None, "no such file"),
     "empty json": ("a.json", b"", "not valid JSON"),
@@ -169,11 +153,9 @@ BAD_SOURCES = {  # name of the file, its bytes (None: it does not exist), what t
     "empty text": ("a.txt", b"", "holds no sentences"),
     "not utf-8": ("a.txt", b"\xff\xfe the animals", "not UTF-8"),
     "word absent": ("a.txt", b"The plants grow.\nThey do.", "none of the 2 sentences"),
-    "malformed jsonl": ("a.jsonl", b'{"text": "the ani', "cannot read"),
     "empty table": ("a.jsonl", b"", "cannot read|holds no sentences"),
     "no such column": ("a.csv", b"a,b\n1,2\n", "has the columns a, b: say with --text-column"),
     "no text": ("a.csv", b"text,n\n,1\n", "holds no sentences: no text in the column 'text'"),
-    "long name": ("n" * 300, None, "cannot read n+: no such file, and as a dataset of the hub"),
     "long json name": ("n" * 300 + ".json", None, "File name too long"),
     "unknown ending": ("a.xyz", b"x", "give a .json"),
 }

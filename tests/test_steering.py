@@ -21,22 +21,11 @@ from scripts import experiment_results
 import tiny
 
 TARGET = 11
-MODES = {
-    "llama": PrefixMode.SHARED,
-    "gemma2": PrefixMode.SHARED,
-    "bloom": PrefixMode.COPIED,
-    "mamba": PrefixMode.WHOLE,
-}
+MODES = {"llama": PrefixMode.SHARED, "bloom": PrefixMode.COPIED, "mamba": PrefixMode.WHOLE, "gemma2": PrefixMode.SHARED}
 
 
-def build(name: str, dtype: torch.dtype = torch.float32):
-    if name in tiny.CONFIGS:
-        return tiny.shared(name, dtype)
-    return families.build(name)  # of which some cannot be run in float64
-
-
-def layers_of(model) -> list:
-    return list(decoder_layers(model).values())
+def kl(log_p: Tensor, log_q: Tensor) -> float:
+    return (log_p.exp() * (log_p - log_q)).sum().item()
 
 
 def random_deltas(point: fisher.Point, rows: int, share: float = 0.2) -> Tensor:
@@ -47,7 +36,7 @@ def random_deltas(point: fisher.Point, rows: int, share: float = 0.2) -> Tensor:
 @pytest.mark.parametrize("name", MODES)
 def test_where_a_perturbation_has_led_gradients_are_those_of_float64(name):
     """Two rows at the first layer and one at the last, each with derivatives of its own."""
-    model, reference, ids = build(name), build(name, torch.float64), tiny.prompt()
+    model, reference, ids = families.shared(name), families.shared(name, torch.float64), tiny.prompt()
     point = fisher.linearize(model, ids)
     assert point.reading.mode is MODES[name]
     at = torch.tensor([0, 0, len(point.modules) - 1])
@@ -57,7 +46,7 @@ def test_where_a_perturbation_has_led_gradients_are_those_of_float64(name):
     gradients = fisher.pull_back(here, here.cotangents(tokens))
     assert gradients.shape == (1, 3, 3, tiny.D)
     for row, layer in enumerate(at.tolist()):
-        module = layers_of(reference)[layer]
+        module = list(decoder_layers(reference).values())[layer]
 
         def log_probs(delta: Tensor, module=module) -> Tensor:
             return tiny.plain_log_probs(reference, ids, module, delta)
@@ -75,13 +64,13 @@ def test_the_least_kl_is_that_of_the_tilted_distribution_and_no_other_costs_less
         q = p.clone()
         q[7] *= odds
         q /= q.sum()
-        kl = (p * (p / q).log()).sum().item()
-        assert math.isclose(q[7], goal) and math.isclose(kl, least_kl(p[7].item(), goal), rel_tol=1e-9)
+        least = kl(p.log(), q.log())
+        assert math.isclose(q[7], goal) and math.isclose(least, least_kl(p[7].item(), goal), rel_tol=1e-9)
         others = q * torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         others[7] = 0
         others *= (1 - goal) / others.sum()
         others[7] = goal
-        assert (p * (p / others).log()).sum() > kl
+        assert kl(p.log(), others.log()) > least
     assert least_kl(0.0, 0.5) == pytest.approx(math.log(2)) and least_kl(1e-30, 0.5) == pytest.approx(math.log(2))
     assert least_kl(0.1, 1.0) > least_kl(0.1, 0.999)
 
@@ -99,9 +88,9 @@ def test_the_way_ends_at_the_goals_and_takes_the_steps_asked_for():
 def test_the_natural_gradient_solves_with_f_and_its_damping(name):
     """All tokens counted, against the dense float64 system; and at the point reached, as well as unperturbed."""
     ids, layer = tiny.prompt(), 1
-    point = fisher.linearize(build(name), ids, [layer])
-    reference = build(name, torch.float64)
-    module = layers_of(reference)[layer]
+    point = fisher.linearize(families.shared(name), ids, [layer])
+    reference = families.shared(name, torch.float64)
+    module = tiny.layers_of(reference)[layer]
     for delta in (torch.zeros(1, tiny.D), random_deltas(point, 1)):
         here = Linearised(point, delta, TARGET, tiny.VOCABULARY, fisher.Chunks())
 
@@ -122,7 +111,7 @@ def test_the_natural_gradient_solves_with_f_and_its_damping(name):
 
 
 def steered_at_all_layers(name: str) -> tuple[fisher.Point, Steered]:
-    point = fisher.linearize(build(name), tiny.prompt())
+    point = fisher.linearize(families.shared(name), tiny.prompt())
     v = fisher.top_k(point, 30).eigenpairs().vectors[:, 0]
     target = int(point.log_probs.argsort(descending=True)[12])
     return point, steer(point, {"fisher": v}, target, 60, 8, 0.003, fisher.Chunks(7), fisher.Chunks(50))
@@ -137,7 +126,7 @@ def test_every_figure_is_what_the_perturbation_does(name):
     assert record["token"] == str(steered.target) and record["probability"] == steered.before
     found = 0
     for row, layer in enumerate(layers):
-        module = layers_of(point.model)[row]
+        module = point.modules[row]
         for column, goal in enumerate(steered.goals):
             for name in steered.names:
                 entry = record["layers"][layer][name][f"{goal:g}"]
@@ -148,16 +137,13 @@ def test_every_figure_is_what_the_perturbation_does(name):
                 assert delta.isnan().all()
                 continue
             found += 1
-            log_p, log_q = (
-                tiny.plain_log_probs(point.model, tiny.prompt(), module, d).double() for d in (delta * 0, delta)
-            )
+            both = (tiny.plain_log_probs(point.model, tiny.prompt(), module, d) for d in (delta * 0, delta))
+            log_p, log_q = (log_probs.double() for log_probs in both)
             assert math.isclose(log_q[steered.target].exp(), entry["probability"], rel_tol=1e-3)
-            kl = (log_p.exp() * (log_p - log_q)).sum().item()
-            assert math.isclose(kl, entry["kl"], rel_tol=1e-3, abs_tol=1e-5)
+            assert math.isclose(kl(log_p, log_q), entry["kl"], rel_tol=1e-3, abs_tol=1e-5)
             others = torch.arange(len(log_p)) != steered.target
             log_p, log_q = (part[others].log_softmax(-1) for part in (log_p, log_q))
-            kl = (log_p.exp() * (log_p - log_q)).sum().item()
-            assert math.isclose(kl, entry["others_kl"], rel_tol=1e-2, abs_tol=1e-4)
+            assert math.isclose(kl(log_p, log_q), entry["others_kl"], rel_tol=1e-2, abs_tol=1e-4)
             assert math.isclose(delta.norm() / point.activations[row].norm(), entry["norms"], rel_tol=1e-4)
     assert found >= 4
 
@@ -170,7 +156,7 @@ def test_in_steps_the_natural_gradient_costs_less_than_the_gradient():
 
 
 def test_a_certain_token_has_no_goals():
-    point = fisher.linearize(build("llama"), tiny.prompt())
+    point = fisher.linearize(tiny.shared("llama"), tiny.prompt())
     point.log_probs[TARGET] = math.log(0.95)
     steered = steer(point, {}, TARGET, 20, 8, 0.003, fisher.Chunks(), fisher.Chunks())
     record = steering_record(steered, ["0", "1", "2"], str)
@@ -212,13 +198,9 @@ def test_the_script_writes_records_vectors_a_table_and_a_picture(model_directory
 
 @pytest.mark.usefixtures("without_pictures")
 def test_a_run_with_steering_is_as_it_is_without(model_directory, tmp_path):
-    documents, arrays = [], []
-    for words in (WORDS, WORDS[:-3]):
-        output = tmp_path / str(len(words))
-        assert scripts.core_experiment(model_directory, output, *words) == 0
-        document, some = experiment_results(output)
-        documents.append(document)
-        arrays.append(some)
+    for name, words in (("with", WORDS), ("without", WORDS[:-3])):
+        assert scripts.core_experiment(model_directory, tmp_path / name, *words) == 0
+    documents, arrays = zip(*(experiment_results(tmp_path / name) for name in ("with", "without")), strict=True)
     for key in ("fisher", "perturbation_results", "contexts"):
         assert documents[0][key] == documents[1][key]
     assert all((arrays[0][name] == arrays[1][name]).all() for name in arrays[1] if name != "run")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from residual_fisher.experiment.perturbation import trust_radii
+from residual_fisher.experiment.perturbation import TrustRadii, trust_radii
 import scripts
 import tiny
 
@@ -68,3 +68,8 @@ def test_kl_at_the_radius_departs_by_a_tenth(model_directory, tmp_path, capsys, 
             checked += 1
     assert checked == 4 * 2  # sentences and layers
     assert results["summary"]["layers"]["0"]["trust_radius_nats_median"] > 0
+
+
+def test_where_the_activation_is_zero_only_the_steps_are_recorded():
+    radii = TrustRadii(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.5, 0.25]]))
+    assert radii.record(0, 0.0) == {"step": None, "nats": None, "norms": None, "steps": [2, 1]}

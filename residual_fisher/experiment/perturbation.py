@@ -97,11 +97,11 @@ class TrustRadii(NamedTuple):
         """The shorter of the two steps at a layer, in three units; None if it, or which one it is, is not known.
 
         Args:
-            norm: |h| at that layer.
+            norm: |h| at that layer. It is 0 after the embedding of a padding token; no step is then known in norms.
         """
         steps, nats = (part[row].tolist() for part in self)
         both, at = list(map(number_or_none, steps)), steps.index(min(steps))
-        known = not any(map(math.isnan, steps)) and both[at] is not None
+        known = not any(map(math.isnan, steps)) and both[at] is not None and norm > 0
         found = {"step": steps[at], "nats": nats[at], "norms": steps[at] / norm} if known else {}
         return {"step": None, "nats": None, "norms": None, **found, "steps": both}
 
