@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 
 import fisher
 from residual_fisher.model.passes import use_attention
@@ -89,6 +90,19 @@ def test_a_bias_at_the_last_token_only_is_the_experiments(name):
         theirs = fisher.linearize(model, ids[i, :length], layers=[1])
         assert_same_triplets(one(eigen, i), one(fisher.top_k(theirs, K).eigenpairs(R), 0))
         assert torch.allclose(point.activations[0, i], theirs.activations[0], atol=1e-4)
+
+
+def test_a_recurrent_model_needs_no_cache_here():
+    config = hf.MambaConfig(
+        hidden_size=tiny.D, num_hidden_layers=2, vocab_size=tiny.VOCABULARY, state_size=8, initializer_range=0.3
+    )
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval().requires_grad_(False)
+    (ids, lengths), layer = tiny.prompts(), model.backbone.layers[0]
+    _, top, _ = decompose(model, layer, ids, lengths)
+    for i, length in enumerate(tiny.LENGTHS):
+        matrix = tiny.brute_force_fisher(model, ids[i, :length], layer, K, everywhere=True)
+        assert_close(top.matrix[0, i], matrix)
 
 
 def test_a_one_token_prompt_makes_no_difference_between_all_and_the_last_token():
