@@ -53,7 +53,7 @@ import torch
 from tqdm import tqdm
 
 from residual_fisher.common.options import identity_of, settings_of
-from residual_fisher.common.run import Run, State, checksum, read_manifest, stamps
+from residual_fisher.common.run import Run, State, checksum, read_manifest, sources_of
 from residual_fisher.common.text import excerpt, model_line, printable
 from residual_fisher.model.loading import (
     describe,
@@ -195,7 +195,9 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
             nonlocal against
             stack.enter_context(run.locked())
             against = Reference.asked_for(settings)
-            return run.is_finished(identity_of(settings), sources(settings), settings.num_prompts)
+            return run.is_finished(
+                identity_of(settings), sources_of(settings.dataset, settings.model_path), settings.num_prompts
+            )
 
         if process.ask_first(open_and_look):
             return report_finished(run, settings, against) if process.first else 0
@@ -230,11 +232,6 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
         return code_of(run)
 
 
-def sources(settings: Settings) -> dict:
-    """What shows, without loading them, that data and model are as they were."""
-    return {"data": checksum(Path(settings.dataset)), "model": stamps(settings.model_path)}
-
-
 def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference | None) -> State:
     """How far the run has come.
 
@@ -245,7 +242,9 @@ def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference
         against.require_same_model(pipeline.identity)
     notes = {"config": settings_of(settings), "environment": pipeline.environment}
     split = partial(matrices.split, run.folder)
-    state = run.examine(pipeline.identity, sources(settings), settings.num_prompts, split, notes)
+    state = run.examine(
+        pipeline.identity, sources_of(settings.dataset, settings.model_path), settings.num_prompts, split, notes
+    )
     if state is State.STARTED and settings.num_prompts != "all" and run.last() >= settings.num_prompts:
         raise UserError(
             f"{run.folder} holds an unfinished run of more prompts, {run.last() + 1} at least: ask for as many, or "

@@ -53,7 +53,7 @@ from tqdm import tqdm
 import fisher
 from residual_fisher.common.archives import Item
 from residual_fisher.common.options import identity_of, settings_of
-from residual_fisher.common.run import Run, State, checksum, short_hash, stamps
+from residual_fisher.common.run import Run, State, short_hash, sources_of
 from residual_fisher.common.text import excerpt, first_line, printable
 from residual_fisher.experiment import estimate, figures, records, report
 from residual_fisher.experiment.measurement import Batches, Clock, measure_sentence
@@ -270,11 +270,6 @@ def identity_settings(settings: Settings) -> dict:
     return {**identity_of(settings), "num_sentences": 1 if settings.num_sentences == 1 else "several"}
 
 
-def sources(settings: Settings) -> dict:
-    """What shows, without loading them, that data and model are as they were."""
-    return {"data": checksum(Path(settings.data)), "model": stamps(settings.model_name)}
-
-
 def examine(run: Run, experiment: Experiment) -> tuple[State, list[Item]]:
     """How far the run has come, and its finished items.
 
@@ -284,7 +279,9 @@ def examine(run: Run, experiment: Experiment) -> tuple[State, list[Item]]:
     settings = experiment.settings
     numbers = {context.sentence: number for number, context in enumerate(experiment.contexts)}
     split = partial(split_results, run.folder, numbers)
-    state = run.examine(experiment.identity, sources(settings), settings.num_sentences, split)
+    state = run.examine(
+        experiment.identity, sources_of(settings.data, settings.model_name), settings.num_sentences, split
+    )
     return state, list(run.items())
 
 
@@ -292,7 +289,9 @@ def run_experiment(settings: Settings) -> int:
     """Measures what is missing of a run; or, in a dry run, says what that would take, and writes nothing."""
     run = Run(Path(settings.output_dir), PROGRAM, FILES, settings.overwrite, read_only=settings.dry_run)
     with run.locked():
-        if run.is_finished(identity_settings(settings), sources(settings), settings.num_sentences):
+        if run.is_finished(
+            identity_settings(settings), sources_of(settings.data, settings.model_name), settings.num_sentences
+        ):
             return report_finished(run)
         experiment = prepare(settings)
         state, items = examine(run, experiment)

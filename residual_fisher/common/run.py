@@ -86,6 +86,11 @@ def stamps(model: str) -> list | None:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
+def sources_of(data: str, model: str) -> dict:
+    """What shows, without loading them, that data and model are as they were."""
+    return {"data": checksum(Path(data)), "model": stamps(model)}
+
+
 def read_back(value):
     """`value` as it is read back from JSON that `json_text` has written."""
     return json.loads(json_text(value))

@@ -20,7 +20,7 @@ from residual_fisher.pipeline.report import differing_tokens
 from residual_fisher.pipeline.scores import OUTLIER, SCORES, THRESHOLD
 
 SPECTRA = "fisher_spectra.png"
-NUMBERS = ("tokens", "captured_mass", OUTLIER, *SCORES)
+DRAWN_NUMBERS = ("tokens", "captured_mass", OUTLIER, *SCORES)
 LISTS = ("singular_values", "principal_coordinates")
 NAMED = 6  # prompts that stand out: drawn in colour and named
 MAX_POINTS = 20_000  # of more prompts, evenly spaced ones are drawn beside those that stand out
@@ -28,7 +28,7 @@ LONGEST = 12  # robust standard deviations that are drawn
 CHARACTERS = 85  # that the bars beside their names have room for
 SKY = "#56B4E9"
 
-Columns = dict[str, np.ndarray]  # of all prompts: (n,) float64 for each of NUMBERS, (n, values) float32 of LISTS
+Columns = dict[str, np.ndarray]  # of all prompts: (n,) float64 for each of DRAWN_NUMBERS, (n, values) float32 of LISTS
 Colours = dict[int, str]  # of the prompts that stand out, by index
 
 
@@ -43,7 +43,7 @@ def draw(folder: Path, records: Iterable[dict]) -> None:
 
 def _collect(records: Iterable[dict]) -> tuple[Columns, dict[int, dict]]:
     """The numbers of all prompts, and by index the records of those that stand out, the oddest first."""
-    numbers, lists = {key: array("d") for key in NUMBERS}, {key: array("f") for key in LISTS}
+    numbers, lists = {key: array("d") for key in DRAWN_NUMBERS}, {key: array("f") for key in LISTS}
     leading: list[tuple[int, dict]] = []
     for index, record in enumerate(records):
         for key, column in numbers.items():
