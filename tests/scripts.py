@@ -16,7 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from residual_fisher.common import drawing
+
 ROOT = Path(__file__).parent.parent
+drawing.DPI = 50  # of the hundreds of pictures that runs draw, also in processes of their own; see test_figures.py
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from residual_fisher.common.lock import LOCK
 from residual_fisher.common.run import ITEMS, MANIFEST, read_manifest
 import scripts
 
-SEEDS = range(int(os.environ.get("FAULT_SEEDS", "6")))
+SEEDS = range(int(os.environ.get("FAULT_SEEDS", "4")))
 LOG = os.environ.get("FAULT_LOG")  # a file that takes a line of JSON for each fault
 LONGEST = {"compute_fisher": 3.0, "core_experiment": 2.5}  # seconds that a run takes
 

@@ -21,7 +21,8 @@ import scripts
 
 
 @pytest.fixture(autouse=True)
-def style():
+def style(monkeypatch):
+    monkeypatch.setattr(drawing, "DPI", 150)  # as users have them
     with plt.rc_context(drawing.STYLE):
         yield
     plt.close("all")
