@@ -199,24 +199,28 @@ def linearize_sentence(experiment: Experiment, context: Context, clock: Clock) -
 
 
 def measure_sentences(
-    experiment: Experiment,
-    numbers: Sequence[int],
-    finished: int,
-    other: torch.Tensor | None,
-    batches: Batches,
-    clock: Clock,
-) -> Iterator[Item]:
-    """Takes sentences through the protocol; yields each that is finished or has failed, one after the other.
+    experiment: Experiment, numbers: Sequence[int], known: dict[int, Item], batches: Batches, clock: Clock
+) -> Iterator[tuple[int, Item]]:
+    """Takes sentences through the protocol, until enough are finished.
+
+    Each depends on those before it: its random directions on how many are finished, its control on the last of them.
 
     Args:
-        numbers: places in `experiment.contexts`, of the sentences to take.
-        finished: how many sentences are finished.
-        other: the activations (layers, d) of the sentence finished last.
+        numbers: places in `experiment.contexts`, ascending, of the sentences to take.
+        known: the items of those that need no work, by number.
+    Yields:
+        How many sentences are finished before it, and the item of each that has been finished or has failed.
     Raises:
         UserError: the model is not supported.
     """
-    settings = experiment.settings
+    settings, finished, other = experiment.settings, 0, None
     for place, number in enumerate(numbers):
+        if finished == settings.num_sentences:
+            return
+        if number in known:
+            if "failed" not in known[number].record:
+                finished, other = finished + 1, torch.from_numpy(known[number].arrays["activations"])  # (layers, d)
+            continue
         context = experiment.contexts[number]
         try:
             # 2. linearise the model at the prompt's last token
@@ -234,12 +238,12 @@ def measure_sentences(
             # 5. record it
             item = experiment.recorder.item(number, measured, clock.take())
         except FAILURES as error:
-            yield failure(number, context.sentence, reason_of(error, experiment, context))
+            yield finished, failure(number, context.sentence, reason_of(error, experiment, context))
             continue
         except fisher.UnsupportedModelError as error:
             raise UserError(f"this model is not supported: {error}") from error
+        yield finished, item
         finished, other = finished + 1, point.activations
-        yield item
 
 
 def next_activations(experiment: Experiment, numbers: Sequence[int], clock: Clock) -> torch.Tensor | None:
@@ -317,6 +321,7 @@ def run_sentences(experiment: Experiment, run: Run, items: list[Item]) -> int:
     finished = successes(items)
     if not finished:
         raise stopped or UserError(nothing_found(experiment, items))
+    items.sort(key=lambda item: item.number)
     with undisturbed():
         document = write_results(run.folder, items, experiment.about, stopped is None, experiment.load_seconds)
         if stopped:
@@ -345,16 +350,12 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
     settings, config = experiment.settings, experiment.about["experiment_config"]
     if items:
         run.begin()
-    finished = successes(items)
-    other = torch.from_numpy(finished[-1].arrays["activations"]) if finished else None
-    known = {item.number for item in items}
-    numbers = [number for number in range(len(experiment.contexts)) if number not in known]
-    count, total = len(finished), min(settings.num_sentences, len(experiment.contexts))
+    numbers, known = range(len(experiment.contexts)), {item.number: item for item in items}
     batches, clock = Batches(settings.batch_size, len(settings.layers)), Clock(devices_of(experiment.model))
-    new = measure_sentences(experiment, numbers, count, other, batches, clock)
+    count, total = len(successes(items)), min(settings.num_sentences, len(numbers))
+    failed = []  # kept with the next sentence that is finished: failures alone are no results
     with tqdm(total=total, initial=count, desc="perturbing", unit="sentence", disable=None) as bar:
-        failed = []  # kept with the next sentence that is finished: failures alone are no results
-        while count < settings.num_sentences and (item := next(new, None)):
+        for before, item in measure_sentences(experiment, numbers, known, batches, clock):
             if "failed" in item.record:
                 items.append(item)
                 failed.append(item)
@@ -363,10 +364,9 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
             run.append([*failed, item])
             items.append(item)  # only now: Ctrl-C must not find it among the results before it is kept
             failed.clear()
-            tqdm.write(report.sentence_block(item.record, count, config))
+            tqdm.write(report.sentence_block(item.record, before, config))
             bar.update()
-            count += 1
-    if failed and count:
+    if failed and successes(items):
         run.append(failed)
 
 
@@ -451,7 +451,8 @@ def try_some(experiment: Experiment, numbers: list[int]) -> list[tuple[float, li
     batches, rounds = Batches(settings.batch_size, len(settings.layers)), []
     for _ in range(2):
         clock, start = Clock(devices_of(experiment.model)), time.perf_counter()
-        items = list(measure_sentences(replace(experiment, settings=settings), numbers, 0, None, batches, clock))
+        new = measure_sentences(replace(experiment, settings=settings), numbers, {}, batches, clock)
+        items = [item for _, item in new]
         if not successes(items):
             raise UserError(items[0].record["failed"])
         rounds.append((time.perf_counter() - start, successes(items)))

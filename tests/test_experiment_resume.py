@@ -58,6 +58,14 @@ def test_stopped_while_it_finishes_it_can_finish_again(moment, model_directory, 
     assert_same_experiment(tmp_path / "out", undisturbed)
 
 
+def test_a_sentence_lost_among_finished_ones_is_computed_as_in_its_place(model_directory, undisturbed, tmp_path):
+    with calls_of(core_experiment, "measure_sentence", KeyboardInterrupt, at=[5]):
+        assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 130
+    archives_in(tmp_path / "out" / "items")[1][2].unlink()
+    assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 0
+    assert_same_experiment(tmp_path / "out", undisturbed)
+
+
 @pytest.mark.parametrize("first", [["--num-sentences", "2"], ["--num-sentences", "4", "--batch-size", "3"]])
 def test_a_finished_run_is_extended(first, model_directory, undisturbed, tmp_path):
     """The rest has the same bytes; a batch size is no other run (after running out of memory, say)."""

@@ -56,9 +56,10 @@ def assert_is_a_picture(path: Path, width: int, height: int):
 # --- the experiment ------------------------------------------------------------------------------
 
 
-def test_the_experiments_pictures_are_of_a_readable_size(finished_experiment):
-    assert_is_a_picture(finished_experiment / "fisher_similarity_matrix.png", 2250, 1110)
-    assert_is_a_picture(finished_experiment / "perturbation_analysis.png", 2400, 1611)
+def test_the_experiments_pictures_are_of_a_readable_size(results, tmp_path):
+    figures.draw(tmp_path, results)
+    assert_is_a_picture(tmp_path / "fisher_similarity_matrix.png", 2250, 1110)
+    assert_is_a_picture(tmp_path / "perturbation_analysis.png", 2400, 1611)
 
 
 def test_the_similarity_picture_shows_all_pairs_and_their_means_by_layer(results):
@@ -197,8 +198,9 @@ def dots(axes: Axes) -> np.ndarray:
     return max((line.get_xydata() for line in axes.lines), key=len)
 
 
-def test_the_pipelines_picture_is_of_a_readable_size(finished_pipeline):
-    assert_is_a_picture(finished_pipeline / "fisher_spectra.png", 3000, 1950)
+def test_the_pipelines_picture_is_of_a_readable_size(finished_pipeline, tmp_path):
+    spectra.draw(tmp_path, scripts.records(finished_pipeline))
+    assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1950)
 
 
 def test_the_spectra_are_shown_as_quantiles_and_those_that_stand_out_as_lines(finished_pipeline):

@@ -283,6 +283,16 @@ def test_what_is_in_a_files_place_is_found_at_once(name, kind, tmp_path):
         open_run(tmp_path)
 
 
+def test_a_file_that_vanished_before_it_was_sealed_is_damaged(tmp_path):
+    run, _ = open_run(tmp_path)
+    run.append([item(0)])
+    run.finish(1, ["results.json"])
+    run.derive(["picture.png"], 1, lambda: None)
+    assert not run.is_derived(["picture.png"], 1)
+    with pytest.warns(UserWarning, match="results.json is missing or damaged"):
+        assert open_run(tmp_path)[1] is State.NEW
+
+
 def test_derived_files_are_made_when_missing_damaged_or_of_something_else(tmp_path):
     run, made = finished(tmp_path), []
 

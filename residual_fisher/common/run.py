@@ -284,8 +284,11 @@ class Run:
         return now <= max(then, self.manifest["items"])
 
     def _damaged(self) -> str | None:
-        """The first primary file of a finished run that is missing or has changed."""
-        return next((n for n, known in self.manifest["primary"].items() if checksum(self.folder / n) != known), None)
+        """The first primary file of a finished run that is missing, was missing when it was sealed, or has changed."""
+        return next((n for n, known in self.manifest["primary"].items() if not self._is_intact(n, known)), None)
+
+    def _is_intact(self, name: str, known: list | None) -> bool:
+        return known is not None and checksum(self.folder / name) == known
 
     # --- items ---
 
@@ -439,7 +442,7 @@ class Run:
     def is_derived(self, names: Sequence[str], made_from: object) -> bool:
         known, made_from = self.manifest["derived"], read_back(made_from)
         return all(
-            name in known and known[name] == {"checksum": checksum(self.folder / name), "made_from": made_from}
+            name in known and known[name]["made_from"] == made_from and self._is_intact(name, known[name]["checksum"])
             for name in names
         )
 
