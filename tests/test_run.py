@@ -1,6 +1,8 @@
 """A run: items that are kept at once, resumed, extended and merged; derived files that are made again when needed."""
 
+import errno
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from residual_fisher.common.archives import DamagedArchiveError, Item, archives_
 from residual_fisher.common.files import write_json
 from residual_fisher.common.program import UserError
 from residual_fisher.common.run import ITEMS, MANIFEST, Run, State, read_manifest
+from scripts import calls_of
 
 FILES = ("results.json", "picture.png")
 SETTINGS = {"k": 3, "continue_": 0}
@@ -164,6 +167,15 @@ def test_a_damaged_archive_is_named_and_its_items_are_missing(damage, tmp_path):
         with pytest.warns(UserWarning, match="00000000-00000000.npz is damaged: computing it again"):
             assert sorted(again.records(range(6))) == [1]
         assert path.exists() == read_only
+
+
+def test_an_archive_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path):
+    run, _ = open_run(tmp_path)
+    run.append([item(0)])
+    again, _ = open_run(tmp_path)
+    with calls_of(zipfile, "ZipFile", OSError(errno.EIO, "Input/output error")), pytest.raises(OSError):
+        again.records(range(6))
+    assert sorted(again.records(range(6))) == [0]
 
 
 def test_an_archive_without_records_is_damaged(tmp_path):

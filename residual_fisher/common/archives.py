@@ -1,6 +1,7 @@
 """Archives of a run's items: NPZ files with the arrays and the records of numbered sentences or prompts."""
 
 from collections.abc import Iterable, Iterator, Sequence
+import errno
 import heapq
 import json
 from pathlib import Path
@@ -45,14 +46,19 @@ def read_records(path: Path) -> dict[int, dict]:
     """The records of an archive that is intact, by number: the checksum of each of its members is compared.
 
     Raises:
-        DamagedArchiveError: it is not.
+        DamagedArchiveError: it is not, or it has vanished.
+        OSError: it cannot be read now, and may be intact.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise DamagedArchiveError(path)
         return dict(record_lines(path))
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError, TypeError) as error:
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError, TypeError) as error:
+        raise DamagedArchiveError(path) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EINVAL):  # EINVAL: a damaged archive names a place before its start
+            raise
         raise DamagedArchiveError(path) from error
 
 
