@@ -10,16 +10,16 @@ from scipy.sparse.linalg import eigsh
 
 from residual_fisher.pipeline.matrices import Triplets
 
-ROWS_PER_COLUMN = 4  # of a covariance estimate; with fewer rows it uses the leading columns only
 SOFTNESS = 0.3  # of the edge of a `Subspace`: rho as a share of the largest eigenvalue of M
+LEAST_LEFT = 1e-5  # below which float64 has lost what is left of a share or an eigenvalue
 PSEUDOCOUNT = 0.5  # prompts, of additive smoothing: no token has a probability of 0
 COORDINATES = 5  # principal coordinates of a prompt
-RESOLUTION = 1e-5  # of logarithms and shares, all of order 1: equal prompts of different batches differ by rounding
+ROUNDING = 1e-5  # of logarithms and shares, all of order 1, in float32: equal prompts of different batches differ by it
 MIN_DEVIATION = 1e-3  # standard deviation of a logarithm, added to each column's: equal rows have an inverse too
 SMALL = 64  # rows: all eigenvalues of such a matrix are found as fast as one
 
 
-def robust_z(values: np.ndarray, usual: np.ndarray, least: float = RESOLUTION) -> np.ndarray:
+def robust_z(values: np.ndarray, usual: np.ndarray, least: float = ROUNDING) -> np.ndarray:
     """Distances from the median of `usual`, in units of 1.4826 times its median absolute deviation.
 
     For normal data the unit is the standard deviation, but outliers do not widen it (Iglewicz and Hoaglin, "How to
@@ -34,25 +34,45 @@ def robust_z(values: np.ndarray, usual: np.ndarray, least: float = RESOLUTION) -
 
 
 class Mahalanobis:
-    """Mahalanobis distances from trusted rows (n, columns)."""
+    """Mahalanobis distances from trusted rows, with the shrunk covariance of Ledoit and Wolf (2004).
 
-    def __init__(self, rows: np.ndarray):
-        used = max(1, min(rows.shape[1], len(rows) // ROWS_PER_COLUMN))
-        self._rows = rows[:, :used]
-        self._mean = self._rows.mean(axis=0)
-        self._precision = np.linalg.inv(np.atleast_2d(np.cov(self._rows.T)) + MIN_DEVIATION**2 * np.eye(used))
-        self._rounding = RESOLUTION**2 * np.trace(self._precision)
+    With few rows for their columns a sample covariance has eigenvalues near 0, and distances along them mean nothing.
+    So it is moved towards a multiple of the identity, by as much as minimises the expected squared error.
+
+    Args:
+        rows: (n, columns), logarithms.
+        rounding: of these, a standard deviation.
+    """
+
+    def __init__(self, rows: np.ndarray, rounding: float = ROUNDING):
+        columns = rows.shape[1]
+        self._rows, self._mean, self._kept = rows, rows.mean(axis=0), 1 - shrinkage(rows)
+        covariance = self._kept * np.atleast_2d(np.cov(rows.T))
+        added = (1 - self._kept) * rows.var(axis=0, ddof=1).mean() + max(MIN_DEVIATION, rounding) ** 2
+        self._precision = np.linalg.inv(covariance + added * np.eye(columns))
+        self._rounding = rounding**2 * np.trace(self._precision)
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """(n,) distances; 0 for one that may be rounding."""
-        u = rows[:, : len(self._mean)] - self._mean
+        u = rows - self._mean
         return np.sqrt(np.maximum(np.einsum("ni,ij,nj->n", u, self._precision, u) - self._rounding, 0))
 
     def leave_one_out(self) -> np.ndarray:
-        """(n,) distances of each trusted row from the others, by the Sherman–Morrison formula."""
+        """(n,) distances of each trusted row from the others, by the Sherman–Morrison formula; as much is shrunk."""
         n, squared = len(self._rows), self.of(self._rows) ** 2
-        left = np.maximum(1 - n * squared / (n - 1) ** 2, RESOLUTION)
+        left = np.maximum(1 - self._kept * n * squared / (n - 1) ** 2, LEAST_LEFT)
         return np.sqrt((n / (n - 1)) ** 2 * (n - 2) / (n - 1) * squared / left)
+
+
+def shrinkage(rows: np.ndarray) -> float:
+    """The identity's share in a covariance of rows (n, columns), from 0 to 1 (Ledoit and Wolf, 2004, section 3)."""
+    n, columns = rows.shape
+    centred = rows - rows.mean(axis=0)
+    covariance = centred.T @ centred / n
+    norm = (covariance**2).sum()
+    distance = norm - np.trace(covariance) ** 2 / columns
+    error = ((centred**2).sum(axis=1) ** 2).sum() / n**2 - norm / n
+    return float(np.clip(error / distance, 0, 1)) if distance > 0 else 1.0
 
 
 class Subspace:
@@ -70,7 +90,7 @@ class Subspace:
         self._count, self._width = len(roots), roots[0].shape[1]
         self._roots = np.concatenate(roots, axis=1)  # R (d, n * r)
         self._gram = (self._roots.T @ self._roots).astype(np.float64)
-        self._rho = max(SOFTNESS * (largest_eigenvalue(self._gram) / self._count), RESOLUTION)
+        self._rho = max(SOFTNESS * (largest_eigenvalue(self._gram) / self._count), LEAST_LEFT)
         self._factor = self._factored(self._rho)
 
     def _factored(self, rho: float):
