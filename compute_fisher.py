@@ -270,7 +270,7 @@ def report_finished(run: Run, settings: Settings, against: Reference | None) -> 
         print(f"{name} is finished: only its prompts would be scored anew")
     elif not run.read_only and (made := conclude(run, against, settings.false_alarms)):
         print(report.final_table(partial(scored_records, run.folder), run.manifest["notes"]["statistics"], settings))
-        what = "its prompts were scored anew" if PROMPTS in made else f"only {', '.join(made)} made anew"
+        what = "its prompts were scored anew" if PROMPTS in made else "its picture was drawn anew"
         print(f"{name} was finished: {what}")
     else:
         print(f"{name} is finished: nothing to do (--overwrite starts anew)")

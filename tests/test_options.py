@@ -38,7 +38,7 @@ def option_of(script: str, name: str):
 
 def other_value(key) -> str:
     """A word that an option takes and that is not its default."""
-    for word in ("3", "true", "last", "compact", "nats", "float64", "word"):
+    for word in ("3", "0.5", "true", "last", "compact", "nats", "float64", "word"):
         try:
             if key.metadata["read"](word) != key.default:
                 return word

@@ -397,7 +397,7 @@ def test_prompts_that_failed_have_zeros_and_count_for_nobody(ordinary):
 
 def test_prompts_that_all_failed_have_zeros():
     for count in (1, 7, 10):
-        with pytest.warns(UserWarning, match="0 different prompts do not say what is usual"):
+        with pytest.warns(UserWarning, match=r"fewer than 8 different prompts \(0\) do not say what is usual"):
             found = scores.outlier_scores(run([ZERO] * count, **{f"at{place}": FAILED for place in range(count)}))
         empty = {
             "p_value": [1] * count,
@@ -417,7 +417,9 @@ def test_odd_words_are_texts_whether_or_not_the_prompt_contains_them(ordinary):
 
 
 def test_few_prompts_and_matrices_that_are_zero_make_no_trouble(ordinary):
-    with pytest.warns(UserWarning, match="2 different prompts do not say what is usual: all scores are 0"):
+    with pytest.warns(
+        UserWarning, match=r"fewer than 8 different prompts \(2\) do not say what is usual: all scores are 0"
+    ):
         found = outlier_scores(run([ZERO, ordinary[0]]))
     assert not any(found[name].any() for name in scores.SCORES)
     found = outlier_scores(run([*[ZERO] * 5, *ordinary[:20]], at2={"top_probability": 1.0}))

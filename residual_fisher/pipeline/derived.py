@@ -1,6 +1,6 @@
 """What follows from a run's Fisher matrices: prompts.jsonl with scores, metadata.yaml with statistics, the picture."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 import json
@@ -24,7 +24,7 @@ def conclude(run: Run, against: Reference | None, false_alarms: float) -> list[s
     """Makes the derived files that are missing, damaged, or not of these matrices, this reference and this share.
 
     Returns:
-        The files that it made.
+        The files that it made, but for the metadata.
     Raises:
         UserError: the reference is of another kind, or a file cannot be written.
     """
@@ -32,18 +32,14 @@ def conclude(run: Run, against: Reference | None, false_alarms: float) -> list[s
     if against:
         against.require_same_kind(run.manifest["identity"], notes["environment"])
     scoring, directory = scoring_of(against), str(against.path) if against else None
-    made = []
-
-    def derive(name: str, made_from: object, make: Callable[[], None]) -> None:
-        if run.derive([name], made_from, make):
-            made.append(name)
-
-    derive(PROMPTS, made_from_scores(run, scoring), partial(write_prompts, run, against))
+    scored = run.derive([PROMPTS], made_from_scores(run, scoring), partial(write_prompts, run, against))
     prompts = [checksum(run.folder / PROMPTS), false_alarms]
-    derive(figures.SPECTRA, prompts, lambda: figures.draw(run.folder, scored_records(run.folder), false_alarms))
+    drawn = run.derive(
+        [figures.SPECTRA], prompts, lambda: figures.draw(run.folder, scored_records(run.folder), false_alarms)
+    )
     told = {**scoring, "directory": directory, "false_alarms": false_alarms}
-    derive(METADATA, [primary, notes, told], lambda: write_metadata(run, told))
-    return made
+    run.derive([METADATA], [primary, notes, told], lambda: write_metadata(run, told))
+    return [PROMPTS] * scored + [figures.SPECTRA] * drawn
 
 
 def scoring_of(against: Reference | None) -> dict:

@@ -84,8 +84,8 @@ def _outstanding(records: Iterable[dict], settings: Settings) -> list[str]:
     if not beyond:
         lines.append(f"(the lowest is {lowest:.2g}: n usual prompts show none below 1/(n + 1))")
     lines.append(
-        "Below: outlier score, p-value, the four scores in robust standard deviations; then unusual words, and the\n"
-        "tokens that lose ← → gain in the direction in which a prompt differs"
+        "Below, with scores in robust standard deviations; then unusual words, and the tokens that lose ← → gain\n"
+        "in the direction in which they differ:"
     )
     cells = [
         [str(r["index"]), f"{r[OUTLIER]:.1f}", f"{r[P_VALUE]:.2g}", *(f"{r[name]:+.1f}" for name in SCORES)]

@@ -307,7 +307,8 @@ def outlier_scores(run: ScoredRun, reference: ScoredRun | None = None, base: Sco
     known = reference or run
     prompts = known.distinct(usable if reference is None else reference.usable())
     if len(prompts) < FEWEST:
-        warnings.warn(f"{len(prompts)} different prompts do not say what is usual: all scores are 0", stacklevel=2)
+        few = f"fewer than {FEWEST} different prompts ({len(prompts)})"
+        warnings.warn(f"{few} do not say what is usual: all scores are 0", stacklevel=2)
     else:
         usual = Usual(known, prompts, reference is not None, max(run.rounding, known.rounding), base)
         for numbers, compared in usual.compare(run, usable):
