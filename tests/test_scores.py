@@ -73,32 +73,16 @@ def test_robust_z_survives_values_most_of_which_are_equal():
     assert z[:3].tolist() == [0, 0, 0] and z[3] == pytest.approx(3 / (1.2533 * 0.75))
 
 
-def shrunk_covariance(rows: np.ndarray) -> np.ndarray:
-    """Ledoit and Wolf's (2004), summed row by row as it is written there."""
-    n, columns = rows.shape
-    x = rows - rows.mean(axis=0)
-    sample = sum(np.outer(row, row) for row in x) / n
-    mean = np.trace(sample) / columns
-    distance = np.linalg.norm(sample - mean * np.eye(columns)) ** 2
-    error = min(sum(np.linalg.norm(np.outer(row, row) - sample) ** 2 for row in x) / n**2, distance)
-    return ((distance - error) * sample + error * mean * np.eye(columns)) / distance * n / (n - 1)
-
-
-@pytest.mark.parametrize("count", [9, 40, 400])
-def test_distances_are_by_a_shrunk_covariance(count):
-    rows = np.random.default_rng(0).standard_normal((count, 10)) @ np.diag(np.linspace(0.2, 5, 10))
-    found, centred = Mahalanobis(rows), rows[:2] - rows.mean(axis=0)
-    expected = (centred @ np.linalg.inv(shrunk_covariance(rows)) * centred).sum(axis=1)
-    assert found.of(rows[:2]) ** 2 == pytest.approx(expected, rel=1e-4)  # MIN_DEVIATION is added to each column's
-
-
 def test_a_trusted_rows_distance_leaves_itself_out():
     rows = np.random.default_rng(0).standard_normal((40, 3)) @ np.diag([1, 5, 0.2])
     found = Mahalanobis(rows)
+    centred = rows[:2] - rows.mean(axis=0)
+    assert found.of(rows[:2]) ** 2 == pytest.approx(
+        (centred @ np.linalg.inv(np.cov(rows.T)) * centred).sum(1), rel=2e-3
+    )
     for i in (0, 17, 39):
         others = Mahalanobis(np.delete(rows, i, axis=0))
-        # 1%: without the row another share of the identity is best
-        assert found.leave_one_out()[i] == pytest.approx(others.of(rows[i : i + 1])[0], rel=1e-2)
+        assert found.leave_one_out()[i] == pytest.approx(others.of(rows[i : i + 1])[0], rel=1e-3)
 
 
 # --- in directions -------------------------------------------------------------------------------
@@ -275,7 +259,7 @@ def test_one_prompt_that_does_not_belong_in_the_reference_hardly_changes_the_oth
     matrix = ODD if changed["trace"] else ZERO
     found = outlier_scores(tested, reference=run([*ordinary[:30], matrix], at30=changed))
     assert found["outlier_score"] == pytest.approx(clean["outlier_score"], rel=0.15, abs=0.3)
-    assert found["p_value"][:20] == pytest.approx(clean["p_value"][:20], abs=0.07)  # two of 31 prompts
+    assert found["p_value"][:20] == pytest.approx(clean["p_value"][:20], abs=0.1)  # three of 31 prompts
 
 
 def test_texts_that_are_there_often_do_not_make_the_others_odd(ordinary):

@@ -10,6 +10,9 @@ from scipy.sparse.linalg import eigsh
 
 from residual_fisher.pipeline.matrices import Triplets
 
+# Of a covariance estimate; with fewer rows it uses the leading columns only. Shrinking the covariance of all columns
+# instead (Ledoit and Wolf, 2004) found less: AUROC 0.95 for 0.98 on one of the backdoors that scores were chosen on.
+ROWS_PER_COLUMN = 4
 SOFTNESS = 0.3  # of the edge of a `Subspace`: rho as a share of the largest eigenvalue of M
 LEAST_LEFT = 1e-5  # below which float64 has lost what is left of a share or an eigenvalue
 PSEUDOCOUNT = 0.5  # prompts, of additive smoothing: no token has a probability of 0
@@ -34,45 +37,26 @@ def robust_z(values: np.ndarray, usual: np.ndarray, least: float = ROUNDING) -> 
 
 
 class Mahalanobis:
-    """Mahalanobis distances from trusted rows, with the shrunk covariance of Ledoit and Wolf (2004).
-
-    With few rows for their columns a sample covariance has eigenvalues near 0, and distances along them mean nothing.
-    So it is moved towards a multiple of the identity, by as much as minimises the expected squared error.
-
-    Args:
-        rows: (n, columns), logarithms.
-        rounding: of these, a standard deviation.
-    """
+    """Mahalanobis distances from trusted rows (n, columns) of logarithms; `rounding` is theirs."""
 
     def __init__(self, rows: np.ndarray, rounding: float = ROUNDING):
-        columns = rows.shape[1]
-        self._rows, self._mean, self._kept = rows, rows.mean(axis=0), 1 - shrinkage(rows)
-        covariance = self._kept * np.atleast_2d(np.cov(rows.T))
-        added = (1 - self._kept) * rows.var(axis=0, ddof=1).mean() + max(MIN_DEVIATION, rounding) ** 2
-        self._precision = np.linalg.inv(covariance + added * np.eye(columns))
+        used = max(1, min(rows.shape[1], len(rows) // ROWS_PER_COLUMN))
+        self._rows = rows[:, :used]
+        self._mean = self._rows.mean(axis=0)
+        least = max(MIN_DEVIATION, rounding)
+        self._precision = np.linalg.inv(np.atleast_2d(np.cov(self._rows.T)) + least**2 * np.eye(used))
         self._rounding = rounding**2 * np.trace(self._precision)
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """(n,) distances; 0 for one that may be rounding."""
-        u = rows - self._mean
+        u = rows[:, : len(self._mean)] - self._mean
         return np.sqrt(np.maximum(np.einsum("ni,ij,nj->n", u, self._precision, u) - self._rounding, 0))
 
     def leave_one_out(self) -> np.ndarray:
-        """(n,) distances of each trusted row from the others, by the Sherman–Morrison formula; as much is shrunk."""
+        """(n,) distances of each trusted row from the others, by the Sherman–Morrison formula."""
         n, squared = len(self._rows), self.of(self._rows) ** 2
-        left = np.maximum(1 - self._kept * n * squared / (n - 1) ** 2, LEAST_LEFT)
+        left = np.maximum(1 - n * squared / (n - 1) ** 2, LEAST_LEFT)
         return np.sqrt((n / (n - 1)) ** 2 * (n - 2) / (n - 1) * squared / left)
-
-
-def shrinkage(rows: np.ndarray) -> float:
-    """The identity's share in a covariance of rows (n, columns), from 0 to 1 (Ledoit and Wolf, 2004, section 3)."""
-    n, columns = rows.shape
-    centred = rows - rows.mean(axis=0)
-    covariance = centred.T @ centred / n
-    norm = (covariance**2).sum()
-    distance = norm - np.trace(covariance) ** 2 / columns
-    error = ((centred**2).sum(axis=1) ** 2).sum() / n**2 - norm / n
-    return float(np.clip(error / distance, 0, 1)) if distance > 0 else 1.0
 
 
 class Subspace:
