@@ -177,7 +177,7 @@ def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded]) ->
     point, rows = linearize_batch(settings, subject, batch)
     eigen, shares, columns = triplets(settings, point, fisher.Chunks(rows))
     next_p, next_ids = (c.tolist() for c in point.log_probs.exp().topk(min(NEXT_TOKENS, point.log_probs.shape[-1])))
-    values, vectors = (part.cpu().numpy() for part in eigen[:2])
+    values, vectors, activations = (part.cpu().numpy() for part in (*eigen[:2], point.activations[0]))
     shares = TokenShares(*(part.cpu() for part in shares))
     columns = {name: column.tolist() for name, column in columns.items()}
 
@@ -191,7 +191,7 @@ def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded]) ->
             "singular_values": values[i].tolist(),
             "directions": shares.records((i,), subject.show),
         }
-        return Item(encoded.prompt.index, record, arrays_of(values[i], vectors[i], settings.store))
+        return Item(encoded.prompt.index, record, arrays_of(values[i], vectors[i], activations[i], settings.store))
 
     return [item(i, encoded) for i, encoded in enumerate(batch)]
 
@@ -212,7 +212,8 @@ def without_matrix(settings: Settings, subject: Subject, encoded: Encoded, reaso
     zeros = dict.fromkeys(("top_probability", "captured_mass", "trace", "effective_rank"), 0.0)
     lists = {"next_tokens": [], "singular_values": [0.0] * r, "directions": []}
     record = {**describe_prompt(encoded), "failed": reason, "top_token": "", **zeros, **lists}
-    arrays = arrays_of(np.zeros(r, np.float32), np.zeros((r, width), np.float32), settings.store)
+    values, vectors, activation = (np.zeros(shape, np.float32) for shape in (r, (r, width), width))
+    arrays = arrays_of(values, vectors, activation, settings.store)
     return Item(encoded.prompt.index, record, arrays)
 
 

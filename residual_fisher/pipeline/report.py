@@ -12,7 +12,7 @@ from residual_fisher.pipeline.scores import OUTLIER, P_VALUE, SCORES
 from residual_fisher.pipeline.settings import Settings
 
 NAMED = 5  # prompts named at the end
-EXCERPT = 60  # characters of a prompt shown in a line
+EXCERPT = 45  # characters of a prompt shown in a line
 SPREADS = {  # whose median and range are told
     "lambda_1": "lambda 1, nats per unit²",
     "trace": "trace of F",
