@@ -77,7 +77,8 @@ class WideMahalanobis:
         error, distance = (np.diag(gram) ** 2).sum() / n**2 - norm / n, norm - d * variance**2
         weight = np.clip(error / distance, 0, 1) if distance > 0 else 1.0
         self._kept, self._n = 1 - weight, n
-        least = rounding**2 * (rows**2).mean() + TINY  # equal rows have an inverse too
+        # Of most columns: a few hold massive activations. Equal rows have an inverse too.
+        least = rounding**2 * np.median((rows**2).mean(axis=0)) + TINY
         self._added = weight * variance + least
         self._factor = cho_factor(self._kept * gram + n * self._added * np.eye(n), lower=True)
         trace = (d - self._kept * np.trace(cho_solve(self._factor, gram))) / self._added  # of C^-1

@@ -39,10 +39,13 @@ MEMBERS = (*Triplets._fields, ACTIVATION)
 def arrays_of(values: np.ndarray, vectors: np.ndarray, activation: np.ndarray, store: str) -> dict[str, np.ndarray]:
     """What is kept of leading eigenpairs, values (r,) and vectors (r, d), and an activation (d,), all float32.
 
-    U, S and V, or of a compact store U in float16 and S; and H.
+    U, S, V and H; or, in a compact store, U and H in float16, and S.
     """
-    u, kept = np.ascontiguousarray(vectors.T), {"S": values, ACTIVATION: activation}
-    return {"U": u.astype(np.float16), **kept} if store == "compact" else {"U": u, **kept, "V": vectors}
+    u = np.ascontiguousarray(vectors.T)
+    if store == "full":
+        return {"U": u, "S": values, "V": vectors, ACTIVATION: activation}
+    most = np.finfo(np.float16).max  # a massive activation is cut there
+    return {"U": u.astype(np.float16), "S": values, ACTIVATION: activation.clip(-most, most).astype(np.float16)}
 
 
 # --- from items to primary files, and back -------------------------------------------------------
