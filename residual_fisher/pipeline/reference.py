@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.run import checksum, read_manifest, short_hash, shown
+from residual_fisher.common.run import checksum, read_manifest, short_hash, shown, what_differs
 from residual_fisher.pipeline.matrices import load_fisher_matrices, records_of
 from residual_fisher.pipeline.scores import ScoredRun
 from residual_fisher.pipeline.settings import Settings
@@ -56,13 +56,14 @@ class Reference:
         Raises:
             UserError: it is hooked elsewhere; or, trusted prompts, of another model.
         """
-        keys = {"hook_layer": "is hooked at another layer"}
+        keys = {"hook_layer": "is hooked at"}
         if self.kind == "reference":
-            keys["model"] = "is of another model"
-        for key, what in keys.items():
-            if self.manifest["identity"][key] != identity[key]:
-                change = f"{shown(self.manifest['identity'][key])}, and this one {shown(identity[key])}"
-                raise UserError(f"the run in {self.path} {what} ({change}): --{self.kind} takes one with the same")
+            keys["model"] = "is of"
+        for key, verb in keys.items():
+            then, now = self.manifest["identity"][key], identity[key]
+            if then != now:
+                what = f"{verb} {what_differs(key, then, now)} ({shown(then)}, and this one {shown(now)})"
+                raise UserError(f"the run in {self.path} {what}: --{self.kind} takes one with the same")
 
     @property
     def checksum(self) -> str:
