@@ -31,6 +31,7 @@ PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 # Share of a GPU's free memory that weights may fill; larger models are spread over devices. The rest is for
 # activations, the batched backward pass and the logits.
 WEIGHTS_SHARE = 0.9
+FIXED_ROTATIONS = {"default", "linear", "yarn", "llama3", "proportional"}  # whatever the length of the prompt
 
 
 class TooLargeError(UserError):
@@ -291,10 +292,18 @@ def vocabulary_size(model: nn.Module) -> int:
     return model.get_output_embeddings().weight.shape[0]
 
 
-def rotation_change(model: nn.Module) -> float:
-    """The padded length above which a model rotates the positions of a batch differently (Phi-3's longrope)."""
+def rotations(model: nn.Module) -> list[tuple[str, dict]]:
+    """Kind and settings of a model's rotation of positions; of several kinds of layers, of each."""
     config = text_config(model).to_dict()
-    places = [config, *(config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))]
+    parts = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    parts += [inner for part in parts for inner in part.values() if isinstance(inner, dict)]
+    return [(part.get("rope_type") or part.get("type") or "default", part) for part in parts]
+
+
+def rotation_change(model: nn.Module) -> float:
+    """The length above which a pass rotates all its positions differently (Phi-3's longrope); infinite if none does."""
+    places = [part for kind, part in rotations(model) if kind not in FIXED_ROTATIONS]
+    places += [text_config(model).to_dict()] * bool(places)
     return min((p.get("original_max_position_embeddings") or math.inf for p in places), default=math.inf)
 
 
