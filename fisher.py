@@ -47,6 +47,7 @@ from residual_fisher.model.passes import (
     edit_stream,
     hooked,
     last_logits,
+    require_fixed_rotation,
     unwrapped,
 )
 from residual_fisher.model.reading import Reading, choose_mode, read
@@ -198,6 +199,7 @@ def linearize_prompts(
         UnsupportedModelError: the module's output has another shape or does not lead to the predictions.
     """
     model, prompts, last = unwrapped(model), torch.arange(len(ids)), lengths.cpu() - 1
+    require_fixed_rotation(model, ids)
 
     def at_last(h: Tensor) -> Tensor:
         if not isinstance(h, Tensor) or h.ndim != 3 or h.shape[:2] != ids.shape or not h.is_floating_point():

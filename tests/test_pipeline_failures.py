@@ -268,9 +268,10 @@ def test_an_unfinished_run_with_other_settings_or_of_another_model_is_refused(
     assert scripts.compute_fisher(chat_directory, dataset, unfinished, top_k_tokens=5) == 2
     assert "top_k_tokens was 6 and is 5" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compute_fisher, "fingerprint", lambda *_: "another")
-        assert scripts.compute_fisher(chat_directory, dataset, unfinished) == 2
-    assert "a run of another model" in capsys.readouterr().err
+        for other, what in (("0" * 32, "another model"), ("0" * 16, "a model whose fingerprint another version")):
+            patch.setattr(compute_fisher, "fingerprint", lambda *_, other=other: other)
+            assert scripts.compute_fisher(chat_directory, dataset, unfinished) == 2
+            assert f"a run of {what}" in capsys.readouterr().err
     assert contents(unfinished) == before
 
 
