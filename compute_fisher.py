@@ -60,6 +60,7 @@ from residual_fisher.model.loading import (
     dtype_advice,
     find_module,
     fingerprint,
+    fix_arithmetic,
     load,
     longest_prompt,
     vocabulary_size,
@@ -117,6 +118,7 @@ def prepare(settings: Settings, first: Prompt, process: Processes, tell: Callabl
     """
     device = own_device(settings.device, process)
     model, tokenizer = load(settings.model_path, settings.dtype, device, settings.trust_remote_code)
+    fix_arithmetic(model)
     subject = Subject(model, tokenizer, *find_module(model, settings.hook_layer_name))
     longest = min(settings.max_length, longest_prompt(model) or settings.max_length)
     asked, settings = identity_of(settings), clamp_to_model(settings, subject, tell)

@@ -65,6 +65,7 @@ from residual_fisher.model.loading import (
     describe,
     dtype_advice,
     fingerprint,
+    fix_arithmetic,
     load,
     longest_prompt,
     vocabulary_size,
@@ -109,6 +110,7 @@ def prepare(settings: Settings) -> Experiment:
     start = time.perf_counter()
     model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
     load_seconds = time.perf_counter() - start
+    fix_arithmetic(model)
     if not tokenizer.is_fast:
         raise UserError(f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word")
     asked, settings = identity_settings(settings), clamp_to_model(settings, model)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pickle
 import platform
 import sys
+import warnings
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from residual_fisher.common.program import EMBEDDED, UserError, hub_hint, is_out_of_memory
 from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.embedded import embedded_model
+from residual_fisher.model.passes import gradient_at_tokens, hooked
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 # The backward passes of fused attention and of grouped experts have no batching rule.
@@ -200,6 +202,40 @@ def _exceeds_gpu(config, options: dict) -> bool:
     return size > free[torch.cuda.current_device()]
 
 
+def fix_arithmetic(model: nn.Module) -> None:
+    """For the rest of the process: float32 products keep their digits, and on CUDA equal calls give equal bits.
+
+    Whatever the process was told, there is no TF32: an exact eigenpair's residual is 5e-5 with it, and 1e-6 without. A
+    model that has no deterministic kernel for one of its operations goes without, with a warning.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # in convolutions, which recurrent models have
+    if model.device.type != "cuda":
+        return
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
+    torch.use_deterministic_algorithms(
+        True
+    )  # not `warn_only`, which leaves the backward pass of fused attention as it is
+    try:
+        gradient_at_tokens(model, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([2]))
+    except Exception as error:  # of all others the run will tell
+        if "deterministic" in str(error):
+            torch.use_deterministic_algorithms(False)
+            reason = excerpt(first_line(error), 100)
+            warnings.warn(f"equal runs of {type(model).__name__} may differ by rounding: {reason}", stacklevel=2)
+
+
+def _arithmetic(device: torch.device) -> dict:
+    """What results record of `fix_arithmetic`, and of the kernels that fused attention may run in."""
+    precision = {"float32_matmul_precision": torch.get_float32_matmul_precision()}
+    if device.type != "cuda":
+        return precision
+    names = ("flash", "mem_efficient", "math", "cudnn")
+    with hooked():
+        kernels = [name for name in names if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
+    return {**precision, "deterministic": torch.are_deterministic_algorithms_enabled(), "attention_kernels": kernels}
+
+
 def describe(model: nn.Module) -> dict:
     """What results record of the model and the machine."""
     device = model.device
@@ -210,6 +246,7 @@ def describe(model: nn.Module) -> dict:
         "hidden_size": text_config(model).hidden_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        **_arithmetic(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "numpy")},

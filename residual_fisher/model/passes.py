@@ -26,12 +26,17 @@ class UnsupportedModelError(ValueError):
 def hooked(*hooks: tuple[Callable, Callable]) -> Iterator[None]:
     """Installs hooks, pairs of (module.register_..., hook), and always removes them.
 
-    Modules compiled by `torch.compile` run uncompiled meanwhile: compiled code may skip hooks.
+    Modules compiled by `torch.compile` run uncompiled meanwhile: compiled code may skip hooks. Fused attention runs in
+    any kernels but cuDNN's, which plan anew for every length (0.13 s on an H100, where others take 0.001 s); that goes
+    for the backward pass too, whose kernel is that of the forward pass.
     """
+    cuda = torch.backends.cuda
     with ExitStack() as stack:
         for register, hook in hooks:
             stack.enter_context(register(hook))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled())
+        cuda.enable_cudnn_sdp(False)
         yield
 
 
@@ -204,11 +209,11 @@ def require_causal(model: nn.Module, ids: Tensor, lengths: Tensor) -> None:
     if torch.equal(first, second):
         return
     rounding = largest_kl(first, second) <= ROUNDING_NATS[model.dtype]
-    if not rounding or _gradient_at_tokens(model, ids, lengths).cpu()[padding].any():
+    if not rounding or gradient_at_tokens(model, ids, lengths).cpu()[padding].any():
         raise UnsupportedModelError("its predictions change with the padding of a batch: it is not causal")
 
 
-def _gradient_at_tokens(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
+def gradient_at_tokens(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
     """The gradient (prompts, tokens, d) of a random sum of the last tokens' logits, at the tokens' embeddings."""
     embeddings = []
 
