@@ -189,7 +189,9 @@ def test_long_prompts_go_one_by_one_where_attention_keeps_its_matrices(chat_dire
     parts = []
     linearize_batch = batches.linearize_batch
     monkeypatch.setattr(
-        batches, "linearize_batch", lambda s, m, batch: parts.append(len(batch)) or linearize_batch(s, m, batch)
+        batches,
+        "linearize_batch",
+        lambda s, m, batch, *kind: parts.append(len(batch)) or linearize_batch(s, m, batch, *kind),
     )
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "apart", **options) == 0
     assert parts == [1, 1, 1, 1, 1]  # the first is the trial of the first prompt

@@ -196,10 +196,15 @@ def _exceeds_gpu(config, options: dict) -> bool:
     with torch.device("meta"):
         model = model_class(config).from_config(config, trust_remote_code=options["trust_remote_code"])
     size = sum(p.numel() for p in model.parameters()) * options["dtype"].itemsize
-    free = [WEIGHTS_SHARE * torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
-    if size > sum(free):  # before minutes of loading
+
+    def room(gpu: int) -> float:  # asking takes a CUDA context there, of hundreds of megabytes
+        return WEIGHTS_SHARE * torch.cuda.mem_get_info(gpu)[0]
+
+    if size <= room(torch.cuda.current_device()):
+        return False
+    if size > sum(map(room, range(torch.cuda.device_count()))):  # before minutes of loading
         raise TooLargeError
-    return size > free[torch.cuda.current_device()]
+    return True
 
 
 def fix_arithmetic(model: nn.Module) -> None:
