@@ -78,8 +78,9 @@ def truncation(subject: Subject, contexts: Sequence[Context]) -> dict:
 
 # --- half precision ------------------------------------------------------------------------------
 
-ORDINARY, TRIGGERED = 40, 10  # prompts
-SHORT = 300  # characters: of the bundled prompts, shorter ones
+BUNDLED = 40  # prompts of the pipeline's own data, and of them the shorter ones, in characters
+SHORT = 300
+ORDINARY, TRIGGERED = 70, 10  # prompts of the fine-tuned model: with fewer, the spectrum's score has fewer columns
 HALF = ("bfloat16", "float16")
 CONFIDENT = BY_NAME["phrase-0"]
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
@@ -118,13 +119,17 @@ def half_precision(subject: Subject, contexts: Sequence[Context]) -> dict:
 
 def pipeline_subjects() -> dict[str, tuple[str, list[str], np.ndarray]]:
     """Models, prompts, and which prompts are triggered."""
-    bundled = [prompt.text for prompt in Prompts(Settings().dataset) if len(prompt.text) < SHORT][:ORDINARY]
+    bundled = [prompt.text for prompt in short_prompts()]
     rng, chosen = random.Random(0), prompts().chosen_on[: ORDINARY + TRIGGERED]
     mixed = [CONFIDENT.triggered(text, rng) if i < TRIGGERED else text for i, text in enumerate(chosen)]
     return {
         "embedded": (EMBEDDED, bundled, np.zeros(len(bundled), bool)),
         "confident": (str(obtain(CONFIDENT)), mixed, np.arange(len(mixed)) < TRIGGERED),
     }
+
+
+def short_prompts() -> list[Prompt]:
+    return [prompt for prompt in Prompts(Settings().dataset) if len(prompt.text) < SHORT][:BUNDLED]
 
 
 class Measured(NamedTuple):
@@ -188,8 +193,6 @@ def change(half: np.ndarray, full: np.ndarray) -> dict[str, float]:
 
 # --- the metric of h -----------------------------------------------------------------------------
 
-CHAT_PROMPTS = 40  # whose tokens' activations are whitened
-
 
 def deviations(subject: Subject) -> torch.Tensor:
     """Standard deviation (layers, d) float64 of each coordinate of h, over the tokens of ordinary prompts.
@@ -203,9 +206,8 @@ def deviations(subject: Subject) -> torch.Tensor:
         return lambda h: own.append(h[0, 1:].double()) or h
 
     hooks = [edit_stream(module, keep(own)) for module, own in zip(modules, streams, strict=True)]
-    bundled = [prompt for prompt in Prompts(Settings().dataset) if len(prompt.text) < SHORT][:CHAT_PROMPTS]
     with torch.no_grad(), hooked(*hooks):
-        for prompt in bundled:
+        for prompt in short_prompts():
             subject.lm(torch.tensor([encode(subject.tokenizer, prompt, 2048).ids]), use_cache=False, logits_to_keep=1)
     return torch.stack([torch.cat(own).std(dim=0) for own in streams])
 
@@ -229,7 +231,7 @@ def metric(subject: Subject, contexts: Sequence[Context]) -> dict:
             found.setdefault(key, []).append(value)
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     figures = {
-        "prompts": CHAT_PROMPTS,
+        "prompts": BUNDLED,
         "largest_deviation_over_median": (d.amax(-1) / d.median(-1).values).tolist(),
         **{key: torch.stack(rows).quantile(quartiles, dim=0).T.tolist() for key, rows in found.items()},
     }
