@@ -234,8 +234,14 @@ def _require_finite(values: Tensor, what: str, places: int) -> None:
 def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tensor:
     """G (layers, ..., k, d) float32: row i at a layer is J^T z_i, of `rows` z (..., k, d_head) float32.
 
-    Each chunk of rows is one batched backward pass. For the cotangents of tokens, row t is grad_h log p_t.
+    Each chunk of rows is one batched backward pass. For the cotangents of tokens, row t is grad_h log p_t. In half
+    precision an orthonormal basis of the rows is pulled back in their place.
     """
+    mix = None
+    if point.x.dtype.itemsize < 4 and rows.shape[-2] < rows.shape[-1]:
+        # Of a nearly certain prediction, the cotangents cancel: sum_t p_t z_t is almost 0, and the smallest eigenvalue
+        # of F is what is left of it. If each row were rounded by itself, its rounding would be larger than that.
+        rows, mix = (part.mT.to(rows) for part in torch.linalg.qr(float64(rows).mT))  # (..., k, d_head), (..., k, k)
     # Rows go through the network at unit norm, so that float16 gradients do not underflow.
     norms = rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # (..., k, 1)
 
@@ -246,6 +252,7 @@ def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tenso
 
     by_row = (rows.movedim(-2, 0), norms.movedim(-2, 0))
     gradients = (chunks or Chunks()).join(chunk, *by_row, dim=1).movedim(1, -2)
+    gradients = gradients if mix is None else mix @ gradients
     _require_finite(gradients, "gradients", places=gradients.ndim - 2)
     return gradients
 
