@@ -58,9 +58,8 @@ __all__ = [
     "pull_back", "top_k",
 ]  # fmt: skip
 
-EIGH_MAX_WIDTH = (
-    256  # matrices up to this width: `eigh` of seven takes 0.05 s, and of 576 x 576 0.35 s (iteration: 0.03)
-)
+# Widest matrix that is formed: `eigh` of seven takes 0.05 s, and of 576 x 576 0.35 s (iteration: 0.03).
+EIGH_MAX_WIDTH = 256
 MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration: what float32 can reach
 LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats, no longer matters
 
