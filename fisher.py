@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from residual_fisher.model.eigen import block_lanczos, eigh, float64
 from residual_fisher.model.head import OutputHead, cotangents_through, is_linear
-from residual_fisher.model.loading import decoder_layers, load
+from residual_fisher.model.loading import decoder_layers, load, require_fixed_rotation
 from residual_fisher.model.passes import (
     Chunks,
     UnsupportedModelError,
@@ -46,7 +46,6 @@ from residual_fisher.model.passes import (
     edit_stream,
     hooked,
     last_logits,
-    require_fixed_rotation,
     unwrapped,
 )
 from residual_fisher.model.reading import Reading, choose_mode, read

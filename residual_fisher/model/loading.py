@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from residual_fisher.common.program import EMBEDDED, UserError, hub_hint, is_out_of_memory
 from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.embedded import embedded_model
-from residual_fisher.model.passes import gradient_at_tokens, hooked
+from residual_fisher.model.passes import UnsupportedModelError, gradient_at_tokens, hooked
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 # The backward passes of fused attention and of grouped experts have no batching rule.
@@ -352,6 +352,16 @@ def rotation_change(model: nn.Module) -> float:
 def longest_prompt(model: nn.Module) -> int | None:
     """How many positions the model has; None if its configuration names no limit."""
     return getattr(text_config(model), "max_position_embeddings", None) or None
+
+
+def require_fixed_rotation(model: nn.Module, ids: torch.Tensor) -> None:
+    """Raises UnsupportedModelError for prompts (..., tokens) above the own length of a model with dynamic NTK scaling.
+
+    There every length has a base of its own, and transformers keeps that of the longest prompt that was run.
+    """
+    longest = longest_prompt(model) or ids.shape[-1]
+    if ids.shape[-1] > longest and any("dynamic" in kind for kind, _ in rotations(model)):
+        raise UnsupportedModelError(f"above {longest} tokens its rotation (dynamic NTK) depends on the prompts before")
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from residual_fisher.common.program import is_out_of_memory
 from residual_fisher.common.text import excerpt, first_line
-from residual_fisher.model.loading import longest_prompt, rotations
 
 # Largest KL in nats between two passes that should agree, by dtype. Rounding causes 3e-11 in float32 and 7e-3 in
 # bfloat16 on the embedded model; a lost or misread prefix causes whole nats.
@@ -144,16 +143,6 @@ def require_known_tokens(model: nn.Module, ids: Tensor) -> None:
     known = model.get_input_embeddings().weight.shape[0]
     for token in ids[(ids < 0) | (ids >= known)].tolist():
         raise UnsupportedModelError(f"its tokenizer gives token {token}, and its embedding has {known} tokens")
-
-
-def require_fixed_rotation(model: nn.Module, ids: Tensor) -> None:
-    """Raises UnsupportedModelError for prompts (..., tokens) above the own length of a model with dynamic NTK scaling.
-
-    There every length has a base of its own, and transformers keeps that of the longest prompt that was run.
-    """
-    longest = longest_prompt(model) or ids.shape[-1]
-    if ids.shape[-1] > longest and any("dynamic" in kind for kind, _ in rotations(model)):
-        raise UnsupportedModelError(f"above {longest} tokens its rotation (dynamic NTK) depends on the prompts before")
 
 
 def stream_width(model: nn.Module, module: nn.Module) -> int:

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from residual_fisher.common.program import is_out_of_memory
 from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, copy_of, prefill
-from residual_fisher.model.loading import decoder_layers, rotation_change
+from residual_fisher.model.loading import decoder_layers, require_fixed_rotation, rotation_change
 from residual_fisher.model.passes import (
     ROUNDING_NATS,
     UnsupportedModelError,
@@ -24,7 +24,6 @@ from residual_fisher.model.passes import (
     hooked,
     largest_kl,
     require_causal,
-    require_fixed_rotation,
     require_known_tokens,
     unwrapped,
     ways_of,
