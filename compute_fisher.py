@@ -230,7 +230,7 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
             tell_too_few(settings, prompts.usable)
             primary = matrices.merge(run, prompts.usable)
             columns = report.columns_of(record for _, record in run.all_records())
-            environment = {**pipeline.environment, **ways_of(pipeline.subject.model)}
+            environment = {**pipeline.environment, "ways": ways_of(pipeline.subject.model)}
             statistics = report.summarize(columns, prompts.skipped)
             run.finish(prompts.usable, primary, environment=environment, statistics=statistics)
             conclude(run, against, settings.false_alarms)

@@ -238,7 +238,8 @@ def measure_sentences(
             # 4. the Fisher matrix, its eigenpairs, and every perturbation
             measured = measure_sentence(settings, context, point, controls, batches, clock)
             # 5. record it
-            item = experiment.recorder.item(number, measured, clock.take())
+            ways = {**ways_of(experiment.model), **batches.halved()}
+            item = experiment.recorder.item(number, measured, ways, clock.take())
         except FAILURES as error:
             yield finished, failure(number, context.sentence, reason_of(error, experiment, context))
             continue
@@ -358,7 +359,6 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
     failed = []  # kept with the next sentence that is finished: failures alone are no results
     with tqdm(total=total, initial=count, desc="perturbing", unit="sentence", disable=None) as bar:
         for before, item in measure_sentences(experiment, numbers, known, batches, clock):
-            experiment.about["environment"].update(ways_of(experiment.model), rows_that_fit=batches.halved())
             if "failed" in item.record:
                 items.append(item)
                 failed.append(item)

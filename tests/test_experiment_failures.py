@@ -76,12 +76,13 @@ def test_a_cache_that_misleads_gives_way_to_whole_prompts(model_directory, tmp_p
     assert scripts.core_experiment(model_directory, tmp_path / "whole") == 0
     said = capsys.readouterr().out
     assert (
-        said.count("note: LlamaForCausalLM is not read in the fastest way, but by whole prompts: the cached and") == 1
+        said.count("note: LlamaForCausalLM is not read in the fastest way, but by whole prompts (the cached and") == 1
     )
     cached, whole = (experiment_results(tmp_path / name) for name in ("cached", "whole"))
     assert np.allclose(cached[1]["eigenvalues"], whole[1]["eigenvalues"], rtol=1e-4)
-    assert cached[0]["environment"]["reading"] == "shared prefix"
-    assert whole[0]["environment"]["reading"].startswith("whole prompts: the cached and plain predictions differ by")
+    assert cached[0]["environment"]["ways"] == {"shared prefix": "the fastest"}
+    ((way, why),) = whole[0]["environment"]["ways"].items()
+    assert way == "whole prompts" and why.startswith("the cached and plain predictions differ by")
 
 
 class Kernel(torch.autograd.Function):
@@ -112,7 +113,7 @@ def test_gradients_that_a_models_own_kernel_cannot_batch_are_taken_one_by_one(
         assert np.allclose(found[name], expected[name], rtol=1e-4, atol=1e-4), name
     metadata = yaml.safe_load((tmp_path / "pipeline" / "metadata.yaml").read_text())
     for environment in (document["environment"], metadata["environment"]):
-        assert environment["gradients"].startswith("one by one: Cannot access data pointer")
+        assert environment["ways"]["gradients"].startswith("one by one: Cannot access data pointer")
     values = [[r["singular_values"] for r in scripts.records(o)] for o in (tmp_path / "pipeline", finished_pipeline)]
     assert np.allclose(*values, rtol=1e-4, atol=1e-6)
 
@@ -281,7 +282,9 @@ def test_a_smaller_batch_after_running_out_of_memory_is_noted(model_directory, t
     monkeypatch.setattr(torch.func, "vmap", room_for_ten)
     assert scripts.core_experiment(model_directory, tmp_path, "--num-sentences", "2") == 0
     assert "note: out of memory: going on with batches of 10" in capsys.readouterr().err
-    assert len(experiment_results(tmp_path)[0]["sentences"]) == 2
+    document = experiment_results(tmp_path)[0]
+    assert len(document["sentences"]) == 2
+    assert document["environment"]["ways"]["gradients at once"] == "10: out of memory"
     assert failed == [20]  # the first check of the model: all that follows knows
 
 

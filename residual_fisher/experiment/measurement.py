@@ -67,7 +67,7 @@ class Batches:
     """How many rows go through the model in one pass. What running out of memory halves stays so for all sentences."""
 
     def __init__(self, size: int, layers: int = 1):
-        self._fitted, self._checked = False, False
+        self._modes, self._checked = set(), False  # ways of reading seen so far
         self.gradients = fisher.Chunks(4 * size)  # more of them: they carry no vocabulary along
         self.perturbations = fisher.Chunks(size)
         self.steering = fisher.Chunks(max(1, 4 * size // layers))  # a row for each layer
@@ -79,25 +79,26 @@ class Batches:
             UnsupportedModelError: a small perturbation does not do what F predicts.
         """
         mode = point.reading.mode
-        if not self._fitted and mode is not PrefixMode.SHARED:
-            more = ""
-            if mode is PrefixMode.WHOLE:  # a row is a whole prompt, not its last token
-                lengths = [len(context.ids) for context in contexts]
-                for chunks in self._chunks().values():
-                    chunks.size = max(1, chunks.size // max(lengths))
-                more = f": about {sum(lengths) / len(lengths):.0f} times as much work"
-            name, how = type(point.model).__name__, ways_of(point.model).get("reading", mode.value)
-            tqdm.write(f"note: {name} is not read in the fastest way, but by {how}{more}")
-        self._fitted = True
+        more = ""
+        if mode is PrefixMode.WHOLE and not self._modes:  # a row is a whole prompt, not its last token
+            lengths = [len(context.ids) for context in contexts]
+            for chunks in self._chunks().values():
+                chunks.size = max(1, chunks.size // max(lengths))
+            more = f": about {sum(lengths) / len(lengths):.0f} times as much work"
+        if mode not in {PrefixMode.SHARED, *self._modes}:
+            why = ways_of(point.model).get(mode.value)
+            how = f"{type(point.model).__name__} is not read in the fastest way, but by {mode.value}"
+            tqdm.write(f"note: {how}{f' ({why})' if why else ''}{more}")
+        self._modes.add(mode)
         moved = partial(fisher.perturb, point, at=0)
         self._checked = self._checked or fisher.check_prediction(point, moved, self.gradients)
 
     def _chunks(self) -> dict[str, fisher.Chunks]:
         return {name: chunks for name, chunks in vars(self).items() if isinstance(chunks, fisher.Chunks)}
 
-    def halved(self) -> dict[str, int]:
-        """The sizes that running out of memory has left, for the results."""
-        return {name: chunks.size for name, chunks in self._chunks().items() if chunks.halved}
+    def halved(self) -> dict[str, str]:
+        """What running out of memory has left of the sizes: for the results, like `ways_of`."""
+        return {f"{name} at once": f"{c.size}: out of memory" for name, c in self._chunks().items() if c.halved}
 
 
 def fisher_matrices(

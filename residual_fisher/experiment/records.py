@@ -49,8 +49,8 @@ class Recorder:
         self.decode = functools.cache(lambda token: tokenizer.decode([token]))
         self.show = functools.cache(token_writer(tokenizer))
 
-    def item(self, number: int, measured: Measured, seconds: dict[str, float]) -> Item:
-        """A finished sentence; `seconds` are those that it took, by stage."""
+    def item(self, number: int, measured: Measured, ways: dict[str, str], seconds: dict[str, float]) -> Item:
+        """A finished sentence; the ways in which its model was run, and the seconds that it took, by stage."""
         eigen, log_probs = Eigenpairs(*(part.cpu() for part in measured.eigen)), measured.point.log_probs
         top_log_probs, top_ids = (part[:TOP].tolist() for part in log_probs.sort(stable=True, descending=True))
         unperturbed = (0.0, 0.0, 0.0, top_ids, top_log_probs, log_probs[measured.context.target_id].item())
@@ -64,7 +64,7 @@ class Recorder:
             record["continuation"] = self._continuation(measured)
         if measured.steered is not None:
             record["steering"] = steering_record(measured.steered, self.layers, self.show)
-        return Item(number, json_ready({**record, "seconds": seconds}), self._arrays(measured, eigen))
+        return Item(number, json_ready({**record, "ways": ways, "seconds": seconds}), self._arrays(measured, eigen))
 
     def _context(self, measured: Measured) -> dict:
         context, log_probs = measured.context, measured.point.log_probs
@@ -228,9 +228,11 @@ def write_results(folder: Path, items: Iterable[Item], about: dict, complete: bo
 
     labels, cosines = similarity(arrays["eigenvectors"], list(records[0]["fisher"]))
     seconds = by_key(pair for record in records for pair in record["seconds"].items())
+    ways = dict(way for record in records for way in record.get("ways", {}).items())
     document = json_ready(
         {
-            **{key: about[key] for key in ("run", "experiment_config", "environment")},
+            **{key: about[key] for key in ("run", "experiment_config")},
+            "environment": {**about["environment"], "ways": ways},
             "complete": complete,
             **{name: [record[key] for record in records] for key, name in COLUMNS.items() if key in records[0]},
             "similarity_labels": labels,
@@ -246,15 +248,16 @@ def write_results(folder: Path, items: Iterable[Item], about: dict, complete: bo
 
 
 def split_results(folder: Path, numbers: dict[str, int]) -> Iterator[Item]:
-    """The items that `write_results` has merged, by the sentences' numbers; their seconds are in the first one's."""
+    """The items that `write_results` has merged, by the sentences' numbers. The first has seconds and ways of all."""
     document = read_results(folder)
     with np.load(folder / EIGENVECTORS, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files if name not in ("layers", "run")}
     timings = {stage: seconds for stage, seconds in document["timings"].items() if stage != "load"}
+    ways = document["environment"].get("ways", {})
     items = [failure(numbers[entry["sentence"]], entry["sentence"], entry["reason"]) for entry in document["failed"]]
     for row, sentence in enumerate(document["sentences"]):
         record = {key: document[name][row] for key, name in COLUMNS.items() if name in document}
-        record["seconds"] = {} if row else timings
+        record |= {"seconds": {}, "ways": {}} if row else {"seconds": timings, "ways": ways}
         items.append(Item(numbers[sentence], record, {name: array[row] for name, array in arrays.items()}))
     return iter(sorted(items, key=lambda item: item.number))
 

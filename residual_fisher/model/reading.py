@@ -123,7 +123,7 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     expected, perturbations = _plain_passes(model, ids)
     if not expected[0].isfinite().all():
         return PrefixMode.WHOLE  # nothing can be compared; what is read next will be NaN as well
-    reason = ""
+    reason = "positions are rotated otherwise from its last token on" if changed == (False, True) else ""
     for mode in [PrefixMode.WHOLE] if changed == (False, True) else PrefixMode:
         try:
             reading = read(inner, ids, mode)
@@ -141,7 +141,7 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     if mode is PrefixMode.WHOLE:
         require_causal(inner, torch.cat([ids, ids[-1:]])[None], torch.tensor([len(ids)]))
     chosen[conditions] = (mode, len(ids))
-    ways_of(inner)["reading"] = f"{mode.value}: {excerpt(reason, 100)}" if reason else mode.value
+    ways_of(inner)[mode.value] = excerpt(reason, 100) or "the fastest"
     return mode
 
 
