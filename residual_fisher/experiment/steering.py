@@ -215,7 +215,8 @@ class Linearised:
         layers = len(deltas)
         here = fisher.linearize_perturbed(point, deltas, torch.arange(layers))
         head, p = here.output_head(), here.log_probs.exp()
-        weights, ids = p.topk(min(tokens, p.shape[-1]))
+        ids = fisher.most_probable(here.log_probs, tokens)[1]
+        weights = p.gather(-1, ids)
         target_ids = torch.full_like(ids[:, :1], target)
         unperturbed = point.log_probs.exp().expand(layers, 1, -1)
         rows = head.cotangents(ids)

@@ -176,7 +176,8 @@ def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded]) ->
     """
     point, rows = linearize_batch(settings, subject, batch)
     eigen, shares, columns = triplets(settings, point, fisher.Chunks(rows))
-    next_p, next_ids = (c.tolist() for c in point.log_probs.exp().topk(min(NEXT_TOKENS, point.log_probs.shape[-1])))
+    _, next_ids = fisher.most_probable(point.log_probs, NEXT_TOKENS)
+    next_p, next_ids = point.log_probs.exp().gather(-1, next_ids).tolist(), next_ids.tolist()
     values, vectors = (part.cpu().numpy() for part in eigen[:2])
     shares = TokenShares(*(part.cpu() for part in shares))
     columns = {name: column.tolist() for name, column in columns.items()}

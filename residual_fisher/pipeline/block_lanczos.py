@@ -63,6 +63,8 @@ class _Basis:
 def leading_eigenpairs(point: Point, num: int, tolerance: float = 1e-3, chunks: Chunks | None = None) -> Leading:
     """The `num` largest eigenpairs of F at each layer, or of each prompt, by block Lanczos iteration.
 
+    They are at most as many as there are tokens; F has no more that are not zero.
+
     G^T G is the part of F seen so far, at first through a few of the most probable tokens. Let V be its leading
     eigenvectors. A round adds Y = J V to the basis. Then F V = G^T (W C Y) is exact. It gives Rayleigh-Ritz values,
     vectors and their true residuals in the span of V, and the next V sees more of F. This is the block Lanczos method
@@ -84,8 +86,8 @@ def leading_eigenpairs(point: Point, num: int, tolerance: float = 1e-3, chunks: 
     """
     head, push_forward, chunks = point.output_head(), fisher.PushForward(point), chunks or Chunks()
     tolerance = max(tolerance, 4 * torch.finfo(point.x.dtype).eps)
-    basis = _Basis(point, head, chunks)
-    top = head.cotangents(point.log_probs.topk(min(num + OVERSAMPLING, point.log_probs.shape[-1])).indices)
+    basis, num = _Basis(point, head, chunks), min(num, point.log_probs.shape[-1])
+    top = head.cotangents(fisher.most_probable(point.log_probs, num + OVERSAMPLING)[1])
     probes = _probes(head)
     pulled = basis.add(top, probes)
     done: Leading | None = None
