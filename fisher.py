@@ -316,8 +316,8 @@ def fix_signs(vectors: Tensor, slopes: Tensor, scale: Tensor) -> Tensor:
     """Eigenvectors (..., m, d) with the project's signs; an eigenvector's own sign is arbitrary.
 
     Along v the log-probability of the most probable token grows: its derivatives are `slopes` (..., m). Where one is
-    below 1e-6 of `scale` (..., 1), v's largest component is positive. Rounding may flip the sign where the derivative is
-    small, as along many trailing eigenvectors: no rule is without such cases.
+    below 1e-6 of `scale` (..., 1), v's largest component is positive. Rounding may flip the sign where the derivative
+    is small, as along many trailing eigenvectors: no rule is without such cases.
     """
     largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))[..., 0]
     sign = torch.where(slopes.abs() <= 1e-6 * scale, largest, slopes)
