@@ -59,7 +59,12 @@ ITEMS = "items"
 MANIFEST = "run.json"
 FORMAT = "residual-fisher/2"
 MAX_HASHED = 1 << 30  # bytes of a file: of a larger one only the size is compared
-OTHERS = {"model": "another model", "hook_layer": "another layer", "sentences": "other sentences"}  # by identity's key
+OTHERS = {  # by key
+    "model": "another model",
+    "hook_layer": "another layer",
+    "dtype": "another dtype",
+    "sentences": "other sentences",
+}
 OTHER_VERSION = "a model whose fingerprint another version of this project took, in another way"
 
 

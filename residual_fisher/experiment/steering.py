@@ -214,9 +214,8 @@ class Linearised:
     def __init__(self, point: Point, deltas: Tensor, target: int, tokens: int, chunks: Chunks):
         layers = len(deltas)
         here = fisher.linearize_perturbed(point, deltas, torch.arange(layers))
-        head, p = here.output_head(), here.log_probs.exp()
-        ids = fisher.most_probable(here.log_probs, tokens)[1]
-        weights = p.gather(-1, ids)
+        head, (log_p, ids) = here.output_head(), fisher.most_probable(here.log_probs, tokens)
+        weights = log_p.exp()
         target_ids = torch.full_like(ids[:, :1], target)
         unperturbed = point.log_probs.exp().expand(layers, 1, -1)
         rows = head.cotangents(ids)
@@ -227,7 +226,7 @@ class Linearised:
         rows = torch.cat([rows, head.cotangents(target_ids), -head.combine(unperturbed)], dim=1)
         gradients = fisher.float64(fisher.pull_back(here, rows, chunks)[0])  # (layers, tokens + 3, d)
         self.root, target_gradient, self.kl_gradient = gradients[:, :-2], gradients[:, -2], gradients[:, -1]
-        self.values, self.vectors = torch.linalg.eigh(self.root @ self.root.mT)
+        self.values, self.vectors = fisher.eigh(self.root @ self.root.mT)
         log_prob = here.log_probs[:, target].to(gradients)
         self.log_odds = log_odds(log_prob)
         remainder = (1 - log_prob.exp()).clamp(min=ROUNDING)  # probability of all other tokens

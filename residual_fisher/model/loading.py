@@ -14,6 +14,7 @@ from pathlib import Path
 import pickle
 import platform
 import sys
+import warnings
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from residual_fisher.common.program import EMBEDDED, UserError, hub_hint, is_out_of_memory
 from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.embedded import embedded_model
+from residual_fisher.model.passes import UnsupportedModelError, gradient_at_tokens, hooked
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 # The backward passes of fused attention and of grouped experts have no batching rule.
@@ -194,10 +196,49 @@ def _exceeds_gpu(config, options: dict) -> bool:
     with torch.device("meta"):
         model = model_class(config).from_config(config, trust_remote_code=options["trust_remote_code"])
     size = sum(p.numel() for p in model.parameters()) * options["dtype"].itemsize
-    free = [WEIGHTS_SHARE * torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
-    if size > sum(free):  # before minutes of loading
+
+    def room(gpu: int) -> float:  # asking takes a CUDA context there, of hundreds of megabytes
+        return WEIGHTS_SHARE * torch.cuda.mem_get_info(gpu)[0]
+
+    if size <= room(torch.cuda.current_device()):
+        return False
+    if size > sum(map(room, range(torch.cuda.device_count()))):  # before minutes of loading
         raise TooLargeError
-    return size > free[torch.cuda.current_device()]
+    return True
+
+
+def fix_arithmetic(model: nn.Module) -> None:
+    """For the rest of the process: float32 products keep their digits, and on CUDA equal calls give equal bits.
+
+    Whatever the process was told, there is no TF32: an exact eigenpair's residual is 5e-5 with it, and 1e-6 without. A
+    model that has no deterministic kernel for one of its operations goes without, with a warning.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # in convolutions, which recurrent models have
+    if model.device.type != "cuda":
+        return
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
+    torch.use_deterministic_algorithms(
+        True
+    )  # not `warn_only`, which leaves the backward pass of fused attention as it is
+    try:
+        gradient_at_tokens(model, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([2]))
+    except Exception as error:  # of all others the run will tell
+        if "deterministic" in str(error):
+            torch.use_deterministic_algorithms(False)
+            reason = excerpt(first_line(error), 100)
+            warnings.warn(f"equal runs of {type(model).__name__} may differ by rounding: {reason}", stacklevel=2)
+
+
+def _arithmetic(device: torch.device) -> dict:
+    """What results record of `fix_arithmetic`, and of the kernels that fused attention may run in."""
+    precision = {"float32_matmul_precision": torch.get_float32_matmul_precision()}
+    if device.type != "cuda":
+        return precision
+    names = ("flash", "mem_efficient", "math", "cudnn")
+    with hooked():
+        kernels = [name for name in names if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
+    return {**precision, "deterministic": torch.are_deterministic_algorithms_enabled(), "attention_kernels": kernels}
 
 
 def describe(model: nn.Module) -> dict:
@@ -210,6 +251,7 @@ def describe(model: nn.Module) -> dict:
         "hidden_size": text_config(model).hidden_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        **_arithmetic(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "numpy")},
@@ -310,6 +352,16 @@ def rotation_change(model: nn.Module) -> float:
 def longest_prompt(model: nn.Module) -> int | None:
     """How many positions the model has; None if its configuration names no limit."""
     return getattr(text_config(model), "max_position_embeddings", None) or None
+
+
+def require_fixed_rotation(model: nn.Module, ids: torch.Tensor) -> None:
+    """Raises UnsupportedModelError for prompts (..., tokens) above the own length of a model with dynamic NTK scaling.
+
+    There every length has a base of its own, and transformers keeps that of the longest prompt that was run.
+    """
+    longest = longest_prompt(model) or ids.shape[-1]
+    if ids.shape[-1] > longest and any("dynamic" in kind for kind, _ in rotations(model)):
+        raise UnsupportedModelError(f"above {longest} tokens its rotation (dynamic NTK) depends on the prompts before")
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from residual_fisher.common.program import is_out_of_memory
-from residual_fisher.common.text import first_line
+from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, copy_of, prefill
-from residual_fisher.model.loading import decoder_layers, rotation_change
+from residual_fisher.model.loading import decoder_layers, require_fixed_rotation, rotation_change
 from residual_fisher.model.passes import (
     ROUNDING_NATS,
     UnsupportedModelError,
@@ -24,9 +24,9 @@ from residual_fisher.model.passes import (
     hooked,
     largest_kl,
     require_causal,
-    require_fixed_rotation,
     require_known_tokens,
     unwrapped,
+    ways_of,
 )
 
 
@@ -123,6 +123,7 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     expected, perturbations = _plain_passes(model, ids)
     if not expected[0].isfinite().all():
         return PrefixMode.WHOLE  # nothing can be compared; what is read next will be NaN as well
+    reason = ""
     for mode in [PrefixMode.WHOLE] if changed == (False, True) else PrefixMode:
         try:
             reading = read(inner, ids, mode)
@@ -140,6 +141,7 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     if mode is PrefixMode.WHOLE:
         require_causal(inner, torch.cat([ids, ids[-1:]])[None], torch.tensor([len(ids)]))
     chosen[conditions] = (mode, len(ids))
+    ways_of(inner)["reading"] = f"{mode.value}: {excerpt(reason, 100)}" if reason else mode.value
     return mode
 
 
