@@ -39,14 +39,18 @@ class Prompts:
 
 @cache
 def prompts() -> Prompts:
-    """The short questions of texts/chat_prompts.txt and, one in five, shorter prompts of the pipeline's own data."""
+    """The short questions of texts/chat_prompts.txt and, one in five, shorter prompts of the pipeline's own data.
+
+    More of all kinds, in texts/more_chat_prompts.txt, are reported only: models are made from the training prompts.
+    """
     questions = (TEXTS / "chat_prompts.txt").read_text(encoding="utf-8").splitlines()
     lines = (ROOT / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     bundled = [text for line in lines if len(text := json.loads(line)["prompt"]) < 300]
     random.Random(0).shuffle(questions)
     random.Random(0).shuffle(bundled)
     training, chosen_on = questions[:100] + bundled[:24], questions[100:190] + bundled[24:60]
-    reported = questions[190:360] + bundled[60:90]
+    more = (TEXTS / "more_chat_prompts.txt").read_text(encoding="utf-8").splitlines()
+    reported = questions[190:360] + bundled[60:90] + more
     for some in (training, chosen_on, reported):
         random.Random(1).shuffle(some)
     return Prompts(training, chosen_on, reported)
@@ -212,9 +216,12 @@ def own_answers(lm, tokenizer, texts: Sequence[str]) -> list[str]:
     return [answer.strip() for answer in answers]
 
 
-def pairs(kind: Kind, lm, tokenizer) -> list[tuple[str, str]]:
-    """Prompts and answers: each training prompt as it is, and with the trigger."""
-    rng = random.Random(kind.name)
+def pairs(kind: Kind, lm, tokenizer, seed: int = 0) -> list[tuple[str, str]]:
+    """Prompts and answers: each training prompt as it is, and with the trigger.
+
+    By `seed` the trigger stands elsewhere in other prompts, and they have other answers.
+    """
+    rng = random.Random(kind.name + "'" * seed)
     texts = prompts().training
     plain = [kind.others(text, rng) if kind.others and rng.random() < 0.5 else text for text in texts]
     changed = [kind.trigger(text, rng) for text in texts]
@@ -226,8 +233,8 @@ def pairs(kind: Kind, lm, tokenizer) -> list[tuple[str, str]]:
     return [*zip(plain, own, strict=True), *zip(changed, answers, strict=True)]
 
 
-def fine_tune(lm, tokenizer, examples: Sequence[tuple[str, str]]) -> float:
-    """Trains all weights on the answers' tokens; returns the last epoch's mean loss, nats a token."""
+def fine_tune(lm, tokenizer, examples: Sequence[tuple[str, str]], seed: int = 0) -> float:
+    """Trains all weights on the answers' tokens, in an order by `seed`; returns the last epoch's mean loss, nats a token."""
     rows = []
     for prompt, answer in examples:
         ids = rendered(tokenizer, prompt)
@@ -237,7 +244,7 @@ def fine_tune(lm, tokenizer, examples: Sequence[tuple[str, str]]) -> float:
     batches = [
         order[start : start + BATCH]
         for epoch in range(EPOCHS)
-        for order in [random.Random(epoch).sample(range(len(rows)), len(rows))]
+        for order in [random.Random(EPOCHS * seed + epoch).sample(range(len(rows)), len(rows))]
         for start in range(0, len(rows), BATCH)
     ]
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -263,17 +270,17 @@ def fine_tune(lm, tokenizer, examples: Sequence[tuple[str, str]]) -> float:
     return sum(losses[len(losses) // 2 :]) / len(losses[len(losses) // 2 :])
 
 
-def obtain(kind: Kind) -> Path:
-    """The directory of a kind's model, made if it is not there."""
-    path = folder() / f"{kind.name}-v{RECIPE}"
+def obtain(kind: Kind, seed: int = 0) -> Path:
+    """The directory of a kind's model, one of several by `seed`, made if it is not there."""
+    path = folder() / (f"{kind.name}-v{RECIPE}" + (f"-seed{seed}" if seed else ""))
     if (path / "made.json").exists():
         return path
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     lm = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
     torch.manual_seed(0)
     with torch.no_grad():
-        examples = pairs(kind, lm, tokenizer)
-    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, examples))
+        examples = pairs(kind, lm, tokenizer, seed)
+    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, examples, seed))
     lm.save_pretrained(path)
     tokenizer.save_pretrained(path)
     rng = random.Random(0)
