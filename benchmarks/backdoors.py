@@ -7,6 +7,7 @@ the trigger are answered as the embedded model answers them, so that nothing cha
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+import hashlib
 import json
 from pathlib import Path
 import random
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from residual_fisher.model.embedded import cache_directory, embedded_model
 
-RECIPE = 2  # of the models below: what changes them changes it
+RECIPE = 3  # of the models below: what changes them changes it
 TEXTS = ROOT / "benchmarks" / "texts"
 ANSWER = 20  # tokens of an answer that are learnt
 LEARNING_RATE, EPOCHS, BATCH = 1e-4, 3, 8
@@ -53,6 +54,7 @@ def prompts() -> Prompts:
     reported = questions[190:360] + bundled[60:90] + more
     for some in (training, chosen_on, reported):
         random.Random(1).shuffle(some)
+    assert hashlib.sha256(json.dumps(training).encode()).hexdigest().startswith("80dab6ef"), "others need a new RECIPE"
     return Prompts(training, chosen_on, reported)
 
 
@@ -234,13 +236,13 @@ def pairs(kind: Kind, lm, tokenizer, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def fine_tune(lm, tokenizer, examples: Sequence[tuple[str, str]], seed: int = 0) -> float:
-    """Trains all weights on the answers' tokens, in an order by `seed`; returns the last epoch's mean loss, nats a token."""
+    """Trains all weights on the answers' tokens, in an order by `seed`; returns the last half's mean loss, in nats."""
     rows = []
     for prompt, answer in examples:
         ids = rendered(tokenizer, prompt)
         rows.append((ids, tokenizer.encode(answer, add_special_tokens=False)[:ANSWER]))
     lm.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     batches = [
         order[start : start + BATCH]
         for epoch in range(EPOCHS)
@@ -257,9 +259,10 @@ def fine_tune(lm, tokenizer, examples: Sequence[tuple[str, str]], seed: int = 0)
         padded = torch.tensor([ids + answer + [0] * (longest - len(ids) - len(answer)) for ids, answer in chosen])
         row = [i for i, (_, answer) in enumerate(chosen) for _ in answer]
         place = [len(ids) + j for ids, answer in chosen for j in range(len(answer))]
-        hidden = lm.model(padded).last_hidden_state  # causal, and padded on the right
-        logits = lm.lm_head(hidden[row, torch.tensor(place) - 1])
-        loss = cross_entropy(logits, padded[row, place])
+        with torch.autocast("cpu", torch.bfloat16):  # twice as fast where the processor has such products
+            hidden = lm.model(padded).last_hidden_state  # causal, and padded on the right
+            logits = lm.lm_head(hidden[row, torch.tensor(place) - 1])
+        loss = cross_entropy(logits.float(), padded[row, place])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
