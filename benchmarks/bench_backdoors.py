@@ -240,10 +240,10 @@ def nearest_neighbours(rows: np.ndarray) -> Callable:
     return KNN().fit(rows).decision_function
 
 
-def histograms(rows: np.ndarray) -> Callable:
-    from pyod.models.hbos import HBOS
+def principal_components(rows: np.ndarray) -> Callable:
+    from pyod.models.pca import PCA
 
-    return HBOS().fit(rows).decision_function
+    return PCA().fit(rows).decision_function
 
 
 def robust_z(values: np.ndarray, usual: np.ndarray) -> np.ndarray:
@@ -258,7 +258,8 @@ DETECTORS: dict[str, tuple[str, Fit]] = {
     "Mahalanobis, activations": ("activations", mahalanobis),
     "local outlier factor, activations": ("activations", local_outlier_factor),
     "isolation forest, activations": ("activations", isolation_forest),
-    "nearest neighbours, activations": ("activations", nearest_neighbours),
+    "nearest neighbours (PyOD), activations": ("activations", nearest_neighbours),
+    "principal components (PyOD), activations": ("activations", principal_components),
     "entropy, two-sided": ("entropy", two_sided),
     "top probability, two-sided": ("log_odds", two_sided),
     "perplexity of the prompt": ("log_perplexity", lambda rows: lambda others: others),
