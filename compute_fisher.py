@@ -223,7 +223,7 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
             primary = matrices.merge(run, prompts.usable)
             columns = report.columns_of(record for _, record in run.all_records())
             run.finish(prompts.usable, primary, statistics=report.summarize(columns, prompts.skipped))
-            conclude(run, against)
+            conclude(run, against, settings.false_alarms)
         except KeyboardInterrupt:
             print("Interrupted: finished batches are saved; the same command resumes the run.", file=sys.stderr)
             return INTERRUPTED
@@ -239,7 +239,7 @@ def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference
         UserError: the folder holds another run, and may not be overwritten; or the reference does not fit.
     """
     if against:
-        against.require_same_model(pipeline.identity)
+        against.require_same_kind(pipeline.identity, pipeline.environment)
     notes = {"config": settings_of(settings), "environment": pipeline.environment}
     split = partial(matrices.split, run.folder)
     state = run.examine(
@@ -268,18 +268,19 @@ def report_finished(run: Run, settings: Settings, against: Reference | None) -> 
     name = printable(settings.output_dir)
     if run.read_only and not run.is_derived([PROMPTS], made_from_scores(run, scoring_of(against))):
         print(f"{name} is finished: only its prompts would be scored anew")
-    elif not run.read_only and conclude(run, against):
+    elif not run.read_only and (made := conclude(run, against, settings.false_alarms)):
         print(report.final_table(partial(scored_records, run.folder), run.manifest["notes"]["statistics"], settings))
-        print(f"{name} was finished: its prompts were scored anew")
+        what = "its prompts were scored anew" if PROMPTS in made else "its picture was drawn anew"
+        print(f"{name} was finished: {what}")
     else:
         print(f"{name} is finished: nothing to do (--overwrite starts anew)")
     return code_of(run)
 
 
-def redraw(folder: Path) -> int:
+def redraw(folder: Path, false_alarms: float) -> int:
     """Draws the picture of the records in a folder again."""
     try:
-        figures.draw(folder, scored_records(folder))
+        figures.draw(folder, scored_records(folder), false_alarms)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         manifest = read_manifest(folder)
         if manifest and manifest["derived"].get(PROMPTS, {}).get("checksum") == checksum(folder / PROMPTS):
@@ -295,7 +296,7 @@ def main(settings: Settings) -> int:
 
     def task() -> int:
         if settings.redraw:
-            return redraw(Path(settings.redraw))
+            return redraw(Path(settings.redraw), settings.false_alarms)
         return run_pipeline(settings, processes.join())
 
     return exit_code(PROGRAM, task, advice)

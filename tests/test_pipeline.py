@@ -13,7 +13,7 @@ import yaml
 from residual_fisher import load_fisher_matrices
 from residual_fisher.model import loading
 from residual_fisher.pipeline import batches, matrices
-from residual_fisher.pipeline.scores import SCORES, THRESHOLD
+from residual_fisher.pipeline.scores import SCORES
 import scripts
 from scripts import PIPELINE_FILES, ROOT, arrays, records
 import tiny
@@ -86,17 +86,20 @@ def test_the_final_table_names_the_prompts_that_stand_out(finished_pipeline, cha
         (line,) = [line for line in shown.splitlines() if line.startswith(label)]
         numbers = [float(word) for word in line.removeprefix(label).split()]
         assert numbers == pytest.approx([np.median(values), min(values), max(values)], rel=1e-3)
-    beyond = sum(record["outlier_score"] > THRESHOLD for record in found)
-    *_, leading = shown.partition(f"{beyond} of 8 prompts stand out from most of them: scores above 2.3")
-    rows = [line.split() for line in leading.splitlines()[4:14]]
+    lowest = min(record["p_value"] for record in found)
+    *_, leading = shown.partition("0 of 8 prompts stand out from most of them, with a p-value of at most 0.01")
+    assert f"(the lowest is {lowest:.2g}: n usual prompts show none below 1/(n + 1))" in leading
+    rows = [line.split() for line in leading.splitlines()[5:15]]
     expected = sorted(found, key=lambda record: -record["outlier_score"])[:5]
     assert [int(row[0]) for row in rows[::2]] == [record["index"] for record in expected]
-    numbers = [[f"{r['outlier_score']:.1f}", *(f"{r[name]:+.1f}" for name in SCORES)] for r in expected]
-    assert [row[1:6] for row in rows[::2]] == numbers
-    assert [" ".join(row[6:]) for row in rows[::2]] == [record["prompt"] for record in expected]
+    numbers = [
+        [f"{r['outlier_score']:.1f}", f"{r['p_value']:.2g}", *(f"{r[name]:+.1f}" for name in SCORES)] for r in expected
+    ]
+    assert [row[1:7] for row in rows[::2]] == numbers
+    assert [" ".join(row[7:]) for row in rows[::2]] == [record["prompt"] for record in expected]
     for words, record in zip(rows[1::2], expected, strict=True):
         assert " ".join(words).startswith(" ".join(record["odd_words"])[:50])
-    assert max(map(len, leading.splitlines()[:14])) <= 120
+    assert max(map(len, leading.splitlines()[:15])) <= 120
 
 
 def test_results_are_read_without_torch_or_matplotlib(finished_pipeline):

@@ -553,7 +553,7 @@ def test_of_so_few_that_nothing_is_judged_all_may_fail(chat_directory, dataset, 
         assert code == SOME_FAILED and "Traceback" not in capsys.readouterr().err
         assert [record["failed"] for record in records(tmp_path / "out")] == [NAN] * count
         assert len(load_fisher_matrices(tmp_path / "out")) == count
-    assert figures.spectra_figure(records(tmp_path / "out"))
+    assert figures.spectra_figure(records(tmp_path / "out"), 0.01)
 
 
 # --- two at once ---------------------------------------------------------------------------------

@@ -10,16 +10,19 @@ from scipy.sparse.linalg import eigsh
 
 from residual_fisher.pipeline.matrices import Triplets
 
-ROWS_PER_COLUMN = 4  # of a covariance estimate; with fewer rows it uses the leading columns only
+# Of a covariance estimate; with fewer rows it uses the leading columns only. Shrinking the covariance of all columns
+# instead (Ledoit and Wolf, 2004) found less: AUROC 0.95 for 0.98 on one of the backdoors that scores were chosen on.
+ROWS_PER_COLUMN = 4
 SOFTNESS = 0.3  # of the edge of a `Subspace`: rho as a share of the largest eigenvalue of M
+LEAST_LEFT = 1e-5  # below which float64 has lost what is left of a share or an eigenvalue
 PSEUDOCOUNT = 0.5  # prompts, of additive smoothing: no token has a probability of 0
 COORDINATES = 5  # principal coordinates of a prompt
-RESOLUTION = 1e-5  # of logarithms and shares, all of order 1: equal prompts of different batches differ by rounding
+ROUNDING = 1e-5  # of logarithms and shares, all of order 1, in float32: equal prompts of different batches differ by it
 MIN_DEVIATION = 1e-3  # standard deviation of a logarithm, added to each column's: equal rows have an inverse too
 SMALL = 64  # rows: all eigenvalues of such a matrix are found as fast as one
 
 
-def robust_z(values: np.ndarray, usual: np.ndarray, least: float = RESOLUTION) -> np.ndarray:
+def robust_z(values: np.ndarray, usual: np.ndarray, least: float = ROUNDING) -> np.ndarray:
     """Distances from the median of `usual`, in units of 1.4826 times its median absolute deviation.
 
     For normal data the unit is the standard deviation, but outliers do not widen it (Iglewicz and Hoaglin, "How to
@@ -34,14 +37,15 @@ def robust_z(values: np.ndarray, usual: np.ndarray, least: float = RESOLUTION) -
 
 
 class Mahalanobis:
-    """Mahalanobis distances from trusted rows (n, columns)."""
+    """Mahalanobis distances from trusted rows (n, columns) of logarithms; `rounding` is theirs."""
 
-    def __init__(self, rows: np.ndarray):
+    def __init__(self, rows: np.ndarray, rounding: float = ROUNDING):
         used = max(1, min(rows.shape[1], len(rows) // ROWS_PER_COLUMN))
         self._rows = rows[:, :used]
         self._mean = self._rows.mean(axis=0)
-        self._precision = np.linalg.inv(np.atleast_2d(np.cov(self._rows.T)) + MIN_DEVIATION**2 * np.eye(used))
-        self._rounding = RESOLUTION**2 * np.trace(self._precision)
+        least = max(MIN_DEVIATION, rounding)
+        self._precision = np.linalg.inv(np.atleast_2d(np.cov(self._rows.T)) + least**2 * np.eye(used))
+        self._rounding = rounding**2 * np.trace(self._precision)
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """(n,) distances; 0 for one that may be rounding."""
@@ -51,7 +55,7 @@ class Mahalanobis:
     def leave_one_out(self) -> np.ndarray:
         """(n,) distances of each trusted row from the others, by the Sherman–Morrison formula."""
         n, squared = len(self._rows), self.of(self._rows) ** 2
-        left = np.maximum(1 - n * squared / (n - 1) ** 2, RESOLUTION)
+        left = np.maximum(1 - n * squared / (n - 1) ** 2, LEAST_LEFT)
         return np.sqrt((n / (n - 1)) ** 2 * (n - 2) / (n - 1) * squared / left)
 
 
@@ -70,7 +74,7 @@ class Subspace:
         self._count, self._width = len(roots), roots[0].shape[1]
         self._roots = np.concatenate(roots, axis=1)  # R (d, n * r)
         self._gram = (self._roots.T @ self._roots).astype(np.float64)
-        self._rho = max(SOFTNESS * (largest_eigenvalue(self._gram) / self._count), RESOLUTION)
+        self._rho = max(SOFTNESS * (largest_eigenvalue(self._gram) / self._count), LEAST_LEFT)
         self._factor = self._factored(self._rho)
 
     def _factored(self, rho: float):

@@ -8,7 +8,7 @@ import numpy as np
 
 from residual_fisher.common.text import excerpt, printable, table
 from residual_fisher.model.words import summary_line
-from residual_fisher.pipeline.scores import OUTLIER, SCORES, THRESHOLD
+from residual_fisher.pipeline.scores import OUTLIER, P_VALUE, SCORES
 from residual_fisher.pipeline.settings import Settings
 
 NAMED = 5  # prompts named at the end
@@ -72,17 +72,26 @@ def final_table(records: Callable[[], Iterable[dict]], statistics: dict, setting
 
 def _outstanding(records: Iterable[dict], settings: Settings) -> list[str]:
     """The prompts that stand out: on which scores, and in which tokens."""
-    count, beyond, leading = 0, 0, []
+    count, beyond, lowest, leading = 0, 0, 1.0, []
     for record in records:  # one in memory at a time: there may be millions
-        count, beyond = count + 1, beyond + (record[OUTLIER] > THRESHOLD)
+        p = record[P_VALUE]
+        count, beyond, lowest = count + 1, beyond + (p <= settings.false_alarms), min(lowest, p)
         leading = heapq.nlargest(NAMED, [*leading, record], key=lambda record: record[OUTLIER])
     lines = [
-        f"{beyond} of {count} prompts stand out {_from_what(settings)}: scores above {THRESHOLD:g}, in robust\n"
-        "standard deviations. Below each its unusual words, and the tokens that lose ← → gain in the direction in\n"
-        "which it differs:"
+        f"{beyond} of {count} prompts stand out {_from_what(settings)}, with a p-value of at most "
+        f"{settings.false_alarms:g}"
     ]
-    cells = [[str(r["index"]), f"{r[OUTLIER]:.1f}", *(f"{r[name]:+.1f}" for name in SCORES)] for r in leading]
-    title, *numbers = table(["prompt", "score", *(name.removeprefix("z_") for name in SCORES)], cells).splitlines()
+    if not beyond:
+        lines.append(f"(the lowest is {lowest:.2g}: n usual prompts show none below 1/(n + 1))")
+    lines.append(
+        "Below, with scores in robust standard deviations; then unusual words, and the tokens that lose ← → gain\n"
+        "in the direction in which they differ:"
+    )
+    cells = [
+        [str(r["index"]), f"{r[OUTLIER]:.1f}", f"{r[P_VALUE]:.2g}", *(f"{r[name]:+.1f}" for name in SCORES)]
+        for r in leading
+    ]
+    title, *numbers = table(["prompt", "score", "p", *(name.removeprefix("z_") for name in SCORES)], cells).splitlines()
     lines.append(title)
     for line, record in zip(numbers, leading, strict=True):
         lines.append(f"{line}  {excerpt(record['prompt'], EXCERPT)}")
