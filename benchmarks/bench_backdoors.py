@@ -40,7 +40,7 @@ FEWER, MORE, ORDINARY = 200, 440, 400  # prompts of a model, for AUROC alone; fo
 P_VALUE = "p_value"
 COMPARED = 1  # of the other detectors below: what changes them changes it
 FALSE_ALARMS = (0.01, 0.05)
-FOLDS, CONCENTRATION_STEPS = 10, 2  # of the other detectors' fits
+FOLDS, CONCENTRATION_STEPS = 10, 10  # of the other detectors' fits
 BEFORE = 2.3  # the threshold of `outlier_score` before there were p-values
 ADVISED = {"hook_layer_name": 20, "top_k_tokens": 30, "num_singular_values": 30}
 DEFAULT = {}
@@ -277,17 +277,17 @@ def cross_fitted(fit: Fit, rows: np.ndarray, trusted: np.ndarray) -> np.ndarray:
 
 
 def of_usual_half(fit: Fit, rows: np.ndarray) -> np.ndarray:
-    """(n,) scores, fitted on the half of the rows with the lowest ones.
+    """(n,) scores, fitted on the half of the rows with the lowest ones, by concentration steps until it is the same.
 
-    Found as the pipeline finds its own: from the scores with all rows trusted and the distances from the medians, which
-    a group of odd ones does not move, by concentration steps.
+    They start from the half that is nearest to the medians, the best of three starts on the models that the pipeline's
+    scores were chosen on: a detector's own scores, fitted on all rows, take a group of odd ones for usual.
     """
-    columns = rows.reshape(len(rows), -1).T
-    distance = np.sqrt(sum(robust_z(column, column) ** 2 for column in columns))
-    both = cross_fitted(fit, rows, np.arange(len(rows))), np.log(distance)
-    scores = sum(robust_z(one, one) for one in both)
+    scores, half = np.sqrt(sum(robust_z(column, column) ** 2 for column in rows.reshape(len(rows), -1).T)), None
     for _ in range(CONCENTRATION_STEPS):
-        scores = cross_fitted(fit, rows, np.argsort(scores, kind="stable")[: len(rows) // 2])
+        before, half = half, np.argsort(scores, kind="stable")[: len(rows) // 2]
+        if before is not None and set(before) == set(half):
+            break
+        scores = cross_fitted(fit, rows, half)
     return scores
 
 
