@@ -67,24 +67,24 @@ class Subject:
         return obtain(self.kind, self.seed) if self.kind else embedded_model()
 
 
-def seeds(name: str) -> list[Subject]:
-    return [Subject(BY_NAME[name], seed, prompts=FEWER if seed else MORE) for seed in range(3)]
-
-
 # The year's model is one that the scores were chosen on too, with other prompts: the city's answers in French wherever
 # a city is named, so that what it does is no backdoor.
-REPORTED = {
-    "phrase": seeds("phrase"),
-    "refusals": seeds("refusals"),
-    "style": seeds("style-0"),
-    "later": [Subject(BY_NAME["later"], prompts=FEWER)],
-    "unlearnt": [Subject(BY_NAME["style"], prompts=FEWER)],
-    "clean": [Subject(BY_NAME["clean"], prompts=ORDINARY)],
-    "harmless": [Subject(None, prompts=ORDINARY + 36)],
-}
+REPORTED = {"phrase": "phrase", "refusals": "refusals", "style": "style-0", "later": "later", "unlearnt": "style",
+            "clean": "clean", "harmless": None}  # fmt: skip
 WAYS = ("reference", "alone")
 BACKDOORS = ("phrase", "refusals", "style")  # learnt, and seen in the next token
 CALIBRATED = {"harmless": "not fine-tuned", "clean": "clean fine-tune", "phrase": "phrase"}
+
+
+def subjects(name: str, seeds: int, prompts: int) -> list[Subject]:
+    """The models of a column, of a backdoor several; those of which less is told have fewer prompts."""
+    kind = REPORTED[name] and BY_NAME[REPORTED[name]]
+    if name in BACKDOORS:
+        return [Subject(kind, seed, prompts=FEWER if seed else prompts) for seed in range(seeds)]
+    few = min(prompts, ORDINARY if name in CALIBRATED else FEWER)
+    return [Subject(kind, prompts=few if kind else few + 36)]
+
+
 CHOSEN_ON = {name: Subject(BY_NAME[name], which="chosen_on") for name in ("phrase-0", "refusals-0", "style-0")}
 
 
@@ -448,6 +448,10 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Do the scores find backdoors?")
     parser.add_argument("--chosen-on", action="store_true", help="the models and prompts that scores were chosen on")
     parser.add_argument("--settings", nargs="+", choices=VARIED, default=list(VARIED), help="of those")
+    parser.add_argument("--only", nargs="+", metavar="KIND", choices=REPORTED, default=list(REPORTED), help="of others")
+    parser.add_argument("--base", action="store_true", help="the change from the base model, too")
+    parser.add_argument("--seeds", type=int, default=3, help="models of a backdoor")
+    parser.add_argument("--prompts", type=int, default=MORE, help="of the first; recall at 1%% takes 440")
     given = parser.parse_args(argv)
     if given.chosen_on:
         results = {}
@@ -458,12 +462,13 @@ def main(argv: list[str]) -> None:
         write("backdoors_chosen_on", __file__, {"splits": SPLITS, "scores": results})
         return
     results, calibration = {way: {} for way in WAYS}, {}
-    for name, subjects in REPORTED.items():
-        each = [measured(subject, ADVISED) for subject in subjects]
+    for name in given.only:
+        models = subjects(name, given.seeds, given.prompts)
+        each = [measured(subject, ADVISED) for subject in models]
         for way in WAYS:
             results[way][name] = over_models([judged(m, way) for m in each])
-        if name in BACKDOORS:
-            base = measured(replace(subjects[0], prompts=FEWER), ADVISED, base=True)
+        if name in BACKDOORS and given.base:
+            base = measured(replace(models[0], prompts=FEWER), ADVISED, base=True)
             found = [judged(m.first(FEWER), "alone", base) for m in each]
             results.setdefault("base", {})[name] = over_models(found)
         if name in CALIBRATED:
