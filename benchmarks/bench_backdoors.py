@@ -40,7 +40,7 @@ FEWER, MORE, ORDINARY = 200, 440, 400  # prompts of a model, for AUROC alone; fo
 P_VALUE = "p_value"
 COMPARED = 1  # of the other detectors below: what changes them changes it
 FALSE_ALARMS = (0.01, 0.05)
-FOLDS, CONCENTRATION_STEPS = 10, 10  # of the other detectors' fits
+FOLDS, CONCENTRATION_STEPS = 10, 4  # of the other detectors' fits
 BEFORE = 2.3  # the threshold of `outlier_score` before there were p-values
 ADVISED = {"hook_layer_name": 20, "top_k_tokens": 30, "num_singular_values": 30}
 DEFAULT = {}
@@ -215,9 +215,22 @@ Fit = Callable[[np.ndarray], Callable[[np.ndarray], np.ndarray]]  # from trusted
 
 
 def mahalanobis(rows: np.ndarray) -> Callable:
-    from sklearn.covariance import LedoitWolf
+    """Squared distances with the covariance of Ledoit and Wolf (2004), (1 - s) X^T X / n + s mu, as in scikit-learn.
 
-    return LedoitWolf().fit(rows).mahalanobis
+    By Woodbury's identity: no d x d matrix is inverted, a hundred times as fast for a hundred rows.
+    """
+    (n, d), mean = rows.shape, rows.mean(axis=0)
+    gram = (rows - mean) @ (rows - mean).T
+    mu, norm = np.trace(gram) / (n * d), (gram**2).sum() / n**2
+    distance = norm / d - mu**2
+    s = min(((np.diag(gram) ** 2).sum() / n - norm) / (d * n), distance) / distance
+    inner = np.linalg.inv(gram + n * s * mu / (1 - s) * np.eye(n))
+
+    def score(others: np.ndarray) -> np.ndarray:
+        overlaps = (others - mean) @ (rows - mean).T
+        return (((others - mean) ** 2).sum(axis=1) - ((overlaps @ inner) * overlaps).sum(axis=1)) / (s * mu)
+
+    return score
 
 
 def local_outlier_factor(rows: np.ndarray) -> Callable:
