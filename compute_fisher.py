@@ -52,6 +52,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from residual_fisher.common.archives import Item
 from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.run import Run, State, checksum, read_manifest, sources_of
 from residual_fisher.common.text import excerpt, model_line, printable
@@ -60,12 +61,14 @@ from residual_fisher.model.loading import (
     dtype_advice,
     find_module,
     fingerprint,
+    fix_arithmetic,
     load,
     longest_prompt,
     vocabulary_size,
 )
+from residual_fisher.model.passes import ways_of
 from residual_fisher.pipeline import figures, matrices, processes, report
-from residual_fisher.pipeline.batches import Subject, check_once, measure, try_first
+from residual_fisher.pipeline.batches import Subject, check_once, measure, try_first, write_tokens
 from residual_fisher.pipeline.derived import METADATA, PROMPTS, conclude, made_from_scores, scored_records, scoring_of
 from residual_fisher.pipeline.estimate import describe_run, tell_too_few
 from residual_fisher.pipeline.processes import Processes
@@ -117,6 +120,7 @@ def prepare(settings: Settings, first: Prompt, process: Processes, tell: Callabl
     """
     device = own_device(settings.device, process)
     model, tokenizer = load(settings.model_path, settings.dtype, device, settings.trust_remote_code)
+    fix_arithmetic(model)
     subject = Subject(model, tokenizer, *find_module(model, settings.hook_layer_name))
     longest = min(settings.max_length, longest_prompt(model) or settings.max_length)
     asked, settings = identity_of(settings), clamp_to_model(settings, subject, tell)
@@ -145,13 +149,17 @@ def clamp_to_model(settings: Settings, subject: Subject, tell: Callable[[str], N
 def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Processes, bar: tqdm) -> None:
     """Takes the windows of this process through `measure`, and keeps every batch as soon as it is finished.
 
-    The next window is tokenized, and items are written, meanwhile.
+    The next window is tokenized meanwhile, and items are completed and written.
     """
     settings, subject = pipeline.settings, pipeline.subject
     windows = plan(pipeline, source, run, process)
     pending: deque[Future] = deque()
     tokens, start, checked = 0, time.perf_counter(), set()
     failures = Failures(dtype_advice(subject.model))
+
+    def keep(items: list[Item]) -> None:
+        run.append(write_tokens(subject, items))
+
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         ahead = reader.submit(next, windows, None)
         while (window := ahead.result()) is not None:
@@ -160,7 +168,7 @@ def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Pro
             for batch in window.batches:
                 check_once(settings, subject, batch, checked)
                 items = measure(settings, subject, batch)
-                pending.append(writer.submit(run.append, items))
+                pending.append(writer.submit(keep, items))
                 while len(pending) > MAX_WAITING:  # raises what a write that failed has raised
                     pending.popleft().result()
                 failures.count(items)
@@ -222,7 +230,9 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
             tell_too_few(settings, prompts.usable)
             primary = matrices.merge(run, prompts.usable)
             columns = report.columns_of(record for _, record in run.all_records())
-            run.finish(prompts.usable, primary, statistics=report.summarize(columns, prompts.skipped))
+            environment = {**pipeline.environment, **ways_of(pipeline.subject.model)}
+            statistics = report.summarize(columns, prompts.skipped)
+            run.finish(prompts.usable, primary, environment=environment, statistics=statistics)
             conclude(run, against, settings.false_alarms)
         except KeyboardInterrupt:
             print("Interrupted: finished batches are saved; the same command resumes the run.", file=sys.stderr)

@@ -65,11 +65,12 @@ from residual_fisher.model.loading import (
     describe,
     dtype_advice,
     fingerprint,
+    fix_arithmetic,
     load,
     longest_prompt,
     vocabulary_size,
 )
-from residual_fisher.model.passes import devices_of, require_known_tokens
+from residual_fisher.model.passes import devices_of, require_known_tokens, ways_of
 
 FILES = (records.RESULTS, records.EIGENVECTORS, *figures.FILES)
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
@@ -109,6 +110,7 @@ def prepare(settings: Settings) -> Experiment:
     start = time.perf_counter()
     model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
     load_seconds = time.perf_counter() - start
+    fix_arithmetic(model)
     if not tokenizer.is_fast:
         raise UserError(f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word")
     asked, settings = identity_settings(settings), clamp_to_model(settings, model)
@@ -356,6 +358,7 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
     failed = []  # kept with the next sentence that is finished: failures alone are no results
     with tqdm(total=total, initial=count, desc="perturbing", unit="sentence", disable=None) as bar:
         for before, item in measure_sentences(experiment, numbers, known, batches, clock):
+            experiment.about["environment"].update(ways_of(experiment.model), rows_that_fit=batches.halved())
             if "failed" in item.record:
                 items.append(item)
                 failed.append(item)

@@ -31,13 +31,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 import torch
 from torch import Tensor, nn
 
+from residual_fisher.model.eigen import block_lanczos, eigh, float64
 from residual_fisher.model.head import OutputHead, cotangents_through, is_linear
-from residual_fisher.model.loading import decoder_layers, load
+from residual_fisher.model.loading import decoder_layers, load, require_fixed_rotation
 from residual_fisher.model.passes import (
     Chunks,
     UnsupportedModelError,
@@ -58,7 +57,8 @@ __all__ = [
     "pull_back", "top_k",
 ]  # fmt: skip
 
-EIGH_MAX_WIDTH = 256  # matrices up to this width: `eigh` is as fast as iteration for ten pairs (4 times slower at 576)
+# Widest matrix that is formed: `eigh` of seven takes 0.05 s, and of 576 x 576 0.35 s (iteration: 0.03).
+EIGH_MAX_WIDTH = 256
 MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration: what float32 can reach
 LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats, no longer matters
 
@@ -198,6 +198,7 @@ def linearize_prompts(
         UnsupportedModelError: the module's output has another shape or does not lead to the predictions.
     """
     model, prompts, last = unwrapped(model), torch.arange(len(ids)), lengths.cpu() - 1
+    require_fixed_rotation(model, ids)
 
     def at_last(h: Tensor) -> Tensor:
         if not isinstance(h, Tensor) or h.ndim != 3 or h.shape[:2] != ids.shape or not h.is_floating_point():
@@ -231,8 +232,14 @@ def _require_finite(values: Tensor, what: str, places: int) -> None:
 def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tensor:
     """G (layers, ..., k, d) float32: row i at a layer is J^T z_i, of `rows` z (..., k, d_head) float32.
 
-    Each chunk of rows is one batched backward pass. For the cotangents of tokens, row t is grad_h log p_t.
+    Each chunk of rows is one batched backward pass. For the cotangents of tokens, row t is grad_h log p_t. In half
+    precision an orthonormal basis of the rows is pulled back in their place.
     """
+    mix = None
+    if point.x.dtype.itemsize < 4 and rows.shape[-2] < rows.shape[-1]:
+        # Of a nearly certain prediction, the cotangents cancel: sum_t p_t z_t is almost 0, and the smallest eigenvalue
+        # of F is what is left of it. If each row were rounded by itself, its rounding would be larger than that.
+        rows, mix = (part.mT.to(rows) for part in torch.linalg.qr(float64(rows).mT))  # (..., k, d_head), (..., k, k)
     # Rows go through the network at unit norm, so that float16 gradients do not underflow.
     norms = rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # (..., k, 1)
 
@@ -243,6 +250,7 @@ def pull_back(point: Point, rows: Tensor, chunks: Chunks | None = None) -> Tenso
 
     by_row = (rows.movedim(-2, 0), norms.movedim(-2, 0))
     gradients = (chunks or Chunks()).join(chunk, *by_row, dim=1).movedim(1, -2)
+    gradients = gradients if mix is None else mix @ gradients
     _require_finite(gradients, "gradients", places=gradients.ndim - 2)
     return gradients
 
@@ -296,11 +304,6 @@ def _require_nonzero(trace: Tensor) -> None:
         raise NumericalError("the Fisher matrix is zero", *zero[0].tolist())
 
 
-def float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64; on the CPU if it was on MPS, which has neither float64 nor eigh."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
-
-
 class Eigenpairs(NamedTuple):
     """The leading part of the spectrum of F, at each layer or of each prompt."""
 
@@ -344,7 +347,7 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     if not allow_zero:
         _require_nonzero(trace)
 
-    values, u = torch.linalg.eigh(gram)
+    values, u = eigh(gram)
     values = values[..., -num:].flip(-1).clamp(min=0)
     u = u[..., -num:].flip(-1).mT  # (..., num, k or d)
     v = nn.functional.normalize(u @ r, dim=-1) if k <= d else u  # (..., num, d)
@@ -414,9 +417,7 @@ class FullVocabulary:
         trace = self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         if not allow_zero:
             _require_nonzero(trace)
-        places = np.ndindex(*trace.shape)
-        pairs = [_largest_eigenpairs(self.matrix[place], min(num, self.matrix.shape[-1]), place) for place in places]
-        values, vectors = (torch.stack(part).unflatten(0, trace.shape) for part in zip(*pairs, strict=True))
+        values, vectors = _largest_eigenpairs(self.matrix, min(num, self.matrix.shape[-1]))
         toward = self.top_gradient[..., None]
         vectors = fix_signs(vectors, (vectors @ toward)[..., 0], toward.norm(dim=-2))
         norm = torch.linalg.matrix_norm(self.matrix).clamp(min=torch.finfo(torch.float32).tiny)
@@ -452,29 +453,24 @@ def full_curvature(point: Point, directions: Tensor, chunks: Chunks | None = Non
     return (y * point.output_head().fisher_times(y)).sum(-1)
 
 
-def _largest_eigenpairs(matrix: Tensor, num: int, place: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The `num` largest eigenvalues (num,) and eigenvectors (num, d) of one matrix."""
-    d = len(matrix)
+def _largest_eigenpairs(matrix: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The `num` largest eigenvalues (..., num) and eigenvectors (..., num, d) of matrices (..., d, d)."""
+    d = matrix.shape[-1]
     if d <= EIGH_MAX_WIDTH or num > d // 8:
-        values, vectors = torch.linalg.eigh(float64(matrix))
-        return values.flip(0)[:num].clamp(min=0).to(matrix), vectors.flip(1)[:, :num].mT.to(matrix)
+        values, vectors = eigh(float64(matrix))
+        return values.flip(-1)[..., :num].clamp(min=0).to(matrix), vectors.flip(-1)[..., :num].mT.to(matrix)
 
-    def times(v: np.ndarray) -> np.ndarray:
-        return (matrix @ torch.from_numpy(np.ascontiguousarray(v)).to(matrix)).cpu().numpy()
-
-    on_cpu = matrix.device.type == "cpu"  # there torch's threads and scipy's would wait for each other
-    operator = matrix.numpy() if on_cpu else LinearOperator((d, d), matvec=times, dtype=np.float32)
-    start = np.random.default_rng(0).standard_normal(d).astype(np.float32)  # the same in every run
-    try:
-        values, vectors = eigsh(operator, k=num, which="LA", v0=start, tol=MAX_RESIDUAL / 10)
-    except ArpackError as error:
-        raise NumericalError(f"the eigensolver failed: {error}", *place) from error
-    order = np.argsort(-values)
-    values, vectors = (torch.from_numpy(part.copy()).to(matrix) for part in (values[order], vectors.T[order]))
-    residual = (vectors @ matrix - values[:, None] * vectors).norm(dim=-1).max() / values[0]
-    if not residual <= MAX_RESIDUAL:
-        raise NumericalError(f"the eigensolver left a residual of {residual:.1e}", *place)
-    return values.clamp(min=0), vectors
+    start = torch.randn(1, d, generator=torch.Generator().manual_seed(0))  # the same in every run
+    start = start.to(matrix).expand(*matrix.shape[:-2], 1, d)
+    found = block_lanczos(lambda v: (matrix @ v.mT).mT, start, num, MAX_RESIDUAL / 5, most=d, every=num + 10)
+    values, vectors = found.values, nn.functional.normalize(found.vectors, dim=-1)
+    largest = values[..., 0].clamp(min=torch.finfo(torch.float32).tiny)
+    residual = (vectors @ matrix - values[..., None] * vectors).norm(dim=-1).amax(-1) / largest  # (...)
+    wrong = (~(residual <= MAX_RESIDUAL)).nonzero()
+    if len(wrong):
+        place = wrong[0].tolist()
+        raise NumericalError(f"the eigensolver left a residual of {residual[tuple(place)]:.1e}", *place)
+    return values, vectors
 
 
 # --- 5. perturbing the residual stream ------------------------------------------------------------

@@ -8,6 +8,7 @@ import subprocess
 from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries below are imported: no test asks the hub
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as the scripts have it, before CUDA starts
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads of theirs would wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
 

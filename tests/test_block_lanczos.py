@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fisher
+from residual_fisher.model import eigen
 from residual_fisher.pipeline import block_lanczos
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 from test_fisher import RELATIVE, assert_eigenpairs_of, point_of
@@ -50,16 +51,16 @@ def test_the_estimated_trace_is_right_on_average():
     """Over a hundred draws of the random rows, from a basis that leaves a good part of the trace to them."""
     _, point = point_of("llama")
     truth = fisher.full_vocabulary(point).eigenpairs()
-    head = point.output_head()
-    basis = block_lanczos._Basis(point, head, fisher.Chunks())
+    head, top = point.output_head(), fisher.top_k(point, 3)
+    matrix, num = fisher.full_vocabulary(point).matrix, block_lanczos.HUTCHINSON_PROBES
+    found = eigen.block_lanczos(lambda v: (matrix @ v.mT).mT, top.gradients, 3, 1.0, most=3)
     signs = torch.randint(0, 2, (800, tiny.VOCABULARY), generator=torch.Generator().manual_seed(1)) * 2.0 - 1
-    probes = head.combine(signs * head.p.sqrt())
-    pulled = basis.add(head.cotangents(point.log_probs.topk(3).indices), probes)
-    num = block_lanczos.HUTCHINSON_PROBES
-    parts = zip(probes.split(num), pulled.split(num, dim=1), strict=True)
-    estimates = [block_lanczos._estimates(basis, *part) for part in parts]
+    rest = head.p.scatter(-1, top.tokens, 0)
+    pulled = fisher.pull_back(point, head.combine(signs * rest.sqrt()))
+    known = top.gradients * top.weights.sqrt()[:, None]
+    estimates = [block_lanczos._estimates(found, known, part) for part in pulled.split(num, dim=1)]
     trace, rank, error = (torch.stack(column) for column in zip(*estimates, strict=True))
-    assert (basis.g.pow(2).sum(dim=(1, 2)) < 0.9 * truth.trace).all()
+    assert (found.values.sum(-1) < 0.9 * truth.trace).all()
     assert torch.allclose(trace.mean(0), truth.trace, rtol=0.05)
     assert torch.allclose(trace.std(0), error.mean(0), rtol=0.3)
     assert torch.allclose(rank.mean(0), truth.effective_rank, rtol=0.1)
@@ -91,9 +92,9 @@ def test_half_precision_models_are_iterated_to_their_own_rounding(dtype):
     _, point = point_of("llama", dtype=dtype)
     expected = fisher.full_vocabulary(point_of("llama")[1]).eigenpairs(2)
     room = 0.1 if dtype == torch.bfloat16 else 0.02
-    for eigen in (leading_eigenpairs(point, 2).eigen, fisher.full_vocabulary(point).eigenpairs(2)):
-        assert eigen.values.dtype == torch.float32
-        assert torch.allclose(eigen.values[:, 0], expected.values[:, 0], rtol=room)
+    for pairs in (leading_eigenpairs(point, 2).eigen, fisher.full_vocabulary(point).eigenpairs(2)):
+        assert pairs.values.dtype == torch.float32
+        assert torch.allclose(pairs.values[:, 0], expected.values[:, 0], rtol=room)
 
 
 def test_no_convergence_is_an_error_that_names_the_prompt(monkeypatch):

@@ -1,6 +1,7 @@
 """Every number on one GPU, on two and in half precision, against the CPU in the same dtype."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 from accelerate import dispatch_model
@@ -12,10 +13,12 @@ from torch import nn
 import fisher
 from residual_fisher.common.program import UserError
 from residual_fisher.model import loading
-from residual_fisher.model.passes import Chunks, hooked
+from residual_fisher.model.passes import Chunks, hooked, use_attention
+from residual_fisher.pipeline import batches
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 import scripts
 from test_fisher import K, directions
+from test_full_vocabulary import APART, FLAT, HostWaits, wide
 import tiny
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -162,6 +165,101 @@ def test_gradients_out_of_memory_continue_with_smaller_chunks(gpus):
     assert (found - expected).abs().max() <= RELATIVE[torch.float32] * expected.abs().max()
 
 
+# --- arithmetic ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_arithmetic() -> Iterator[None]:
+    """The process is as before when the test ends."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.mark.usefixtures("own_arithmetic")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt-oss"])
+def test_every_pass_has_deterministic_kernels_none_of_them_cudnns(name):
+    """Fused attention in bfloat16, plain attention, and a backward pass that is differentiated."""
+    model = tiny.build(name, torch.bfloat16).to("cuda:0")
+    loading.fix_arithmetic(model)
+    about = loading.describe(model)
+    assert about["deterministic"] and about["attention_kernels"] == ["flash", "mem_efficient", "math"]
+    ids, lengths = tiny.prompts()
+    batch = (model, tiny.layers_of(model)[0], ids, lengths)
+    leading_eigenpairs(fisher.linearize_prompts(*batch), 2)
+    fisher.full_vocabulary(fisher.linearize(model, tiny.prompt())).eigenpairs(3)
+    use_attention(model, "sdpa")
+    points = [fisher.linearize_prompts(*batch) for _ in range(2)]
+    first, second = (fisher.top_k(point, K, Chunks(1)).eigenpairs(3) for point in points)
+    assert all(map(torch.equal, first, second))
+    assert not any("Cudnn" in type(node).__name__ for node in graph_of(points[0].logits))
+
+
+def graph_of(tensor: torch.Tensor) -> set:
+    """All nodes of its backward graph."""
+    nodes, ahead = set(), [tensor.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    return nodes
+
+
+@pytest.mark.usefixtures("own_arithmetic")
+def test_a_model_without_a_deterministic_kernel_goes_without_and_the_run_says_so():
+    model = tiny.build("llama").to("cuda:0")
+    where, value = torch.tensor([0], device="cuda:0"), torch.zeros(1, device="cuda:0")
+
+    def put(*_) -> None:
+        torch.zeros(2, device="cuda:0").put_(where, value)
+
+    model.model.norm.register_forward_pre_hook(put)
+    with pytest.warns(UserWarning, match="equal runs of LlamaForCausalLM may differ by rounding: put_ does not have"):
+        loading.fix_arithmetic(model)
+    assert loading.describe(model)["deterministic"] is False
+    fisher.top_k(fisher.linearize(model, tiny.prompt()), K)
+
+
+@pytest.mark.parametrize("fault", ["raised", "NaN", "another's vectors"])
+def test_what_the_gpus_eigensolver_does_not_solve_is_solved_on_the_cpu(fault, monkeypatch):
+    own, places = torch.linalg.eigh, []
+
+    def faulty(matrix):
+        places.append(matrix.device.type)
+        values, vectors = own(matrix.cpu())
+        if places[-1] == "cpu":
+            return values, vectors
+        if fault == "raised":
+            raise torch.linalg.LinAlgError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED")
+        wrong = vectors * torch.nan if fault == "NaN" else vectors.flip(-2)
+        return values.cuda(), wrong.cuda()
+
+    gradients, weights = directions(3, K), torch.rand(K, generator=torch.Generator().manual_seed(0))
+    expected = fisher.eigenpairs(gradients, weights, 4)
+    monkeypatch.setattr(torch.linalg, "eigh", faulty)
+    found = fisher.eigenpairs(gradients.cuda(), weights.cuda(), 4)
+    assert places == ["cuda", "cpu"]
+    assert torch.allclose(found.values.cpu(), expected.values, rtol=1e-6)  # float32 results of float64 arithmetic
+    assert ((found.vectors.cpu() * expected.vectors).sum(-1) > 0.9999).all()
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: own(torch.full_like(matrix.cpu(), torch.nan)))
+    with pytest.raises(torch.linalg.LinAlgError):
+        fisher.eigenpairs(gradients.cuda(), weights.cuda(), 4)
+
+
+def test_the_solver_of_wide_matrices_never_copies_a_vector_to_the_host():
+    """The host waits where residuals are looked at, whatever the number of products."""
+    found, _ = wide(APART, FLAT)
+    on_gpu = replace(found, matrix=found.matrix.cuda(), top_gradient=found.top_gradient.cuda())
+    with scripts.calls_of(torch.Tensor, "cpu") as copies, HostWaits() as waits:
+        eigen = on_gpu.eigenpairs(10)
+    assert not copies and waits.count <= 40  # 180 products of each, looked at ten times
+    expected = found.eigenpairs(10)
+    assert torch.allclose(eigen.values.cpu(), expected.values, rtol=1e-5)
+    assert ((eigen.vectors.cpu() * expected.vectors).sum(-1) > 0.9999).all()
+
+
 # --- loading -------------------------------------------------------------------------------------
 
 
@@ -230,10 +328,11 @@ def experiment_on_cpu(model_directory, tmp_path_factory):
 
 
 @pytest.mark.parametrize("place", PLACES, indirect=True)
-@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.usefixtures("without_pictures", "own_arithmetic")
 def test_the_experiment_writes_what_it_writes_on_the_cpu(place, model_directory, experiment_on_cpu, tmp_path):
     assert scripts.core_experiment(model_directory, tmp_path / "gpu", *EXPERIMENT, "--device", place) == 0
     found, expected = scripts.experiment_results(tmp_path / "gpu"), experiment_on_cpu
+    assert found[0]["environment"]["deterministic"] is True
     for name in ("eigenvalues", "eigenvectors", "activations", "exact_eigenvalues"):
         if name in expected[1]:
             assert np.allclose(found[1][name], expected[1][name], rtol=1e-4, atol=1e-4)
@@ -269,7 +368,7 @@ def numbers_in(value, path: str = "") -> Iterator[tuple[str, float]]:
 
 @pytest.mark.parametrize("top_k_tokens", [6, "all"])
 @pytest.mark.parametrize("place", PLACES, indirect=True)
-@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.usefixtures("without_pictures", "own_arithmetic")
 def test_the_pipeline_writes_what_it_writes_on_the_cpu(place, top_k_tokens, chat_directory, dataset, tmp_path):
     options = {"num_prompts": 8, "dtype": "float32", "top_k_tokens": top_k_tokens}
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "gpu", **options, device=place) == 0
@@ -284,7 +383,24 @@ def test_the_pipeline_writes_what_it_writes_on_the_cpu(place, top_k_tokens, chat
     assert tokens[0] == tokens[1]
 
 
-@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.usefixtures("without_pictures", "own_arithmetic")
+def test_batches_are_sized_from_free_memory(chat_directory, dataset, tmp_path, monkeypatch, capsys):
+    """If none is free, no pass takes more tokens than one that has fitted, and none fails."""
+    options = {"dtype": "float32", "num_prompts": 16, "device": "cuda:0"}
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "whole", **options) == 0
+    monkeypatch.setattr(batches, "free_memory", lambda gpu: 0)
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "parts", **options) == 0
+    assert "out of memory" not in capsys.readouterr().err
+    whole, parts = (scripts.records(tmp_path / name) for name in ("whole", "parts"))
+    longest = max(record["tokens"] for record in whole)
+    assert not any("tokens_at_once" in record for record in whole)
+    at_once = [record["tokens_at_once"] for record in parts if "tokens_at_once" in record]
+    assert len(at_once) >= 8 and max(at_once) <= longest
+    for found, expected in zip(parts, whole, strict=True):
+        assert found["singular_values"] == pytest.approx(expected["singular_values"], rel=1e-4)
+
+
+@pytest.mark.usefixtures("without_pictures", "own_arithmetic")
 def test_stages_are_timed_on_the_models_own_gpu(model_directory, tmp_path):
     last = torch.device("cuda", GPUS - 1)
     with scripts.calls_of(torch.cuda, "synchronize") as calls:

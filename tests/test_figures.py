@@ -190,7 +190,7 @@ def test_there_is_a_picture_of_steering_if_a_target_was_below_a_goal(results):
 
 
 def spectra_figure(folder: Path) -> tuple[Figure, list[dict]]:
-    return spectra.spectra_figure(iter(scripts.records(folder)), 0.05), scripts.records(folder)
+    return spectra.spectra_figure(iter(scripts.records(folder)), 0.2), scripts.records(folder)
 
 
 def dots(axes: Axes) -> np.ndarray:
@@ -227,8 +227,8 @@ def test_every_prompt_is_in_every_panel(finished_pipeline):
     rows = [line.get_xdata() for line in panel(figure, "In which way unusual").lines if len(line.get_xdata()) == 40]
     for found, name in zip(rows, ("outlier_score", *SCORES), strict=True):
         assert found == pytest.approx(columns[name], rel=1e-5)
-    outstanding = columns["outlier_score"][columns["p_value"] <= 0.05]
-    (limit,) = [line for line in panel(figure, "In which way unusual (dotted: p ≤ 0.05)").lines if line.get_ls() == ":"]
+    outstanding = columns["outlier_score"][columns["p_value"] <= 0.2]
+    (limit,) = [line for line in panel(figure, "In which way unusual (dotted: p ≤ 0.2)").lines if line.get_ls() == ":"]
     assert limit.get_xdata() == pytest.approx([outstanding.min()] * 2)
     for title in ("Sensitivity", "The top-k tokens hold"):
         (axes,) = [a for a in figure.axes if a.patches and a.get_title().startswith(title)]

@@ -422,6 +422,22 @@ def test_half_precision_models_give_float32_results_near_the_truth(dtype):
     assert (eigen.vectors * expected.vectors).sum(-1).min() > 1 - room / 5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_smallest_eigenvalue_of_a_nearly_certain_prediction(dtype):
+    k, (ids, point) = 6, point_of("llama", dtype=dtype)
+    p = (12 * point.log_probs.double()).softmax(-1)  # 0.998 for the first token; the same on both sides
+    weight, (top, tokens) = point.head.weight.double(), p.topk(k)
+    cotangents = (weight[tokens] - p @ weight).float()
+    found = fisher.eigenpairs(fisher.pull_back(point, cotangents), top.float(), k).values
+    for index, values in enumerate(found):
+        rows, _ = tiny.reference_jacobian("llama", ids, index)
+        matrix = tiny.sum_of_outer_products(rows - p @ rows, p, k)  # rows are gradients of logits, but for a constant
+        expected = torch.linalg.eigvalsh(matrix).flip(-1)[:k]
+        assert expected[-1] < 1e-8 * expected[0]
+        # as in the test above, for eigenvalues: they were off by factors of 17 and 1.3
+        assert torch.allclose(values.double(), expected, rtol=0.1 if dtype == torch.bfloat16 else 0.01, atol=0)
+
+
 def test_float16_gradients_do_not_underflow():
     _, point = point_of("llama", dtype=torch.float16)
     z = point.cotangents(point.log_probs.topk(K).indices)

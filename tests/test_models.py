@@ -19,6 +19,7 @@ import families
 import fisher
 from residual_fisher.common.program import UserError
 from residual_fisher.model import embedded, loading
+from residual_fisher.model.passes import require_causal
 import scripts
 import tiny
 
@@ -53,6 +54,42 @@ def test_a_module_is_found_by_its_path_and_a_layer_by_its_number(name, path):
 def test_a_module_that_is_not_there_is_an_error_that_names_the_layers(name, hint):
     with pytest.raises(UserError, match=r"has no module .*: its layers are model\.layers\.0 \.\.\. model\." + hint):
         loading.find_module(tiny.shared("llama"), name)
+
+
+def test_a_run_has_float32_products_at_full_precision_and_says_so(model_directory, tmp_path):
+    """Whatever the process was told before."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert scripts.core_experiment(model_directory, tmp_path / "out", "--num-sentences", "1") == 0
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    environment = scripts.experiment_results(tmp_path / "out")[0]["environment"]
+    assert environment["float32_matmul_precision"] == "highest"
+    assert "deterministic" not in environment  # on a CPU nothing has to be asked for
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_fused_attention_runs_in_other_kernels_than_cudnns(allowed, monkeypatch):
+    """And the caller's own setting comes back."""
+    model, (ids, lengths) = tiny.build("llama"), tiny.prompts()
+    model.set_attn_implementation("sdpa")
+    own, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def attention(*arguments, **options):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
+    try:
+        fisher.top_k(fisher.linearize_prompts(model, tiny.layers_of(model)[0], ids, lengths), 3, fisher.Chunks(1))
+        require_causal(model, ids, lengths - 1)
+        assert torch.backends.cuda.cudnn_sdp_enabled() is allowed
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert len(seen) == 3 * tiny.DEPTH and not any(seen)
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
@@ -169,13 +206,17 @@ def test_cache_directory_follows_xdg(tmp_path, monkeypatch):
 
 @pytest.fixture
 def exceeds(model_directory, monkeypatch):
-    """Whether a model exceeds the first of several GPUs, whose free memory is given in sizes of the model."""
+    """Whether a model exceeds the first of several GPUs, whose free memory is given in sizes of the model.
+
+    Its `asked` are the GPUs whose memory was asked for, which makes a context there.
+    """
     size = 4 * sum(p.numel() for p in loading.load(str(model_directory), device="cpu")[0].parameters())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def exceeds(*free: float) -> bool:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (size * free[gpu], size * free[gpu]))
+        exceeds.asked = []
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: exceeds.asked.append(gpu) or [size * free[gpu]])
         config = hf.AutoConfig.from_pretrained(model_directory)
         return loading._exceeds_gpu(config, {"dtype": torch.float32, "trust_remote_code": False})
 
@@ -186,6 +227,11 @@ def test_a_model_larger_than_the_gpu_is_spread_over_several(exceeds):
     assert not exceeds(1.2)
     assert not exceeds(1.2, 0.1)
     assert exceeds(1.05, 0.5)
+
+
+def test_a_gpu_that_suffices_is_the_only_one_that_is_asked(exceeds):
+    assert not exceeds(1.2, 5, 5)
+    assert exceeds.asked == [0]
 
 
 def test_a_model_larger_than_all_gpus_is_refused_before_it_is_loaded(exceeds):

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from residual_fisher import load_fisher_matrices
+from residual_fisher.common.text import excerpt
 from residual_fisher.model import loading
 from residual_fisher.pipeline import batches, matrices
 from residual_fisher.pipeline.scores import SCORES
@@ -27,11 +28,11 @@ def test_a_run_writes_four_files_and_what_it_needs_to_be_extended(finished_pipel
 
 def test_arrays_have_the_documented_names_shapes_and_order(finished_pipeline):
     found = arrays(finished_pipeline)
-    assert list(found) == [f"{part}_{i}" for i in range(40) for part in "USV"]
+    assert list(found) == [f"{part}_{i}" for i in range(40) for part in "USVH"]
     for i in range(40):
         u, s, v = found[f"U_{i}"], found[f"S_{i}"], found[f"V_{i}"]
         assert u.shape == (tiny.D, 4) and s.shape == (4,) and v.shape == (4, tiny.D)
-        assert u.dtype == s.dtype == v.dtype == np.float32
+        assert u.dtype == s.dtype == v.dtype == found[f"H_{i}"].dtype == np.float32
         assert (np.diff(s) <= 0).all() and (s >= 0).all()
         assert np.abs(u - v.T).max() < 1e-6 and np.abs(v @ u - np.eye(4)).max() < 1e-5
 
@@ -51,6 +52,8 @@ def test_every_prompts_triplets_are_those_of_its_float64_fisher_matrix(
         found = matrices[record["index"]]
         assert np.abs(found.S - s[:4]).max() <= 1e-4 * s[0]
         assert np.abs(found.U @ np.diag(found.S) @ found.V - u[:, :4] @ np.diag(s[:4]) @ v[:4]).max() <= 1e-3 * s[0]
+        stream = model(ids[None], output_hidden_states=True).hidden_states[2][0, -1]  # after model.layers.1
+        assert matrices.activation(record["index"]) == pytest.approx(stream.detach().numpy(), rel=1e-4, abs=1e-5)
         assert record["trace"] == pytest.approx(matrix.trace(), rel=1e-4)
         probabilities = tiny.plain_log_probs(model, ids).exp().sort(descending=True).values
         assert record["captured_mass"] == pytest.approx(float(probabilities[:6].sum()), rel=1e-4)
@@ -95,10 +98,10 @@ def test_the_final_table_names_the_prompts_that_stand_out(finished_pipeline, cha
     numbers = [
         [f"{r['outlier_score']:.1f}", f"{r['p_value']:.2g}", *(f"{r[name]:+.1f}" for name in SCORES)] for r in expected
     ]
-    assert [row[1:7] for row in rows[::2]] == numbers
-    assert [" ".join(row[7:]) for row in rows[::2]] == [record["prompt"] for record in expected]
+    assert [row[1:8] for row in rows[::2]] == numbers
+    assert [" ".join(row[8:]) for row in rows[::2]] == [excerpt(record["prompt"], 45) for record in expected]
     for words, record in zip(rows[1::2], expected, strict=True):
-        assert " ".join(words).startswith(" ".join(record["odd_words"])[:50])
+        assert " ".join(words).startswith(" ".join(record["odd_words"])[:40])
     assert max(map(len, leading.splitlines()[:15])) <= 120
 
 
@@ -186,7 +189,9 @@ def test_long_prompts_go_one_by_one_where_attention_keeps_its_matrices(chat_dire
     parts = []
     linearize_batch = batches.linearize_batch
     monkeypatch.setattr(
-        batches, "linearize_batch", lambda s, m, batch: parts.append(len(batch)) or linearize_batch(s, m, batch)
+        batches,
+        "linearize_batch",
+        lambda s, m, batch, *kind: parts.append(len(batch)) or linearize_batch(s, m, batch, *kind),
     )
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "apart", **options) == 0
     assert parts == [1, 1, 1, 1, 1]  # the first is the trial of the first prompt
@@ -214,6 +219,7 @@ def test_compact_and_sharded_results_read_the_same(chat_directory, dataset, fini
                 assert found[index].U.dtype == np.float32 and found[index].V.shape == (4, tiny.D)
                 for ours, theirs in zip(found[index], expected[index], strict=True):
                     assert np.abs(ours - theirs).max() <= tolerance
+                assert found.activation(index) == pytest.approx(expected.activation(index), rel=tolerance)
             with pytest.raises(IndexError, match="prompt 40 of 40"):
                 found[40]
         assert records(output)[3]["prompt"] == records(finished_pipeline)[3]["prompt"]

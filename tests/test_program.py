@@ -100,6 +100,15 @@ def test_a_console_that_is_full_costs_no_descriptor():
         assert os.listdir("/proc/self/fd") == before
 
 
+def test_cudas_libraries_are_told_before_they_are_loaded():
+    """Whatever the environment says of TF32."""
+    names = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
+    imports = "import os, sys; from residual_fisher.common.program import before_imports; before_imports()"
+    line = f"{imports}; print('torch' in sys.modules, *map(os.environ.get, {names}))"
+    result = shell(f"PYTHON -c {shlex.quote(line)}", NVIDIA_TF32_OVERRIDE="1")
+    assert result.stdout.split() == [b"False", b"0", b":4096:8"], result.stderr
+
+
 # --- Ctrl-C --------------------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ def expected(folder: Path, **against: Path) -> list[dict]:
     """The scores by the library, from what is on disk."""
 
     def run(of: Path) -> ScoredRun:
-        return ScoredRun.of(records(of), list(load_fisher_matrices(of)))
+        return ScoredRun.of(records(of), load_fisher_matrices(of))
 
     found = outlier_scores(run(folder), **{kind: run(of) for kind, of in against.items()})
     return [{key: found[key][i] for key in SCORE_KEYS} for i in range(len(records(folder)))]

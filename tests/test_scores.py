@@ -11,6 +11,7 @@ from residual_fisher.pipeline.distances import (
     PrincipalCoordinates,
     Subspace,
     Surprisal,
+    WideMahalanobis,
     largest_eigenvalue,
     log_gain,
     robust_z,
@@ -47,11 +48,24 @@ def record(matrix: Triplets, place: int) -> dict:
     return {"prompt": f"prompt {place}", "trace": float(matrix.S.sum()), "top_probability": p, "next_tokens": words}
 
 
+class Matrices(list):
+    """Triplets, and an activation of each prompt that is normal around a mean."""
+
+    def __init__(self, matrices: list[Triplets], first: int, odd: dict[int, np.ndarray]):
+        super().__init__(matrices)
+        self._first, self._odd = first, odd
+
+    def activation(self, place: int) -> np.ndarray:
+        usual = 1 + np.random.default_rng(1000 + self._first + place).standard_normal(D)
+        return self._odd.get(place, usual).astype(np.float32)
+
+
 def run(matrices: list[Triplets], first: int = 0, rounding: float = distances.ROUNDING, **changed) -> ScoredRun:
     """Alike records of the prompts from number `first` on, but for those at the places in `changed`."""
     changes = {int(place.removeprefix("at")): change for place, change in changed.items()}
     records = [record(matrix, first + place) | changes.get(place, {}) for place, matrix in enumerate(matrices)]
-    return ScoredRun.of(records, matrices, rounding)
+    odd = {place: change.pop("activation") for place, change in enumerate(records) if "activation" in change}
+    return ScoredRun.of(records, Matrices(matrices, first, odd), rounding)
 
 
 # --- in numbers ----------------------------------------------------------------------------------
@@ -83,6 +97,36 @@ def test_a_trusted_rows_distance_leaves_itself_out():
     for i in (0, 17, 39):
         others = Mahalanobis(np.delete(rows, i, axis=0))
         assert found.leave_one_out()[i] == pytest.approx(others.of(rows[i : i + 1])[0], rel=1e-3)
+
+
+def shrunk_covariance(rows: np.ndarray) -> np.ndarray:
+    """Ledoit and Wolf's (2004), summed row by row as it is written there."""
+    n, d = rows.shape
+    x = rows - rows.mean(axis=0)
+    sample = sum(np.outer(row, row) for row in x) / n
+    mean = np.trace(sample) / d
+    distance = np.linalg.norm(sample - mean * np.eye(d)) ** 2
+    error = min(sum(np.linalg.norm(np.outer(row, row) - sample) ** 2 for row in x) / n**2, distance)
+    return ((distance - error) * sample + error * mean * np.eye(d)) / distance
+
+
+@pytest.mark.parametrize("count", [9, 40, 400])
+def test_distances_of_wide_rows_are_by_a_shrunk_covariance(count):
+    rows = np.random.default_rng(0).standard_normal((count, 30)) @ np.diag(np.linspace(0.2, 5, 30)) + 3
+    found, other = WideMahalanobis(rows), rows[:2] * 1.5
+    centred = other - rows.mean(axis=0)
+    expected = (centred @ np.linalg.inv(shrunk_covariance(rows)) * centred).sum(axis=1)
+    assert found.of(other) ** 2 == pytest.approx(expected, rel=1e-6)  # float64, and the rounding that is added
+    for i in (0, count - 1):
+        others = WideMahalanobis(np.delete(rows, i, axis=0))
+        # without the row another share of the identity is best, the more so the fewer rows there are
+        assert found.leave_one_out()[i] == pytest.approx(others.of(rows[i : i + 1])[0], rel=1 / count)
+
+
+def test_rows_that_are_all_equal_have_no_distance():
+    for rows in (np.ones((9, 5)), np.zeros((9, 1))):
+        found = WideMahalanobis(rows)
+        assert not found.of(rows).any() and not found.leave_one_out().any()
 
 
 # --- in directions -------------------------------------------------------------------------------
@@ -207,13 +251,14 @@ def outlier_scores(*of: ScoredRun, **against: ScoredRun) -> dict:
     [
         ("z_strength", {"top_probability": 0.9999, "trace": 1e-3}),
         ("z_words", {"top_probability": 0.8, "next_tokens": next_tokens({"HATE": 0.8})}),
+        ("z_activations", {"activation": np.linspace(-4, 4, D)}),
     ],
 )
 def test_a_prompt_that_is_odd_in_one_way_has_that_score_and_the_outlier_score(name, changed, ordinary):
     found = outlier_scores(run(ordinary, at17=changed))
     assert found.keys() == KEYS
     assert found[name].argmax() == 17 and found["outlier_score"].argmax() == 17
-    assert found[name][17] > 2.5 and found["p_value"].argmin() == 17 and found["p_value"][17] < 0.03
+    assert found[name][17] > 2.5 and found["p_value"][17] == found["p_value"].min() < 0.03
 
 
 def test_spectra_and_directions_are_told_apart(ordinary):
@@ -238,7 +283,10 @@ def test_with_a_reference_a_prompts_scores_do_not_depend_on_the_others(ordinary)
 
 
 ODD = triplets(np.eye(D)[:, 20:23], (0.3, 0.02, 0.001))
-SAYS_HATE = {"top_probability": 0.97, "trace": 0.321, "next_tokens": next_tokens({"HATE": 0.97})}
+SAYS_HATE = {
+    "top_probability": 0.97, "trace": 0.321, "next_tokens": next_tokens({"HATE": 0.97}),
+    "activation": np.linspace(-2, 2, D),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("others", [19, 40])
@@ -278,7 +326,8 @@ def test_prompts_of_other_texts_that_look_alike_do_not_give_the_others_scores_in
     for place in range(70):  # equal but for the rounding of other batches
         noise = 1 + 1e-6 * rng.standard_normal(R)
         matrices.append(Triplets(ordinary[0].U, (ordinary[0].S * noise).astype(np.float32), ordinary[0].V))
-        changed[f"at{place}"] = same | {"trace": float(matrices[-1].S.sum()), "top_probability": 0.5 + 1e-7 * place}
+        rounded = {"top_probability": 0.5 + 1e-7 * place, "activation": 1 + 1e-6 * rng.standard_normal(D)}
+        changed[f"at{place}"] = same | rounded | {"trace": float(matrices[-1].S.sum())}
     found = outlier_scores(run([*matrices, *ordinary], **changed))
     assert np.abs(found["outlier_score"]).max() < 50 and np.abs(found["outlier_score"][:70]).max() < 0.1
 
@@ -306,7 +355,7 @@ def test_being_most_usual_in_one_way_does_not_hide_what_is_odd_in_another(ordina
     compared[0], compared[1] = np.zeros(1), np.zeros(1)  # as usual as can be in strength and spectrum
     after = scorer.scores(compared)
     assert before[3] > 5 and after[0] < -1.5 and after[1] < -1.5
-    assert after[4] > 0.5 * before[4]
+    assert after[-1] > 0.8 * before[-1]
 
 
 # --- p-values ------------------------------------------------------------------------------------
@@ -367,6 +416,16 @@ def test_beside_a_base_model_the_change_counts_and_not_what_is_odd_in_both(ordin
     found = outlier_scores(run(other, **jitter | changed), base=run(ordinary))
     assert found["outlier_score"].argmax() == 9
     assert found["p_value"][3] > 0.1 and found["p_value"][9] == pytest.approx(1 / 51)
+
+
+def test_runs_that_recorded_no_activations_are_scored_without_them(ordinary):
+    own = run(ordinary)
+    earlier = ScoredRun(list(ordinary), *[getattr(own, field) for field in ScoredRun.__dataclass_fields__][1:])
+    with pytest.warns(UserWarning, match="all prompts have the same activations: these scores are 0"):
+        found = outlier_scores(earlier)
+    assert not found["z_activations"].any() and found["outlier_score"].any()
+    for name in scores.SCORES[:4]:
+        assert found[name] == pytest.approx(outlier_scores(own)[name])
 
 
 def test_prompts_that_failed_have_zeros_and_count_for_nobody(ordinary):

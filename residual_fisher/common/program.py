@@ -134,6 +134,8 @@ def before_imports() -> None:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = map(_console, (sys.stdout, sys.stderr))
     os.environ["MPLBACKEND"] = "agg"  # pictures go to files; matplotlib's import fails on an unknown name
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # these two are of CUDA's libraries: see `loading.fix_arithmetic`
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def go_offline_without_hub(*names: str) -> None:

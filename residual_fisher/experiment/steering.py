@@ -203,7 +203,7 @@ class Linearised:
         rows = torch.cat([rows, head.cotangents(target_ids), -head.combine(unperturbed)], dim=1)
         gradients = fisher.float64(fisher.pull_back(here, rows, chunks)[0])  # (layers, tokens + 3, d)
         self.root, target_gradient, self.kl_gradient = gradients[:, :-2], gradients[:, -2], gradients[:, -1]
-        self.values, self.vectors = torch.linalg.eigh(self.root @ self.root.mT)
+        self.values, self.vectors = fisher.eigh(self.root @ self.root.mT)
         log_prob = here.log_probs[:, target].to(gradients)
         self.log_odds = log_odds(log_prob)
         remainder = (1 - log_prob.exp()).clamp(min=ROUNDING)  # probability of all other tokens

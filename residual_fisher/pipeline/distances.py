@@ -19,6 +19,7 @@ PSEUDOCOUNT = 0.5  # prompts, of additive smoothing: no token has a probability 
 COORDINATES = 5  # principal coordinates of a prompt
 ROUNDING = 1e-5  # of logarithms and shares, all of order 1, in float32: equal prompts of different batches differ by it
 MIN_DEVIATION = 1e-3  # standard deviation of a logarithm, added to each column's: equal rows have an inverse too
+TINY = np.finfo(np.float32).tiny
 SMALL = 64  # rows: all eigenvalues of such a matrix are found as fast as one
 
 
@@ -57,6 +58,44 @@ class Mahalanobis:
         n, squared = len(self._rows), self.of(self._rows) ** 2
         left = np.maximum(1 - n * squared / (n - 1) ** 2, LEAST_LEFT)
         return np.sqrt((n / (n - 1)) ** 2 * (n - 2) / (n - 1) * squared / left)
+
+
+class WideMahalanobis:
+    """Mahalanobis distances from trusted rows (n, d) of any d, with the shrunk covariance of Ledoit and Wolf (2004).
+
+    C = (1 - w) X^T X / n + w m I, where X are the centred rows, m is their mean variance, and w minimises the expected
+    squared error. No d x d matrix is formed: C^-1 = (I - X^T (n b / (1 - w) + X X^T)^-1 X) / b with b = w m.
+    """
+
+    def __init__(self, rows: np.ndarray, rounding: float = ROUNDING):
+        n, d = rows.shape
+        self._mean = rows.mean(axis=0)
+        self._centred = rows - self._mean
+        gram = self._centred @ self._centred.T
+        variance = np.trace(gram) / (n * d)
+        norm = (gram**2).sum() / n**2
+        error, distance = (np.diag(gram) ** 2).sum() / n**2 - norm / n, norm - d * variance**2
+        weight = np.clip(error / distance, 0, 1) if distance > 0 else 1.0
+        self._kept, self._n = 1 - weight, n
+        # Of most columns: a few hold massive activations. Equal rows have an inverse too.
+        least = rounding**2 * np.median((rows**2).mean(axis=0)) + TINY
+        self._added = weight * variance + least
+        self._factor = cho_factor(self._kept * gram + n * self._added * np.eye(n), lower=True)
+        trace = (d - self._kept * np.trace(cho_solve(self._factor, gram))) / self._added  # of C^-1
+        self._rounding = least * trace  # what rounding alone adds to a squared distance
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) distances; 0 for one that may be rounding."""
+        u = rows - self._mean
+        inside = self._centred @ u.T
+        explained = self._kept * (inside * cho_solve(self._factor, inside)).sum(axis=0)
+        return np.sqrt(np.maximum(((u**2).sum(axis=1) - explained) / self._added - self._rounding, 0))
+
+    def leave_one_out(self) -> np.ndarray:
+        """(n,) distances of each trusted row from the others, by the Sherman–Morrison formula; as much is shrunk."""
+        n, squared = self._n, self.of(self._centred + self._mean) ** 2
+        left = np.maximum(1 - self._kept * squared / (n - 1), LEAST_LEFT)
+        return np.sqrt(n / (n - 1) * squared / left)
 
 
 class Subspace:

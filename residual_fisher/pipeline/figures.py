@@ -145,7 +145,7 @@ def _scores_panel(panel: Axes, prompts: Columns, colours: Colours, false_alarms:
         panel.plot([limit] * 2, [-0.45, 0.45], color=BLACK, linestyle=":", linewidth=1.5)
     panel.set_yticks(range(len(names)), names.values())
     panel.set(title=f"In which way unusual (dotted: p ≤ {false_alarms:g})")
-    panel.set(xlabel="robust standard deviations", ylim=(4.6, -0.6))
+    panel.set(xlabel="robust standard deviations", ylim=(len(names) - 0.4, -0.6))
 
 
 def _names_panel(panel: Axes, leading: dict[int, dict], colours: Colours) -> None:

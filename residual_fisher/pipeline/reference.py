@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.run import checksum, read_manifest, short_hash, shown
+from residual_fisher.common.run import checksum, read_manifest, short_hash, shown, what_differs
 from residual_fisher.pipeline.matrices import load_fisher_matrices, records_of
 from residual_fisher.pipeline.scores import ScoredRun
 from residual_fisher.pipeline.settings import Settings
@@ -57,15 +57,17 @@ class Reference:
         Raises:
             UserError: it is hooked elsewhere, or of another dtype; or, trusted prompts, of another model.
         """
-        then, notes = self.manifest["identity"], self.manifest["notes"]["environment"]
-        for what, theirs, ours in (
-            ("is hooked at another layer", then["hook_layer"], identity["hook_layer"]),
-            ("is of another dtype", notes["dtype"], environment["dtype"]),
-            ("is of another model", then["model"], identity["model"] if self.kind == "reference" else then["model"]),
-        ):
+        then, dtype = self.manifest["identity"], self.manifest["notes"]["environment"]["dtype"]
+        compared = [
+            ("hook_layer", "is hooked at", then["hook_layer"], identity["hook_layer"]),
+            ("dtype", "is of", dtype, environment["dtype"]),
+        ]
+        if self.kind == "reference":
+            compared.append(("model", "is of", then["model"], identity["model"]))
+        for key, verb, theirs, ours in compared:
             if theirs != ours:
-                change = f"{shown(theirs)}, and this one {shown(ours)}"
-                raise UserError(f"the run in {self.path} {what} ({change}): --{self.kind} takes one with the same")
+                what = f"{verb} {what_differs(key, theirs, ours)} ({shown(theirs)}, and this one {shown(ours)})"
+                raise UserError(f"the run in {self.path} {what}: --{self.kind} takes one with the same")
 
     @property
     def checksum(self) -> str:

@@ -12,7 +12,7 @@ from residual_fisher.pipeline.scores import OUTLIER, P_VALUE, SCORES
 from residual_fisher.pipeline.settings import Settings
 
 NAMED = 5  # prompts named at the end
-EXCERPT = 60  # characters of a prompt shown in a line
+EXCERPT = 45  # characters of a prompt shown in a line
 SPREADS = {  # whose median and range are told
     "lambda_1": "lambda 1, nats per unit²",
     "trace": "trace of F",
@@ -25,9 +25,14 @@ SPREADS = {  # whose median and range are told
 def columns_of(records: Iterable[dict]) -> dict[str, np.ndarray]:
     """What the summary needs of all records, as arrays (n,) of float64: there may be millions."""
     keys = ("index", "tokens", "truncated", "captured_mass", "trace", "effective_rank", "seconds")
-    rows = ([*(record[key] for key in keys), record["singular_values"][0], "failed" in record] for record in records)
-    numbers = np.fromiter(chain.from_iterable(rows), dtype=np.float64).reshape(-1, len(keys) + 2)
-    return dict(zip([*keys, "lambda_1", "failed"], numbers.T, strict=True))
+    more = {
+        "lambda_1": lambda record: record["singular_values"][0],
+        "failed": lambda record: "failed" in record,
+        "tokens_at_once": lambda record: record.get("tokens_at_once", 0),
+    }
+    rows = ([*(record[key] for key in keys), *(of(record) for of in more.values())] for record in records)
+    numbers = np.fromiter(chain.from_iterable(rows), dtype=np.float64).reshape(-1, len(keys) + len(more))
+    return dict(zip([*keys, *more], numbers.T, strict=True))
 
 
 def summarize(columns: dict[str, np.ndarray], skipped: int) -> dict:
@@ -44,6 +49,8 @@ def summarize(columns: dict[str, np.ndarray], skipped: int) -> dict:
         "skipped_rows": skipped,
         "failed_prompts": columns["index"][failed].astype(int).tolist(),
         "truncated_prompts": int(columns["truncated"].sum()),
+        "in_parts_of_batches": int((columns["tokens_at_once"] > 0).sum()),  # memory did not suffice for the whole
+        "most_tokens_at_once": int(columns["tokens_at_once"].max()),  # of those
         "longest_prompts": largest("tokens"),
         "slowest_prompts": largest("seconds"),
         "compute_seconds": float(columns["seconds"].sum()),  # of all processes together
@@ -64,6 +71,11 @@ def final_table(records: Callable[[], Iterable[dict]], statistics: dict, setting
         lines.append(f"{kind}: prompts {', '.join(map(str, statistics[f'{kind}_prompts']))}")
     skipped, truncated = statistics["skipped_rows"], statistics["truncated_prompts"]
     lines.append(f"{skipped} rows without a text skipped, {truncated} prompts shortened to --max-length")
+    if parts := statistics.get("in_parts_of_batches"):
+        most = statistics["most_tokens_at_once"]
+        lines.append(
+            f"{parts} prompts ran in parts of their batches, for lack of memory: at most {most} tokens at once"
+        )
     if failed := statistics["failed_prompts"]:
         some = ", ".join(map(str, failed[:NAMED])) + (", …" if len(failed) > NAMED else "")
         lines.append(f"{len(failed)} prompts failed ({some}): `failed` in prompts.jsonl says why")

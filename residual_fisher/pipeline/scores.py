@@ -1,17 +1,18 @@
 """Which prompts stand out: by how much, and in which way.
 
-Four scores, each a robust z-score, compare a prompt with usual prompts:
+Five scores, each a robust z-score, compare a prompt with usual prompts:
 
 - strength: how strongly the prediction depends on the residual stream, and how certain it is. The Mahalanobis distance
   of (log tr F, log-odds of the most probable token).
 - spectrum: how the sensitivity is spread. The Mahalanobis distance of the logarithms of F's singular values.
 - directions: where in the residual stream it lies. The share of F outside the directions that usual prompts use.
 - words: what the prediction is about. The surprisal of the next tokens.
+- activations: where the residual stream itself is. The Mahalanobis distance of h at the last token.
 
 They see different things. The outlier score is the robust z-score of their sum.
 
 Usual prompts are those of a reference, which are trusted; else the more usual half of the run itself. With a base
-model, the same four scores are of the *change* of each prompt's F, and the outlier score is of the directions alone.
+model, the same scores are of the *change* of each prompt's F and h, and the outlier score is of the directions alone.
 
 At most LANDMARKS evenly spaced prompts are learnt from. Each of them is scored leave-one-out, so that no prompt is
 compared with itself.
@@ -32,11 +33,13 @@ from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.pipeline.distances import (
     COORDINATES,
     ROUNDING,
+    TINY,
     Mahalanobis,
     NextTokens,
     PrincipalCoordinates,
     Subspace,
     Surprisal,
+    WideMahalanobis,
     log_gain,
     robust_z,
     root,
@@ -45,7 +48,7 @@ from residual_fisher.pipeline.matrices import Triplets
 from residual_fisher.pipeline.settings import DIRECTIONS
 
 SCORING_VERSION = 3  # another one has other scores: results of an earlier one are scored again
-SCORES = ("z_strength", "z_spectrum", "z_directions", "z_words")
+SCORES = ("z_strength", "z_spectrum", "z_directions", "z_words", "z_activations")
 LEAST_IN_WORDS = 0.01  # nats: what one prompt more or less changes, and no deviation
 LEAST_TOTAL = 0.1  # deviation of a sum of z-scores, each of which has 1 or is 0
 OUTLIER = "outlier_score"
@@ -55,14 +58,13 @@ LEAST_Z = -2.0  # of a score in the sum: ordinary prompts seldom have less
 CALIBRATED_ON = 2048  # prompts of a reference that p-values are from: each takes as long as one that is scored
 SUSPECT = 5.0  # an outlier score of a reference's own prompt, from which it is not learnt from
 FEWEST = 8  # prompts learnt from: fewer do not show what is usual
-CONCENTRATION_STEPS = 2  # by which the usual half is found
+CONCENTRATION_STEPS = 10  # by which the usual half is found, at most: it rarely takes more than six
 SCORED_AT_ONCE = 64  # prompts
 ODD_WORDS = 3  # named of a prompt
 OFFSET = 0.3  # added to distances of order 1 before the logarithm, so that those near 0 hardly differ
 VALUES = 10  # leading singular values and vectors that are compared
 LEAST_VALUE = 1e-9  # of the first singular value: what is less is rounding
 CERTAIN = 1e-7  # the rounding of a float32 probability
-TINY = np.finfo(np.float32).tiny
 
 
 # --- what is compared ----------------------------------------------------------------------------
@@ -75,14 +77,16 @@ class Features(NamedTuple):
     spectrum: np.ndarray  # (n, values): logarithms of the singular values
     roots: list[np.ndarray]  # X (d, values) float32, with F / tr F = X X^T
     tokens: list[NextTokens]
+    activations: np.ndarray  # (n, d) float64; (n, 1) zeros if they were not recorded
 
     counted = SCORES  # by the outlier score
+    trims = SCORES[:4]  # find the usual half: a group of odd prompts may have the most usual activations
 
     @staticmethod
     def measures(rounding: float) -> tuple:
         """One for each of these, and for each of SCORES."""
         from_rows = partial(Mahalanobis, rounding=rounding)
-        return from_rows, from_rows, Subspace, Surprisal
+        return from_rows, from_rows, Subspace, Surprisal, partial(WideMahalanobis, rounding=rounding)
 
 
 class Change(NamedTuple):
@@ -92,21 +96,26 @@ class Change(NamedTuple):
     spectrum: np.ndarray  # (n, values), differences
     outside: np.ndarray  # (n, values): the share of tr F outside the directions of the base model's F
     gains: list[np.ndarray]  # of each prompt's next tokens, `log_gain`
+    activations: np.ndarray  # (n, d), differences; (n, 1) zeros if they were not recorded
 
+    trims = ("z_directions",)
     counted = ("z_directions",)  # a fine-tune changes how certain a model is of many prompts, but the directions of few
 
     @staticmethod
     def measures(rounding: float) -> tuple:
         """None: these are distances already, nothing is learnt."""
         from_rows = partial(Mahalanobis, rounding=rounding)
-        return from_rows, from_rows, None, None
+        return from_rows, from_rows, None, None, partial(WideMahalanobis, rounding=rounding)
 
     @classmethod
     def between(cls, own: Features, base: Features) -> "Change":
         pairs = zip(own.roots, base.roots, strict=True)
         outside = np.concatenate([Subspace([before]).of([after]) for after, before in pairs])
         gains = [*map(log_gain, own.tokens, base.tokens)]
-        return cls(own.strength - base.strength, own.spectrum - base.spectrum, outside, gains)
+        activations = np.zeros((len(gains), 1))
+        if own.activations.shape == base.activations.shape:
+            activations = own.activations - base.activations
+        return cls(own.strength - base.strength, own.spectrum - base.spectrum, outside, gains, activations)
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,13 @@ class ScoredRun:
         values = np.array([s for _, s in leading], dtype=np.float64)
         values = np.maximum(values, np.maximum(LEAST_VALUE * values[:, :1], TINY))
         roots = [root(u, s, s.sum(dtype=np.float64)) for u, s in leading]
-        return Features(strength, np.log(values), roots, [self.next_tokens(i) for i in numbers])
+        tokens = [self.next_tokens(i) for i in numbers]
+        return Features(strength, np.log(values), roots, tokens, self._activations(numbers))
+
+    def _activations(self, numbers: Sequence[int]) -> np.ndarray:
+        read = getattr(self.matrices, "activation", lambda number: None)
+        found = [read(number) for number in numbers]
+        return np.zeros((len(found), 1)) if any(h is None for h in found) else np.array(found, dtype=np.float64)
 
     def next_tokens(self, number: int) -> NextTokens:
         part = slice(self.ends[number], self.ends[number + 1])
@@ -180,7 +195,6 @@ class Scorer:
 
     Attributes:
         sample: the sample's own distances, as `compare` returns them; of trusted prompts leave-one-out.
-        total: (n,) the sum of the sample's z-scores that the outlier score counts.
     """
 
     def __init__(self, sample: Features | Change, trusted: Sequence[int], rounding: float):
@@ -188,56 +202,58 @@ class Scorer:
         self._measures = [
             measure and measure(part) for measure, part in zip(sample.measures(rounding), learnt, strict=True)
         ]
-        self._counted = [SCORES.index(name) for name in sample.counted]
-        self._least = [rounding] * 3 + [max(rounding, LEAST_IN_WORDS)]
+        self._least = [rounding, rounding, rounding, max(rounding, LEAST_IN_WORDS), rounding]
+        self._kind = type(sample)
         self.sample = self.compare(sample)
         for found, measure in zip(self.sample, self._measures, strict=True):
             for place, left_out in zip(trusted, measure.leave_one_out(), strict=True) if measure else ():
                 found[place] = left_out
         self._usual = _logarithms(self.sample)
-        self.total = self._total(self._z_scores(self._usual))
+        z_scores = self._z_scores(self._usual)
+        self._total, self._trimming = (_total(z_scores, names) for names in (sample.counted, sample.trims))
 
     @classmethod
     def of_trusted(cls, sample: Features | Change, rounding: float) -> "Scorer":
         """Trusts a sample but for its outliers: one that does not belong there would widen what is usual."""
-        everyone = cls(sample, np.arange(len(sample.strength)), rounding)
-        return cls(sample, np.flatnonzero(_robust_total(everyone.total, everyone.total) < SUSPECT), rounding)
+        everyone = cls(sample, np.arange(len(sample.strength)), rounding)._total
+        return cls(sample, np.flatnonzero(_robust_total(everyone, everyone) < SUSPECT), rounding)
 
     @classmethod
     def of_usual_half(cls, sample: Features | Change, rounding: float) -> "Scorer":
         """Trusts the more usual half of a sample.
 
-        Prompts that are odd in the same way make each other usual. So the half is first chosen by two measures: the
-        outlier score with all of the sample trusted, and each prompt's distance in strength from the medians, which
-        a group does not move. Then concentration steps (Rousseeuw and Van Driessen, 1999): each trusts the half with
-        the lowest outlier scores of the step before.
+        Prompts that are odd in the same way make each other usual, as long as all of the sample is trusted. So that is
+        only the start of concentration steps (Rousseeuw and Van Driessen, 1999). Each trusts the half with the lowest
+        scores of the step before, until the half stays.
         """
-        robust_distance = np.sqrt(sum(robust_z(column, column, rounding) ** 2 for column in sample.strength.T))
-        everyone = cls(sample, np.arange(len(sample.strength)), rounding).total
-        oddness = _robust_total(everyone, everyone)
-        oddness += robust_z(np.log(robust_distance + OFFSET), np.log(robust_distance + OFFSET), rounding)
+        half = np.arange(len(sample.strength))
         for _ in range(CONCENTRATION_STEPS):
-            scorer = cls(sample, np.sort(np.argsort(oddness, kind="stable")[: len(oddness) // 2]), rounding)
-            oddness = scorer.total
-        return scorer
+            scorer, before = cls(sample, half, rounding), half
+            half = np.sort(np.argsort(scorer._trimming, kind="stable")[: len(sample.strength) // 2])
+            if np.array_equal(half, before):
+                return scorer
+        return cls(sample, half, rounding)
 
     def compare(self, prompts: Features | Change) -> list:
-        """[distances in strength, in spectrum, shares of F outside by singular vector, surprisals by token]."""
+        """[distances in strength, in spectrum, shares of F outside by singular vector, surprisals by token, distances
+        of activations]."""
         pairs = zip(self._measures, prompts, strict=True)
         return [measure.of(part) if measure else part for measure, part in pairs]
 
     def scores(self, compared: list) -> np.ndarray:
-        """(5, n): the four scores and the outlier score."""
-        four = self._z_scores(_logarithms(compared))
-        return np.concatenate([four, _robust_total(self._total(four), self.total)[None]])
+        """(6, n): the five scores and the outlier score."""
+        z_scores = self._z_scores(_logarithms(compared))
+        total = _robust_total(_total(z_scores, self._kind.counted), self._total)
+        return np.concatenate([z_scores, total[None]])
 
     def _z_scores(self, logarithms: np.ndarray) -> np.ndarray:
         rows = zip(logarithms, self._usual, self._least, strict=True)
         return np.stack([robust_z(row, usual, least) for row, usual, least in rows])
 
-    def _total(self, z_scores: np.ndarray) -> np.ndarray:
-        """(n,) what is odd in one way is no less odd for being most usual in another."""
-        return np.maximum(z_scores[self._counted], LEAST_Z).sum(axis=0)
+
+def _total(z_scores: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """(n,) the sum of some scores: what is odd in one way is no less odd for being most usual in another."""
+    return np.maximum(z_scores[[SCORES.index(name) for name in names]], LEAST_Z).sum(axis=0)
 
 
 def _robust_total(total: np.ndarray, usual: np.ndarray) -> np.ndarray:
@@ -245,10 +261,10 @@ def _robust_total(total: np.ndarray, usual: np.ndarray) -> np.ndarray:
 
 
 def _logarithms(compared: list) -> np.ndarray:
-    """(4, n), by score: logarithms of distances are spread like normal data; words' surprisals are summed."""
-    strength, spectrum, outside, surprisals = compared
-    logarithms = np.log(np.stack([strength, spectrum, outside.sum(axis=1)]) + OFFSET)
-    return np.concatenate([logarithms, [[own.sum() for own in surprisals]]])
+    """(5, n), by score: logarithms of distances are spread like normal data; words' surprisals are summed."""
+    strength, spectrum, outside, surprisals, activations = compared
+    logarithms = np.log(np.stack([strength, spectrum, outside.sum(axis=1), activations]) + OFFSET)
+    return np.stack([*logarithms[:3], np.array([own.sum() for own in surprisals]), logarithms[3]])
 
 
 # --- together ------------------------------------------------------------------------------------
@@ -290,7 +306,7 @@ class Usual:
 
 
 def outlier_scores(run: ScoredRun, reference: ScoredRun | None = None, base: ScoredRun | None = None) -> dict:
-    """The four scores, the outlier score, its p-value, what explains them: lists with an entry for each prompt.
+    """The five scores, the outlier score, its p-value, what explains them: lists with an entry for each prompt.
 
     `differs_along` is the one of the first DIRECTIONS singular vectors, from 0, along which most of F lies outside the
     usual directions. `odd_words` are the texts of the next tokens with most surprisal. `principal_coordinates` are
