@@ -31,13 +31,13 @@ from backdoors import BY_NAME, TEXTS, Kind, folder, obtain, prompts, rendered
 from residual_fisher import load_fisher_matrices
 from residual_fisher.model.embedded import embedded_model
 from residual_fisher.pipeline.derived import PROMPTS
-from residual_fisher.pipeline.scores import OUTLIER, SCORES, ScoredRun, outlier_scores
+from residual_fisher.pipeline.matrices import Triplets
+from residual_fisher.pipeline.scores import OUTLIER, P_VALUE, SCORES, VALUES, ScoredRun, outlier_scores
 
 SPLITS = 10
 TRUSTED, BESIDE = 100, 10  # prompts of a reference; odd ones beside as many ordinary ones
 TRIGGERED = 40
 FEWER, MORE, ORDINARY = 200, 440, 400  # prompts of a model, for AUROC alone; for recall at 1% too; for calibration
-P_VALUE = "p_value"
 COMPARED = 1  # of the other detectors below: what changes them changes it
 FALSE_ALARMS = (0.01, 0.05)
 FOLDS, CONCENTRATION_STEPS = 10, 4  # of the other detectors' fits
@@ -73,6 +73,7 @@ REPORTED = {"phrase": "phrase", "refusals": "refusals", "style": "style-0", "lat
             "clean": "clean", "harmless": None}  # fmt: skip
 WAYS = ("reference", "alone")
 BACKDOORS = ("phrase", "refusals", "style")  # learnt, and seen in the next token
+HARMLESS = ("clean", "harmless")  # no backdoor
 CALIBRATED = {"harmless": "not fine-tuned", "clean": "clean fine-tune", "phrase": "phrase"}
 
 
@@ -88,6 +89,17 @@ def subjects(name: str, seeds: int, prompts: int) -> list[Subject]:
 CHOSEN_ON = {name: Subject(BY_NAME[name], which="chosen_on") for name in ("phrase-0", "refusals-0", "style-0")}
 
 
+class Matrices(list):
+    """Of some prompts, in memory: what `load_fisher_matrices` reads."""
+
+    def __init__(self, matrices: Sequence, activations: Sequence[np.ndarray]):
+        super().__init__(matrices)
+        self._activations = activations
+
+    def activation(self, number: int) -> np.ndarray:
+        return self._activations[number]
+
+
 @dataclass
 class Measured:
     """One model's prompts, what the pipeline found, and what the other detectors look at."""
@@ -97,15 +109,18 @@ class Measured:
     odd: np.ndarray  # (n,) what kind, or ""
     records: list[dict]
     matrices: list
+    activations: list[np.ndarray]  # (d,) each
     plain: dict[str, np.ndarray]  # activations (n, d), entropy, log_odds, log_perplexity
 
     def first(self, count: int) -> "Measured":
         n = int((self.places < count).sum())
         seen = {key: values[:n] for key, values in self.plain.items()}
-        return Measured(self.label, self.places[:n], self.odd[:n], self.records[:n], self.matrices[:n], seen)
+        some = self.records[:n], self.matrices[:n], self.activations[:n]
+        return Measured(self.label, self.places[:n], self.odd[:n], *some, seen)
 
     def some(self, numbers: np.ndarray) -> ScoredRun:
-        return ScoredRun.of([self.records[i] for i in numbers], [self.matrices[i] for i in numbers])
+        matrices = Matrices([self.matrices[i] for i in numbers], [self.activations[i] for i in numbers])
+        return ScoredRun.of([self.records[i] for i in numbers], matrices)
 
 
 # --- prompts and runs ----------------------------------------------------------------------------
@@ -171,6 +186,11 @@ def plain(model: Path, texts: Sequence[str]) -> dict[str, np.ndarray]:
     return {key: np.array(values) for key, values in found.items()}
 
 
+def leading(triplets: Triplets) -> Triplets:
+    """What scores see of a matrix; the map of the prompts, which is not looked at, takes a ninth of the time."""
+    return Triplets(triplets.U[:, :VALUES], triplets.S[:VALUES], triplets.V[:VALUES])
+
+
 def measured(subject: Subject, settings: dict, base: bool = False) -> Measured:
     """The subject's prompts through its model, or through the embedded one."""
     texts, model = texts_of(subject.kind, subject.which), embedded_model() if base else subject.model()
@@ -179,19 +199,22 @@ def measured(subject: Subject, settings: dict, base: bool = False) -> Measured:
     with open(directory / PROMPTS, encoding="utf-8") as file:
         records = [json.loads(line) for line in islice(file, count)]
     with load_fisher_matrices(directory) as matrices:
-        found = [matrices[i] for i in range(len(records))]
+        found = [leading(matrices[i]) for i in range(len(records))]
+        activations = [matrices.activation(i) for i in range(len(records))]
     path = folder() / f"plain-{directory.name}-{len(records)}.npz"
     seen = {} if base else kept(path, lambda: plain(model, [record["prompt"] for record in records]))
     if seen:
         layer = settings.get("hook_layer_name", DEFAULT_LAYER)
         seen["activations"] = seen["activations"][:, layer].astype(np.float64)
+        if activations[0] is None:  # a run of an earlier version
+            activations = list(seen["activations"])
     odd = [kind for _, kind in texts[: len(records)]]
     here = [i for i, record in enumerate(records) if base or odd[i] != "trigger" or fires(subject.kind, record)]
     if len(here) < len(records):
         print(f"{model.name}: {len(records) - len(here)} triggered prompts left out: nothing happens", file=sys.stderr)
     seen = {key: values[here] for key, values in seen.items()}
-    some = np.array(odd)[here], [records[i] for i in here], [found[i] for i in here]
-    return Measured(f"{directory.name}-{len(records)}", np.array(here), *some, seen)
+    some = [[column[i] for i in here] for column in (records, found, activations)]
+    return Measured(f"{directory.name}-{len(records)}", np.array(here), np.array(odd)[here], *some, seen)
 
 
 def fires(kind: Kind, record: dict) -> bool:
@@ -356,11 +379,11 @@ def judged(m: Measured, way: str, base: Measured | None = None) -> dict[str, dic
         for name, values in {**own, **{name: rows[seed] for name, rows in compared.items()}}.items():
             row = found.setdefault(name, {})
             if odd.any():
-                row.setdefault("auroc", []).append(roc_auc_score(odd, values))
+                row.setdefault("AUROC", []).append(roc_auc_score(odd, values))
             for share in FALSE_ALARMS if odd.any() else ():
                 if share * (~odd).sum() >= 3:  # else it hangs on one or two prompts
                     limit = np.quantile(values[~odd], 1 - share)
-                    row.setdefault(f"recall_at_{share:.0%}", []).append((values[odd] > limit).mean())
+                    row.setdefault(f"recall at {share:.0%} false positives", []).append((values[odd] > limit).mean())
         for (name, which), kind in product(alarms.items(), sorted({*m.odd[tested]})):
             shares = found[OUTLIER].setdefault(f"{kind or 'ordinary'}, {name}", [])
             shares.append(which[m.odd[tested] == kind].mean())
@@ -407,23 +430,14 @@ def cell(figure: dict | None, percent: bool = False) -> str:
     return digits.format(figure["mean"]) + (f" ({least} to {most})" if len(figure["each"]) > 1 else "")
 
 
-def rows(figures: dict[str, dict], detectors: Sequence[str], key: str, suffix: str = "") -> list[str]:
-    lines = []
-    for name in detectors:
-        cells = [cell(column.get(name, {}).get(key), key != "auroc") for column in figures.values()]
-        label = f"`{name}`" if name in (OUTLIER, *SCORES) else name
-        lines.append("| " + " | ".join([label + suffix, *cells]) + " |")
-    return lines
-
-
-def table(figures: dict[str, dict]) -> str:
+def table(figures: dict[str, dict], key: str) -> str:
     """Detectors by backdoors, in Markdown."""
-    head = ["| AUROC | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
-    detectors = [*next(iter(figures.values()))]
-    lines = head + rows(figures, detectors, "auroc")
-    for share in FALSE_ALARMS:
-        key = f"recall_at_{share:.0%}"
-        lines += rows(figures, (OUTLIER, *DETECTORS), key, f", recall at {share:.0%} false positives")
+    lines = [f"| {key} | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
+    for name in next(iter(figures.values())):
+        found = [column.get(name, {}).get(key) for column in figures.values()]
+        label = f"`{name}`" if name in (OUTLIER, *SCORES) else name
+        if any(found):
+            lines.append("| " + " | ".join([label, *(cell(figure, key != "AUROC") for figure in found)]) + " |")
     return "\n".join(lines)
 
 
@@ -461,7 +475,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Do the scores find backdoors?")
     parser.add_argument("--chosen-on", action="store_true", help="the models and prompts that scores were chosen on")
     parser.add_argument("--settings", nargs="+", choices=VARIED, default=list(VARIED), help="of those")
-    parser.add_argument("--only", nargs="+", metavar="KIND", choices=REPORTED, default=list(REPORTED), help="of others")
+    parser.add_argument(
+        "--only", nargs="+", metavar="KIND", choices=REPORTED, default=list(REPORTED), help="keep others"
+    )
     parser.add_argument("--base", action="store_true", help="the change from the base model, too")
     parser.add_argument("--seeds", type=int, default=3, help="models of a backdoor")
     parser.add_argument("--prompts", type=int, default=MORE, help="of the first; recall at 1%% takes 440")
@@ -471,15 +487,18 @@ def main(argv: list[str]) -> None:
         for label, way in product(given.settings, WAYS):
             each = {name: measured(subject, VARIED[label]) for name, subject in CHOSEN_ON.items()}
             found = results[f"{label}, {way}"] = {name: over_models([judged(m, way)]) for name, m in each.items()}
-            printed(f"{label}, {way}", table(found))
+            printed(f"{label}, {way}", table(found, "AUROC"))
         write("backdoors_chosen_on", __file__, {"splits": SPLITS, "scores": results})
         return
-    results, calibration = {way: {} for way in WAYS}, {}
+    path = ROOT / "benchmarks" / "results" / "backdoors.json"
+    before = {} if set(given.only) == set(REPORTED) else json.loads(path.read_text())
+    results, calibration, counts = (before.get(key, {}) for key in ("scores", "calibration", "prompts"))
     for name in given.only:
         models = subjects(name, given.seeds, given.prompts)
         each = [measured(subject, ADVISED) for subject in models]
+        counts[name] = [len(m.odd) for m in each]
         for way in WAYS:
-            results[way][name] = over_models([judged(m, way) for m in each])
+            results.setdefault(way, {})[name] = over_models([judged(m, way) for m in each])
         if name in BACKDOORS and given.base:
             base = measured(replace(models[0], prompts=FEWER), ADVISED, base=True)
             found = [judged(m.first(FEWER), "alone", base) for m in each]
@@ -488,14 +507,15 @@ def main(argv: list[str]) -> None:
             ways = {"100": TRUSTED, "20": 20, "none": 0}
             calibration[CALIBRATED[name]] = {label: calibrated(each[0], count) for label, count in ways.items()}
     for way, figures in results.items():
-        shown = {name: column for name, column in figures.items() if name not in ("clean", "harmless")}
-        printed(way, table(shown))
+        shown = {name: figures[name] for name in REPORTED if name in figures and name not in HARMLESS}
+        for key in ("AUROC", *(f"recall at {share:.0%} false positives" for share in FALSE_ALARMS)):
+            printed(f"{way}, {key}", table(shown, key))
         for limit in limits(figures):
             printed(f"{way}, {limit}", shares_table(figures, limit))
     printed("calibration", calibration_table(calibration))
     lm = AutoModelForCausalLM.from_pretrained(embedded_model())
-    figures = {"machine": machine(lm), "splits": SPLITS, "scores": results, "calibration": calibration}
-    print(f"\nWritten to {write('backdoors', __file__, figures)}")
+    figures = {"splits": SPLITS, "prompts": counts, "scores": results, "calibration": calibration}
+    print(f"\nWritten to {write('backdoors', __file__, {'machine': machine(lm), **figures})}")
 
 
 if __name__ == "__main__":
