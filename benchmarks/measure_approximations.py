@@ -30,7 +30,7 @@ from residual_fisher.model.passes import edit_stream, hooked
 from residual_fisher.pipeline import batches
 from residual_fisher.pipeline.matrices import Triplets
 from residual_fisher.pipeline.prompts import Prompt, Prompts, encode
-from residual_fisher.pipeline.scores import OUTLIER, SCORES, ScoredRun, outlier_scores
+from residual_fisher.pipeline.scores import OUTLIER, SCORES, ScoredRun, outlier_scores, rounding_of
 from residual_fisher.pipeline.settings import Settings
 
 COUNTS = (10, 50, 200, 1000)
@@ -151,7 +151,8 @@ def measured(model: torch.nn.Module, tokenizer, texts: Sequence[str]) -> Measure
             items += batches.measure(settings, subject, batch)
     items.sort(key=lambda item: item.number)
     records, matrices = [item.record for item in items], [Triplets(**item.arrays) for item in items]
-    found = outlier_scores(ScoredRun.of(records, matrices))
+    rounding = rounding_of(str(model.dtype).removeprefix("torch."))
+    found = outlier_scores(ScoredRun.of(records, matrices, rounding))
     return Measured(
         np.stack([one.S for one in matrices]),
         np.stack([one.V for one in matrices]),
