@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import transformers as hf
 
 import fisher
 from residual_fisher.model import eigen
+from residual_fisher.model.loading import PLAIN
 from residual_fisher.pipeline import block_lanczos
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 from test_fisher import RELATIVE, assert_eigenpairs_of, point_of
@@ -85,6 +87,18 @@ def test_a_certain_prediction_has_a_fisher_matrix_of_zero():
     found = leading_eigenpairs(point, 3)
     assert found.eigen.values[0, 0].abs().max() == found.eigen.trace[0, 0] == found.residuals[0, 0].max() == 0
     assert found.eigen.values[0, 1].min() > 0
+
+
+def test_more_pairs_than_tokens_are_those_of_the_whole_matrix():
+    """F has fewer than its tokens that are not zero."""
+    config = hf.LlamaConfig(**{**tiny.GROUPED, "vocab_size": 6})
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **PLAIN).eval().requires_grad_(False)
+    ids, lengths = tiny.prompts()
+    point = fisher.linearize_prompts(model, tiny.layers_of(model)[1], ids % 6, lengths)
+    found, expected = leading_eigenpairs(point, 10), fisher.full_vocabulary(point).eigenpairs(10)
+    assert found.eigen.values.shape == expected.values.shape
+    assert (found.eigen.values - expected.values).abs().max() <= 1e-5 * expected.values.max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
