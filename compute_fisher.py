@@ -52,6 +52,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from residual_fisher.common.archives import Item
 from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.run import Run, State, checksum, read_manifest, sources_of
 from residual_fisher.common.text import excerpt, model_line, printable
@@ -65,8 +66,9 @@ from residual_fisher.model.loading import (
     longest_prompt,
     vocabulary_size,
 )
+from residual_fisher.model.passes import ways_of
 from residual_fisher.pipeline import figures, matrices, processes, report
-from residual_fisher.pipeline.batches import Subject, check_once, measure, try_first
+from residual_fisher.pipeline.batches import Subject, check_once, measure, try_first, write_tokens
 from residual_fisher.pipeline.derived import METADATA, PROMPTS, conclude, made_from_scores, scored_records, scoring_of
 from residual_fisher.pipeline.estimate import describe_run, tell_too_few
 from residual_fisher.pipeline.processes import Processes
@@ -134,7 +136,8 @@ def clamp_to_model(settings: Settings, subject: Subject, tell: Callable[[str], N
         tell(f"note: --top-k-tokens {k} is more than the vocabulary: counting all {vocabulary} tokens")
         k = vocabulary
     width = subject.model.get_output_embeddings().weight.shape[1]
-    most, of = (width, f"of width {width}") if k == "all" else (k, f"of {k} tokens")
+    tokens = vocabulary if k == "all" else k
+    most, of = (width, f"of width {width}") if k == "all" and width < tokens else (tokens, f"of {tokens} tokens")
     if r > most:
         tell(f"note: --num-singular-values {r} is more than a matrix {of} has: keeping {most}")
         r = most
@@ -147,13 +150,17 @@ def clamp_to_model(settings: Settings, subject: Subject, tell: Callable[[str], N
 def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Processes, bar: tqdm) -> None:
     """Takes the windows of this process through `measure`, and keeps every batch as soon as it is finished.
 
-    The next window is tokenized, and items are written, meanwhile.
+    The next window is tokenized meanwhile, and items are completed and written.
     """
     settings, subject = pipeline.settings, pipeline.subject
     windows = plan(pipeline, source, run, process)
     pending: deque[Future] = deque()
     tokens, start, checked = 0, time.perf_counter(), set()
     failures = Failures(dtype_advice(subject.model))
+
+    def keep(items: list[Item]) -> None:
+        run.append(write_tokens(subject, items))
+
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         ahead = reader.submit(next, windows, None)
         while (window := ahead.result()) is not None:
@@ -162,7 +169,7 @@ def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Pro
             for batch in window.batches:
                 check_once(settings, subject, batch, checked)
                 items = measure(settings, subject, batch)
-                pending.append(writer.submit(run.append, items))
+                pending.append(writer.submit(keep, items))
                 while len(pending) > MAX_WAITING:  # raises what a write that failed has raised
                     pending.popleft().result()
                 failures.count(items)
@@ -224,8 +231,10 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
             tell_too_few(settings, prompts.usable)
             primary = matrices.merge(run, prompts.usable)
             columns = report.columns_of(record for _, record in run.all_records())
-            run.finish(prompts.usable, primary, statistics=report.summarize(columns, prompts.skipped))
-            conclude(run, against)
+            environment = {**pipeline.environment, **ways_of(pipeline.subject.model)}
+            statistics = report.summarize(columns, prompts.skipped)
+            run.finish(prompts.usable, primary, environment=environment, statistics=statistics)
+            conclude(run, against, settings.false_alarms)
         except KeyboardInterrupt:
             print("Interrupted: finished batches are saved; the same command resumes the run.", file=sys.stderr)
             return INTERRUPTED
@@ -241,7 +250,7 @@ def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference
         UserError: the folder holds another run, and may not be overwritten; or the reference does not fit.
     """
     if against:
-        against.require_same_model(pipeline.identity)
+        against.require_same_kind(pipeline.identity, pipeline.environment)
     notes = {"config": settings_of(settings), "environment": pipeline.environment}
     split = partial(matrices.split, run.folder)
     state = run.examine(
@@ -270,18 +279,19 @@ def report_finished(run: Run, settings: Settings, against: Reference | None) -> 
     name = printable(settings.output_dir)
     if run.read_only and not run.is_derived([PROMPTS], made_from_scores(run, scoring_of(against))):
         print(f"{name} is finished: only its prompts would be scored anew")
-    elif not run.read_only and conclude(run, against):
+    elif not run.read_only and (made := conclude(run, against, settings.false_alarms)):
         print(report.final_table(partial(scored_records, run.folder), run.manifest["notes"]["statistics"], settings))
-        print(f"{name} was finished: its prompts were scored anew")
+        what = "its prompts were scored anew" if PROMPTS in made else "its picture was drawn anew"
+        print(f"{name} was finished: {what}")
     else:
         print(f"{name} is finished: nothing to do (--overwrite starts anew)")
     return code_of(run)
 
 
-def redraw(folder: Path) -> int:
+def redraw(folder: Path, false_alarms: float) -> int:
     """Draws the picture of the records in a folder again."""
     try:
-        figures.draw(folder, scored_records(folder))
+        figures.draw(folder, scored_records(folder), false_alarms)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         manifest = read_manifest(folder)
         if manifest and manifest["derived"].get(PROMPTS, {}).get("checksum") == checksum(folder / PROMPTS):
@@ -297,7 +307,7 @@ def main(settings: Settings) -> int:
 
     def task() -> int:
         if settings.redraw:
-            return redraw(Path(settings.redraw))
+            return redraw(Path(settings.redraw), settings.false_alarms)
         return run_pipeline(settings, processes.join())
 
     return exit_code(PROGRAM, task, advice)

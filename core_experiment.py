@@ -70,7 +70,7 @@ from residual_fisher.model.loading import (
     longest_prompt,
     vocabulary_size,
 )
-from residual_fisher.model.passes import devices_of, require_known_tokens
+from residual_fisher.model.passes import devices_of, require_known_tokens, ways_of
 
 FILES = (records.RESULTS, records.EIGENVECTORS, *figures.FILES)
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
@@ -358,6 +358,7 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
     failed = []  # kept with the next sentence that is finished: failures alone are no results
     with tqdm(total=total, initial=count, desc="perturbing", unit="sentence", disable=None) as bar:
         for before, item in measure_sentences(experiment, numbers, known, batches, clock):
+            experiment.about["environment"].update(ways_of(experiment.model), rows_that_fit=batches.halved())
             if "failed" in item.record:
                 items.append(item)
                 failed.append(item)

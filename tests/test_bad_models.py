@@ -351,6 +351,8 @@ CHANGES = {
     "three rows": lambda model, _: set_rows(model.lm_head, slice(5, 8), lambda rows: 1.01 * rows),
     "rows swapped": lambda model, _: set_rows(model.lm_head, [5, 6], lambda rows: rows.flip(0)),
     "embeddings swapped": lambda model, _: set_rows(model.model.embed_tokens, [0, 1], lambda rows: rows.flip(0)),
+    "two signs": lambda model, _: model.model.norm.weight.view(torch.int32)[3:5].bitwise_xor_(torch.tensor(-(1 << 31))),
+    "a matrix negated": lambda model, _: model.model.layers[0].self_attn.q_proj.weight.neg_(),
     "one bit": lambda model, _: model.model.norm.weight.view(torch.int32)[7:8].bitwise_xor_(torch.tensor(1)),
     "bits that keep the sum": shift,
     "the template": lambda _, tokenizer: setattr(tokenizer, "chat_template", tokenizer.chat_template + " "),
@@ -386,16 +388,44 @@ def test_a_fingerprint_is_that_of_the_files_wherever_they_are_and_whatever_was_r
     assert before != loading.fingerprint(*loading.load(str(elsewhere), dtype="float64", device="cpu"))
 
 
+def swap(values: torch.Tensor, *places: int) -> torch.Tensor:
+    other = values.clone()
+    other[list(places)] = values[list(reversed(places))]
+    return other
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_checksum_sees_signs_and_order(dtype):
+    values = torch.randn(2 * loading.BLOCK + 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    last = len(values) - 1
+    others = [-values, values.flip(0), values.roll(loading.BLOCK), values[:-1], values.repeat(2), values.abs()]
+    for one, two in ((0, 1), (0, 2), (1, loading.BLOCK), (5, last), (loading.BLOCK, last)):
+        negated = values.clone()
+        negated[[one, two]] *= -1
+        others += [negated, swap(values, one, two)]
+    assert len({loading._checksum(some) for some in (values, *others)}) == 1 + len(others)
+
+
+def test_two_changes_cancel_in_neither_sum():
+    """Two weights whose highest bits flip are seen unless both sums of their weights end in 33 zero bits."""
+    weights = loading._scrambled(torch.arange(2 * loading.BLOCK))
+    assert (weights % 2 == 1).all()
+    for some in weights.unflatten(0, (2, -1)):
+        low = some % (1 << 33)
+        both = torch.cat([low, ((1 << 33) - low)])  # sums and differences of two
+        assert both.unique().numel() >= len(both) - 2  # by chance, 0.06 of the 2^27 pairs agree in one sum
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool])
 def test_a_checksum_is_exact_and_does_not_depend_on_how_it_is_cut(dtype):
     values = torch.randint(0, 2, (3 * loading.BLOCK + 5,), generator=torch.Generator().manual_seed(0)).to(dtype)
     assert loading._checksum(values) == loading._checksum(values.reshape(-1, 1).expand(-1, 2)[:, 0])
+    assert loading._checksum(values[3:]) == loading._checksum(values[3:].clone())  # not at an address of four bytes
     for place in (0, loading.BLOCK, len(values) - 1):
         other = values.clone()
         other[place] = 1 - values[place].int()
         assert loading._checksum(other) != loading._checksum(values)
-    assert loading._checksum(values.roll(loading.BLOCK)) != loading._checksum(values)
-    assert isinstance(loading._checksum(values[:0]), int)
+    assert loading._checksum(values[:0]) != loading._checksum(values[:1])
 
 
 def test_weights_that_are_offloaded_count_by_name_and_shape(chat_directory):

@@ -76,6 +76,21 @@ def test_continuations_are_those_of_full_passes_without_a_cache(name, mode, toke
     assert torch.equal(point.reading.logits(), before)  # the prefix is as it was
 
 
+@pytest.mark.parametrize("tokens", [tiny.ORIGINAL - 3, tiny.ORIGINAL, tiny.ORIGINAL + 1])
+def test_a_continuation_in_which_all_positions_are_rotated_otherwise_is_that_of_full_passes(tokens):
+    """And that of `generate`, which throws its cache away there."""
+    model = tiny.build("longrope")
+    model.generation_config.eos_token_id = model.config.eos_token_id = 500  # which it never says
+    point, deltas = perturbed_point(model, tokens)
+    chosen = [(layer, 1) for layer in range(len(deltas))]
+    found = continuations(point, tokens, deltas, chosen, TOKENS, fisher.Chunks(4))
+    said = model.generate(tiny.prompt(tokens)[None], max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
+    assert found.unperturbed == said[0, tokens:].tolist()
+    for layer, scale, direction, ids in found.perturbed:
+        delta = deltas[layer, direction, scale]
+        assert ids == the_long_way(model, tiny.prompt(tokens), point.modules[layer], delta, TOKENS)
+
+
 def test_the_batch_does_not_matter():
     point, deltas = perturbed_point(tiny.shared("llama"))
     chosen = [(layer, 0) for layer in range(len(deltas))]

@@ -14,6 +14,7 @@ import fisher
 from residual_fisher.common.program import UserError
 from residual_fisher.model import loading
 from residual_fisher.model.passes import Chunks, hooked, use_attention
+from residual_fisher.pipeline import batches
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 import scripts
 from test_fisher import K, directions
@@ -380,6 +381,23 @@ def test_the_pipeline_writes_what_it_writes_on_the_cpu(place, top_k_tokens, chat
         assert np.abs(products[0] - products[1]).max() <= 1e-3 * np.abs(products[1]).max()
     tokens = [[record["top_token"] for record in scripts.records(tmp_path / place)] for place in ("gpu", "cpu")]
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.usefixtures("without_pictures", "own_arithmetic")
+def test_batches_are_sized_from_free_memory(chat_directory, dataset, tmp_path, monkeypatch, capsys):
+    """If none is free, no pass takes more tokens than one that has fitted, and none fails."""
+    options = {"dtype": "float32", "num_prompts": 16, "device": "cuda:0"}
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "whole", **options) == 0
+    monkeypatch.setattr(batches, "free_memory", lambda gpu: 0)
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "parts", **options) == 0
+    assert "out of memory" not in capsys.readouterr().err
+    whole, parts = (scripts.records(tmp_path / name) for name in ("whole", "parts"))
+    longest = max(record["tokens"] for record in whole)
+    assert not any("tokens_at_once" in record for record in whole)
+    at_once = [record["tokens_at_once"] for record in parts if "tokens_at_once" in record]
+    assert len(at_once) >= 8 and max(at_once) <= longest
+    for found, expected in zip(parts, whole, strict=True):
+        assert found["singular_values"] == pytest.approx(expected["singular_values"], rel=1e-4)
 
 
 @pytest.mark.usefixtures("without_pictures", "own_arithmetic")

@@ -248,10 +248,10 @@ def test_failed_prompts_and_matrices_that_are_zero_are_drawn(finished_copy, caps
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_scores_that_tell_no_prompts_apart_are_noted(chat_directory, tmp_path, capsys):
+def test_a_run_of_one_text_has_no_scores_and_says_so(chat_directory, tmp_path, capsys):
     (tmp_path / "same.txt").write_text("the same\n" * 40)
     assert scripts.compute_fisher(chat_directory, tmp_path / "same.txt", tmp_path / "out") == 0
-    note = "note: all prompts have the same strength and spectrum and directions and words: these scores are 0"
+    note = "note: fewer than 8 different prompts (1) do not say what is usual: all scores are 0"
     assert note in capsys.readouterr().err.splitlines()
     assert not any(record["outlier_score"] for record in records(tmp_path / "out"))
 

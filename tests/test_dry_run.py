@@ -249,6 +249,7 @@ def test_the_pipelines_seconds_follow_the_sizes_of_its_batches(monkeypatch):
         "into_batches": lambda *_: batches,
         "check_once": lambda *_: False,
         "measure": measure,
+        "write_tokens": lambda subject, items: items,
     }.items():
         monkeypatch.setattr(of_pipeline, name, function)
     pipeline = SimpleNamespace(settings=parse([]), subject=SimpleNamespace(model=tiny.shared("llama")))

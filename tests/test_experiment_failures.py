@@ -9,8 +9,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
+import yaml
 
-from conftest import make_model_directory
+from conftest import FINISHED_EXPERIMENT, make_model_directory
 import core_experiment
 import fisher
 from residual_fisher.common.archives import archives_in
@@ -73,9 +75,46 @@ def test_a_cache_that_misleads_gives_way_to_whole_prompts(model_directory, tmp_p
     assert "whole prompt" not in capsys.readouterr().out
     assert scripts.core_experiment(model_directory, tmp_path / "whole") == 0
     said = capsys.readouterr().out
-    assert "note: LlamaForCausalLM remembers more than keys and values, so every pass runs the whole prompt" in said
-    cached, whole = (experiment_results(tmp_path / name)[1] for name in ("cached", "whole"))
-    assert np.allclose(cached["eigenvalues"], whole["eigenvalues"], rtol=1e-4)
+    assert (
+        said.count("note: LlamaForCausalLM is not read in the fastest way, but by whole prompts: the cached and") == 1
+    )
+    cached, whole = (experiment_results(tmp_path / name) for name in ("cached", "whole"))
+    assert np.allclose(cached[1]["eigenvalues"], whole[1]["eigenvalues"], rtol=1e-4)
+    assert cached[0]["environment"]["reading"] == "shared prefix"
+    assert whole[0]["environment"]["reading"].startswith("whole prompts: the cached and plain predictions differ by")
+
+
+class Kernel(torch.autograd.Function):
+    """The identity, as a kernel of a model's own would compute it: from the memory of the tensors that it is given."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.from_numpy(x.detach().numpy().copy())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.from_numpy(gradient.numpy().copy())
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_gradients_that_a_models_own_kernel_cannot_batch_are_taken_one_by_one(
+    model_directory, chat_directory, dataset, finished_experiment, finished_pipeline, tmp_path, capsys, monkeypatch
+):
+    mlp = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: Kernel.apply(mlp(self, x)))
+    assert scripts.core_experiment(model_directory, tmp_path / "experiment", *FINISHED_EXPERIMENT) == 0
+    assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "pipeline") == 0
+    assert (
+        capsys.readouterr().err.count("note: LlamaForCausalLM takes its gradients one by one: Cannot access data") == 2
+    )
+    (document, found), (_, expected) = map(experiment_results, (tmp_path / "experiment", finished_experiment))
+    for name in ("eigenvalues", "eigenvectors"):  # sums of another order
+        assert np.allclose(found[name], expected[name], rtol=1e-4, atol=1e-4), name
+    metadata = yaml.safe_load((tmp_path / "pipeline" / "metadata.yaml").read_text())
+    for environment in (document["environment"], metadata["environment"]):
+        assert environment["gradients"].startswith("one by one: Cannot access data pointer")
+    values = [[r["singular_values"] for r in scripts.records(o)] for o in (tmp_path / "pipeline", finished_pipeline)]
+    assert np.allclose(*values, rtol=1e-4, atol=1e-6)
 
 
 def test_a_model_that_fisher_does_not_predict_is_refused(model_directory, dataset, tmp_path, capsys):

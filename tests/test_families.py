@@ -89,6 +89,34 @@ def test_a_longer_prompt_is_tried_anew():
     assert [len(ids) for _, ids in tried] == [5, 9]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_that_is_the_first_rotated_otherwise_is_read_as_a_whole(dtype):
+    """Whatever was read before. In bfloat16 a misread prefix may pass for rounding (0.3 nats)."""
+    model, reference = tiny.build("longrope", dtype), tiny.shared("longrope", torch.float64)
+    for above in (8, 1, 0, 2, -4, 1):
+        ids = tiny.prompt(tiny.ORIGINAL + above)
+        point = fisher.linearize(model, ids)
+        assert point.reading.mode is (PrefixMode.WHOLE if above == 1 else PrefixMode.SHARED)
+        if dtype == torch.float32:  # a misread prefix changes log-probabilities by whole nats
+            delta = 0.1 * point.activations[1]
+            moved = fisher.perturb(point, delta[None], at=1)[0].log_softmax(-1)
+            plain = (
+                tiny.plain_log_probs(reference, ids),
+                tiny.plain_log_probs(reference, ids, tiny.layers_of(reference)[1], delta.double()),
+            )
+            assert torch.allclose(torch.stack([point.log_probs, moved]).double(), torch.stack(plain), atol=1e-4)
+
+
+def test_lengths_at_which_the_rotation_depends_on_earlier_prompts_are_refused():
+    model, ids = tiny.build("dynamic"), tiny.prompt(tiny.ORIGINAL + 1)
+    found, expected = fisher.linearize(model, ids[1:]), tiny.plain_log_probs(tiny.build("dynamic"), ids[1:])
+    assert torch.allclose(found.log_probs, expected, atol=1e-4)
+    with pytest.raises(fisher.UnsupportedModelError, match="above 12 tokens"):
+        fisher.linearize(model, ids)
+    with pytest.raises(fisher.UnsupportedModelError, match="above 12 tokens"):
+        fisher.linearize_prompts(model, tiny.layers_of(model)[1], ids[None], torch.tensor([len(ids)]))
+
+
 def test_a_mode_is_chosen_anew_in_another_dtype(monkeypatch):
     model, prefill = tiny.build("llama"), reading.prefill
 

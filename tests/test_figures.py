@@ -190,7 +190,7 @@ def test_there_is_a_picture_of_steering_if_a_target_was_below_a_goal(results):
 
 
 def spectra_figure(folder: Path) -> tuple[Figure, list[dict]]:
-    return spectra.spectra_figure(iter(scripts.records(folder))), scripts.records(folder)
+    return spectra.spectra_figure(iter(scripts.records(folder)), 0.2), scripts.records(folder)
 
 
 def dots(axes: Axes) -> np.ndarray:
@@ -199,7 +199,7 @@ def dots(axes: Axes) -> np.ndarray:
 
 
 def test_the_pipelines_picture_is_of_a_readable_size(finished_pipeline, tmp_path):
-    spectra.draw(tmp_path, scripts.records(finished_pipeline))
+    spectra.draw(tmp_path, scripts.records(finished_pipeline), 0.05)
     assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1950)
 
 
@@ -227,6 +227,9 @@ def test_every_prompt_is_in_every_panel(finished_pipeline):
     rows = [line.get_xdata() for line in panel(figure, "In which way unusual").lines if len(line.get_xdata()) == 40]
     for found, name in zip(rows, ("outlier_score", *SCORES), strict=True):
         assert found == pytest.approx(columns[name], rel=1e-5)
+    outstanding = columns["outlier_score"][columns["p_value"] <= 0.2]
+    (limit,) = [line for line in panel(figure, "In which way unusual (dotted: p ≤ 0.2)").lines if line.get_ls() == ":"]
+    assert limit.get_xdata() == pytest.approx([outstanding.min()] * 2)
     for title in ("Sensitivity", "The top-k tokens hold"):
         (axes,) = [a for a in figure.axes if a.patches and a.get_title().startswith(title)]
         assert sum(bar.get_height() for bar in axes.patches) == 40
@@ -237,7 +240,8 @@ def test_the_prompts_that_stand_out_are_named(finished_pipeline):
     figure, records = spectra_figure(finished_pipeline)
     texts = [text.get_text() for text in panel(figure, "Prompts that stand out").texts]
     for record in sorted(records, key=lambda record: -record["outlier_score"])[:6]:
-        assert {str(record["index"]), f"{record['outlier_score']:.1f}", record["prompt"]} <= set(texts)
+        numbers = {str(record["index"]), f"{record['outlier_score']:.1f}", f"p {record['p_value']:.2g}"}
+        assert numbers | {record["prompt"]} <= set(texts)
         assert drawing.label("says " + " ".join(record["odd_words"])) in texts
 
 
@@ -267,12 +271,12 @@ def test_records_of_an_earlier_version_and_of_matrices_that_are_zero_are_drawn(
         record.update(change)
         if record["directions"] is None:
             del record["directions"]
-    spectra.draw(tmp_path, found)
+    spectra.draw(tmp_path, found, 0.05)
     assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1950)
 
 
 NOTHING = {
-    **dict.fromkeys(("trace", "captured_mass", "outlier_score", *SCORES), 0.0),
+    **dict.fromkeys(("trace", "captured_mass", "outlier_score", *SCORES), 0.0), "p_value": 1.0,
     "singular_values": [0.0] * 4, "principal_coordinates": [0.0] * 5, "directions": [], "odd_words": [],
     "failed": "NaN",
 }  # fmt: skip
@@ -283,9 +287,9 @@ def test_a_few_prompts_that_all_failed_are_drawn(finished_pipeline, tmp_path):
     found = [{**record, **NOTHING} for record in scripts.records(finished_pipeline)[:7]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        spectra.draw(tmp_path, found)
+        spectra.draw(tmp_path, found, 0.05)
         warnings.filterwarnings("ignore", "All-NaN")
-        figure = spectra.spectra_figure(found)
+        figure = spectra.spectra_figure(found, 0.05)
     assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1950)
     assert dots(panel(figure, "Which directions")).tolist() == [[0.0, 0.0]] * 7
 

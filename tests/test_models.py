@@ -206,13 +206,17 @@ def test_cache_directory_follows_xdg(tmp_path, monkeypatch):
 
 @pytest.fixture
 def exceeds(model_directory, monkeypatch):
-    """Whether a model exceeds the first of several GPUs, whose free memory is given in sizes of the model."""
+    """Whether a model exceeds the first of several GPUs, whose free memory is given in sizes of the model.
+
+    Its `asked` are the GPUs whose memory was asked for, which makes a context there.
+    """
     size = 4 * sum(p.numel() for p in loading.load(str(model_directory), device="cpu")[0].parameters())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def exceeds(*free: float) -> bool:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (size * free[gpu], size * free[gpu]))
+        exceeds.asked = []
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: exceeds.asked.append(gpu) or [size * free[gpu]])
         config = hf.AutoConfig.from_pretrained(model_directory)
         return loading._exceeds_gpu(config, {"dtype": torch.float32, "trust_remote_code": False})
 
@@ -223,6 +227,11 @@ def test_a_model_larger_than_the_gpu_is_spread_over_several(exceeds):
     assert not exceeds(1.2)
     assert not exceeds(1.2, 0.1)
     assert exceeds(1.05, 0.5)
+
+
+def test_a_gpu_that_suffices_is_the_only_one_that_is_asked(exceeds):
+    assert not exceeds(1.2, 5, 5)
+    assert exceeds.asked == [0]
 
 
 def test_a_model_larger_than_all_gpus_is_refused_before_it_is_loaded(exceeds):

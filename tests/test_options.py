@@ -38,7 +38,7 @@ def option_of(script: str, name: str):
 
 def other_value(key) -> str:
     """A word that an option takes and that is not its default."""
-    for word in ("3", "true", "last", "compact", "nats", "float64", "word"):
+    for word in ("3", "0.5", "true", "last", "compact", "nats", "float64", "word"):
         try:
             if key.metadata["read"](word) != key.default:
                 return word
@@ -348,6 +348,7 @@ def test_a_missing_config_and_one_without_an_end_are_one_line_and_code_2(script,
 
 INCIDENTAL = {
     "num_prompts", "num_sentences", "output_dir", "device", "trust_remote_code", "batch_size", "reference", "base",
+    "false_alarms",
 }  # fmt: skip
 WITHOUT_EFFECT = {  # until another option is set
     "steer_token": ["--steer"], "steer_steps": ["--steer"], "steer_damping": ["--steer"],

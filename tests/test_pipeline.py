@@ -1,5 +1,6 @@
 """compute_fisher.py as a user calls it, on a tiny model: its files."""
 
+from dataclasses import replace
 import json
 import os
 import subprocess
@@ -10,10 +11,12 @@ import pytest
 import torch
 import yaml
 
+import compute_fisher
 from residual_fisher import load_fisher_matrices
+from residual_fisher.common.text import excerpt
 from residual_fisher.model import loading
 from residual_fisher.pipeline import batches, matrices
-from residual_fisher.pipeline.scores import SCORES, THRESHOLD
+from residual_fisher.pipeline.scores import SCORES
 import scripts
 from scripts import PIPELINE_FILES, ROOT, arrays, records
 import tiny
@@ -27,11 +30,11 @@ def test_a_run_writes_four_files_and_what_it_needs_to_be_extended(finished_pipel
 
 def test_arrays_have_the_documented_names_shapes_and_order(finished_pipeline):
     found = arrays(finished_pipeline)
-    assert list(found) == [f"{part}_{i}" for i in range(40) for part in "USV"]
+    assert list(found) == [f"{part}_{i}" for i in range(40) for part in "USVH"]
     for i in range(40):
         u, s, v = found[f"U_{i}"], found[f"S_{i}"], found[f"V_{i}"]
         assert u.shape == (tiny.D, 4) and s.shape == (4,) and v.shape == (4, tiny.D)
-        assert u.dtype == s.dtype == v.dtype == np.float32
+        assert u.dtype == s.dtype == v.dtype == found[f"H_{i}"].dtype == np.float32
         assert (np.diff(s) <= 0).all() and (s >= 0).all()
         assert np.abs(u - v.T).max() < 1e-6 and np.abs(v @ u - np.eye(4)).max() < 1e-5
 
@@ -51,6 +54,8 @@ def test_every_prompts_triplets_are_those_of_its_float64_fisher_matrix(
         found = matrices[record["index"]]
         assert np.abs(found.S - s[:4]).max() <= 1e-4 * s[0]
         assert np.abs(found.U @ np.diag(found.S) @ found.V - u[:, :4] @ np.diag(s[:4]) @ v[:4]).max() <= 1e-3 * s[0]
+        stream = model(ids[None], output_hidden_states=True).hidden_states[2][0, -1]  # after model.layers.1
+        assert matrices.activation(record["index"]) == pytest.approx(stream.detach().numpy(), rel=1e-4, abs=1e-5)
         assert record["trace"] == pytest.approx(matrix.trace(), rel=1e-4)
         probabilities = tiny.plain_log_probs(model, ids).exp().sort(descending=True).values
         assert record["captured_mass"] == pytest.approx(float(probabilities[:6].sum()), rel=1e-4)
@@ -86,17 +91,20 @@ def test_the_final_table_names_the_prompts_that_stand_out(finished_pipeline, cha
         (line,) = [line for line in shown.splitlines() if line.startswith(label)]
         numbers = [float(word) for word in line.removeprefix(label).split()]
         assert numbers == pytest.approx([np.median(values), min(values), max(values)], rel=1e-3)
-    beyond = sum(record["outlier_score"] > THRESHOLD for record in found)
-    *_, leading = shown.partition(f"{beyond} of 8 prompts stand out from most of them: scores above 2.3")
-    rows = [line.split() for line in leading.splitlines()[4:14]]
+    lowest = min(record["p_value"] for record in found)
+    *_, leading = shown.partition("0 of 8 prompts stand out from most of them, with a p-value of at most 0.01")
+    assert f"(the lowest is {lowest:.2g}: n usual prompts show none below 1/(n + 1))" in leading
+    rows = [line.split() for line in leading.splitlines()[5:15]]
     expected = sorted(found, key=lambda record: -record["outlier_score"])[:5]
     assert [int(row[0]) for row in rows[::2]] == [record["index"] for record in expected]
-    numbers = [[f"{r['outlier_score']:.1f}", *(f"{r[name]:+.1f}" for name in SCORES)] for r in expected]
-    assert [row[1:6] for row in rows[::2]] == numbers
-    assert [" ".join(row[6:]) for row in rows[::2]] == [record["prompt"] for record in expected]
+    numbers = [
+        [f"{r['outlier_score']:.1f}", f"{r['p_value']:.2g}", *(f"{r[name]:+.1f}" for name in SCORES)] for r in expected
+    ]
+    assert [row[1:8] for row in rows[::2]] == numbers
+    assert [" ".join(row[8:]) for row in rows[::2]] == [excerpt(record["prompt"], 45) for record in expected]
     for words, record in zip(rows[1::2], expected, strict=True):
-        assert " ".join(words).startswith(" ".join(record["odd_words"])[:50])
-    assert max(map(len, leading.splitlines()[:14])) <= 120
+        assert " ".join(words).startswith(" ".join(record["odd_words"])[:40])
+    assert max(map(len, leading.splitlines()[:15])) <= 120
 
 
 def test_results_are_read_without_torch_or_matplotlib(finished_pipeline):
@@ -137,6 +145,31 @@ def test_more_singular_values_than_tokens_are_lowered_noted_and_recorded(chat_di
     assert capsys.readouterr().out.count(note) == 1
     assert yaml.safe_load((tmp_path / "out" / "metadata.yaml").read_text())["num_singular_values"] == 3
     assert arrays(tmp_path / "out")["U_0"].shape == (tiny.D, 3)
+
+
+def test_of_the_whole_vocabulary_there_are_no_more_singular_values_than_tokens():
+    config = tiny.hf.LlamaConfig(**{**tiny.GROUPED, "vocab_size": 6})
+    subject = batches.Subject(tiny.hf.AutoModelForCausalLM.from_config(config), None, "", None)
+    settings, said = replace(compute_fisher.parse([]), top_k_tokens="all", num_singular_values=10), []
+    assert compute_fisher.clamp_to_model(settings, subject, said.append).num_singular_values == 6
+    assert said == ["note: --num-singular-values 10 is more than a matrix of 6 tokens has: keeping 6"]
+
+
+def test_of_equally_probable_next_tokens_the_lower_one_is_recorded_first(chat_directory, monkeypatch):
+    model, tokenizer = loading.load(str(chat_directory), "float32", "cpu")
+    subject = batches.Subject(model, tokenizer, *loading.find_module(model, "1"))
+    batch = [batches.encode(tokenizer, batches.Prompt(0, 0, "wild animals"), 64)]
+    linearize = batches.linearize_batch
+
+    def with_ties(*arguments):
+        point, rows = linearize(*arguments)
+        point.log_probs[:, [90, 41, 60, 11, 93]] = point.log_probs.max() + 1
+        return point, rows
+
+    monkeypatch.setattr(batches, "linearize_batch", with_ties)
+    settings = replace(compute_fisher.parse([]), top_k_tokens=6, num_singular_values=2)
+    (item,) = batches.measure_batch(settings, subject, batch, "eager")
+    assert [token["id"] for token in item.record["next_tokens"]][:5] == [11, 41, 60, 90, 93]
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -183,7 +216,9 @@ def test_long_prompts_go_one_by_one_where_attention_keeps_its_matrices(chat_dire
     parts = []
     linearize_batch = batches.linearize_batch
     monkeypatch.setattr(
-        batches, "linearize_batch", lambda s, m, batch: parts.append(len(batch)) or linearize_batch(s, m, batch)
+        batches,
+        "linearize_batch",
+        lambda s, m, batch, *kind: parts.append(len(batch)) or linearize_batch(s, m, batch, *kind),
     )
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "apart", **options) == 0
     assert parts == [1, 1, 1, 1, 1]  # the first is the trial of the first prompt
@@ -211,6 +246,7 @@ def test_compact_and_sharded_results_read_the_same(chat_directory, dataset, fini
                 assert found[index].U.dtype == np.float32 and found[index].V.shape == (4, tiny.D)
                 for ours, theirs in zip(found[index], expected[index], strict=True):
                     assert np.abs(ours - theirs).max() <= tolerance
+                assert found.activation(index) == pytest.approx(expected.activation(index), rel=tolerance)
             with pytest.raises(IndexError, match="prompt 40 of 40"):
                 found[40]
         assert records(output)[3]["prompt"] == records(finished_pipeline)[3]["prompt"]

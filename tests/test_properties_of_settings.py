@@ -106,8 +106,8 @@ def test_any_manifest_is_read_or_refused_in_a_line_and_nothing_is_removed(conten
 
 
 RECORD = {
-    "prompt": "a", "tokens": 3, "captured_mass": 0.5, "outlier_score": 0.1, "z_strength": 0.1, "z_spectrum": 0.1,
-    "z_directions": 0.1, "z_words": 0.1, "odd_words": ["a"], "differs_along": 1,
+    "prompt": "a", "tokens": 3, "captured_mass": 0.5, "outlier_score": 0.1, "p_value": 0.1, "z_strength": 0.1,
+    "z_spectrum": 0.1, "z_directions": 0.1, "z_words": 0.1, "odd_words": ["a"], "differs_along": 1,
     "principal_coordinates": [0.1, 0.2], "singular_values": [2.0, 1.0],
     "directions": [[{"token": "a", "id": 1, "share": 0.9, "slope": -0.5}], []],
 }  # fmt: skip
@@ -122,4 +122,4 @@ def test_any_records_are_drawn_or_refused_in_a_line(content):
         patch.setattr(figures, "spectra_figure", figures._collect)
         (Path(folder) / compute_fisher.PROMPTS).write_bytes(content)
         with one_line_at_most():
-            assert compute_fisher.redraw(Path(folder)) == 0
+            assert compute_fisher.redraw(Path(folder), 0.01) == 0

@@ -17,7 +17,7 @@ import scripts
 from scripts import Stopped, arrays, calls_of, pipeline_words, records
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
-SCORE_KEYS = {*SCORES, "outlier_score", "differs_along", "odd_words", "principal_coordinates"}
+SCORE_KEYS = {*SCORES, "outlier_score", "p_value", "differs_along", "odd_words", "principal_coordinates"}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def expected(folder: Path, **against: Path) -> list[dict]:
     """The scores by the library, from what is on disk."""
 
     def run(of: Path) -> ScoredRun:
-        return ScoredRun.of(records(of), list(load_fisher_matrices(of)))
+        return ScoredRun.of(records(of), load_fisher_matrices(of))
 
     found = outlier_scores(run(folder), **{kind: run(of) for kind, of in against.items()})
     return [{key: found[key][i] for key in SCORE_KEYS} for i in range(len(records(folder)))]
@@ -58,7 +58,9 @@ def test_a_finished_run_is_scored_against_another_and_back_without_its_model(
     with calls_of(hf.AutoTokenizer, "from_pretrained") as loaded:
         assert scripts.compute_fisher(chat_directory, dataset, finished, reference=trusted) == 0
         said = capsys.readouterr().out
-        assert f"from the trusted ones in {trusted}: scores above" in said and "its prompts were scored anew" in said
+        assert (
+            f"from the trusted ones in {trusted}, with a p-value of" in said and "its prompts were scored anew" in said
+        )
         for found, wanted in zip(scored(finished), expected(finished, reference=trusted), strict=True):
             assert found.pop("odd_words") == wanted.pop("odd_words")
             for key in found:
@@ -133,6 +135,23 @@ def test_a_dry_run_says_that_only_scores_are_missing(trusted, finished, chat_dir
     assert metadata(finished)["scores"]["against"] is None
 
 
+def test_another_share_of_false_alarms_is_drawn_and_told_anew_and_changes_no_score(
+    trusted, finished, chat_directory, dataset, capsys
+):
+    words = {"reference": trusted, "num_prompts": 40}
+    assert scripts.compute_fisher(chat_directory, dataset, finished, **words) == 0
+    before, picture = (finished / "prompts.jsonl").read_bytes(), (finished / "fisher_spectra.png").stat().st_mtime_ns
+    capsys.readouterr()
+    assert scripts.compute_fisher(chat_directory, dataset, finished, false_alarms=0.2, **words) == 0
+    said = capsys.readouterr().out
+    beyond = sum(record["p_value"] <= 0.2 for record in records(finished))
+    assert f"{beyond} of 40 prompts stand out" in said and "with a p-value of at most 0.2" in said
+    assert "was finished: its picture was drawn anew" in said
+    assert (finished / "prompts.jsonl").read_bytes() == before
+    assert (finished / "fisher_spectra.png").stat().st_mtime_ns > picture
+    assert metadata(finished)["scores"]["false_alarms"] == 0.2
+
+
 # --- a base model --------------------------------------------------------------------------------
 
 
@@ -181,6 +200,7 @@ def test_what_is_no_finished_run_with_the_same_settings_is_refused_before_a_mode
         assert "--base is the --output-dir itself" in said(base=tmp_path / "out")
         assert "has top_k_tokens 6, and this one 5" in said(reference=trusted, top_k_tokens=5)
         assert "bias_positions 'all', and this one 'last'" in said(reference=trusted, bias_positions="last")
+        assert "max_length 2048, and this one 100" in said(base=trusted, max_length=100)
         for name in ("items/records.jsonl", "fisher_matrices_compressed.npz"):
             damaged = shutil.copytree(trusted, tmp_path / "damaged" / name)
             (damaged / name).write_text("{}")
@@ -199,6 +219,13 @@ def test_a_reference_of_another_model_or_layer_or_of_few_prompts_is_refused(
 
     assert "is of another model" in said(tuned_directory, tmp_path / "new", reference=trusted)
     assert "is hooked at another layer" in said(chat_directory, tmp_path / "new", hook_layer_name=2, base=trusted)
+    line = said(chat_directory, tmp_path / "new", dtype="bfloat16", base=trusted)
+    assert "is of another dtype ('float32', and this one 'bfloat16')" in line
+    assert not (tmp_path / "new").exists()
+    elsewhere = tmp_path / "elsewhere"  # two finished runs, whose models are not loaded again
+    assert scripts.compute_fisher(chat_directory, dataset, elsewhere, hook_layer_name=2, num_prompts=24) == 0
+    capsys.readouterr()
+    assert "is hooked at another layer" in said(chat_directory, finished, reference=elsewhere)
     assert "is of other prompts (first at prompt 24)" in said(chat_directory, finished, base=trusted)
     few = tmp_path / "few"
     assert scripts.compute_fisher(chat_directory, dataset, few, num_prompts=19) == 0

@@ -11,6 +11,7 @@ from residual_fisher.pipeline.distances import (
     PrincipalCoordinates,
     Subspace,
     Surprisal,
+    WideMahalanobis,
     largest_eigenvalue,
     log_gain,
     robust_z,
@@ -44,14 +45,27 @@ def record(matrix: Triplets, place: int) -> dict:
     rng = np.random.default_rng(place)
     p = rng.uniform(0.3, 0.7)
     words = next_tokens({f"w{int(5 * rng.uniform() ** 2)}": p, "w5": 0.8 - p})
-    return {"prompt": "?", "trace": float(matrix.S.sum()), "top_probability": p, "next_tokens": words}
+    return {"prompt": f"prompt {place}", "trace": float(matrix.S.sum()), "top_probability": p, "next_tokens": words}
 
 
-def run(matrices: list[Triplets], **changed) -> ScoredRun:
-    """Alike records, but for those at the places in `changed`."""
+class Matrices(list):
+    """Triplets, and an activation of each prompt that is normal around a mean."""
+
+    def __init__(self, matrices: list[Triplets], first: int, odd: dict[int, np.ndarray]):
+        super().__init__(matrices)
+        self._first, self._odd = first, odd
+
+    def activation(self, place: int) -> np.ndarray:
+        usual = 1 + np.random.default_rng(1000 + self._first + place).standard_normal(D)
+        return self._odd.get(place, usual).astype(np.float32)
+
+
+def run(matrices: list[Triplets], first: int = 0, rounding: float = distances.ROUNDING, **changed) -> ScoredRun:
+    """Alike records of the prompts from number `first` on, but for those at the places in `changed`."""
     changes = {int(place.removeprefix("at")): change for place, change in changed.items()}
-    records = [record(matrix, place) | changes.get(place, {}) for place, matrix in enumerate(matrices)]
-    return ScoredRun.of(records, matrices)
+    records = [record(matrix, first + place) | changes.get(place, {}) for place, matrix in enumerate(matrices)]
+    odd = {place: change.pop("activation") for place, change in enumerate(records) if "activation" in change}
+    return ScoredRun.of(records, Matrices(matrices, first, odd), rounding)
 
 
 # --- in numbers ----------------------------------------------------------------------------------
@@ -83,6 +97,36 @@ def test_a_trusted_rows_distance_leaves_itself_out():
     for i in (0, 17, 39):
         others = Mahalanobis(np.delete(rows, i, axis=0))
         assert found.leave_one_out()[i] == pytest.approx(others.of(rows[i : i + 1])[0], rel=1e-3)
+
+
+def shrunk_covariance(rows: np.ndarray) -> np.ndarray:
+    """Ledoit and Wolf's (2004), summed row by row as it is written there."""
+    n, d = rows.shape
+    x = rows - rows.mean(axis=0)
+    sample = sum(np.outer(row, row) for row in x) / n
+    mean = np.trace(sample) / d
+    distance = np.linalg.norm(sample - mean * np.eye(d)) ** 2
+    error = min(sum(np.linalg.norm(np.outer(row, row) - sample) ** 2 for row in x) / n**2, distance)
+    return ((distance - error) * sample + error * mean * np.eye(d)) / distance
+
+
+@pytest.mark.parametrize("count", [9, 40, 400])
+def test_distances_of_wide_rows_are_by_a_shrunk_covariance(count):
+    rows = np.random.default_rng(0).standard_normal((count, 30)) @ np.diag(np.linspace(0.2, 5, 30)) + 3
+    found, other = WideMahalanobis(rows), rows[:2] * 1.5
+    centred = other - rows.mean(axis=0)
+    expected = (centred @ np.linalg.inv(shrunk_covariance(rows)) * centred).sum(axis=1)
+    assert found.of(other) ** 2 == pytest.approx(expected, rel=1e-6)  # float64, and the rounding that is added
+    for i in (0, count - 1):
+        others = WideMahalanobis(np.delete(rows, i, axis=0))
+        # without the row another share of the identity is best, the more so the fewer rows there are
+        assert found.leave_one_out()[i] == pytest.approx(others.of(rows[i : i + 1])[0], rel=1 / count)
+
+
+def test_rows_that_are_all_equal_have_no_distance():
+    for rows in (np.ones((9, 5)), np.zeros((9, 1))):
+        found = WideMahalanobis(rows)
+        assert not found.of(rows).any() and not found.leave_one_out().any()
 
 
 # --- in directions -------------------------------------------------------------------------------
@@ -191,7 +235,7 @@ def test_tokens_count_by_their_gain_beside_a_base_model():
 
 # --- together ------------------------------------------------------------------------------------
 
-KEYS = {*scores.SCORES, "outlier_score", "differs_along", "odd_words", "principal_coordinates"}
+KEYS = {*scores.SCORES, "outlier_score", "p_value", "differs_along", "odd_words", "principal_coordinates"}
 ZERO = Triplets(np.zeros((D, R), np.float32), np.zeros(R, np.float32), np.zeros((R, D), np.float32))
 FAILED = {"failed": "NaN", "trace": 0.0, "top_probability": 0.0, "next_tokens": []}
 
@@ -207,13 +251,14 @@ def outlier_scores(*of: ScoredRun, **against: ScoredRun) -> dict:
     [
         ("z_strength", {"top_probability": 0.9999, "trace": 1e-3}),
         ("z_words", {"top_probability": 0.8, "next_tokens": next_tokens({"HATE": 0.8})}),
+        ("z_activations", {"activation": np.linspace(-4, 4, D)}),
     ],
 )
 def test_a_prompt_that_is_odd_in_one_way_has_that_score_and_the_outlier_score(name, changed, ordinary):
     found = outlier_scores(run(ordinary, at17=changed))
     assert found.keys() == KEYS
     assert found[name].argmax() == 17 and found["outlier_score"].argmax() == 17
-    assert found[name][17] > 2.5 and found["outlier_score"][17] > scores.THRESHOLD
+    assert found[name][17] > 2.5 and found["p_value"][17] == found["p_value"].min() < 0.03
 
 
 def test_spectra_and_directions_are_told_apart(ordinary):
@@ -229,11 +274,123 @@ def test_spectra_and_directions_are_told_apart(ordinary):
 def test_with_a_reference_a_prompts_scores_do_not_depend_on_the_others(ordinary):
     trusted = run(ordinary[:40])
     odd = [triplets(np.eye(D)[:, 20:23], (0.02, 0.001, 0.0001))] * 10
-    together = outlier_scores(run([*ordinary[40:], *odd]), reference=trusted)
-    apart = outlier_scores(run(odd[:1] * 20), reference=trusted)
+    together = outlier_scores(run([*ordinary[40:], *odd], first=40), reference=trusted)
+    apart = outlier_scores(run(odd[:1] * 20, first=40), reference=trusted)
     for name in ("z_spectrum", "z_directions"):
         assert together[name][10] == pytest.approx(apart[name][0], abs=1e-6)
-    assert together["outlier_score"][10:].min() > scores.THRESHOLD > together["outlier_score"][:10].max()
+    assert together["p_value"][10:] == pytest.approx(np.full(10, 1 / 41))  # beyond all 40
+    assert together["p_value"][:10].mean() > 0.2
+
+
+ODD = triplets(np.eye(D)[:, 20:23], (0.3, 0.02, 0.001))
+SAYS_HATE = {
+    "top_probability": 0.97, "trace": 0.321, "next_tokens": next_tokens({"HATE": 0.97}),
+    "activation": np.linspace(-2, 2, D),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("others", [19, 40])
+def test_a_tested_prompt_that_is_in_the_reference_too_is_compared_with_the_others(others, ordinary):
+    odd = run([ODD], first=90, at0=SAYS_HATE)
+    clean = outlier_scores(odd, reference=run(ordinary[:others]))
+    holding_it = run([*ordinary[:others], ODD], **{f"at{others}": SAYS_HATE | {"prompt": "prompt 90"}})
+    found = outlier_scores(odd, reference=holding_it)
+    assert found["p_value"][0] == pytest.approx(1 / (others + 1)) == clean["p_value"][0]
+    for name in (*scores.SCORES, "outlier_score"):  # the scale is of one prompt more
+        assert found[name][0] == pytest.approx(clean[name][0], rel=0.15, abs=0.4)
+
+
+@pytest.mark.parametrize("changed", [SAYS_HATE, {"top_probability": 0.5, "trace": 0.0, "next_tokens": []}])
+def test_one_prompt_that_does_not_belong_in_the_reference_hardly_changes_the_others_scores(changed, ordinary):
+    tested = run([*ordinary[30:], ODD], first=60, at20=SAYS_HATE)
+    clean = outlier_scores(tested, reference=run(ordinary[:30]))
+    matrix = ODD if changed["trace"] else ZERO
+    found = outlier_scores(tested, reference=run([*ordinary[:30], matrix], at30=changed))
+    assert found["outlier_score"] == pytest.approx(clean["outlier_score"], rel=0.15, abs=0.3)
+    assert found["p_value"][:20] == pytest.approx(clean["p_value"][:20], abs=0.1)  # three of 31 prompts
+
+
+def test_texts_that_are_there_often_do_not_make_the_others_odd(ordinary):
+    same = {f"at{place}": {"prompt": "again"} | SAYS_HATE for place in range(50, 110)}
+    records = run([*ordinary, *[ODD] * 60], **same)
+    found, alone = outlier_scores(records), outlier_scores(run([*ordinary, ODD], at50=SAYS_HATE))
+    for name in (*scores.SCORES, "outlier_score"):
+        assert found[name][:51] == pytest.approx(alone[name])
+        assert (found[name][50:] == found[name][50]).all()
+
+
+def test_prompts_of_other_texts_that_look_alike_do_not_give_the_others_scores_in_the_thousands(ordinary):
+    rng = np.random.default_rng(0)
+    same = {"top_probability": 0.5, "next_tokens": next_tokens({"w0": 0.5})}
+    matrices, changed = [], {}
+    for place in range(70):  # equal but for the rounding of other batches
+        noise = 1 + 1e-6 * rng.standard_normal(R)
+        matrices.append(Triplets(ordinary[0].U, (ordinary[0].S * noise).astype(np.float32), ordinary[0].V))
+        rounded = {"top_probability": 0.5 + 1e-7 * place, "activation": 1 + 1e-6 * rng.standard_normal(D)}
+        changed[f"at{place}"] = same | rounded | {"trace": float(matrices[-1].S.sum())}
+    found = outlier_scores(run([*matrices, *ordinary], **changed))
+    assert np.abs(found["outlier_score"]).max() < 50 and np.abs(found["outlier_score"][:70]).max() < 0.1
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [("float32", 1e-6), ("float16", 5e-4), ("bfloat16", 4e-3)])
+def test_what_differs_by_the_rounding_of_the_models_dtype_has_no_scores(dtype, noise, ordinary):
+    rng = np.random.default_rng(0)
+    matrices, changed = [], {}
+    for place in range(40):
+        values = ordinary[0].S * (1 + noise * rng.uniform(-1, 1, R))
+        matrices.append(Triplets(ordinary[0].U, values.astype(np.float32), ordinary[0].V))
+        said = {"top_probability": 0.5 * (1 + noise * rng.uniform(-1, 1)), "trace": float(values.sum())}
+        changed[f"at{place}"] = said | {"next_tokens": next_tokens({"w0": said["top_probability"]})}
+    with pytest.warns(UserWarning, match="all prompts have the same strength and spectrum"):
+        found = outlier_scores(run(matrices, rounding=scores.rounding_of(dtype), **changed))
+    assert not found["z_strength"].any() and not found["z_spectrum"].any() and not found["z_directions"].any()
+    assert np.abs(found["outlier_score"]).max() < 5
+
+
+def test_being_most_usual_in_one_way_does_not_hide_what_is_odd_in_another(ordinary):
+    scorer = scores.Scorer(run(ordinary).features(range(50)), np.arange(50), distances.ROUNDING)
+    compared = [column[:1].copy() if isinstance(column, np.ndarray) else column[:1] for column in scorer.sample]
+    compared[3] = [np.array([20.0])]  # nats: odd in words
+    before = scorer.scores(compared)
+    compared[0], compared[1] = np.zeros(1), np.zeros(1)  # as usual as can be in strength and spectrum
+    after = scorer.scores(compared)
+    assert before[3] > 5 and after[0] < -1.5 and after[1] < -1.5
+    assert after[-1] > 0.8 * before[-1]
+
+
+# --- p-values ------------------------------------------------------------------------------------
+
+
+def test_a_p_value_is_the_share_of_usual_scores_as_high_its_own_included():
+    usual = np.array([0.0, 1.0, 1.0, 2.0])
+    found = scores.p_values(np.array([3.0, 2.0, 1.0, 0.5, -1.0]), usual, np.full(5, False))
+    assert found == pytest.approx([1 / 5, 2 / 5, 4 / 5, 4 / 5, 1])
+    assert scores.p_values(usual, usual, np.full(4, True)) == pytest.approx([1, 3 / 4, 3 / 4, 1 / 4])
+
+
+def test_ordinary_prompts_stand_out_as_often_as_their_p_value_says():
+    found = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        some = [triplets(np.eye(D)[:, :R] + 0.2 * rng.standard_normal((D, R)), (1.5, 1.2, 1.1)) for _ in range(70)]
+        trusted, tested = run(some[:40], first=100 * seed), run(some[40:], first=100 * seed + 40)
+        found.extend(outlier_scores(tested, reference=trusted)["p_value"])
+    for limit in (0.05, 0.2, 0.5):
+        # three standard errors of 600 draws, which share 20 references: as many again
+        error = 3 * np.sqrt(limit * (1 - limit) * (1 / 600 + 1 / 800))
+        assert np.mean(np.array(found) <= limit) == pytest.approx(limit, abs=error + 1 / 41)
+
+
+def test_without_a_reference_a_tail_is_that_of_the_upper_half():
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal(2001)
+    found = scores.tail_probabilities(normal)
+    assert found == pytest.approx([(normal >= one).mean() for one in normal], abs=0.03)
+    odd = scores.tail_probabilities(np.concatenate([normal[:200], np.full(20, 6.0)]))
+    assert (odd[200:] == 1 / 221).all() and (odd[:200] <= 0.01).mean() < 0.01
+    narrow_below = np.where(normal < 0, 0.1 * normal, normal)  # its median absolute deviation would be a third
+    assert (scores.tail_probabilities(narrow_below) <= 0.01).mean() == pytest.approx(0.01, abs=0.005)
+    assert scores.tail_probabilities(np.zeros(5)).tolist() == [1] * 5
 
 
 def test_a_fifth_that_is_odd_in_the_same_way_does_not_make_itself_usual(ordinary):
@@ -258,23 +415,38 @@ def test_beside_a_base_model_the_change_counts_and_not_what_is_odd_in_both(ordin
     jitter = {f"at{i}": {"trace": float(t.S.sum() * rng.uniform(0.9, 1.1))} for i, t in enumerate(other)}
     found = outlier_scores(run(other, **jitter | changed), base=run(ordinary))
     assert found["outlier_score"].argmax() == 9
-    assert found["outlier_score"][3] < scores.THRESHOLD < found["outlier_score"][9]
+    assert found["p_value"][3] > 0.1 and found["p_value"][9] == pytest.approx(1 / 51)
+
+
+def test_runs_that_recorded_no_activations_are_scored_without_them(ordinary):
+    own = run(ordinary)
+    earlier = ScoredRun(list(ordinary), *[getattr(own, field) for field in ScoredRun.__dataclass_fields__][1:])
+    with pytest.warns(UserWarning, match="all prompts have the same activations: these scores are 0"):
+        found = outlier_scores(earlier)
+    assert not found["z_activations"].any() and found["outlier_score"].any()
+    for name in scores.SCORES[:4]:
+        assert found[name] == pytest.approx(outlier_scores(own)[name])
 
 
 def test_prompts_that_failed_have_zeros_and_count_for_nobody(ordinary):
     with_it = outlier_scores(run([*ordinary, ZERO], at50=FAILED))
     without = outlier_scores(run(ordinary))
+    assert with_it["p_value"][50] == 1
     for name in KEYS - {"odd_words"}:
-        assert not with_it[name][50].any()
+        assert name == "p_value" or not with_it[name][50].any()
         assert with_it[name][:50] == pytest.approx(without[name])
     assert with_it["odd_words"][50] == []
 
 
 def test_prompts_that_all_failed_have_zeros():
     for count in (1, 7, 10):
-        with pytest.warns(UserWarning, match="0 prompts do not say what is usual"):
+        with pytest.warns(UserWarning, match=r"fewer than 8 different prompts \(0\) do not say what is usual"):
             found = scores.outlier_scores(run([ZERO] * count, **{f"at{place}": FAILED for place in range(count)}))
-        empty = {"odd_words": [[]] * count, "principal_coordinates": [[0] * distances.COORDINATES] * count}
+        empty = {
+            "p_value": [1] * count,
+            "odd_words": [[]] * count,
+            "principal_coordinates": [[0] * distances.COORDINATES] * count,
+        }
         assert found == {**{name: [0] * count for name in KEYS}, **empty}
 
 
@@ -288,7 +460,9 @@ def test_odd_words_are_texts_whether_or_not_the_prompt_contains_them(ordinary):
 
 
 def test_few_prompts_and_matrices_that_are_zero_make_no_trouble(ordinary):
-    with pytest.warns(UserWarning, match="2 prompts do not say what is usual: all scores are 0"):
+    with pytest.warns(
+        UserWarning, match=r"fewer than 8 different prompts \(2\) do not say what is usual: all scores are 0"
+    ):
         found = outlier_scores(run([ZERO, ordinary[0]]))
     assert not any(found[name].any() for name in scores.SCORES)
     found = outlier_scores(run([*[ZERO] * 5, *ordinary[:20]], at2={"top_probability": 1.0}))

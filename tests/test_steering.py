@@ -12,7 +12,16 @@ import families
 import fisher
 from residual_fisher.common.program import UserError
 from residual_fisher.experiment.sentences import token_of
-from residual_fisher.experiment.steering import GOALS, Linearised, Steered, least_kl, steer, steering_record, waypoints
+from residual_fisher.experiment.steering import (
+    GOALS,
+    Linearised,
+    Steered,
+    least_kl,
+    steer,
+    steering_record,
+    steering_summary,
+    waypoints,
+)
 from residual_fisher.model.embedded import EMBEDDED
 from residual_fisher.model.loading import decoder_layers, load
 from residual_fisher.model.reading import PrefixMode
@@ -110,8 +119,8 @@ def test_the_natural_gradient_solves_with_f_and_its_damping(name):
         assert torch.allclose(here.kl_gradient[0], -before @ rows, atol=1e-5)
 
 
-def steered_at_all_layers(name: str) -> tuple[fisher.Point, Steered]:
-    point = fisher.linearize(families.shared(name), tiny.prompt())
+def steered_at_all_layers(name: str, dtype: torch.dtype = torch.float32) -> tuple[fisher.Point, Steered]:
+    point = fisher.linearize(families.shared(name, dtype), tiny.prompt())
     v = fisher.top_k(point, 30).eigenpairs().vectors[:, 0]
     target = int(point.log_probs.argsort(descending=True)[12])
     return point, steer(point, {"fisher": v}, target, 60, 8, 0.003, fisher.Chunks(7), fisher.Chunks(50))
@@ -146,6 +155,30 @@ def test_every_figure_is_what_the_perturbation_does(name):
             assert math.isclose(kl(log_p, log_q), entry["others_kl"], rel_tol=1e-2, abs_tol=1e-4)
             assert math.isclose(delta.norm() / point.activations[row].norm(), entry["norms"], rel_tol=1e-4)
     assert found >= 4
+
+
+def test_what_has_reached_a_goal_in_half_precision_is_not_below_it():
+    """Log-odds go in leaps there, of several per cent; 0.005 of them are allowed for interpolation."""
+    _, steered = steered_at_all_layers("llama", torch.bfloat16)
+    goals = torch.tensor(steered.goals).expand_as(steered.log_prob)
+    reached = steered.log_prob.isfinite()
+    assert reached.sum() >= 20
+    assert (steered.log_prob.exp() >= goals - 0.005 * goals * (1 - goals) - 1e-5)[reached].all()
+
+
+@pytest.mark.parametrize("hidden", [1e-8, 0.02])
+def test_a_cost_whose_least_is_below_rounding_has_no_ratio(hidden):
+    """0.4999 to 0.5 costs 2e-8 nats at least, 0.5 to 0.5 nothing, 0.3 to 0.5 a tenth of a nat."""
+    records = []
+    for before in (0.4999, 0.5, 0.3):
+        parts = (torch.tensor([[[value]]]) for value in (math.log(0.5), 0.2, 0.01))
+        steered = Steered(3, before, ["natural"], [0.5], *parts, torch.zeros(1, 1, 4), hidden)
+        records.append(steering_record(steered, ["0"], str))
+    near, same, far = (record["layers"]["0"]["natural"]["0.5"]["ratio"] for record in records)
+    assert (near is None) == (hidden == 0.02) and same is None and far == pytest.approx(0.2 / least_kl(0.3, 0.5))
+    summary = steering_summary(records[1:], ["0"])["0"]["natural"]["0.5"]
+    assert summary == {"ratio_median": far, "reached": 1}
+    assert steering_summary(records[1:2], ["0"])["0"]["natural"]["0.5"]["ratio_median"] is None
 
 
 def test_in_steps_the_natural_gradient_costs_less_than_the_gradient():

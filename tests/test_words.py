@@ -1,8 +1,11 @@
 """Directions in words: slopes and shares against float64 computed another way, and how tokens are written."""
 
+from copy import deepcopy
+import re
+
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 import torch
 import transformers as hf
 
@@ -219,6 +222,47 @@ def test_a_prompt_holds_the_tokens_that_its_words_begin_with(name, request):
     assert found(prompt, ["zebra", "·", "", "a", "\\xe2"]) == [False] * 5
     assert found("光と水", ["水", "木", "·水"]) == [True, False, True]
     assert found("", ["a"]) == [False]
+
+
+PROMPT = """Which animals are wild in the Łódź zoo, and WHICH live alone? __init__ x2 ıλι Straße ½ ﬁne ⑴ éclair ÉTÉ
+Москва ещё ёлка 光と水の物語 ｆｕｌｌ 하 한국 naïve n\u0303a \u0301a 😀wild😀 <unk> [UNK] don't"""
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.BertNormalizer(), normalizers.NFKC()], ids=str)
+@pytest.mark.parametrize("name", ["byte_level", "sentencepiece"])
+def test_a_token_is_in_the_prompt_just_if_a_word_split_by_the_tokenizer_begins_with_it(name, normalizer, request):
+    """Also a part of a character, an unknown word, and what the tokenizer has changed (case, accents, forms)."""
+    tokenizer = deepcopy(request.getfixturevalue(name))
+    if normalizer:
+        tokenizer.backend_tokenizer.normalizer = normalizer
+    show = token_writer(tokenizer)
+
+    def first(text: str) -> str | None:
+        shown = (show(id_).strip("·") for id_ in tokenizer.encode(text, add_special_tokens=False))
+        return next(filter(None, shown), None)
+
+    words = set(re.findall(r"\w+", PROMPT))
+    begin = {first(space + word) for w in words for word in (w, w[:1].upper() + w[1:]) for space in ("", " ")}
+    pieces = {
+        id_ for word in (*words, *map(str.upper, words), *map(str.lower, words)) for id_ in tokenizer.encode(word)
+    }
+    tokens = sorted({*map(show, pieces), *map(show, range(200))})
+    texts = [token.strip("·") for token in tokens]
+    expected = [text in begin or (not text.isascii() and text in PROMPT) for text in texts]
+    assert 20 < sum(expected) < len(tokens) - 20
+    contained = prompt_words_test(tokenizer, show)
+    assert contained(PROMPT, tokens) == expected
+    assert [contained(PROMPT, [token])[0] for token in tokens] == expected
+
+
+def test_only_words_that_a_token_may_begin_are_split(byte_level, animals):
+    prompt, show = " ".join(animals), token_writer(byte_level)
+    contained, wild = prompt_words_test(byte_level, show), show(byte_level.encode(" wild")[0])
+    words, letters = set(re.findall(r"\w+", prompt)), wild.strip("·")
+    with scripts.calls_of(hf.PreTrainedTokenizerFast, "encode") as calls:
+        assert contained(prompt, [wild, "\\n", "**"]) == [True, False, False]
+    assert 0 < len(calls) < len(words) / 4  # 4 a word is all of them
+    assert all(text.strip().lower().startswith(letters) for _, text in calls)
 
 
 def test_the_words_of_a_prompt_are_found_while_another_thread_tokenizes(byte_level):

@@ -57,6 +57,21 @@ CONFIGS = {
     ),
 }  # fmt: skip
 
+ORIGINAL = 12  # the length above which these rotate positions otherwise
+ROTATING = {
+    "longrope": lambda: hf.Phi3Config(
+        **GROUPED, original_max_position_embeddings=ORIGINAL,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, "factor": 64 / ORIGINAL,
+            "short_factor": [1.0] * 4, "long_factor": [4.0, 7.0, 10.0, 13.0],
+        },
+    ),
+    "dynamic": lambda: hf.LlamaConfig(
+        **{**GROUPED, "max_position_embeddings": ORIGINAL},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    ),
+}  # fmt: skip
+
 
 def before(version: str) -> bool:
     """Whether the transformers here is older than this."""
@@ -66,7 +81,7 @@ def before(version: str) -> bool:
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The same random model on every call, in the dtype asked for."""
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32, **PLAIN)
+    model = hf.AutoModelForCausalLM.from_config((CONFIGS | ROTATING)[name](), dtype=torch.float32, **PLAIN)
     model = model.eval().requires_grad_(False)
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:

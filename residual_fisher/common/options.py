@@ -66,6 +66,7 @@ count = _reader(_whole, "is not a whole number, 0 or more")
 positive = _reader(lambda text: _whole(text) or None, "is not a positive whole number")
 finite = _reader(_number, "is not a number")
 positive_number = _reader(lambda text: value if (value := finite(text)) > 0 else None, "is not above 0")
+share = _reader(lambda text: value if 0 < (value := finite(text)) <= 1 else None, "is not a share above 0, up to 1")
 switch = _reader(lambda text: {"true": True, "false": False}.get(text.lower()), "is neither true nor false")
 
 

@@ -59,7 +59,13 @@ ITEMS = "items"
 MANIFEST = "run.json"
 FORMAT = "residual-fisher/2"
 MAX_HASHED = 1 << 30  # bytes of a file: of a larger one only the size is compared
-OTHERS = {"model": "another model", "hook_layer": "another layer", "sentences": "other sentences"}  # by identity's key
+OTHERS = {  # by key
+    "model": "another model",
+    "hook_layer": "another layer",
+    "dtype": "another dtype",
+    "sentences": "other sentences",
+}
+OTHER_VERSION = "a model whose fingerprint another version of this project took, in another way"
 
 
 class State(Enum):
@@ -113,6 +119,11 @@ def short_hash(value) -> str:
 
 def shown(value) -> str:
     return excerpt(repr(value), 60)
+
+
+def what_differs(key: str, then: str, now: str) -> str:
+    """What two runs differ in, whose identities differ at a key. Each way to take a fingerprint has its own length."""
+    return OTHER_VERSION if key == "model" and len(then) != len(now) else OTHERS[key]
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -276,7 +287,8 @@ class Run:
         for key, value in identity.items():
             if known.get(key) != value and key != "settings":
                 change = f"{shown(known.get(key))} was its {key}, and is {shown(value)}"
-                raise UserError(f"{self.folder} holds a run of {OTHERS[key]} ({change}): --overwrite replaces it")
+                what = what_differs(key, str(known.get(key)), str(value))
+                raise UserError(f"{self.folder} holds a run of {what} ({change}): --overwrite replaces it")
 
     def _covers(self, goal: int | str) -> bool:
         """Whether a finished run has tried to reach as many items as are wanted."""

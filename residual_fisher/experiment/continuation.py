@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from fisher import Chunks, PromptPoint
 from residual_fisher.model.last_token import copy_of
-from residual_fisher.model.loading import longest_prompt, text_config
+from residual_fisher.model.loading import longest_prompt, rotation_change, text_config
 from residual_fisher.model.passes import add_to_rows, attention, capture_head, hooked
 from residual_fisher.model.reading import PrefixMode
 
@@ -86,7 +86,8 @@ def end_tokens(model: nn.Module) -> set[int]:
 def greedy(point: PromptPoint, deltas: Tensor, at: Tensor, tokens: int, ends: set[int]) -> Tensor:
     """The most probable next tokens (rows, at most `tokens`) int64; after a row's end they mean nothing.
 
-    Each row has its own cache, which starts as a copy of the prefix and grows by one token a pass. Without a cache
+    Each row has its own cache, which starts as a copy of the prefix and grows by one token a pass. It is made anew by
+    the pass that is the first above the model's `rotation_change`, as `generate` does for Phi-3. Without a cache
     (`PrefixMode.WHOLE`), every pass runs all tokens.
 
     Args:
@@ -94,23 +95,25 @@ def greedy(point: PromptPoint, deltas: Tensor, at: Tensor, tokens: int, ends: se
         at: (rows,) int64 on the CPU: the index in `point.layers` of each row's layer.
     """
     reading, model, rows = point.reading, point.reading.model, len(deltas)
-    last = reading.ids.shape[1] - 1  # index of the prompt's last token among the tokens of the first pass
-    ids = reading.ids.expand(rows, -1).to(model.device)
-    cache, memory = None, {"use_cache": False}
-    if reading.mode is not PrefixMode.WHOLE:
-        cache = copy_of(reading.prefix, rows) if reading.prefix is not None else DynamicCache(config=model.config)
-        memory = {"past_key_values": cache, "use_cache": True}
+    ids = reading.prompt.expand(rows, -1).to(model.device)  # (rows, tokens), all so far
+    last, change = ids.shape[1] - 1, rotation_change(model)  # place of the prompt's last token
+    whole, cached, cache = reading.mode is PrefixMode.WHOLE, 0, None  # number of tokens in the cache
+    if reading.prefix is not None:
+        cached, cache = last, copy_of(reading.prefix, rows)
 
-    perturbing = add_to_rows(point.modules, deltas, at, last)
     written, ended = [], torch.zeros(rows, dtype=torch.bool, device=model.device)
     with attention(model, "eager"), capture_head(model, lambda x: x[:, -1:]):
         while len(written) < tokens and not ended.all():
-            perturbed = cache is None or not written  # later its effect is in the cache
-            with hooked(*perturbing if perturbed else ()):
-                logits = model(ids, **memory).logits[:, -1].float()
+            if not whole and (cached == 0 or cached <= change < ids.shape[1]):
+                cached, cache = 0, DynamicCache(config=model.config)
+            memory = {} if whole else {"past_key_values": cache}
+            # once the prompt's last token is in the cache, so is the effect of its perturbation
+            perturbing = add_to_rows(point.modules, deltas, at, last - cached) if cached <= last else ()
+            with hooked(*perturbing):
+                logits = model(ids[:, cached:], use_cache=not whole, **memory).logits[:, -1].float()
+            cached = 0 if whole else ids.shape[1]
             token = torch.where(logits.logsumexp(-1).isfinite(), logits.argmax(-1), OVERFLOWED).to(model.device)
             ended |= torch.isin(token, torch.tensor(list(ends), device=token.device))
             written.append(token)
-            following = token.clamp(min=0)[:, None]
-            ids = following if cache is not None else torch.cat([ids, following], dim=1)
+            ids = torch.cat([ids, token.clamp(min=0)[:, None]], dim=1)
     return torch.stack(written, dim=1)

@@ -16,6 +16,7 @@ from residual_fisher.experiment.perturbation import Sweep, TrustRadii, step_leng
 from residual_fisher.experiment.sentences import Context
 from residual_fisher.experiment.settings import Settings
 from residual_fisher.experiment.steering import STEERING_TOKENS, Steered, steer
+from residual_fisher.model.passes import ways_of
 from residual_fisher.model.reading import PrefixMode
 from residual_fisher.model.words import TokenShares, token_shares
 
@@ -77,17 +78,26 @@ class Batches:
         Raises:
             UnsupportedModelError: a small perturbation does not do what F predicts.
         """
-        if not self._fitted and point.reading.mode is PrefixMode.WHOLE:
-            lengths = [len(context.ids) for context in contexts]
-            for chunks in (self.gradients, self.perturbations, self.steering):
-                chunks.size = max(1, chunks.size // max(lengths))  # a row is a whole prompt, not its last token
-            tqdm.write(
-                f"note: {type(point.model).__name__} remembers more than keys and values, so every pass runs the whole "
-                f"prompt: about {sum(lengths) / len(lengths):.0f} times as much work"
-            )
+        mode = point.reading.mode
+        if not self._fitted and mode is not PrefixMode.SHARED:
+            more = ""
+            if mode is PrefixMode.WHOLE:  # a row is a whole prompt, not its last token
+                lengths = [len(context.ids) for context in contexts]
+                for chunks in self._chunks().values():
+                    chunks.size = max(1, chunks.size // max(lengths))
+                more = f": about {sum(lengths) / len(lengths):.0f} times as much work"
+            name, how = type(point.model).__name__, ways_of(point.model).get("reading", mode.value)
+            tqdm.write(f"note: {name} is not read in the fastest way, but by {how}{more}")
         self._fitted = True
         moved = partial(fisher.perturb, point, at=0)
         self._checked = self._checked or fisher.check_prediction(point, moved, self.gradients)
+
+    def _chunks(self) -> dict[str, fisher.Chunks]:
+        return {name: chunks for name, chunks in vars(self).items() if isinstance(chunks, fisher.Chunks)}
+
+    def halved(self) -> dict[str, int]:
+        """The sizes that running out of memory has left, for the results."""
+        return {name: chunks.size for name, chunks in self._chunks().items() if chunks.halved}
 
 
 def fisher_matrices(

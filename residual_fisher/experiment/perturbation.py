@@ -14,7 +14,8 @@ from fisher import Chunks, Eigenpairs, Point
 DEPARTURE = 0.1  # relative difference of KL from its quadratic prediction that ends the trust radius
 SEARCH_NATS = (1e-5, 1e2)  # predicted KL between which a trust radius is searched
 GRID = 12  # steps tried over that range
-SECTIONS = 6  # steps tried within the interval found, which fixes the radius to 1% when done twice
+NEAR = 0.5  # of DEPARTURE: what KL differs by next to where it may depart, and be back at the next step of the grid
+SECTIONS = (16, 8)  # steps tried within the interval found, then within the new one: this fixes the radius to 1%
 
 
 # --- directions and lengths ----------------------------------------------------------------------
@@ -71,7 +72,7 @@ def sweep(point: Point, deltas: Tensor, target: int = 0, top: int = 5, chunks: C
     def chunk(deltas: Tensor, at: Tensor) -> Sweep:
         logits = fisher.perturb(point, deltas, at)
         normalizer = logits.logsumexp(-1)
-        top_logits, top_ids = logits.topk(min(top, logits.shape[-1]))
+        top_logits, top_ids = fisher.most_probable(logits, top)
         kl = fisher.kl_divergence(point.log_probs, logits)
         return Sweep(kl, top_ids, top_logits - normalizer[:, None], logits[:, target] - normalizer)
 
@@ -131,9 +132,10 @@ def trust_radii_along(point: Point, eigen: Eigenpairs, full: bool, chunks: Chunk
 def trust_radii(kl_of: Callable[[Tensor], Tensor], curvature: Tensor) -> Tensor:
     """Step lengths s (rows,), one a direction u, at which KL first departs by DEPARTURE from 1/2 s^2 u^T F u.
 
-    KL is computed at GRID steps for all directions at once. Then, twice, it is computed at SECTIONS steps between the
-    two where the departure begins. The result is right to 1%. It is NaN where the departure begins below the model's
-    rounding (in half precision KL at step 0 is not 0), and infinity where there is none up to 100 predicted nats.
+    KL is computed at GRID steps for all directions at once, then between the step where it begins to come NEAR the
+    departure and the one where it has departed, and then between the two of those steps where the departure begins. The
+    result is right to 1%. It is NaN where the departure begins below the model's rounding (in half precision KL at step
+    0 is not 0), and infinity where there is none up to 100 predicted nats.
 
     Args:
         kl_of: maps steps (rows, n) to KL in nats (rows, n).
@@ -145,19 +147,21 @@ def trust_radii(kl_of: Callable[[Tensor], Tensor], curvature: Tensor) -> Tensor:
     kl = kl_of(steps)
     # where the noise, KL at step 0, is at most a tenth of the departure
     seen = nats * DEPARTURE >= 10 * kl[:, :1]
-    departs = ((kl[:, 1:] / nats - 1).abs() > DEPARTURE) & seen
-    first = departs.int().argmax(dim=1, keepdim=True)  # 0 if none does
-    below = (first == seen.int().argmax(dim=1, keepdim=True)) | ~seen.any(dim=1, keepdim=True)
-    none = ~departs.any(dim=1, keepdim=True)
+    difference = (kl[:, 1:] / nats - 1).abs()
+    departs, nears = ((difference > limit) & seen for limit in (DEPARTURE, NEAR * DEPARTURE))
+    first, first_near, first_seen = (some.int().argmax(dim=1, keepdim=True) for some in (departs, nears, seen))
+    found = departs.any(dim=1, keepdim=True)
+    hidden = ~seen.any(dim=1, keepdim=True) | (found & (first == first_seen))
 
-    low, high = steps.gather(1, first), steps.gather(1, first + 1)
-    low = torch.where(low > 0, low, high / 2)
-    for _ in range(2):
-        cuts = low * (high / low) ** (torch.arange(SECTIONS + 2, device=low.device) / (SECTIONS + 1))
+    steps = steps[:, 1:]
+    low = torch.where(nears.any(dim=1, keepdim=True), first_near - 1, GRID - 2).maximum(first_seen)
+    low, high = steps.gather(1, low), steps.gather(1, torch.where(found, first, GRID - 1))
+    for sections in SECTIONS:
+        cuts = low * (high / low) ** (torch.arange(sections + 2, device=low.device) / (sections + 1))
         kl = kl_of(cuts[:, 1:-1])
         departs = (kl / (0.5 * cuts[:, 1:-1] ** 2 * curvature) - 1).abs() > DEPARTURE
-        departs = torch.cat([departs, torch.ones_like(none)], dim=1)
-        first = departs.int().argmax(dim=1, keepdim=True)
+        departs = torch.cat([departs, found], dim=1)
+        found, first = departs.any(dim=1, keepdim=True), departs.int().argmax(dim=1, keepdim=True)
         low, high = cuts.gather(1, first), cuts.gather(1, first + 1)
     radius = (low * high).sqrt()
-    return torch.where(none & seen.any(dim=1, keepdim=True), math.inf, torch.where(below, math.nan, radius))[:, 0]
+    return torch.where(hidden, math.nan, torch.where(found, radius, math.inf))[:, 0]

@@ -32,6 +32,7 @@ DAMPINGS = (0.1, 0.02, 0.005, 0.001)  # in units of lambda_1; each of several st
 LENGTHS = (3e-3, 1e1, 17)  # lengths tried along a straight direction: shortest and longest (norms of h), count
 MULTIPLES = (0.6, 0.85, 1.0, 1.25, 1.8)  # of a step, tried because its gradient holds only nearby
 SECTIONS = 6  # parts of the interval in which a goal is reached, tried to locate it
+INTERPOLATED = 0.005  # log-odds that a length found by interpolation may fall short by: 0.4988 in place of 0.5
 ROUNDING = 1e-7  # rounding error of a float32 probability close to 1
 
 
@@ -42,10 +43,13 @@ class Steered(NamedTuple):
     before: float  # probability of the target, unperturbed
     names: list[str]  # of the directions
     goals: list[float]  # ascending: the GOALS above the target's unperturbed probability
-    log_prob: Tensor  # (layers, directions, goals) float32, nats: log-probability of the target, at or above the goal
+    log_prob: (
+        Tensor  # (layers, directions, goals) float32, nats: of the target; at least the goal's but for INTERPOLATED
+    )
     kl: Tensor  # (layers, directions, goals) float32, nats
     norms: Tensor  # (layers, directions, goals) float32: |delta| / |h|
     deltas: Tensor  # (layers, goals, d) float32: the perturbations of "natural_steps"
+    hidden: float  # nats that the model's rounding hides
 
 
 def least_kl(before: float, after: float) -> float:
@@ -75,10 +79,11 @@ def steer(
         gradients, perturbations: rows of one backward and one forward pass.
     """
     probability, h = point.log_probs[target].exp().item(), point.activations
+    hidden = (fisher.HALF_PRECISION if point.model.dtype.itemsize < 4 else fisher.FULL_PRECISION)[1]
     goals = [goal for goal in GOALS if goal > probability]
     if not goals:
         nothing = h.new_empty(len(h), 0, 0)
-        return Steered(target, probability, [], [], nothing, nothing, nothing, h[:, None][:, :0])
+        return Steered(target, probability, [], [], nothing, nothing, nothing, h[:, None][:, :0], hidden)
 
     def move(start: Tensor, advance: Tensor, lengths: Tensor) -> Sweep:
         """Perturbs by start + length * advance (layers, ..., d), for lengths (layers, ..., m)."""
@@ -98,7 +103,9 @@ def steer(
     *natural, deltas = _in_steps(partial(linearised, tokens=tokens), Linearised.natural_steps, route, zero, move)
     *gradient, _ = _in_steps(partial(linearised, tokens=1), Linearised.gradient_step, route, zero, move)
     log_prob, kl, length = (torch.cat(part, dim=1) for part in zip(at_once, natural, gradient, strict=True))
-    return Steered(target, probability, [*straight, *STEPPED], goals, log_prob, kl, length / norms, deltas[:, 0])
+    return Steered(
+        target, probability, [*straight, *STEPPED], goals, log_prob, kl, length / norms, deltas[:, 0], hidden
+    )
 
 
 # --- where log-odds are reached ------------------------------------------------------------------
@@ -131,13 +138,30 @@ def at_crossing(values: Tensor, odds: Tensor, wanted: Tensor, index: Tensor) -> 
     return y0 + (y1 - y0) * share
 
 
-def length_at_crossing(move: Callable[[Tensor], Sweep], lengths: Tensor, wanted: Tensor, index: Tensor) -> Tensor:
-    """The length (...) that leads to the wanted log-odds: between the one before `index`, or 0, and the one at it."""
+class Reached(NamedTuple):
+    """A length (...) and what a perturbation of that length does; `reached` is false where it falls short."""
+
+    length: Tensor
+    log_prob: Tensor
+    kl: Tensor
+    reached: Tensor  # bool
+
+
+def reach(move: Callable[[Tensor], Sweep], lengths: Tensor, wanted: Tensor, index: Tensor) -> Reached:
+    """The wanted log-odds (...), which are reached between the length before `index`, or 0, and the one at it.
+
+    The length is interpolated. In half precision log-odds go in leaps, and what it leads to may fall short. Then the
+    next longer one that was tried is taken, and then the one at `index`.
+    """
     low, high = around(lengths, index)
     low = torch.where(index > 0, low, 0)
     cuts = low[..., None] + (high - low)[..., None] * torch.linspace(0, 1, SECTIONS + 1, device=lengths.device)
     odds = log_odds(move(cuts).target_log_prob)
-    return at_crossing(cuts, odds, wanted, first_reaching(odds, wanted)[0])
+    at = first_reaching(odds, wanted)[0]
+    tried = torch.stack([at_crossing(cuts, odds, wanted, at), around(cuts, at)[1], high], dim=-1)  # (..., 3)
+    found = move(tried)
+    at, reached = first_reaching(log_odds(found.target_log_prob), wanted - INTERPOLATED)
+    return Reached(*(around(part, at)[1] for part in (tried, found.target_log_prob, found.kl)), reached)
 
 
 def _at_once(along: Tensor, norms: Tensor, goals: list[float], move: Callable) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,10 +179,9 @@ def _at_once(along: Tensor, norms: Tensor, goals: list[float], move: Callable) -
     lengths, odds = (part.expand(-1, -1, len(goals), -1) for part in (lengths, odds))
     wanted = torch.tensor([_log_odds_of(goal) for goal in goals], device=along.device).expand(odds.shape[:-1])
     index, reached = first_reaching(odds, wanted)
-    length = length_at_crossing(move, lengths, wanted, index)
-    found = move(length[..., None])  # the length is interpolated: record what it really does
-    parts = (found.target_log_prob[..., 0], found.kl[..., 0], length)
-    return tuple(part.masked_fill(~reached, math.nan) for part in parts)
+    found = reach(move, lengths, wanted, index)
+    parts = (found.log_prob, found.kl, found.length)
+    return tuple(part.masked_fill(~(reached & found.reached), math.nan) for part in parts)
 
 
 # --- in steps ------------------------------------------------------------------------------------
@@ -191,8 +214,8 @@ class Linearised:
     def __init__(self, point: Point, deltas: Tensor, target: int, tokens: int, chunks: Chunks):
         layers = len(deltas)
         here = fisher.linearize_perturbed(point, deltas, torch.arange(layers))
-        head, p = here.output_head(), here.log_probs.exp()
-        weights, ids = p.topk(min(tokens, p.shape[-1]))
+        head, (log_p, ids) = here.output_head(), fisher.most_probable(here.log_probs, tokens)
+        weights = log_p.exp()
         target_ids = torch.full_like(ids[:, :1], target)
         unperturbed = point.log_probs.exp().expand(layers, 1, -1)
         rows = head.cotangents(ids)
@@ -261,12 +284,11 @@ def _in_steps(
         odds, wanted, index, reached, start, advance = (
             part[layers, best] for part in (odds, wanted, index, reached, start, advance)
         )
-        length = length_at_crossing(partial(move, start, advance), multiples.expand(odds.shape), wanted, index)
-        length = torch.where(reached, length, multiples[odds.argmax(-1)])[:, None]
-        deltas = start + advance * length
+        end = reach(partial(move, start, advance), multiples.expand(odds.shape), wanted, index)
+        reached = reached & end.reached
+        deltas = start + advance * torch.where(reached, end.length, multiples[odds.argmax(-1)])[:, None]
         if goal in GOALS:
-            swept = move(start, advance, length)
-            column = (swept.target_log_prob[:, 0], swept.kl[:, 0], deltas.norm(dim=-1))
+            column = (end.log_prob, end.kl, deltas.norm(dim=-1))
             column = [part.masked_fill(~reached, math.nan) for part in column]
             found.append((*column, deltas.masked_fill(~reached[:, None], math.nan)))
     return tuple(torch.stack(part, dim=1)[:, None] for part in zip(*found, strict=True))
@@ -284,7 +306,8 @@ def steering_record(steered: Steered, layers: list[str], show: Callable[[int], s
             return None
         least = least_kl(before, after := math.exp(log_prob))
         others = max(0.0, kl - least) / (1 - before)  # by the chain rule of KL
-        found = {"probability": after, "kl": kl, "least_kl": least, "ratio": kl / least}
+        ratio = kl / least if least >= steered.hidden else None  # the token was nearly as probable before
+        found = {"probability": after, "kl": kl, "least_kl": least, "ratio": ratio}
         return {**found, "others_kl": others, "norms": norms}
 
     columns, by_layer = [part.tolist() for part in (steered.log_prob, steered.kl, steered.norms)], {}
@@ -297,7 +320,8 @@ def steering_record(steered: Steered, layers: list[str], show: Callable[[int], s
 def steering_summary(records: list[dict], layers: list[str]) -> dict:
     """Over sentences whose target starts below the goal, by layer, direction and goal.
 
-    `ratio_median` is the median of KL / least KL (None if it is infinite), `reached` the share that reach the goal.
+    `ratio_median` is the median of KL / least KL where that is known (None if it is infinite, or never known),
+    `reached` the share that reach the goal.
     """
 
     def over_sentences(entries: list[dict | None]) -> dict:
@@ -321,6 +345,7 @@ def entries_of(records: list[dict], layer: str, name: str, goal: str) -> list[di
 
 
 def median_of(entries: list[dict | None], key: str) -> float:
-    """The median of a key, infinite for an entry that is None; NaN without entries."""
+    """The median of a key, infinite for an entry that is None; NaN without any in which it is known."""
     values = [math.inf if entry is None else entry[key] for entry in entries]
+    values = [value for value in values if value is not None]
     return statistics.median(values) if values else math.nan

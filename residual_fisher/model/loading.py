@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from residual_fisher.common.program import EMBEDDED, UserError, hub_hint, is_out_of_memory
 from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.embedded import embedded_model
-from residual_fisher.model.passes import gradient_at_tokens, hooked
+from residual_fisher.model.passes import UnsupportedModelError, gradient_at_tokens, hooked
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 # The backward passes of fused attention and of grouped experts have no batching rule.
@@ -33,6 +33,7 @@ PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 # Share of a GPU's free memory that weights may fill; larger models are spread over devices. The rest is for
 # activations, the batched backward pass and the logits.
 WEIGHTS_SHARE = 0.9
+FIXED_ROTATIONS = {"default", "linear", "yarn", "llama3", "proportional"}  # whatever the length of the prompt
 
 
 class TooLargeError(UserError):
@@ -195,10 +196,15 @@ def _exceeds_gpu(config, options: dict) -> bool:
     with torch.device("meta"):
         model = model_class(config).from_config(config, trust_remote_code=options["trust_remote_code"])
     size = sum(p.numel() for p in model.parameters()) * options["dtype"].itemsize
-    free = [WEIGHTS_SHARE * torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
-    if size > sum(free):  # before minutes of loading
+
+    def room(gpu: int) -> float:  # asking takes a CUDA context there, of hundreds of megabytes
+        return WEIGHTS_SHARE * torch.cuda.mem_get_info(gpu)[0]
+
+    if size <= room(torch.cuda.current_device()):
+        return False
+    if size > sum(map(room, range(torch.cuda.device_count()))):  # before minutes of loading
         raise TooLargeError
-    return size > free[torch.cuda.current_device()]
+    return True
 
 
 def fix_arithmetic(model: nn.Module) -> None:
@@ -254,7 +260,7 @@ def describe(model: nn.Module) -> dict:
 
 # Configuration keys that change no prediction, or that this project sets itself.
 VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
-BLOCK = 1 << 14  # numbers in a block of a checksum; the blocks' sums are weighted once more
+BLOCK = 1 << 14  # 32-bit words that are summed up at a time
 
 
 def fingerprint(model: nn.Module, tokenizer) -> str:
@@ -271,7 +277,7 @@ def fingerprint(model: nn.Module, tokenizer) -> str:
     digest = hashlib.sha256(json.dumps([config, vocabulary, tokenizer.chat_template], sort_keys=True).encode())
     for name, values in model.state_dict().items():
         digest.update(_described(name, values).encode())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:32]
 
 
 def _described(name: str, values) -> str:
@@ -283,19 +289,23 @@ def _described(name: str, values) -> str:
     return f"{name} {tuple(values.shape)} {values.dtype} {None if values.is_meta else _checksum(values)}"
 
 
-def _checksum(values: torch.Tensor) -> int:
-    """A sum of the numbers' bits modulo 2^64, each times the weight of its place, computed where the tensor is.
+def _checksum(values: torch.Tensor) -> str:
+    """SHA-256 of two sums of each block of a tensor's 32-bit words, which are computed where the tensor is.
 
-    The weights are odd, so that no change of a single number is missed, and scrambled, so that a rearrangement is
-    missed no more often than by chance (2^-63). All sums are exact: the same on every device.
+    A word is weighted with two odd scrambled numbers of its place; sums are modulo 2^64, and exact: the same on every
+    device. Were the weights drawn at random, a change of one word would never be missed, and any other change with a
+    probability of 2^-64 at most: words differ by less than 2^32, so each of the two sums is missed with 2^-32
+    (multilinear hashing: Carter and Wegman, "Universal classes of hash functions", 1979).
     """
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
-    bits = values.detach().contiguous().flatten().view(integers)
-    weights = _scrambled(torch.arange(BLOCK, device=bits.device))
-    at_once = BLOCK if bits.device.type == "cpu" else 1 << 24  # in 8 bytes each: a CPU's cache, a GPU's work
-    blocks = (nn.functional.pad(b, (0, -len(b) % BLOCK)).unflatten(0, (-1, BLOCK)) for b in bits.split(at_once))
-    sums = torch.cat([(some * weights).sum(-1) for some in blocks])
-    return int((sums * _scrambled(torch.arange(len(sums), device=bits.device))).sum())
+    data = values.detach().contiguous().flatten().view(torch.uint8)
+    weights = _scrambled(torch.arange(2 * BLOCK, device=data.device)).unflatten(0, (2, BLOCK))
+    at_once = 8 * BLOCK if data.device.type == "cpu" else 1 << 26  # bytes: for a CPU's cache, for a GPU's work
+    digest = hashlib.sha256()
+    for some in data.split(at_once):
+        words = nn.functional.pad(some, (0, -len(some) % (4 * BLOCK))).view(torch.int32).unflatten(0, (-1, BLOCK))
+        sums = torch.stack([(words * weight).sum(-1) for weight in weights], dim=-1)  # (blocks, 2)
+        digest.update(sums.cpu().numpy())
+    return digest.hexdigest()
 
 
 def _scrambled(numbers: torch.Tensor) -> torch.Tensor:
@@ -324,16 +334,34 @@ def vocabulary_size(model: nn.Module) -> int:
     return model.get_output_embeddings().weight.shape[0]
 
 
-def rotation_change(model: nn.Module) -> float:
-    """The padded length above which a model rotates the positions of a batch differently (Phi-3's longrope)."""
+def rotations(model: nn.Module) -> list[tuple[str, dict]]:
+    """Kind and settings of a model's rotation of positions; of several kinds of layers, of each."""
     config = text_config(model).to_dict()
-    places = [config, *(config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))]
+    parts = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    parts += [inner for part in parts for inner in part.values() if isinstance(inner, dict)]
+    return [(part.get("rope_type") or part.get("type") or "default", part) for part in parts]
+
+
+def rotation_change(model: nn.Module) -> float:
+    """The length above which a pass rotates all its positions differently (Phi-3's longrope); infinite if none does."""
+    places = [part for kind, part in rotations(model) if kind not in FIXED_ROTATIONS]
+    places += [text_config(model).to_dict()] * bool(places)
     return min((p.get("original_max_position_embeddings") or math.inf for p in places), default=math.inf)
 
 
 def longest_prompt(model: nn.Module) -> int | None:
     """How many positions the model has; None if its configuration names no limit."""
     return getattr(text_config(model), "max_position_embeddings", None) or None
+
+
+def require_fixed_rotation(model: nn.Module, ids: torch.Tensor) -> None:
+    """Raises UnsupportedModelError for prompts (..., tokens) above the own length of a model with dynamic NTK scaling.
+
+    There every length has a base of its own, and transformers keeps that of the longest prompt that was run.
+    """
+    longest = longest_prompt(model) or ids.shape[-1]
+    if ids.shape[-1] > longest and any("dynamic" in kind for kind, _ in rotations(model)):
+        raise UnsupportedModelError(f"above {longest} tokens its rotation (dynamic NTK) depends on the prompts before")
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:

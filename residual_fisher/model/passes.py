@@ -5,12 +5,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
 import warnings
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from residual_fisher.common.program import is_out_of_memory
+from residual_fisher.common.text import excerpt, first_line
 
 # Largest KL in nats between two passes that should agree, by dtype. Rounding causes 3e-11 in float32 and 7e-3 in
 # bfloat16 on the embedded model; a lost or misread prefix causes whole nats.
@@ -19,6 +21,15 @@ ROUNDING_NATS = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 0.3, 
 
 class UnsupportedModelError(ValueError):
     """This project cannot work with the model's architecture; the message says why."""
+
+
+_ways: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+
+
+def ways_of(model: nn.Module) -> dict[str, str]:
+    """How a model was run where that depends on what it and its device can do, and why: for the results."""
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    return _ways.setdefault(inner, {})
 
 
 @contextmanager
@@ -103,11 +114,14 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 def use_attention(model: PreTrainedModel, kind: str) -> None:
     """Sets the model's attention to "eager" (plain), "sdpa" (fused) or another, if its class offers the choice."""
-    if model.is_backend_compatible() and model.config._attn_implementation != kind:
+    if not model.is_backend_compatible():
+        ways_of(model)["attention"] = "the model's own"
+    elif model.config._attn_implementation != kind:
         try:
             model.set_attn_implementation(kind)
-        except ValueError:  # an architecture without fused attention stays with the plain one
+        except ValueError as error:  # an architecture without fused attention stays with the plain one
             model.set_attn_implementation("eager")
+            ways_of(model)["attention"] = f"eager: {excerpt(first_line(error), 100)}"
 
 
 @contextmanager
@@ -162,19 +176,32 @@ def batched_gradients(
 ) -> tuple[Tensor, ...]:
     """Vector-Jacobian products (rows, ...) at each of `inputs`, of a tensor of cotangents (rows, ...) for each output.
 
-    All rows take one backward pass through the model.
+    All rows take one backward pass through the model; or one each, if it cannot be batched.
     """
 
     def one(*cotangents: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
 
-    if len(cotangents[0]) == 1:  # without vmap, for which fused attention has no backward rule
-        return tuple(gradient[None] for gradient in one(*(c[0] for c in cotangents)))
-    if len(devices_of(model)) == 1:
-        return torch.func.vmap(one)(*cotangents)
-    # `func.vmap` cannot follow a graph across devices. Autograd's own batching can, but it has rules for fewer
-    # operations, and loops over the rows of the others.
-    return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, is_grads_batched=True)
+    def one_by_one() -> tuple[Tensor, ...]:
+        by_row = (one(*row) for row in zip(*cotangents, strict=True))
+        return tuple(map(torch.stack, zip(*by_row, strict=True)))
+
+    if len(cotangents[0]) == 1 or "gradients" in ways_of(model):  # fused attention has no backward rule for vmap
+        return one_by_one()
+    try:
+        if len(devices_of(model)) == 1:
+            return torch.func.vmap(one)(*cotangents)
+        # `func.vmap` cannot follow a graph across devices. Autograd's own batching can, but it has rules for fewer
+        # operations, and loops over the rows of the others.
+        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, is_grads_batched=True)
+    except Exception as error:  # kernels of a model's own (mamba_ssm, flash-linear-attention) fail in any manner
+        if is_out_of_memory(error):
+            raise
+        reason = excerpt(first_line(error), 100)
+    gradients = one_by_one()  # raises what does not come from batching
+    ways_of(model)["gradients"] = f"one by one: {reason}"
+    warnings.warn(f"{type(model).__name__} takes its gradients one by one: {reason}", stacklevel=2)
+    return gradients
 
 
 def largest_kl(logits: Tensor, others: Tensor) -> float:
@@ -222,7 +249,7 @@ class Chunks:
     """Splits rows into chunks of at most `size`. Halves `size` for good when memory runs out."""
 
     def __init__(self, size: int = 256):
-        self.size = size
+        self.size, self.halved = size, False
 
     def map(self, function: Callable, *rows: Tensor) -> list:
         """function(chunk of each tensor in `rows`) for every chunk, in order. Memory must suffice for a single row."""
@@ -238,7 +265,7 @@ class Chunks:
                 if count == 1 or not is_out_of_memory(error):
                     raise
             # The exception held the failed attempt's tensors: only out here can they be freed.
-            self.size = count // 2
+            self.size, self.halved = count // 2, True
             warnings.warn(f"out of memory: going on with batches of {self.size}", stacklevel=2)
             torch.cuda.empty_cache()  # does nothing where CUDA is not in use
         return results

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from residual_fisher.common.program import is_out_of_memory
-from residual_fisher.common.text import first_line
+from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, copy_of, prefill
-from residual_fisher.model.loading import decoder_layers
+from residual_fisher.model.loading import decoder_layers, require_fixed_rotation, rotation_change
 from residual_fisher.model.passes import (
     ROUNDING_NATS,
     UnsupportedModelError,
@@ -26,6 +26,7 @@ from residual_fisher.model.passes import (
     require_causal,
     require_known_tokens,
     unwrapped,
+    ways_of,
 )
 
 
@@ -43,8 +44,13 @@ class Reading:
 
     model: nn.Module
     mode: PrefixMode
-    ids: Tensor  # (1, tokens) int64, the tokens that each row of a pass runs: the last one, or the whole prompt
-    prefix: DynamicCache | None  # the tokens before them
+    prompt: Tensor  # (1, tokens) int64
+    prefix: DynamicCache | None  # keys and values of all tokens but the last; None if there are none, or for WHOLE
+
+    @property
+    def ids(self) -> Tensor:
+        """(1, tokens) int64, what each row of a pass runs: the last token, or the whole prompt."""
+        return self.prompt if self.mode is PrefixMode.WHOLE else self.prompt[:, -1:]
 
     def logits(self, rows: int = 1) -> Tensor:
         """Logits (rows, V) float32 of `rows` copies of the last token."""
@@ -83,14 +89,15 @@ def read(model: nn.Module, ids: Tensor, mode: PrefixMode) -> Reading:
         raise UnsupportedModelError(f"{type(model).__name__} has an attention of its own")
     with attention(model, "eager"), hooked():
         prefix = prefill(model, ids[:-1])
-    return Reading(model, mode, ids[None, -1:], prefix)
+    return Reading(model, mode, ids[None], prefix)
 
 
 # --- choosing the mode ---------------------------------------------------------------------------
 
 PROBE = 0.1  # length of the perturbations that are tried, as a share of the residual stream's
 
-# By model, and by its dtype, devices and attention: the mode chosen, and the longest prompt it was found right for.
+# By model, by its dtype, devices and attention, and by the rotation of the prompt: the mode chosen, and the longest
+# prompt it was found right for.
 _chosen: WeakKeyDictionary[nn.Module, dict[tuple, tuple[PrefixMode, int]]] = WeakKeyDictionary()
 
 
@@ -98,20 +105,26 @@ _chosen: WeakKeyDictionary[nn.Module, dict[tuple, tuple[PrefixMode, int]]] = Wea
 def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     """The first mode in which this prompt's predictions, as it is and perturbed, are those of plain forward passes.
 
-    The choice is remembered. It is made again for a longer prompt, which may exceed a window of attention, and if the
-    model's dtype, devices or attention have changed. Raises UnsupportedModelError if no mode is right.
+    The choice is remembered. It is made again for a longer prompt, which may exceed a window of attention, for one on
+    the other side of `rotation_change`, and if the model's dtype, devices or attention have changed. Just above that
+    length, where the prefix alone would be rotated otherwise, a prompt is run as a whole. Raises UnsupportedModelError
+    if no mode is right.
     """
     inner = unwrapped(model)
     require_known_tokens(inner, ids)
+    require_fixed_rotation(inner, ids)
     chosen = _chosen.setdefault(model, {})
-    conditions = (inner.dtype, frozenset(devices_of(inner)), inner.config._attn_implementation)
+    change = rotation_change(inner)
+    changed = (len(ids) - 1 > change, len(ids) > change)  # of the prefix, and of all
+    conditions = (inner.dtype, frozenset(devices_of(inner)), inner.config._attn_implementation, changed)
     mode, longest = chosen.get(conditions, (None, 0))
     if len(ids) <= longest:
         return mode
     expected, perturbations = _plain_passes(model, ids)
     if not expected[0].isfinite().all():
         return PrefixMode.WHOLE  # nothing can be compared; what is read next will be NaN as well
-    for mode in PrefixMode:
+    reason = ""
+    for mode in [PrefixMode.WHOLE] if changed == (False, True) else PrefixMode:
         try:
             reading = read(inner, ids, mode)
             kl = largest_kl(expected, torch.cat([reading.logits(), reading.perturbed_logits(*perturbations)]))
@@ -128,6 +141,7 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     if mode is PrefixMode.WHOLE:
         require_causal(inner, torch.cat([ids, ids[-1:]])[None], torch.tensor([len(ids)]))
     chosen[conditions] = (mode, len(ids))
+    ways_of(inner)["reading"] = f"{mode.value}: {excerpt(reason, 100)}" if reason else mode.value
     return mode
 
 

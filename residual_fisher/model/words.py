@@ -113,11 +113,36 @@ def prompt_words_test(tokenizer, write: Callable[[int], str]) -> Callable[[str, 
         return frozenset(text for text in texts if text)
 
     def contained(prompt: str, tokens: Sequence[str]) -> list[bool]:
-        first = frozenset().union(*map(beginnings, set(re.findall(r"\w+", prompt))))
         texts = [token.strip(SPACE) for token in tokens]
+        # Splitting a word takes long, so only words that one of the tokens may begin are split.
+        letters = tuple(_first_letters(text) for text in texts if text)
+        parts = any(PART_OF_CHARACTER.match(text) for text in texts)
+        words = (
+            word
+            for word in set(re.findall(r"\w+", prompt))
+            if _folded(word).startswith(letters) or (parts and not word.isascii())
+        )
+        first = frozenset().union(*map(beginnings, words))
         return [text in first or (text != "" and not text.isascii() and text in prompt) for text in texts]
 
     return contained
+
+
+PART_OF_CHARACTER = re.compile(r"\\[xu]|<0x")  # as `token_writer` writes it
+UNKNOWN = re.compile(r"<(?!0x).+>|\[.+\]")  # what a vocabulary without bytes has in place of a word, as <unk>
+
+
+def _folded(text: str) -> str:
+    """A text without what a tokenizer may change of it: case, accents, and forms of the same character."""
+    if text.isascii():
+        return text.lower()
+    text = unicodedata.normalize("NFKD", text.upper()).casefold()
+    return "".join(character for character in text if not unicodedata.combining(character))
+
+
+def _first_letters(text: str) -> str:
+    """What a word begins with, folded, if this written token may begin it; nothing if any word may."""
+    return "" if UNKNOWN.fullmatch(text) else re.match(r"\w+|.?", _folded(text))[0]
 
 
 def summary_line(tokens: list[dict], num: int = 3) -> str:

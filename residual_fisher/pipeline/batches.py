@@ -1,10 +1,11 @@
 """One batch of prompts: the model linearised at their last tokens, the triplets of each F, and what may go wrong."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
+import math
 import time
 
 import numpy as np
@@ -32,6 +33,7 @@ MATRICES_KEPT = 6
 ATTENTION_BYTES = 4 << 30
 TOKENS = 6  # recorded of each leading direction: a few hold most of the share, and records stay small
 NEXT_TOKENS = 10  # recorded of a prediction
+UNWRITTEN = ""  # in place of a token until `write_tokens` has written it
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,69 @@ class Subject:
         """Tells which tokens a prompt holds."""
         return prompt_words_test(self.tokenizer, self.show)
 
-    def next_tokens(self, prompt: str, ids: list[int], p: list[float]) -> list[dict]:
-        """The most probable next tokens as they are recorded; `in_prompt` are those that a word there begins with."""
-        texts = [self.show(token) for token in ids]
-        columns = zip(texts, ids, p, self.in_prompt(prompt, texts), strict=True)
-        return [dict(zip(("token", "id", "probability", "in_prompt"), column, strict=True)) for column in columns]
+    @cached_property
+    def room(self) -> "Room":
+        """How many tokens fit into memory at once."""
+        return Room(passes.devices_of(self.model))
+
+
+FREE_SHARE = 0.9  # of a GPU's free memory that a pass may be expected to take: the rest is lost between blocks
+
+
+class Room:
+    """How many padded tokens fit into one pass: what passes have taken so far, and what did not fit.
+
+    Sizes are halves, quarters, ... of a batch, so that a little more or less free memory changes nothing.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]):
+        self.gpus = [device for device in devices if device.type == "cuda"]
+        self.limit, self.backward_rows = math.inf, BACKWARD_ROWS  # what has not run out of memory yet
+        self.fitted, self.taken = 0, {}  # tokens of the largest pass so far, and bytes that it took of each GPU
+        for gpu in self.gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)  # loading has its own
+
+    def prompts(self, count: int, tokens: int) -> int:
+        """How many of `count` prompts of so many tokens each to take at once."""
+        while count > 1 and not self._fits(count * tokens):
+            count = -(-count // 2)
+        return count
+
+    def _fits(self, tokens: int) -> bool:
+        if tokens > self.limit or tokens <= self.fitted:
+            return tokens <= self.limit
+        more = tokens / max(1, self.fitted)
+        return all(more * taken <= FREE_SHARE * free_memory(gpu) for gpu, taken in self.taken.items())
+
+    @contextmanager
+    def taking(self, tokens: int) -> Iterator[None]:
+        """Around a pass of so many tokens."""
+        idle = {gpu: torch.cuda.memory_allocated(gpu) for gpu in self.gpus}
+        yield
+        if tokens > self.fitted:  # the peak may be that of an earlier pass: then it is an upper bound
+            self.fitted = tokens
+            self.taken = {gpu: torch.cuda.max_memory_allocated(gpu) - idle[gpu] for gpu in self.gpus}
+
+    def learn_from(self, backward: fisher.Chunks, tokens: int) -> None:
+        """After the backward passes, of so many tokens a cotangent."""
+        if backward.halved:
+            self.backward_rows = backward.size * tokens
+
+
+def free_memory(gpu: torch.device) -> int:
+    """Bytes, what torch keeps for tensors to come among them."""
+    kept = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return torch.cuda.mem_get_info(gpu)[0] + kept
 
 
 def longest(batch: list[Encoded]) -> int:
     """Tokens of the longest prompt."""
     return max(len(encoded.ids) for encoded in batch)
+
+
+def padded(batch: list[Encoded]) -> int:
+    """Tokens that the model is given, the padding among them."""
+    return len(batch) * longest(batch)
 
 
 def pad(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,19 +145,22 @@ def explain_unsupported(subject: Subject) -> Iterator[None]:
         raise UserError(f"no Fisher matrix at {subject.path}: {error}") from error
 
 
-def attention_for(settings: Settings, batch: list[Encoded]) -> tuple[str, int]:
-    """The kind of attention a batch runs with, and how many cotangents to pull back at once."""
-    rows = max(1, BACKWARD_ROWS // (len(batch) * longest(batch)))
-    plain = settings.top_k_tokens == "all"  # the block iteration differentiates the backward pass: no fused attention
-    return ("eager", rows) if plain or (longest(batch) <= PLAIN_ATTENTION and rows > 1) else ("sdpa", 1)
+def attention_for(settings: Settings, batch: list[Encoded]) -> str:
+    """The kind of attention a batch runs with."""
+    # the block iteration differentiates the backward pass: no fused attention
+    plain = longest(batch) <= PLAIN_ATTENTION and 2 * padded(batch) <= BACKWARD_ROWS
+    return "eager" if plain or settings.top_k_tokens == "all" else "sdpa"
 
 
-def linearize_batch(settings: Settings, subject: Subject, batch: list[Encoded]) -> tuple[fisher.Point, int]:
+def linearize_batch(
+    settings: Settings, subject: Subject, batch: list[Encoded], attention: str
+) -> tuple[fisher.Point, fisher.Chunks]:
     """The batch's prompts at their last tokens, and how many cotangents to pull back at once."""
-    kind, rows = attention_for(settings, batch)
-    passes.use_attention(subject.model, kind)
+    passes.use_attention(subject.model, attention)
     last_only = settings.bias_positions == "last"
-    return fisher.linearize_prompts(subject.model, subject.module, *pad(batch), last_only), rows
+    rows = subject.room.backward_rows // padded(batch) if attention == "eager" else 1
+    point = fisher.linearize_prompts(subject.model, subject.module, *pad(batch), last_only)
+    return point, fisher.Chunks(max(1, rows))
 
 
 def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) -> int:
@@ -137,19 +195,21 @@ def triplets(
 
 
 def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Item]:
-    """The items of a batch's prompts. Out of memory, it continues with half of the batch at a time.
+    """The items of a batch's prompts, whose tokens `write_tokens` has yet to write.
 
-    A prompt that leads to NaN, infinity or no convergence is taken out of the batch and recorded as failed.
+    A batch for which memory does not suffice is run in parts. A prompt that leads to NaN, infinity or no convergence
+    is taken out of the batch and recorded as failed.
 
     Raises:
         UserError: the module does not lead to the predictions.
     """
-    start = time.perf_counter()
+    start, room = time.perf_counter(), subject.room
+    attention = attention_for(settings, batch)  # the same for parts of it
 
     def measure_some(which: torch.Tensor) -> list[Item]:
         prompts = [batch[i] for i in which.tolist()]
         try:
-            return measure_batch(settings, subject, prompts)
+            return measure_batch(settings, subject, prompts, attention)
         except (fisher.NumericalError, torch.linalg.LinAlgError) as error:
             if len(prompts) == 1:
                 return [without_matrix(settings, subject, prompts[0], first_line(error))]
@@ -159,41 +219,66 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
             apart = apart[failed], torch.cat([which[:failed], which[failed + 1 :]])
         return list(chain.from_iterable(map(measure_some, apart)))
 
+    most, tokens = prompts_at_once(settings, subject, batch), longest(batch)
+    chunks = fisher.Chunks(room.prompts(most, tokens))
     with explain_unsupported(subject):
-        parts = fisher.Chunks(prompts_at_once(settings, subject, batch)).map(measure_some, torch.arange(len(batch)))
+        parts = chunks.map(measure_some, torch.arange(len(batch)))
+    if chunks.halved:
+        room.limit = chunks.size * tokens
     items = {item.number: item for item in chain.from_iterable(parts)}
     seconds = (time.perf_counter() - start) / len(batch)
     for item in items.values():
         item.record["seconds"] = seconds
+        if chunks.size < most:
+            item.record["tokens_at_once"] = chunks.size * tokens
     return [items[encoded.prompt.index] for encoded in batch]
 
 
-def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Item]:
+def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded], attention: str) -> list[Item]:
     """The items of prompts that go through the model together.
 
     Raises:
         NumericalError, torch.linalg.LinAlgError: of one of them.
     """
-    point, rows = linearize_batch(settings, subject, batch)
-    eigen, shares, columns = triplets(settings, point, fisher.Chunks(rows))
-    next_p, next_ids = (c.tolist() for c in point.log_probs.exp().topk(min(NEXT_TOKENS, point.log_probs.shape[-1])))
-    values, vectors = (part.cpu().numpy() for part in eigen[:2])
+    with subject.room.taking(padded(batch)):
+        point, chunks = linearize_batch(settings, subject, batch, attention)
+        eigen, shares, columns = triplets(settings, point, chunks)
+    subject.room.learn_from(chunks, padded(batch))
+    next_log_p, next_ids = fisher.most_probable(point.log_probs, NEXT_TOKENS)
+    next_p, next_ids = next_log_p.exp().tolist(), next_ids.tolist()
+    values, vectors, activations = (part.cpu().numpy() for part in (*eigen[:2], point.activations[0]))
     shares = TokenShares(*(part.cpu() for part in shares))
     columns = {name: column.tolist() for name, column in columns.items()}
 
     def item(i: int, encoded: Encoded) -> Item:
+        next_tokens = zip(next_ids[i], next_p[i], strict=True)
         record = {
             **describe_prompt(encoded),
-            "top_token": subject.tokenizer.decode(next_ids[i][:1]),
+            "top_token": UNWRITTEN,
             "top_probability": next_p[i][0],
-            "next_tokens": subject.next_tokens(encoded.prompt.text, next_ids[i], next_p[i]),
+            "next_tokens": [
+                {"token": UNWRITTEN, "id": id_, "probability": p, "in_prompt": False} for id_, p in next_tokens
+            ],
             **{name: column[i] for name, column in columns.items()},
             "singular_values": values[i].tolist(),
-            "directions": shares.records((i,), subject.show),
+            "directions": shares.records((i,), lambda id_: UNWRITTEN),
         }
-        return Item(encoded.prompt.index, record, arrays_of(values[i], vectors[i], settings.store))
+        return Item(encoded.prompt.index, record, arrays_of(values[i], vectors[i], activations[i], settings.store))
 
     return [item(i, encoded) for i, encoded in enumerate(batch)]
+
+
+def write_tokens(subject: Subject, items: list[Item]) -> list[Item]:
+    """Writes the tokens of `measure`'s items. This takes no model, and time: another thread can do it."""
+    for record in (item.record for item in items):
+        next_tokens = record["next_tokens"]
+        for token in chain(next_tokens, *record["directions"]):
+            token["token"] = subject.show(token["id"])
+        in_prompt = subject.in_prompt(record["prompt"], [token["token"] for token in next_tokens])
+        for token, found in zip(next_tokens, in_prompt, strict=True):
+            token["in_prompt"] = found
+        record["top_token"] = subject.tokenizer.decode([token["id"] for token in next_tokens[:1]])
+    return items
 
 
 def describe_prompt(encoded: Encoded) -> dict:
@@ -212,7 +297,8 @@ def without_matrix(settings: Settings, subject: Subject, encoded: Encoded, reaso
     zeros = dict.fromkeys(("top_probability", "captured_mass", "trace", "effective_rank"), 0.0)
     lists = {"next_tokens": [], "singular_values": [0.0] * r, "directions": []}
     record = {**describe_prompt(encoded), "failed": reason, "top_token": "", **zeros, **lists}
-    arrays = arrays_of(np.zeros(r, np.float32), np.zeros((r, width), np.float32), settings.store)
+    values, vectors, activation = (np.zeros(shape, np.float32) for shape in (r, (r, width), width))
+    arrays = arrays_of(values, vectors, activation, settings.store)
     return Item(encoded.prompt.index, record, arrays)
 
 
@@ -226,7 +312,7 @@ def check_once(settings: Settings, subject: Subject, batch: list[Encoded], check
     Raises:
         UserError: the logits differ, so that this model's results would depend on what else is in the batch.
     """
-    kind = attention_for(settings, batch)[0]
+    kind = attention_for(settings, batch)
     if kind in checked:
         return False
     passes.use_attention(subject.model, kind)
@@ -261,6 +347,8 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
             return passes.last_logits(subject.model, *pad(batch * len(deltas)))
 
     # a prompt that leads to NaN, infinity or no convergence will be recorded as failed
-    with explain_unsupported(subject), suppress(fisher.NumericalError, torch.linalg.LinAlgError):
-        point, rows = linearize_batch(settings, subject, batch)
-        fisher.check_prediction(point, moved, fisher.Chunks(rows))
+    failures = suppress(fisher.NumericalError, torch.linalg.LinAlgError)
+    with explain_unsupported(subject), failures, subject.room.taking(padded(batch)):
+        point, chunks = linearize_batch(settings, subject, batch, attention_for(settings, batch))
+        fisher.check_prediction(point, moved, chunks)
+        subject.room.learn_from(chunks, padded(batch))

@@ -15,26 +15,31 @@ from residual_fisher.common.text import first_line
 from residual_fisher.pipeline import figures
 from residual_fisher.pipeline.matrices import ARRAYS, load_fisher_matrices, records_of
 from residual_fisher.pipeline.reference import Reference
-from residual_fisher.pipeline.scores import SCORING_VERSION, ScoredRun, outlier_scores
+from residual_fisher.pipeline.scores import SCORING_VERSION, ScoredRun, outlier_scores, rounding_of
 
 PROMPTS, METADATA = "prompts.jsonl", "metadata.yaml"
 
 
-def conclude(run: Run, against: Reference | None) -> bool:
-    """Makes the derived files that are missing, damaged, or not of these matrices and this reference.
+def conclude(run: Run, against: Reference | None, false_alarms: float) -> list[str]:
+    """Makes the derived files that are missing, damaged, or not of these matrices, this reference and this share.
 
     Returns:
-        Whether the prompts were scored.
+        The files that it made, but for the metadata.
+    Raises:
+        UserError: the reference is of another kind, or a file cannot be written.
     """
     notes, primary = run.manifest["notes"], run.manifest["primary"]
-    scoring = scoring_of(against)
+    if against:
+        against.require_same_kind(run.manifest["identity"], notes["environment"])
+    scoring, directory = scoring_of(against), str(against.path) if against else None
     scored = run.derive([PROMPTS], made_from_scores(run, scoring), partial(write_prompts, run, against))
-    prompts = checksum(run.folder / PROMPTS)
-    run.derive([figures.SPECTRA], prompts, lambda: figures.draw(run.folder, scored_records(run.folder)))
-    directory = str(against.path) if against else None
-    about = [primary, notes, scoring, directory]
-    run.derive([METADATA], about, lambda: write_metadata(run, {**scoring, "directory": directory}))
-    return scored
+    prompts = [checksum(run.folder / PROMPTS), false_alarms]
+    drawn = run.derive(
+        [figures.SPECTRA], prompts, lambda: figures.draw(run.folder, scored_records(run.folder), false_alarms)
+    )
+    told = {**scoring, "directory": directory, "false_alarms": false_alarms}
+    run.derive([METADATA], [primary, notes, told], lambda: write_metadata(run, told))
+    return [PROMPTS] * scored + [figures.SPECTRA] * drawn
 
 
 def scoring_of(against: Reference | None) -> dict:
@@ -49,9 +54,9 @@ def made_from_scores(run: Run, scoring: dict) -> list:
 
 def write_prompts(run: Run, against: Reference | None) -> None:
     """Writes prompts.jsonl: each prompt's record, and its scores."""
-    compared = {}
+    compared, rounding = {}, rounding_of(run.manifest["notes"]["environment"]["dtype"])
     with ExitStack() as stack:
-        own = ScoredRun.of(records_of(run.folder), stack.enter_context(load_fisher_matrices(run.folder)))
+        own = ScoredRun.of(records_of(run.folder), stack.enter_context(load_fisher_matrices(run.folder)), rounding)
         if against:
             compared[against.kind] = against.open(stack, own)
         columns = outlier_scores(own, **compared)

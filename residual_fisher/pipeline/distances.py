@@ -10,16 +10,20 @@ from scipy.sparse.linalg import eigsh
 
 from residual_fisher.pipeline.matrices import Triplets
 
-ROWS_PER_COLUMN = 4  # of a covariance estimate; with fewer rows it uses the leading columns only
+# Of a covariance estimate; with fewer rows it uses the leading columns only. Shrinking the covariance of all columns
+# instead (Ledoit and Wolf, 2004) found less: AUROC 0.95 for 0.98 on one of the backdoors that scores were chosen on.
+ROWS_PER_COLUMN = 4
 SOFTNESS = 0.3  # of the edge of a `Subspace`: rho as a share of the largest eigenvalue of M
+LEAST_LEFT = 1e-5  # below which float64 has lost what is left of a share or an eigenvalue
 PSEUDOCOUNT = 0.5  # prompts, of additive smoothing: no token has a probability of 0
 COORDINATES = 5  # principal coordinates of a prompt
-RESOLUTION = 1e-5  # of logarithms and shares, all of order 1: equal prompts of different batches differ by rounding
+ROUNDING = 1e-5  # of logarithms and shares, all of order 1, in float32: equal prompts of different batches differ by it
 MIN_DEVIATION = 1e-3  # standard deviation of a logarithm, added to each column's: equal rows have an inverse too
+TINY = np.finfo(np.float32).tiny
 SMALL = 64  # rows: all eigenvalues of such a matrix are found as fast as one
 
 
-def robust_z(values: np.ndarray, usual: np.ndarray, least: float = RESOLUTION) -> np.ndarray:
+def robust_z(values: np.ndarray, usual: np.ndarray, least: float = ROUNDING) -> np.ndarray:
     """Distances from the median of `usual`, in units of 1.4826 times its median absolute deviation.
 
     For normal data the unit is the standard deviation, but outliers do not widen it (Iglewicz and Hoaglin, "How to
@@ -34,14 +38,15 @@ def robust_z(values: np.ndarray, usual: np.ndarray, least: float = RESOLUTION) -
 
 
 class Mahalanobis:
-    """Mahalanobis distances from trusted rows (n, columns)."""
+    """Mahalanobis distances from trusted rows (n, columns) of logarithms; `rounding` is theirs."""
 
-    def __init__(self, rows: np.ndarray):
+    def __init__(self, rows: np.ndarray, rounding: float = ROUNDING):
         used = max(1, min(rows.shape[1], len(rows) // ROWS_PER_COLUMN))
         self._rows = rows[:, :used]
         self._mean = self._rows.mean(axis=0)
-        self._precision = np.linalg.inv(np.atleast_2d(np.cov(self._rows.T)) + MIN_DEVIATION**2 * np.eye(used))
-        self._rounding = RESOLUTION**2 * np.trace(self._precision)
+        least = max(MIN_DEVIATION, rounding)
+        self._precision = np.linalg.inv(np.atleast_2d(np.cov(self._rows.T)) + least**2 * np.eye(used))
+        self._rounding = rounding**2 * np.trace(self._precision)
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """(n,) distances; 0 for one that may be rounding."""
@@ -51,8 +56,46 @@ class Mahalanobis:
     def leave_one_out(self) -> np.ndarray:
         """(n,) distances of each trusted row from the others, by the Sherman–Morrison formula."""
         n, squared = len(self._rows), self.of(self._rows) ** 2
-        left = np.maximum(1 - n * squared / (n - 1) ** 2, RESOLUTION)
+        left = np.maximum(1 - n * squared / (n - 1) ** 2, LEAST_LEFT)
         return np.sqrt((n / (n - 1)) ** 2 * (n - 2) / (n - 1) * squared / left)
+
+
+class WideMahalanobis:
+    """Mahalanobis distances from trusted rows (n, d) of any d, with the shrunk covariance of Ledoit and Wolf (2004).
+
+    C = (1 - w) X^T X / n + w m I, where X are the centred rows, m is their mean variance, and w minimises the expected
+    squared error. No d x d matrix is formed: C^-1 = (I - X^T (n b / (1 - w) + X X^T)^-1 X) / b with b = w m.
+    """
+
+    def __init__(self, rows: np.ndarray, rounding: float = ROUNDING):
+        n, d = rows.shape
+        self._mean = rows.mean(axis=0)
+        self._centred = rows - self._mean
+        gram = self._centred @ self._centred.T
+        variance = np.trace(gram) / (n * d)
+        norm = (gram**2).sum() / n**2
+        error, distance = (np.diag(gram) ** 2).sum() / n**2 - norm / n, norm - d * variance**2
+        weight = np.clip(error / distance, 0, 1) if distance > 0 else 1.0
+        self._kept, self._n = 1 - weight, n
+        # Of most columns: a few hold massive activations. Equal rows have an inverse too.
+        least = rounding**2 * np.median((rows**2).mean(axis=0)) + TINY
+        self._added = weight * variance + least
+        self._factor = cho_factor(self._kept * gram + n * self._added * np.eye(n), lower=True)
+        trace = (d - self._kept * np.trace(cho_solve(self._factor, gram))) / self._added  # of C^-1
+        self._rounding = least * trace  # what rounding alone adds to a squared distance
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) distances; 0 for one that may be rounding."""
+        u = rows - self._mean
+        inside = self._centred @ u.T
+        explained = self._kept * (inside * cho_solve(self._factor, inside)).sum(axis=0)
+        return np.sqrt(np.maximum(((u**2).sum(axis=1) - explained) / self._added - self._rounding, 0))
+
+    def leave_one_out(self) -> np.ndarray:
+        """(n,) distances of each trusted row from the others, by the Sherman–Morrison formula; as much is shrunk."""
+        n, squared = self._n, self.of(self._centred + self._mean) ** 2
+        left = np.maximum(1 - self._kept * squared / (n - 1), LEAST_LEFT)
+        return np.sqrt(n / (n - 1) * squared / left)
 
 
 class Subspace:
@@ -70,7 +113,7 @@ class Subspace:
         self._count, self._width = len(roots), roots[0].shape[1]
         self._roots = np.concatenate(roots, axis=1)  # R (d, n * r)
         self._gram = (self._roots.T @ self._roots).astype(np.float64)
-        self._rho = max(SOFTNESS * (largest_eigenvalue(self._gram) / self._count), RESOLUTION)
+        self._rho = max(SOFTNESS * (largest_eigenvalue(self._gram) / self._count), LEAST_LEFT)
         self._factor = self._factored(self._rho)
 
     def _factored(self, rho: float):

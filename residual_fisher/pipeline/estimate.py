@@ -13,7 +13,7 @@ from residual_fisher.common.run import ITEMS, Run
 from residual_fisher.common.text import duration, excerpt, printable, size
 from residual_fisher.model.loading import dtype_advice
 from residual_fisher.model.passes import devices_of
-from residual_fisher.pipeline.batches import check_once, into_batches, longest, measure
+from residual_fisher.pipeline.batches import check_once, into_batches, longest, measure, padded, write_tokens
 from residual_fisher.pipeline.derived import PROMPTS
 from residual_fisher.pipeline.matrices import ARRAYS, ONE_FILE
 from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts, encode
@@ -91,7 +91,7 @@ def describe_costs(
         found = measure(settings, subject, batch)
         failures.count(found)
         seconds.append(sum(item.record["seconds"] for item in found))
-        items += found
+        items += write_tokens(subject, found)
     each = Trial(list(map(padded, chosen)), seconds).total(list(map(padded, batches))) / len(encoded)
     arrays = fmean(sum(array.nbytes for array in item.arrays.values()) for item in items)
     record = fmean(len(json_text(item.record)) for item in items) + SCORE_BYTES
@@ -113,8 +113,3 @@ def describe_costs(
             f"files: {files}, a picture and the metadata",
         ]
     )
-
-
-def padded(batch: list[Encoded]) -> int:
-    """Tokens that the model is given, the padding among them."""
-    return len(batch) * longest(batch)

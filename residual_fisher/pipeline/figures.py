@@ -17,10 +17,10 @@ from residual_fisher.common.drawing import BLACK, BLUE, DISTINCT, label
 from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.text import excerpt
 from residual_fisher.pipeline.report import differing_tokens
-from residual_fisher.pipeline.scores import OUTLIER, SCORES, THRESHOLD
+from residual_fisher.pipeline.scores import OUTLIER, P_VALUE, SCORES
 
 SPECTRA = "fisher_spectra.png"
-DRAWN_NUMBERS = ("tokens", "captured_mass", OUTLIER, *SCORES)
+DRAWN_NUMBERS = ("tokens", "captured_mass", OUTLIER, P_VALUE, *SCORES)
 LISTS = ("singular_values", "principal_coordinates")
 NAMED = 6  # prompts that stand out: drawn in colour and named
 MAX_POINTS = 20_000  # of more prompts, evenly spaced ones are drawn beside those that stand out
@@ -32,13 +32,15 @@ Columns = dict[str, np.ndarray]  # of all prompts: (n,) float64 for each of DRAW
 Colours = dict[int, str]  # of the prompts that stand out, by index
 
 
-def draw(folder: Path, records: Iterable[dict]) -> None:
+def draw(folder: Path, records: Iterable[dict], false_alarms: float) -> None:
     """Draws the picture of the prompts that these are the records of; one is in memory at a time.
 
+    Args:
+        false_alarms: the p-value up to which a prompt stands out.
     Raises:
         UserError: the folder cannot be written to.
     """
-    drawing.save(folder, {SPECTRA: lambda: spectra_figure(records)})
+    drawing.save(folder, {SPECTRA: lambda: spectra_figure(records, false_alarms)})
 
 
 def _collect(records: Iterable[dict]) -> tuple[Columns, dict[int, dict]]:
@@ -58,7 +60,7 @@ def _collect(records: Iterable[dict]) -> tuple[Columns, dict[int, dict]]:
     return columns | {key: np.array(column) for key, column in numbers.items()}, dict(leading)
 
 
-def spectra_figure(records: Iterable[dict]) -> Figure:
+def spectra_figure(records: Iterable[dict], false_alarms: float) -> Figure:
     """Spectra, outlier scores, a map of the prompts, three distributions, and by name the prompts that stand out."""
     prompts, leading = _collect(records)
     figure = plt.figure(figsize=(20, 13))
@@ -68,7 +70,7 @@ def spectra_figure(records: Iterable[dict]) -> Figure:
     )
     colours = dict(zip(leading, [*DISTINCT[1:], DISTINCT[0]], strict=False))
     _spectra_panel(spectra, prompts["singular_values"], colours)
-    _scores_panel(scores, prompts, colours)
+    _scores_panel(scores, prompts, colours, false_alarms)
 
     axes = prompts["principal_coordinates"].T  # (values, n)
     _dots(plan, axes[0], axes[min(1, len(axes) - 1)], colours)
@@ -130,17 +132,20 @@ def _spectra_panel(panel: Axes, spectra: np.ndarray, colours: Colours) -> None:
     panel.legend(frameon=False, fontsize=11, loc="lower left")
 
 
-def _scores_panel(panel: Axes, prompts: Columns, colours: Colours) -> None:
+def _scores_panel(panel: Axes, prompts: Columns, colours: Colours, false_alarms: float) -> None:
     """A row of dots for each score, the outlier score on top; those that stand out in colour."""
     names = {OUTLIER: "outlier score", **{name: name.removeprefix("z_") for name in SCORES}}
     spread = 0.3 * np.sin(np.arange(len(prompts[OUTLIER])) * 2.4)  # apart, and the same each time
     for row, name in enumerate(names):
         values = np.clip(prompts[name], -LONGEST, LONGEST)
         _dots(panel, values, row + spread, colours, size=5, alpha=0.3, names=False)
-    panel.plot([THRESHOLD] * 2, [-0.45, 0.45], color=BLACK, linestyle=":", linewidth=1.5)
+    outstanding = prompts[OUTLIER][prompts[P_VALUE] <= false_alarms]
+    if len(outstanding):
+        limit = np.clip(outstanding.min(), -LONGEST, LONGEST)
+        panel.plot([limit] * 2, [-0.45, 0.45], color=BLACK, linestyle=":", linewidth=1.5)
     panel.set_yticks(range(len(names)), names.values())
-    panel.set(title=f"In which way unusual (dotted: {THRESHOLD:g})")
-    panel.set(xlabel="robust standard deviations", ylim=(4.6, -0.6))
+    panel.set(title=f"In which way unusual (dotted: p ≤ {false_alarms:g})")
+    panel.set(xlabel="robust standard deviations", ylim=(len(names) - 0.4, -0.6))
 
 
 def _names_panel(panel: Axes, leading: dict[int, dict], colours: Colours) -> None:
@@ -154,13 +159,13 @@ def _names_panel(panel: Axes, leading: dict[int, dict], colours: Colours) -> Non
     for row, (index, record) in enumerate(leading.items()):
         colour, words = colours[index], " ".join(record["odd_words"])
         panel.plot(0.005, row, "o", color=colour, markersize=10)
-        for x, number in ((0.035, str(index)), (0.06, f"{record[OUTLIER]:.1f}")):
+        for x, number in ((0.035, str(index)), (0.06, f"{record[OUTLIER]:.1f}"), (0.095, f"p {record[P_VALUE]:.2g}")):
             panel.text(x, row, number, va="center", ha="right")
         lines = [(-0.18 * bool(words), record["prompt"], {})]
         if words:
             lines.append((0.27, f"says {words}", {"color": colour, "fontsize": 11}))
         for shift, text, style in lines:
-            line = panel.text(0.07, row + shift, label(excerpt(text, length)), va="center", clip_on=True, **style)
+            line = panel.text(0.105, row + shift, label(excerpt(text, length)), va="center", clip_on=True, **style)
             line.set_clip_box(room)  # its letters may be wide
     if not any(tokens):
         return

@@ -2,7 +2,7 @@
 
     from residual_fisher import load_fisher_matrices
 
-For prompt i an archive holds `U_{i}`, `S_{i}` and `V_{i}`.
+For prompt i an archive holds `U_{i}`, `S_{i}` and `V_{i}`, and the activation `H_{i}` that its F is at.
 """
 
 from bisect import bisect_right
@@ -32,10 +32,20 @@ class Triplets(NamedTuple):
     V: np.ndarray  # (r, d) float32, the transpose of U, since F is symmetric
 
 
-def arrays_of(values: np.ndarray, vectors: np.ndarray, store: str) -> dict[str, np.ndarray]:
-    """What is kept of leading eigenpairs, values (r,) and vectors (r, d) float32: U, S and V, or U in float16 and S."""
+ACTIVATION = "H"  # (d,) float32, the residual stream at the prompt's last token
+MEMBERS = (*Triplets._fields, ACTIVATION)
+
+
+def arrays_of(values: np.ndarray, vectors: np.ndarray, activation: np.ndarray, store: str) -> dict[str, np.ndarray]:
+    """What is kept of leading eigenpairs, values (r,) and vectors (r, d), and an activation (d,), all float32.
+
+    U, S, V and H; or, in a compact store, U and H in float16, and S.
+    """
     u = np.ascontiguousarray(vectors.T)
-    return {"U": u.astype(np.float16), "S": values} if store == "compact" else {"U": u, "S": values, "V": vectors}
+    if store == "full":
+        return {"U": u, "S": values, "V": vectors, ACTIVATION: activation}
+    most = np.finfo(np.float16).max  # a massive activation is cut there
+    return {"U": u.astype(np.float16), "S": values, ACTIVATION: activation.clip(-most, most).astype(np.float16)}
 
 
 # --- from items to primary files, and back -------------------------------------------------------
@@ -71,7 +81,7 @@ def split(folder: Path) -> Iterator[Item]:
     """The items that `merge` has put into one archive, one in memory at a time."""
     with zipfile.ZipFile(folder / ARRAYS) as archive, open(folder / LINES, encoding="utf-8") as lines:
         for number, line in enumerate(lines):
-            names = [name for name in Triplets._fields if f"{name}_{number}.npy" in archive.NameToInfo]
+            names = [name for name in MEMBERS if f"{name}_{number}.npy" in archive.NameToInfo]
             yield Item(number, json.loads(line), {name: read_array(archive, f"{name}_{number}") for name in names})
 
 
@@ -110,6 +120,18 @@ class FisherMatrices(Sequence):
         return self._prompts
 
     def __getitem__(self, index: int) -> Triplets:
+        index = self._find(index)
+        u, s = self._read(f"U_{index}"), self._read(f"S_{index}")
+        v = self._read(f"V_{index}") if f"V_{index}.npy" in self._archive.NameToInfo else u.T
+        return Triplets(u, s, v)
+
+    def activation(self, index: int) -> np.ndarray | None:
+        """h (d,) float32, the residual stream at a prompt's last token; None in what an earlier version wrote."""
+        name = f"{ACTIVATION}_{self._find(index)}"
+        return self._read(name) if f"{name}.npy" in self._archive.NameToInfo else None
+
+    def _find(self, index: int) -> int:
+        """The prompt's number, from 0; its file is open then."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
         index %= len(self)
@@ -117,9 +139,7 @@ class FisherMatrices(Sequence):
         if place != self._open:
             self.close()
             self._archive, self._open = zipfile.ZipFile(self._files[place]), place
-        u, s = self._read(f"U_{index}"), self._read(f"S_{index}")
-        v = self._read(f"V_{index}") if f"V_{index}.npy" in self._archive.NameToInfo else u.T
-        return Triplets(u, s, v)
+        return index
 
     def _read(self, name: str) -> np.ndarray:
         return read_array(self._archive, name).astype(np.float32, copy=False)

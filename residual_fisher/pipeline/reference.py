@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.run import checksum, read_manifest, short_hash, shown
+from residual_fisher.common.run import checksum, read_manifest, short_hash, shown, what_differs
 from residual_fisher.pipeline.matrices import load_fisher_matrices, records_of
 from residual_fisher.pipeline.scores import ScoredRun
 from residual_fisher.pipeline.settings import Settings
 
 FEWEST_TRUSTED = 20  # prompts of a reference
-SAME_SETTINGS = ("bias_positions", "top_k_tokens", "num_singular_values")  # F of one kind have these in common
+# F of one kind have these in common
+SAME_SETTINGS = ("bias_positions", "top_k_tokens", "num_singular_values", "max_length")
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,22 @@ class Reference:
                 )
         return cls(kind, path, manifest)
 
-    def require_same_model(self, identity: dict) -> None:
+    def require_same_kind(self, identity: dict, environment: dict) -> None:
         """
         Raises:
-            UserError: it is hooked elsewhere; or, trusted prompts, of another model.
+            UserError: it is hooked elsewhere, or of another dtype; or, trusted prompts, of another model.
         """
-        keys = {"hook_layer": "is hooked at another layer"}
+        then, dtype = self.manifest["identity"], self.manifest["notes"]["environment"]["dtype"]
+        compared = [
+            ("hook_layer", "is hooked at", then["hook_layer"], identity["hook_layer"]),
+            ("dtype", "is of", dtype, environment["dtype"]),
+        ]
         if self.kind == "reference":
-            keys["model"] = "is of another model"
-        for key, what in keys.items():
-            if self.manifest["identity"][key] != identity[key]:
-                change = f"{shown(self.manifest['identity'][key])}, and this one {shown(identity[key])}"
-                raise UserError(f"the run in {self.path} {what} ({change}): --{self.kind} takes one with the same")
+            compared.append(("model", "is of", then["model"], identity["model"]))
+        for key, verb, theirs, ours in compared:
+            if theirs != ours:
+                what = f"{verb} {what_differs(key, theirs, ours)} ({shown(theirs)}, and this one {shown(ours)})"
+                raise UserError(f"the run in {self.path} {what}: --{self.kind} takes one with the same")
 
     @property
     def checksum(self) -> str:
@@ -76,7 +81,7 @@ class Reference:
             UserError: they cannot be read, or are too few; or not those of `own` in a base model.
         """
         matrices = stack.enter_context(load_fisher_matrices(self.path))
-        found = ScoredRun.of(records_of(self.path), matrices)
+        found = ScoredRun.of(records_of(self.path), matrices, own.rounding)
         if matrices[0].U.shape != own.matrices[0].U.shape:
             raise UserError(f"the matrices in {self.path} are of another shape: --{self.kind} takes a run of the same")
         ours, theirs = own.prompt_hashes, found.prompt_hashes

@@ -8,11 +8,11 @@ import numpy as np
 
 from residual_fisher.common.text import excerpt, printable, table
 from residual_fisher.model.words import summary_line
-from residual_fisher.pipeline.scores import OUTLIER, SCORES, THRESHOLD
+from residual_fisher.pipeline.scores import OUTLIER, P_VALUE, SCORES
 from residual_fisher.pipeline.settings import Settings
 
 NAMED = 5  # prompts named at the end
-EXCERPT = 60  # characters of a prompt shown in a line
+EXCERPT = 45  # characters of a prompt shown in a line
 SPREADS = {  # whose median and range are told
     "lambda_1": "lambda 1, nats per unit²",
     "trace": "trace of F",
@@ -25,9 +25,14 @@ SPREADS = {  # whose median and range are told
 def columns_of(records: Iterable[dict]) -> dict[str, np.ndarray]:
     """What the summary needs of all records, as arrays (n,) of float64: there may be millions."""
     keys = ("index", "tokens", "truncated", "captured_mass", "trace", "effective_rank", "seconds")
-    rows = ([*(record[key] for key in keys), record["singular_values"][0], "failed" in record] for record in records)
-    numbers = np.fromiter(chain.from_iterable(rows), dtype=np.float64).reshape(-1, len(keys) + 2)
-    return dict(zip([*keys, "lambda_1", "failed"], numbers.T, strict=True))
+    more = {
+        "lambda_1": lambda record: record["singular_values"][0],
+        "failed": lambda record: "failed" in record,
+        "tokens_at_once": lambda record: record.get("tokens_at_once", 0),
+    }
+    rows = ([*(record[key] for key in keys), *(of(record) for of in more.values())] for record in records)
+    numbers = np.fromiter(chain.from_iterable(rows), dtype=np.float64).reshape(-1, len(keys) + len(more))
+    return dict(zip([*keys, *more], numbers.T, strict=True))
 
 
 def summarize(columns: dict[str, np.ndarray], skipped: int) -> dict:
@@ -44,6 +49,8 @@ def summarize(columns: dict[str, np.ndarray], skipped: int) -> dict:
         "skipped_rows": skipped,
         "failed_prompts": columns["index"][failed].astype(int).tolist(),
         "truncated_prompts": int(columns["truncated"].sum()),
+        "in_parts_of_batches": int((columns["tokens_at_once"] > 0).sum()),  # memory did not suffice for the whole
+        "most_tokens_at_once": int(columns["tokens_at_once"].max()),  # of those
         "longest_prompts": largest("tokens"),
         "slowest_prompts": largest("seconds"),
         "compute_seconds": float(columns["seconds"].sum()),  # of all processes together
@@ -64,6 +71,11 @@ def final_table(records: Callable[[], Iterable[dict]], statistics: dict, setting
         lines.append(f"{kind}: prompts {', '.join(map(str, statistics[f'{kind}_prompts']))}")
     skipped, truncated = statistics["skipped_rows"], statistics["truncated_prompts"]
     lines.append(f"{skipped} rows without a text skipped, {truncated} prompts shortened to --max-length")
+    if parts := statistics.get("in_parts_of_batches"):
+        most = statistics["most_tokens_at_once"]
+        lines.append(
+            f"{parts} prompts ran in parts of their batches, for lack of memory: at most {most} tokens at once"
+        )
     if failed := statistics["failed_prompts"]:
         some = ", ".join(map(str, failed[:NAMED])) + (", …" if len(failed) > NAMED else "")
         lines.append(f"{len(failed)} prompts failed ({some}): `failed` in prompts.jsonl says why")
@@ -72,17 +84,26 @@ def final_table(records: Callable[[], Iterable[dict]], statistics: dict, setting
 
 def _outstanding(records: Iterable[dict], settings: Settings) -> list[str]:
     """The prompts that stand out: on which scores, and in which tokens."""
-    count, beyond, leading = 0, 0, []
+    count, beyond, lowest, leading = 0, 0, 1.0, []
     for record in records:  # one in memory at a time: there may be millions
-        count, beyond = count + 1, beyond + (record[OUTLIER] > THRESHOLD)
+        p = record[P_VALUE]
+        count, beyond, lowest = count + 1, beyond + (p <= settings.false_alarms), min(lowest, p)
         leading = heapq.nlargest(NAMED, [*leading, record], key=lambda record: record[OUTLIER])
     lines = [
-        f"{beyond} of {count} prompts stand out {_from_what(settings)}: scores above {THRESHOLD:g}, in robust\n"
-        "standard deviations. Below each its unusual words, and the tokens that lose ← → gain in the direction in\n"
-        "which it differs:"
+        f"{beyond} of {count} prompts stand out {_from_what(settings)}, with a p-value of at most "
+        f"{settings.false_alarms:g}"
     ]
-    cells = [[str(r["index"]), f"{r[OUTLIER]:.1f}", *(f"{r[name]:+.1f}" for name in SCORES)] for r in leading]
-    title, *numbers = table(["prompt", "score", *(name.removeprefix("z_") for name in SCORES)], cells).splitlines()
+    if not beyond:
+        lines.append(f"(the lowest is {lowest:.2g}: n usual prompts show none below 1/(n + 1))")
+    lines.append(
+        "Below, with scores in robust standard deviations; then unusual words, and the tokens that lose ← → gain\n"
+        "in the direction in which they differ:"
+    )
+    cells = [
+        [str(r["index"]), f"{r[OUTLIER]:.1f}", f"{r[P_VALUE]:.2g}", *(f"{r[name]:+.1f}" for name in SCORES)]
+        for r in leading
+    ]
+    title, *numbers = table(["prompt", "score", "p", *(name.removeprefix("z_") for name in SCORES)], cells).splitlines()
     lines.append(title)
     for line, record in zip(numbers, leading, strict=True):
         lines.append(f"{line}  {excerpt(record['prompt'], EXCERPT)}")

@@ -15,6 +15,7 @@ from residual_fisher.common.options import (
     or_all,
     path,
     positive,
+    share,
     switch,
 )
 from residual_fisher.common.program import EMBEDDED
@@ -52,6 +53,7 @@ class Settings(CommandOptions):
     base: str | None = option(
         None, path, "DIR", "finished run of these prompts in a base model, to score the change", identity=False
     )
+    false_alarms: float = option(0.01, share, "SHARE", "of ordinary prompts that may stand out", identity=False)
     trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along", identity=False)
     output_dir: str = option("fisher_results", path, "DIR", "for the results", identity=False)
 
