@@ -59,6 +59,7 @@ __all__ = [
 
 # Widest matrix that is formed: `eigh` of seven takes 0.05 s, and of 576 x 576 0.35 s (iteration: 0.03).
 EIGH_MAX_WIDTH = 256
+LOOK_EVERY = 15  # products between two looks at the residuals: one pair takes about 15, ten take 30 to 45
 MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration: what float32 can reach
 LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats, no longer matters
 
@@ -477,7 +478,7 @@ def _largest_eigenpairs(matrix: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
     start = torch.randn(1, d, generator=torch.Generator().manual_seed(0))  # the same in every run
     start = start.to(matrix).expand(*matrix.shape[:-2], 1, d)
-    found = block_lanczos(lambda v: (matrix @ v.mT).mT, start, num, MAX_RESIDUAL / 5, most=d, every=num + 10)
+    found = block_lanczos(lambda v: (matrix @ v.mT).mT, start, num, MAX_RESIDUAL / 5, most=d, every=LOOK_EVERY)
     values, vectors = found.values, nn.functional.normalize(found.vectors, dim=-1)
     largest = values[..., 0].clamp(min=torch.finfo(torch.float32).tiny)
     residual = (vectors @ matrix - values[..., None] * vectors).norm(dim=-1).amax(-1) / largest  # (...)
