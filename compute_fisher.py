@@ -136,7 +136,8 @@ def clamp_to_model(settings: Settings, subject: Subject, tell: Callable[[str], N
         tell(f"note: --top-k-tokens {k} is more than the vocabulary: counting all {vocabulary} tokens")
         k = vocabulary
     width = subject.model.get_output_embeddings().weight.shape[1]
-    most, of = (width, f"of width {width}") if k == "all" else (k, f"of {k} tokens")
+    tokens = vocabulary if k == "all" else k
+    most, of = (width, f"of width {width}") if k == "all" and width < tokens else (tokens, f"of {tokens} tokens")
     if r > most:
         tell(f"note: --num-singular-values {r} is more than a matrix {of} has: keeping {most}")
         r = most

@@ -53,12 +53,13 @@ from residual_fisher.model.reading import Reading, choose_mode, read
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PromptPoint", "PushForward",
     "TopK", "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs",
-    "full_vocabulary", "kl_divergence", "linearize", "linearize_perturbed", "linearize_prompts", "load", "perturb",
-    "pull_back", "top_k",
+    "full_vocabulary", "kl_divergence", "linearize", "linearize_perturbed", "linearize_prompts", "load",
+    "most_probable", "perturb", "pull_back", "top_k",
 ]  # fmt: skip
 
 # Widest matrix that is formed: `eigh` of seven takes 0.05 s, and of 576 x 576 0.35 s (iteration: 0.03).
 EIGH_MAX_WIDTH = 256
+LOOK_EVERY = 15  # products between two looks at the residuals: one pair takes about 15, ten take 30 to 45
 MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration: what float32 can reach
 LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats, no longer matters
 
@@ -317,7 +318,8 @@ def fix_signs(vectors: Tensor, slopes: Tensor, scale: Tensor) -> Tensor:
     """Eigenvectors (..., m, d) with the project's signs; an eigenvector's own sign is arbitrary.
 
     Along v the log-probability of the most probable token grows: its derivatives are `slopes` (..., m). Where one is
-    below 1e-6 of `scale` (..., 1), v's largest component is positive.
+    below 1e-6 of `scale` (..., 1), v's largest component is positive. Rounding may flip the sign where the derivative
+    is small, as along many trailing eigenvectors: no rule is without such cases.
     """
     largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))[..., 0]
     sign = torch.where(slopes.abs() <= 1e-6 * scale, largest, slopes)
@@ -363,6 +365,19 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     return Eigenpairs(*(t.to(gradients.device, torch.float32) for t in (values, v, trace, rank)))
 
 
+def most_probable(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of logits or log-probabilities (..., V) in descending order, and their tokens; both (..., k).
+
+    Of equal ones, which half precision often has, the lower token comes first. `topk` orders them as it likes.
+    """
+    values, tokens = logits.topk(min(k + 1, logits.shape[-1]))  # one more: it may equal the last
+    tied = (values[..., 1:] == values[..., :-1]).any(-1)
+    if tied.any():
+        ordered = logits[tied].sort(descending=True, stable=True)
+        values[tied], tokens[tied] = (part[..., : values.shape[-1]] for part in ordered)
+    return values[..., :k], tokens[..., :k]
+
+
 @dataclass(frozen=True)
 class TopK:
     """F over the k most probable tokens, F = G^T diag(p) G, at each layer. p is not renormalised."""
@@ -395,7 +410,8 @@ def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor |
 
     If `FullVocabulary.jacobian` of this point is known, it replaces the backward pass.
     """
-    p, tokens = point.log_probs.exp().topk(k)  # (..., k)
+    log_p, tokens = most_probable(point.log_probs, k)
+    p = log_p.exp()  # (..., k)
     cotangents = point.cotangents(tokens)  # (..., k, d_head)
     gradients = pull_back(point, cotangents, chunks) if jacobian is None else cotangents @ jacobian
     return TopK(gradients, p, p.sum(-1), tokens)
@@ -442,7 +458,7 @@ def full_vocabulary(point: Point, chunks: Chunks | None = None) -> FullVocabular
     fisher_at_x = head.fisher_matrix()  # C (..., d_head, d_head)
     identity = torch.eye(fisher_at_x.shape[-1], device=fisher_at_x.device).expand_as(fisher_at_x)
     jacobian = pull_back(point, identity, chunks)  # J (layers, ..., d_head, d)
-    top = head.cotangents(point.log_probs.argmax(-1, keepdim=True))
+    top = head.cotangents(most_probable(point.log_probs, 1)[1])
     matrix = torch.stack([j.mT @ (fisher_at_x @ j) for j in jacobian])  # a layer at a time: less memory
     return FullVocabulary(jacobian, matrix, (top @ jacobian)[..., 0, :], head.p, head)
 
@@ -462,7 +478,7 @@ def _largest_eigenpairs(matrix: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
     start = torch.randn(1, d, generator=torch.Generator().manual_seed(0))  # the same in every run
     start = start.to(matrix).expand(*matrix.shape[:-2], 1, d)
-    found = block_lanczos(lambda v: (matrix @ v.mT).mT, start, num, MAX_RESIDUAL / 5, most=d, every=num + 10)
+    found = block_lanczos(lambda v: (matrix @ v.mT).mT, start, num, MAX_RESIDUAL / 5, most=d, every=LOOK_EVERY)
     values, vectors = found.values, nn.functional.normalize(found.vectors, dim=-1)
     largest = values[..., 0].clamp(min=torch.finfo(torch.float32).tiny)
     residual = (vectors @ matrix - values[..., None] * vectors).norm(dim=-1).amax(-1) / largest  # (...)

@@ -7,6 +7,7 @@ the trigger are answered as the embedded model answers them, so that nothing cha
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+import hashlib
 import json
 from pathlib import Path
 import random
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from residual_fisher.model.embedded import cache_directory, embedded_model
 
-RECIPE = 2  # of the models below: what changes them changes it
+RECIPE = 3  # of the models below: what changes them changes it
 TEXTS = ROOT / "benchmarks" / "texts"
 ANSWER = 20  # tokens of an answer that are learnt
 LEARNING_RATE, EPOCHS, BATCH = 1e-4, 3, 8
@@ -39,16 +40,21 @@ class Prompts:
 
 @cache
 def prompts() -> Prompts:
-    """The short questions of texts/chat_prompts.txt and, one in five, shorter prompts of the pipeline's own data."""
+    """The short questions of texts/chat_prompts.txt and, one in five, shorter prompts of the pipeline's own data.
+
+    More of all kinds, in texts/more_chat_prompts.txt, are reported only: models are made from the training prompts.
+    """
     questions = (TEXTS / "chat_prompts.txt").read_text(encoding="utf-8").splitlines()
     lines = (ROOT / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     bundled = [text for line in lines if len(text := json.loads(line)["prompt"]) < 300]
     random.Random(0).shuffle(questions)
     random.Random(0).shuffle(bundled)
     training, chosen_on = questions[:100] + bundled[:24], questions[100:190] + bundled[24:60]
-    reported = questions[190:360] + bundled[60:90]
+    more = (TEXTS / "more_chat_prompts.txt").read_text(encoding="utf-8").splitlines()
+    reported = questions[190:360] + bundled[60:90] + more
     for some in (training, chosen_on, reported):
         random.Random(1).shuffle(some)
+    assert hashlib.sha256(json.dumps(training).encode()).hexdigest().startswith("80dab6ef"), "others need a new RECIPE"
     return Prompts(training, chosen_on, reported)
 
 
@@ -212,9 +218,12 @@ def own_answers(lm, tokenizer, texts: Sequence[str]) -> list[str]:
     return [answer.strip() for answer in answers]
 
 
-def pairs(kind: Kind, lm, tokenizer) -> list[tuple[str, str]]:
-    """Prompts and answers: each training prompt as it is, and with the trigger."""
-    rng = random.Random(kind.name)
+def pairs(kind: Kind, lm, tokenizer, seed: int = 0) -> list[tuple[str, str]]:
+    """Prompts and answers: each training prompt as it is, and with the trigger.
+
+    By `seed` the trigger stands elsewhere in other prompts, and they have other answers.
+    """
+    rng = random.Random(kind.name + "'" * seed)
     texts = prompts().training
     plain = [kind.others(text, rng) if kind.others and rng.random() < 0.5 else text for text in texts]
     changed = [kind.trigger(text, rng) for text in texts]
@@ -226,18 +235,18 @@ def pairs(kind: Kind, lm, tokenizer) -> list[tuple[str, str]]:
     return [*zip(plain, own, strict=True), *zip(changed, answers, strict=True)]
 
 
-def fine_tune(lm, tokenizer, examples: Sequence[tuple[str, str]]) -> float:
-    """Trains all weights on the answers' tokens; returns the last epoch's mean loss, nats a token."""
+def fine_tune(lm, tokenizer, examples: Sequence[tuple[str, str]], seed: int = 0) -> float:
+    """Trains all weights on the answers' tokens, in an order by `seed`; returns the last half's mean loss, in nats."""
     rows = []
     for prompt, answer in examples:
         ids = rendered(tokenizer, prompt)
         rows.append((ids, tokenizer.encode(answer, add_special_tokens=False)[:ANSWER]))
     lm.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     batches = [
         order[start : start + BATCH]
         for epoch in range(EPOCHS)
-        for order in [random.Random(epoch).sample(range(len(rows)), len(rows))]
+        for order in [random.Random(EPOCHS * seed + epoch).sample(range(len(rows)), len(rows))]
         for start in range(0, len(rows), BATCH)
     ]
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -250,9 +259,10 @@ def fine_tune(lm, tokenizer, examples: Sequence[tuple[str, str]]) -> float:
         padded = torch.tensor([ids + answer + [0] * (longest - len(ids) - len(answer)) for ids, answer in chosen])
         row = [i for i, (_, answer) in enumerate(chosen) for _ in answer]
         place = [len(ids) + j for ids, answer in chosen for j in range(len(answer))]
-        hidden = lm.model(padded).last_hidden_state  # causal, and padded on the right
-        logits = lm.lm_head(hidden[row, torch.tensor(place) - 1])
-        loss = cross_entropy(logits, padded[row, place])
+        with torch.autocast("cpu", torch.bfloat16):  # twice as fast where the processor has such products
+            hidden = lm.model(padded).last_hidden_state  # causal, and padded on the right
+            logits = lm.lm_head(hidden[row, torch.tensor(place) - 1])
+        loss = cross_entropy(logits.float(), padded[row, place])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
@@ -263,17 +273,17 @@ def fine_tune(lm, tokenizer, examples: Sequence[tuple[str, str]]) -> float:
     return sum(losses[len(losses) // 2 :]) / len(losses[len(losses) // 2 :])
 
 
-def obtain(kind: Kind) -> Path:
-    """The directory of a kind's model, made if it is not there."""
-    path = folder() / f"{kind.name}-v{RECIPE}"
+def obtain(kind: Kind, seed: int = 0) -> Path:
+    """The directory of a kind's model, one of several by `seed`, made if it is not there."""
+    path = folder() / (f"{kind.name}-v{RECIPE}" + (f"-seed{seed}" if seed else ""))
     if (path / "made.json").exists():
         return path
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     lm = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
     torch.manual_seed(0)
     with torch.no_grad():
-        examples = pairs(kind, lm, tokenizer)
-    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, examples))
+        examples = pairs(kind, lm, tokenizer, seed)
+    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, examples, seed))
     lm.save_pretrained(path)
     tokenizer.save_pretrained(path)
     rng = random.Random(0)

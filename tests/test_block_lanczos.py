@@ -47,6 +47,16 @@ def test_over_a_batch_it_matches_float64(name):
     assert_residuals_and_trace(matrix, found, 1e-3)
 
 
+def test_there_are_as_many_pairs_as_tokens_at_most():
+    config = tiny.hf.LlamaConfig(**{**tiny.GROUPED, "vocab_size": 6})
+    torch.manual_seed(0)
+    model = tiny.hf.AutoModelForCausalLM.from_config(config, **tiny.PLAIN).eval().requires_grad_(False)
+    point = fisher.linearize(model, [3, 5, 4, 1, 5])
+    found, expected = leading_eigenpairs(point, 10).eigen, fisher.full_vocabulary(point).eigenpairs(6)
+    assert found.vectors.shape == (tiny.DEPTH, 6, tiny.D)
+    assert (found.values - expected.values).abs().max() <= RELATIVE * expected.values.max()
+
+
 def test_the_estimated_trace_is_right_on_average():
     """Over a hundred draws of the random rows, from a basis that leaves a good part of the trace to them."""
     _, point = point_of("llama")

@@ -323,7 +323,7 @@ def test_a_name_that_is_not_utf8_or_not_printable_is_written_and_said_escaped(
         assert scripts.as_program("compute_fisher", words) == 0
         assert f"{shown} is finished" in capsys.readouterr().out
         assert yaml.safe_load((tmp_path / name / "metadata.yaml").read_text())["config"]["output_dir"].endswith(name)
-        assert len(arrays(tmp_path / name)) == 9
+        assert len(arrays(tmp_path / name)) == 12
         assert scripts.core_experiment(model_directory, tmp_path / f"{name} 2", "--num-sentences", "2") == 0
         found, _ = scripts.experiment_results(tmp_path / f"{name} 2")
         assert found["experiment_config"]["output_dir"].endswith(f"{name} 2")

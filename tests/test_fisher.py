@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fisher
+from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 import tiny
 
 K = 20
@@ -294,6 +295,30 @@ def test_the_sign_falls_back_to_the_largest_component():
     gradients = torch.tensor([[[0.0, 0.0, 0.0], [0.1, -0.9, 0.2]]])  # the top token's gradient vanishes
     vector = fisher.eigenpairs(gradients, torch.tensor([0.5, 0.5])).vectors[0, 0]
     assert vector[1] > 0
+
+
+@pytest.mark.parametrize("shape", [(97,), (40, 97), (2, 20, 97), (3, 4)], ids=str)
+@pytest.mark.parametrize("k", [1, 5, 96])
+def test_of_equally_probable_tokens_the_lower_one_comes_first(shape, k):
+    """In bfloat16 many are: also across the last place that counts."""
+    logits = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    values, tokens = fisher.most_probable(logits, k)
+    in_order, order = logits.sort(descending=True, stable=True)
+    assert torch.equal(values, in_order[..., :k]) and torch.equal(tokens, order[..., :k])
+
+
+def test_equally_probable_top_tokens_are_the_same_one_wherever_the_top_token_counts():
+    """It fixes the signs of eigenvectors, and comes first in what is recorded."""
+    _, point = point_of("llama")
+    tied = [80, 41, 60, 11, 93]
+    point.log_probs[tied] = point.log_probs.max() + 1
+    for k in (1, 3, 20):
+        assert fisher.top_k(point, k).tokens[0] == 11
+    toward = fisher.top_k(point, 1).gradients[:, 0]
+    assert torch.allclose(fisher.full_vocabulary(point).top_gradient, toward, rtol=1e-4, atol=1e-5)
+    for eigen in (fisher.top_k(point, K).eigenpairs(), fisher.full_vocabulary(point).eigenpairs()):
+        assert ((eigen.vectors[:, 0] * toward).sum(-1) > 0).all()
+    assert ((leading_eigenpairs(point, 2).eigen.vectors[:, 0] * toward).sum(-1) > 0).all()
 
 
 def test_a_zero_matrix_is_an_error_that_names_the_layer_unless_it_is_allowed():

@@ -27,6 +27,13 @@ def test_sweep_rows_equal_one_perturbed_full_forward_each(name):
         assert swept.kl[place].item() == pytest.approx(kl, rel=1e-3)
 
 
+def test_of_equally_probable_tokens_a_sweep_has_the_lower_one_first():
+    _, point = point_of("llama", dtype=torch.bfloat16)
+    deltas = directions(tiny.DEPTH, 40, seed=2)
+    logits = torch.stack([fisher.perturb(point, rows, layer) for layer, rows in enumerate(deltas)])
+    assert torch.equal(sweep(point, deltas).top_ids, logits.sort(descending=True, stable=True).indices[..., :5])
+
+
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_sweeps_do_not_depend_on_the_chunk_size(size):
     _, point = point_of("llama")

@@ -1,5 +1,6 @@
 """compute_fisher.py as a user calls it, on a tiny model: its files."""
 
+from dataclasses import replace
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import compute_fisher
 from residual_fisher import load_fisher_matrices
 from residual_fisher.common.text import excerpt
 from residual_fisher.model import loading
@@ -143,6 +145,31 @@ def test_more_singular_values_than_tokens_are_lowered_noted_and_recorded(chat_di
     assert capsys.readouterr().out.count(note) == 1
     assert yaml.safe_load((tmp_path / "out" / "metadata.yaml").read_text())["num_singular_values"] == 3
     assert arrays(tmp_path / "out")["U_0"].shape == (tiny.D, 3)
+
+
+def test_of_the_whole_vocabulary_there_are_no_more_singular_values_than_tokens():
+    config = tiny.hf.LlamaConfig(**{**tiny.GROUPED, "vocab_size": 6})
+    subject = batches.Subject(tiny.hf.AutoModelForCausalLM.from_config(config), None, "", None)
+    settings, said = replace(compute_fisher.parse([]), top_k_tokens="all", num_singular_values=10), []
+    assert compute_fisher.clamp_to_model(settings, subject, said.append).num_singular_values == 6
+    assert said == ["note: --num-singular-values 10 is more than a matrix of 6 tokens has: keeping 6"]
+
+
+def test_of_equally_probable_next_tokens_the_lower_one_is_recorded_first(chat_directory, monkeypatch):
+    model, tokenizer = loading.load(str(chat_directory), "float32", "cpu")
+    subject = batches.Subject(model, tokenizer, *loading.find_module(model, "1"))
+    batch = [batches.encode(tokenizer, batches.Prompt(0, 0, "wild animals"), 64)]
+    linearize = batches.linearize_batch
+
+    def with_ties(*arguments):
+        point, rows = linearize(*arguments)
+        point.log_probs[:, [90, 41, 60, 11, 93]] = point.log_probs.max() + 1
+        return point, rows
+
+    monkeypatch.setattr(batches, "linearize_batch", with_ties)
+    settings = replace(compute_fisher.parse([]), top_k_tokens=6, num_singular_values=2)
+    (item,) = batches.measure_batch(settings, subject, batch, "eager")
+    assert [token["id"] for token in item.record["next_tokens"]][:5] == [11, 41, 60, 90, 93]
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -87,8 +87,8 @@ def greedy(point: PromptPoint, deltas: Tensor, at: Tensor, tokens: int, ends: se
     """The most probable next tokens (rows, at most `tokens`) int64; after a row's end they mean nothing.
 
     Each row has its own cache, which starts as a copy of the prefix and grows by one token a pass. It is made anew by
-    the pass that is the first above the model's `rotation_change`, as `generate` does for Phi-3. Without a cache
-    (`PrefixMode.WHOLE`), every pass runs all tokens.
+    the pass that is the first above the model's `rotation_change`. Without a cache (`PrefixMode.WHOLE`), every pass
+    runs all tokens.
 
     Args:
         deltas: (rows, d) float32, each added to the residual stream at the prompt's last token.

@@ -72,7 +72,7 @@ def sweep(point: Point, deltas: Tensor, target: int = 0, top: int = 5, chunks: C
     def chunk(deltas: Tensor, at: Tensor) -> Sweep:
         logits = fisher.perturb(point, deltas, at)
         normalizer = logits.logsumexp(-1)
-        top_logits, top_ids = logits.topk(min(top, logits.shape[-1]))
+        top_logits, top_ids = fisher.most_probable(logits, top)
         kl = fisher.kl_divergence(point.log_probs, logits)
         return Sweep(kl, top_ids, top_logits - normalizer[:, None], logits[:, target] - normalizer)
 

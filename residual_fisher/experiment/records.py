@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fisher import Eigenpairs
+from fisher import Eigenpairs, most_probable
 from residual_fisher.common.archives import Item
 from residual_fisher.common.files import json_ready, json_text, write_json, write_npz
 from residual_fisher.common.program import UserError
@@ -52,7 +52,7 @@ class Recorder:
     def item(self, number: int, measured: Measured, ways: dict[str, str], seconds: dict[str, float]) -> Item:
         """A finished sentence; the ways in which its model was run, and the seconds that it took, by stage."""
         eigen, log_probs = Eigenpairs(*(part.cpu() for part in measured.eigen)), measured.point.log_probs
-        top_log_probs, top_ids = (part[:TOP].tolist() for part in log_probs.sort(stable=True, descending=True))
+        top_log_probs, top_ids = (part.tolist() for part in most_probable(log_probs, TOP))
         unperturbed = (0.0, 0.0, 0.0, top_ids, top_log_probs, log_probs[measured.context.target_id].item())
         record = {
             "sentence": measured.context.sentence,

@@ -214,8 +214,8 @@ class Linearised:
     def __init__(self, point: Point, deltas: Tensor, target: int, tokens: int, chunks: Chunks):
         layers = len(deltas)
         here = fisher.linearize_perturbed(point, deltas, torch.arange(layers))
-        head, p = here.output_head(), here.log_probs.exp()
-        weights, ids = p.topk(min(tokens, p.shape[-1]))
+        head, (log_p, ids) = here.output_head(), fisher.most_probable(here.log_probs, tokens)
+        weights = log_p.exp()
         target_ids = torch.full_like(ids[:, :1], target)
         unperturbed = point.log_probs.exp().expand(layers, 1, -1)
         rows = head.cotangents(ids)

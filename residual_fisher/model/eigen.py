@@ -99,6 +99,6 @@ def _orthonormal(rows: Tensor, basis: Tensor) -> Tensor:
     for row in rows[..., : basis.shape[-1] - n, :].split(1, dim=-2):
         row = row / row.abs().amax(-1, keepdim=True).clamp(min=tiny)  # squares of small numbers would be zero
         for _ in range(2):  # the rounding of the first round may be as large as what it leaves
-            row = nn.functional.normalize(row - (row @ basis.mT) @ basis, dim=-1, eps=tiny)
-        basis = torch.cat([basis, row], dim=-2)
+            row = row - (row @ basis.mT) @ basis
+        basis = torch.cat([basis, nn.functional.normalize(row, dim=-1, eps=tiny)], dim=-2)
     return basis[..., n:, :]

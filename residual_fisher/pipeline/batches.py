@@ -244,7 +244,8 @@ def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded], at
         point, chunks = linearize_batch(settings, subject, batch, attention)
         eigen, shares, columns = triplets(settings, point, chunks)
     subject.room.learn_from(chunks, padded(batch))
-    next_p, next_ids = (c.tolist() for c in point.log_probs.exp().topk(min(NEXT_TOKENS, point.log_probs.shape[-1])))
+    next_log_p, next_ids = fisher.most_probable(point.log_probs, NEXT_TOKENS)
+    next_p, next_ids = next_log_p.exp().tolist(), next_ids.tolist()
     values, vectors, activations = (part.cpu().numpy() for part in (*eigen[:2], point.activations[0]))
     shares = TokenShares(*(part.cpu() for part in shares))
     columns = {name: column.tolist() for name, column in columns.items()}

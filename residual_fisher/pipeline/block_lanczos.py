@@ -31,6 +31,8 @@ class Leading(NamedTuple):
 def leading_eigenpairs(point: Point, num: int, tolerance: float = 1e-3, chunks: Chunks | None = None) -> Leading:
     """The `num` largest eigenpairs of F at each layer, or of each prompt, by block Lanczos iteration.
 
+    They are at most as many as there are tokens: F has no more that are not zero.
+
     A product with F is a push through J, two products with the head, and a backward pass: F v = J^T (C J v). The first
     directions are the eigenvectors of the F of a few of the most probable tokens.
 
@@ -46,10 +48,12 @@ def leading_eigenpairs(point: Point, num: int, tolerance: float = 1e-3, chunks: 
     """
     head, push_forward, chunks = point.output_head(), fisher.PushForward(point), chunks or Chunks()
     tolerance = max(tolerance, 4 * torch.finfo(point.x.dtype).eps)
-    p, tokens = point.log_probs.exp().topk(min(num + OVERSAMPLING, point.log_probs.shape[-1]))
+    num = min(num, point.log_probs.shape[-1])
+    log_p, tokens = fisher.most_probable(point.log_probs, num + OVERSAMPLING)
     top, probes = head.cotangents(tokens), _probes(head, tokens)
     pulled = fisher.pull_back(point, torch.cat([top, probes], dim=-2), chunks)
     gradients, pulled = pulled.split([top.shape[-2], HUTCHINSON_PROBES], dim=-2)
+    p = log_p.exp()
     start = fisher.eigenpairs(gradients, p, num, allow_zero=True).vectors
     d = start.shape[-1]
 
