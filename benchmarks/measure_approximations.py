@@ -10,10 +10,12 @@ benchmarks/results/approximations.json.
 
 import argparse
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 import json
 from pathlib import Path
 import random
+import sys
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from measuring import ROOT, Subject, diverse_contexts, embedded, machine, show, write
@@ -22,15 +24,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backdoors import BY_NAME, obtain, prompts
+import compute_fisher
 import fisher
-from residual_fisher.common.program import EMBEDDED
+from residual_fisher import load_fisher_matrices
 from residual_fisher.experiment.sentences import Context
-from residual_fisher.model.loading import find_module, load
+from residual_fisher.model.embedded import embedded_model
+from residual_fisher.model.loading import load
 from residual_fisher.model.passes import edit_stream, hooked
-from residual_fisher.pipeline import batches
-from residual_fisher.pipeline.matrices import Triplets
 from residual_fisher.pipeline.prompts import Prompt, Prompts, encode
-from residual_fisher.pipeline.scores import OUTLIER, SCORES, ScoredRun, outlier_scores, rounding_of
+from residual_fisher.pipeline.scores import OUTLIER, SCORES
 from residual_fisher.pipeline.settings import Settings
 
 COUNTS = (10, 50, 200, 1000)
@@ -78,8 +80,7 @@ def truncation(subject: Subject, contexts: Sequence[Context]) -> dict:
 
 # --- half precision ------------------------------------------------------------------------------
 
-BUNDLED = 40  # prompts of the pipeline's own data, and of them the shorter ones, in characters
-SHORT = 300
+BUNDLED, SHORT = 40, 300  # prompts of the pipeline's own data: the first of those with fewer characters than this
 ORDINARY, TRIGGERED = 70, 10  # prompts of the fine-tuned model: with fewer, the spectrum's score has fewer columns
 HALF = ("bfloat16", "float16")
 CONFIDENT = BY_NAME["phrase-0"]
@@ -93,10 +94,6 @@ class Float32Products(TorchDispatchMode):
         if function in PRODUCTS and args[0].dtype == torch.float16:
             return function(*(arg.float() for arg in args), **(kwargs or {})).half()
         return function(*args, **(kwargs or {}))
-
-
-def arithmetic(dtype: torch.dtype) -> AbstractContextManager:
-    return Float32Products() if dtype == torch.float16 else nullcontext()
 
 
 def half_precision(subject: Subject, contexts: Sequence[Context]) -> dict:
@@ -117,14 +114,13 @@ def half_precision(subject: Subject, contexts: Sequence[Context]) -> dict:
     return figures
 
 
-def pipeline_subjects() -> dict[str, tuple[str, list[str], np.ndarray]]:
+def pipeline_subjects() -> dict[str, tuple[Path, list[str], np.ndarray]]:
     """Models, prompts, and which prompts are triggered."""
-    bundled = [prompt.text for prompt in short_prompts()]
     rng, chosen = random.Random(0), prompts().chosen_on[: ORDINARY + TRIGGERED]
     mixed = [CONFIDENT.triggered(text, rng) if i < TRIGGERED else text for i, text in enumerate(chosen)]
     return {
-        "embedded": (EMBEDDED, bundled, np.zeros(len(bundled), bool)),
-        "confident": (str(obtain(CONFIDENT)), mixed, np.arange(len(mixed)) < TRIGGERED),
+        "embedded": (embedded_model(), [prompt.text for prompt in short_prompts()], np.zeros(BUNDLED, bool)),
+        "confident": (obtain(CONFIDENT), mixed, np.arange(len(mixed)) < TRIGGERED),
     }
 
 
@@ -133,7 +129,7 @@ def short_prompts() -> list[Prompt]:
 
 
 class Measured(NamedTuple):
-    """What the pipeline finds, with its default settings, of n prompts."""
+    """What the pipeline finds of n prompts, with its default settings."""
 
     values: np.ndarray  # S (n, r)
     vectors: np.ndarray  # V (n, r, d)
@@ -141,55 +137,49 @@ class Measured(NamedTuple):
     scores: dict[str, np.ndarray]  # (n,)
 
 
-def measured(model: torch.nn.Module, tokenizer, texts: Sequence[str]) -> Measured:
-    settings = Settings()
-    subject = batches.Subject(model, tokenizer, *find_module(model, settings.hook_layer_name))
-    encoded = [encode(tokenizer, Prompt(i, i, text), settings.max_length) for i, text in enumerate(texts)]
-    items = []
-    with arithmetic(model.dtype):
-        for batch in batches.into_batches(settings, subject, encoded):
-            items += batches.measure(settings, subject, batch)
-    items.sort(key=lambda item: item.number)
-    records, matrices = [item.record for item in items], [Triplets(**item.arrays) for item in items]
-    rounding = rounding_of(str(model.dtype).removeprefix("torch."))
-    found = outlier_scores(ScoredRun.of(records, matrices, rounding))
-    return Measured(
-        np.stack([one.S for one in matrices]),
-        np.stack([one.V for one in matrices]),
-        [{token["id"] for token in record["next_tokens"]} for record in records],
-        {name: np.array(found[name]) for name in (*SCORES, OUTLIER)},
-    )
-
-
-def compared(name: str, texts: Sequence[str], odd: np.ndarray, dtype: str) -> dict:
-    """A model's prompts in half precision against float32, of the same weights: they are rounded in both."""
-    model, tokenizer = load(name, dtype=dtype, device="cpu")
-    half = measured(model, tokenizer, texts)
-    full = measured(model.float(), tokenizer, texts)
+def compared(model: Path, texts: Sequence[str], odd: np.ndarray, dtype: str) -> dict:
+    """A model's prompts in half precision against float32, of the same weights: of a checkpoint in half precision."""
+    with TemporaryDirectory() as folder:
+        checkpoint, data = Path(folder, "model"), Path(folder, "prompts.jsonl")
+        lm, tokenizer = load(str(model), dtype, "cpu")
+        lm.save_pretrained(checkpoint)
+        tokenizer.save_pretrained(checkpoint)
+        data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+        half, full = (measured(checkpoint, data, name, Path(folder, name)) for name in (dtype, "float32"))
     figures = {}
     for kind, which in (("triggered", odd), ("ordinary", ~odd)):
         if not which.any():
             continue
-        off = half.values[which] / full.values[which] - 1
+        off = np.abs(half.values / full.values - 1)[which]
         cos = np.abs((half.vectors * full.vectors).sum(-1))[which]
+        same = [a == b for a, b, wanted in zip(half.next_tokens, full.next_tokens, which, strict=True) if wanted]
+        changes = {name: np.abs(half.scores[name] - full.scores[name])[which] for name in full.scores}
         figures[kind] = {
             "values_over_first": np.median(full.values[which] / full.values[which, :1], axis=0).tolist(),
-            "values_off_by_median": np.median(np.abs(off), axis=0).tolist(),
-            "values_off_by_largest": np.abs(off).max(axis=0).tolist(),
+            "values_off_by_median": np.median(off, axis=0).tolist(),
+            "values_off_by_largest": off.max(axis=0).tolist(),
             "cos_median": np.median(cos, axis=0).tolist(),
-            "cos_lowest": cos.min(axis=0).tolist(),
-            "same_tokens": np.mean([half.next_tokens[i] == full.next_tokens[i] for i in np.flatnonzero(which)]).item(),
-            **{key: change(half.scores[key][which], values[which]) for key, values in full.scores.items()},
+            "same_tokens": float(np.mean(same)),
+            **{f"{name}_off_by_median": float(np.median(change)) for name, change in changes.items()},
+            **{f"{name}_off_by_largest": float(change.max()) for name, change in changes.items()},
         }
-        show(f"{Path(name).name}, {dtype}, {kind}", figures[kind])
+        show(f"{model.name}, {dtype}, {kind}", figures[kind])
     return figures
 
 
-def change(half: np.ndarray, full: np.ndarray) -> dict[str, float]:
-    """How much scores differ, and their medians."""
-    off = np.abs(half - full)
-    medians = {"median_half": float(np.median(half)), "median_float32": float(np.median(full))}
-    return {"off_by_median": float(np.median(off)), "off_by_largest": float(off.max()), **medians}
+def measured(checkpoint: Path, data: Path, dtype: str, output: Path) -> Measured:
+    words = ["--model-path", str(checkpoint), "--dataset-name", str(data), "--num-prompts", "all", "--device", "cpu"]
+    with Float32Products() if dtype == "float16" else nullcontext():
+        settings = compute_fisher.parse([*words, "--dtype", dtype, "--output-dir", str(output)])
+        if code := compute_fisher.main(settings):
+            sys.exit(code)
+    with open(output / "prompts.jsonl", encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    with load_fisher_matrices(output) as matrices:
+        values, vectors = (np.stack(part) for part in list(zip(*matrices, strict=True))[1:])
+    tokens = [{token["id"] for token in record["next_tokens"]} for record in records]
+    scores = {name: np.array([record[name] for record in records]) for name in (*SCORES, OUTLIER)}
+    return Measured(values, vectors, tokens, scores)
 
 
 # --- the metric of h -----------------------------------------------------------------------------
