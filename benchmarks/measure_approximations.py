@@ -148,9 +148,10 @@ def measured(model: torch.nn.Module, tokenizer, texts: Sequence[str]) -> Measure
     items = []
     with arithmetic(model.dtype):
         for batch in batches.into_batches(settings, subject, encoded):
-            items += batches.measure(settings, subject, batch)
+            items += batches.write_tokens(subject, batches.measure(settings, subject, batch))
     items.sort(key=lambda item: item.number)
-    records, matrices = [item.record for item in items], [Triplets(**item.arrays) for item in items]
+    records = [item.record for item in items]
+    matrices = [Triplets(*map(item.arrays.get, Triplets._fields)) for item in items]
     rounding = rounding_of(str(model.dtype).removeprefix("torch."))
     found = outlier_scores(ScoredRun.of(records, matrices, rounding))
     return Measured(
