@@ -159,13 +159,13 @@ def _names_panel(panel: Axes, leading: dict[int, dict], colours: Colours) -> Non
     for row, (index, record) in enumerate(leading.items()):
         colour, words = colours[index], " ".join(record["odd_words"])
         panel.plot(0.005, row, "o", color=colour, markersize=10)
-        for x, number in ((0.035, str(index)), (0.06, f"{record[OUTLIER]:.1f}"), (0.095, f"p {record[P_VALUE]:.2g}")):
+        for x, number in ((0.035, str(index)), (0.06, f"{record[OUTLIER]:.1f}"), (0.11, f"p {record[P_VALUE]:.2g}")):
             panel.text(x, row, number, va="center", ha="right")
         lines = [(-0.18 * bool(words), record["prompt"], {})]
         if words:
             lines.append((0.27, f"says {words}", {"color": colour, "fontsize": 11}))
         for shift, text, style in lines:
-            line = panel.text(0.105, row + shift, label(excerpt(text, length)), va="center", clip_on=True, **style)
+            line = panel.text(0.12, row + shift, label(excerpt(text, length)), va="center", clip_on=True, **style)
             line.set_clip_box(room)  # its letters may be wide
     if not any(tokens):
         return
