@@ -77,9 +77,8 @@ LOOK_EVERY = 15  # products between two looks at the residuals: one pair takes a
 MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration: what float32 can reach
 # Largest relative error of a gradient that is rounding, by dtype: sums in another order, through all layers.
 GRADIENT_ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
-TEXT_MEMORY = (
-    1 << 27
-)  # bytes that the gradients of a block of `map_text` take: one pass of a block takes several times it
+# Bytes that the gradients of a block of tokens take, in `map_text`. What is made of them takes several times as many.
+TEXT_MEMORY = 1 << 26
 TEXT_ROWS = 1024  # cotangents times tokens in one of its backward passes
 PREDICTED = 5  # most probable tokens kept at each token of a text
 LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats, no longer matters
