@@ -279,7 +279,7 @@ def examine(run: Run, experiment: Experiment) -> tuple[State, list[Item]]:
 
 def run_experiment(settings: Settings) -> int:
     """Measures what is missing of a run; or, in a dry run, says what that would take, and writes nothing."""
-    run = Run(Path(settings.output_dir), PROGRAM, FILES, settings.overwrite, read_only=settings.dry_run)
+    run = Run(settings.folder, PROGRAM, FILES, settings.overwrite, read_only=settings.dry_run)
     with run.locked():
         if run.is_finished(
             identity_settings(settings), sources_of(settings.data, settings.model_name), settings.num_sentences

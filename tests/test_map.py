@@ -331,12 +331,14 @@ def test_no_control_character_reaches_the_terminal(model_directory, tmp_path, ca
     assert all(c.isprintable() or c in "\n\r" for c in shown.out)
 
 
-def test_a_map_has_its_own_folder_and_all_layers_by_default():
-    settings = core_experiment.parse(["--map", "Fine."])
-    assert (settings.output_dir, settings.layers) == ("map_results", ("all",))
-    settings = core_experiment.parse(["--map", "Fine.", "--output-dir", "x", "--layers", "2"])
-    assert (settings.output_dir, settings.layers) == ("x", (2,))
-    assert core_experiment.parse([]).output_dir == "experiment_results"
+def test_a_map_has_its_own_folder_by_default():
+    folders = {
+        ("--map", "Fine."): "map_results",
+        ("--map", "Fine.", "--output-dir", "x"): "x",
+        (): "experiment_results",
+    }
+    for options, folder in folders.items():
+        assert str(core_experiment.parse(list(options)).folder) == folder
 
 
 def test_a_certain_prediction_and_a_single_token_can_be_drawn(model_directory, tmp_path):

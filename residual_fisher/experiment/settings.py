@@ -1,6 +1,7 @@
 """The experiment's settings: each is a flag and a YAML key."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from residual_fisher.common import options
 from residual_fisher.common.options import (
@@ -105,6 +106,11 @@ class Settings(CommandOptions):
         """The dataset's name, or its path if it is the bundled file."""
         return bundled(self.data_file)
 
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return Path(MAP_RESULTS if self.map and self.output_dir == RESULTS else self.output_dir)
+
 
 def parse(argv: list[str]) -> Settings:
     """The settings of a command line. Bad flags end the program, with exit code 2.
@@ -117,12 +123,7 @@ def parse(argv: list[str]) -> Settings:
     scales = tuple(sorted({float(f"{scale:g}") for scale in settings.scales}))  # six digits, as results name a scale
     if not any(scales):
         raise UserError("argument --scales: at least one must not be 0")
-    settings = replace(settings, scales=scales)
-    if settings.map and settings.output_dir == RESULTS:
-        settings = replace(settings, output_dir=MAP_RESULTS)
-    if settings.map and settings.layers is None:
-        settings = replace(settings, layers=("all",))
-    return settings
+    return replace(settings, scales=scales)
 
 
 def choose_layers(asked: tuple | None, depth: int) -> tuple[int, ...]:

@@ -77,9 +77,9 @@ def run_map(settings: Settings, program: str, files: Sequence[str]) -> int:
     Raises:
         UserError: what was asked for cannot be done.
     """
-    text = read_text(settings.map)
+    text, settings = read_text(settings.map), replace(settings, layers=settings.layers or ("all",))
     asked = {**{name: settings_of(settings)[name] for name in IDENTITY}, "map": short_hash(text)}
-    run = Run(Path(settings.output_dir), program, files, settings.overwrite, read_only=settings.dry_run)
+    run = Run(settings.folder, program, files, settings.overwrite, read_only=settings.dry_run)
     sources = {"data": short_hash(text), "model": stamps(settings.model_name)}
     with run.locked():
         if run.is_finished(asked, sources, 1):
