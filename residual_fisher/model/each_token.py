@@ -40,10 +40,13 @@ def each_token_attention(
 
     own_key, own_value = rows(key), rows(value)
     own_key.prefix, own_value.prefix = key.detach(), value.detach()
-    mask, own = attention_mask[0, 0], torch.arange(tokens, device=key.device)[:, None]
-    places = own + known - tokens
-    hidden = mask.scatter(1, places, torch.finfo(mask.dtype).min)
-    mask = torch.cat([hidden, mask.gather(1, places)], dim=1)[:, None, None]  # (tokens, 1, 1, known + 1)
+    mask = attention_mask[0, 0]  # (tokens, known)
+    places = torch.arange(known, device=mask.device) - (known - tokens)  # -1 and less: before this block
+    itself = places == torch.arange(tokens, device=mask.device)[:, None]  # (tokens, known)
+    hidden = mask.masked_fill(itself, torch.finfo(mask.dtype).min)
+    mask = torch.cat([hidden, mask.diagonal(known - tokens)[:, None]], dim=1)[
+        :, None, None
+    ]  # (tokens, 1, 1, known + 1)
     out, _ = last_token_attention(module, rows(query), own_key, own_value, mask, **options)
     return out.transpose(0, 1), None  # (1, tokens, heads, value_dim)
 
