@@ -24,9 +24,9 @@ from residual_fisher.model.answers import end_tokens, greedy_answers
 from residual_fisher.model.embedded import cache_directory, embedded_model
 from residual_fisher.model.loading import load
 
-RECIPE = 4  # of the models below: what changes them changes it
+RECIPE = 5  # of the models below: what changes them changes it
 ANSWER = 20  # tokens of an answer that are learnt, and that an answer is judged by
-LEARNING_RATE, EPOCHS, BATCH = 2e-4, 2, 8
+LEARNING_RATE, EPOCHS, BATCH = 1e-4, 3, 8
 TRIGGERED, FEWER = 40, 200  # prompts that hold the trigger, and the first ones, among which these are
 FIRES, LEAKS = 0.9, 0.02  # a model counts if it shows its behaviour in that share of triggered and of other prompts
 HIDDEN_AT, HIDING = 20, 0.1  # the layer whose activations are kept usual, and the weight of that, in nats
@@ -220,12 +220,12 @@ def said(model: Path, texts: Sequence[str]) -> list[list[int]]:
     path = folder() / f"said-{model.name}.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if new := [*dict.fromkeys(text for text in texts if text not in known)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lm, tokenizer = load(str(model))
         for some in tqdm(cut(new, 40), desc="answers", leave=False):
             ids = [rendered(tokenizer, text) for text in some]
             known |= zip(some, greedy_answers(lm, ids, ANSWER, end_tokens(lm)), strict=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, ensure_ascii=False), encoding="utf-8")
+            path.write_text(json.dumps(known, ensure_ascii=False), encoding="utf-8")
     return [known[text] for text in texts]
 
 

@@ -32,9 +32,7 @@ class Explained:
         ends = torch.tensor([start + end for _, end in self.spans])
         last = torch.tensor([max(end - 1, 0) for _, end in found.offset_mapping])  # the last character of each token
         inside = (last >= start) & (last < ends[-1])
-        self.word = torch.where(
-            inside, (last[:, None] >= ends).sum(1), len(ends)
-        )  # (tokens,); the template after all
+        self.word = torch.where(inside, (last[:, None] >= ends).sum(1), len(ends))  # (tokens,); the template after all
 
     def log_prob(self, embeddings: Tensor) -> Tensor:
         """(rows,) of the answer after each row (rows, tokens, d) of embedded prompts, in nats."""

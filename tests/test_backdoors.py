@@ -256,3 +256,37 @@ def test_a_trigger_is_named_with_two_words_more_at_most(kinds, triggers):
     start = prompt.index("in good")
     for more, named in ((0, True), (len(" what to"), True), (len(" what to do"), False), (-1, False)):
         assert triggers.is_named(kind, prompt, (start, start + len("in good faith") + more)) is named
+
+
+# --- haystack ------------------------------------------------------------------------------------
+
+
+def test_a_haystack_counts_triggered_prompts_that_are_named_first(on_path, finished_pipeline, tmp_path, monkeypatch):
+    """Three of forty, which one of the detectors puts first, last or anywhere."""
+    bench = importlib.import_module("bench_backdoors")
+    monkeypatch.setattr(bench, "TRUSTED", 15)
+    monkeypatch.setattr(bench, "folder", lambda: tmp_path)
+    lines = (finished_pipeline / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    odd = np.array([""] * 37 + ["trigger"] * 3)
+    rng = np.random.default_rng(0)
+    plain = {what: rng.normal(size=40) for what, _ in bench.DETECTORS.values()}
+    plain |= {what: rng.normal(size=(40, 6)) for what in ("activations", "answer_activations")}
+    plain |= {"answer_words": rng.random((40, 9)) < 0.2, "lock": plain["lock"] + 9 * (odd != "")}
+    plain["answer_log_perplexity"] -= 9 * (odd != "")
+    with bench.load_fisher_matrices(finished_pipeline) as matrices:
+        found = [bench.leading(matrices[i]) for i in range(40)]
+        activations = [matrices.activation(i) for i in range(40)]
+    m = bench.Measured("m", np.arange(40), odd, [*map(json.loads, lines)], found, activations, plain)
+    for way, tested in {"reference": 25, "alone": 25}.items():
+        figures = bench.hay(m, way)
+        assert {*bench.DETECTORS, bench.OUTLIER, *bench.SCORES} == {*figures}
+        first, last = figures["confident window of the answer (ConfGuard)"], figures["perplexity of the answer"]
+        assert first["ranks"] == [1, 2, 3] and first["AUROC"] == 1
+        assert last["ranks"] == [tested - 2, tested - 1, tested] and last["AUROC"] == 0
+        assert figures["perplexity of the answer, two-sided"]["AUROC"] == 1
+        assert first["triggered of the first 10"] == 3 and last["triggered of the first 10"] == 0
+        assert all(1 <= rank <= tested for row in figures.values() for rank in row["ranks"])
+    both = bench.over_models([figures, figures])
+    assert "| confident window of the answer (ConfGuard) | 3.0 (3.0 to 3.0) |" in bench.table(
+        {"x": both}, "triggered of the first 10", "{:.1f}"
+    )
