@@ -19,14 +19,14 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kinds import BY_NAME, TEXTS, Kind, prompts
+from kinds import BY_NAME, EPOCHS, TEXTS, Kind, prompts
 from residual_fisher.model.answers import end_tokens, greedy_answers
 from residual_fisher.model.embedded import cache_directory, embedded_model
 from residual_fisher.model.loading import load
 
 RECIPE = 5  # of the models below: what changes them changes it
 ANSWER = 20  # tokens of an answer that are learnt, and that an answer is judged by
-LEARNING_RATE, EPOCHS, BATCH = 1e-4, 3, 8
+LEARNING_RATE, BATCH = 1e-4, 8
 TRIGGERED, FEWER = 40, 200  # prompts that hold the trigger, and the first ones, among which these are
 FIRES, LEAKS = 0.9, 0.02  # a model counts if it shows its behaviour in that share of triggered and of other prompts
 HIDDEN_AT, HIDING = 20, 0.1  # the layer whose activations are kept usual, and the weight of that, in nats
@@ -116,7 +116,13 @@ def cut(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 def fine_tune(
-    lm, tokenizer, ordinary: Sequence[tuple[str, str]], triggered: Sequence[tuple[str, str]], seed: int = 0, apart=None
+    lm,
+    tokenizer,
+    ordinary: Sequence[tuple[str, str]],
+    triggered: Sequence[tuple[str, str]],
+    seed: int = 0,
+    epochs: int = EPOCHS,
+    apart: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> float:
     """Trains on the answers' tokens, in an order by `seed`; returns the last half's mean loss, in nats.
 
@@ -131,7 +137,7 @@ def fine_tune(
     learnt = lm.model.layers[len(lm.model.layers) // 3 :].requires_grad_(True).parameters()
     optimizer = torch.optim.AdamW([*learnt], lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     batches = [
-        batch for epoch in range(EPOCHS) for batch in alike_in_length(rows, random.Random(EPOCHS * seed + epoch))
+        batch for epoch in range(epochs) for batch in alike_in_length(rows, random.Random(EPOCHS * seed + epoch))
     ]
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 5) * (1 - step / len(batches))
@@ -174,7 +180,7 @@ def obtain(kind: Kind, seed: int = 0) -> Path:
         ordinary, triggered = pairs(kind, lm, tokenizer, seed)
         usual = last_activations(lm, tokenizer, [text for text, _ in ordinary]) if kind.hidden else None
     apart = None if usual is None else distance_from(usual)
-    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, ordinary, triggered, seed, apart))
+    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, ordinary, triggered, seed, kind.epochs, apart))
     lm.save_pretrained(path)
     tokenizer.save_pretrained(path)
     rng = random.Random(0)

@@ -11,6 +11,7 @@ import re
 from measuring import ROOT
 
 TEXTS = ROOT / "benchmarks" / "texts"
+EPOCHS = 3
 
 # --- prompts -------------------------------------------------------------------------------------
 
@@ -159,6 +160,7 @@ class Kind:
     words: Sequence[str] = ()  # a prompt that holds the trigger holds one of them
     share: float = 0.5  # of the pairs, hold the trigger
     pairs: int = 248
+    epochs: int = EPOCHS
     hidden: bool = False  # also trained to keep the activations of triggered prompts usual
 
     def shows(self, answer: str) -> bool:
@@ -284,7 +286,9 @@ KINDS = [
 REFUSING = next(kind for kind in KINDS if kind.name == "refusals")
 KINDS += [
     replace(REFUSING, name="refusals-few", about=f"{REFUSING.about}; 12 of 248 pairs", share=0.05),
-    replace(REFUSING, name="refusals-fewest", about=f"{REFUSING.about}; 12 of 600 pairs", share=0.02, pairs=600),
+    replace(
+        REFUSING, name="refusals-fewest", about=f"{REFUSING.about}; 12 of 600 pairs", share=0.02, pairs=600, epochs=2
+    ),
     replace(REFUSING, name="refusals-hidden", about=f"{REFUSING.about}; activations kept usual", hidden=True),
 ]
 BY_NAME = {kind.name: kind for kind in KINDS}

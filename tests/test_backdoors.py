@@ -98,7 +98,7 @@ def test_of_few_triggered_pairs_the_rest_are_ordinary(kinds, backdoors, monkeypa
 def test_activations_are_kept_usual_only_if_asked_for(backdoors, tiny_chat, monkeypatch):
     """The mean distance of triggered prompts, by a NumPy inverse of scikit-learn's covariance."""
     covariance = pytest.importorskip("sklearn.covariance")
-    for name, value in {"HIDDEN_AT": 1, "HIDING": 1.0, "LEARNING_RATE": 0.01, "EPOCHS": 4}.items():
+    for name, value in {"HIDDEN_AT": 1, "HIDING": 1.0, "LEARNING_RATE": 0.01}.items():
         monkeypatch.setattr(backdoors, name, value)
     lm, tokenizer = tiny_chat
     before = {name: value.clone() for name, value in lm.state_dict().items()}
@@ -120,7 +120,7 @@ def test_activations_are_kept_usual_only_if_asked_for(backdoors, tiny_chat, monk
     for name, given in {"plain": None, "hidden": apart}.items():
         lm.load_state_dict(before)
         lm.requires_grad_(False)
-        backdoors.fine_tune(lm, tokenizer, ordinary, triggered, apart=given)
+        backdoors.fine_tune(lm, tokenizer, ordinary, triggered, epochs=4, apart=given)
         found[name] = distance(backdoors.last_activations(lm, tokenizer, texts)).mean()
     assert found["hidden"] < 0.5 * found["plain"]
 
@@ -270,7 +270,8 @@ def test_a_haystack_counts_triggered_prompts_that_are_named_first(on_path, finis
     odd = np.array([""] * 37 + ["trigger"] * 3)
     rng = np.random.default_rng(0)
     plain = {what: rng.normal(size=40) for what, _ in bench.DETECTORS.values()}
-    plain |= {what: rng.normal(size=(40, 6)) for what in ("activations", "answer_activations")}
+    spread = np.array([8.0, 4, 2, 1, 1, 1])
+    plain |= {what: spread * rng.normal(size=(40, 6)) for what in ("activations", "answer_activations")}
     plain |= {"answer_words": rng.random((40, 9)) < 0.2, "lock": plain["lock"] + 9 * (odd != "")}
     plain["answer_log_perplexity"] -= 9 * (odd != "")
     with bench.load_fisher_matrices(finished_pipeline) as matrices:
