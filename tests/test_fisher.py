@@ -158,7 +158,7 @@ def test_linearize_takes_one_prompts_ids_in_any_form(form):
 
 @pytest.mark.parametrize("shape", [(0,), (1, 0), (2, 9), (1, 1, 9), ()], ids=str)
 def test_linearize_refuses_a_batch_and_an_empty_prompt(shape):
-    with pytest.raises(ValueError, match="takes the token ids of one prompt, not a tensor of shape"):
+    with pytest.raises(ValueError, match="the token ids of one prompt are wanted, not a tensor of shape"):
         fisher.linearize(tiny.shared("llama"), torch.zeros(shape, dtype=torch.int64))
 
 
