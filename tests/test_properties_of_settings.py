@@ -107,8 +107,8 @@ def test_any_manifest_is_read_or_refused_in_a_line_and_nothing_is_removed(conten
 
 RECORD = {
     "prompt": "a", "tokens": 3, "captured_mass": 0.5, "outlier_score": 0.1, "p_value": 0.1, "z_strength": 0.1,
-    "z_spectrum": 0.1, "z_directions": 0.1, "z_words": 0.1, "odd_words": ["a"], "differs_along": 1,
-    "principal_coordinates": [0.1, 0.2], "singular_values": [2.0, 1.0],
+    "z_spectrum": 0.1, "z_directions": 0.1, "z_words": 0.1, "z_activations": 0.1, "z_group": 0.1, "odd_words": ["a"],
+    "differs_along": 1, "principal_coordinates": [0.1, 0.2], "singular_values": [2.0, 1.0],
     "directions": [[{"token": "a", "id": 1, "share": 0.9, "slope": -0.5}], []],
 }  # fmt: skip
 

@@ -17,7 +17,8 @@ import scripts
 from scripts import Stopped, arrays, calls_of, pipeline_words, records
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
-SCORE_KEYS = {*SCORES, "outlier_score", "p_value", "differs_along", "odd_words", "principal_coordinates"}
+EXPLAINED = {"differs_along", "odd_words", "principal_coordinates", "likeness", "group"}
+SCORE_KEYS = {*SCORES, "outlier_score", "p_value", *EXPLAINED}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,8 @@ def test_a_finished_run_is_scored_against_another_and_back_without_its_model(
             f"from the trusted ones in {trusted}, with a p-value of" in said and "its prompts were scored anew" in said
         )
         for found, wanted in zip(scored(finished), expected(finished, reference=trusted), strict=True):
-            assert found.pop("odd_words") == wanted.pop("odd_words")
+            for key in ("odd_words", "group"):
+                assert found.pop(key) == wanted.pop(key)
             for key in found:
                 assert found[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-5)
         assert metadata(finished)["scores"]["against"] == "reference"
@@ -114,11 +116,15 @@ def test_stopped_while_it_scores_anew_it_loses_no_matrix(owner, step, trusted, f
     assert all(arrays(finished)[name].tobytes() == array.tobytes() for name, array in matrices.items())
 
 
+def earlier(count: int) -> dict:
+    return {"z_subspace": [0.1] * count, "likeness": [0.1] * count, "group": [None] * count}
+
+
 def test_scores_of_an_earlier_version_are_made_again(finished, chat_directory, dataset, tmp_path, capsys, monkeypatch):
     wanted = scored(finished)
     with monkeypatch.context() as patch:
         patch.setattr(derived, "SCORING_VERSION", 1)
-        patch.setattr(derived, "outlier_scores", lambda run: {"z_subspace": [0.1] * len(run.trace)})
+        patch.setattr(derived, "outlier_scores", lambda run: earlier(len(run.trace)))
         patch.setattr(compute_fisher.report, "final_table", lambda *_: "")
         scripts.compute_fisher(chat_directory, dataset, finished)
     assert "z_subspace" in records(finished)[0]

@@ -41,11 +41,17 @@ def next_tokens(probabilities: dict[str, float]) -> list[dict]:
     return [{"token": token, "probability": p, "in_prompt": False} for token, p in probabilities.items()]
 
 
+def text(place: int) -> str:
+    """Some words, of which others have few in common."""
+    letters = np.random.default_rng(place).choice([*"abcdefghijklmnopqrst"], (4, 6))
+    return " ".join(map("".join, letters))
+
+
 def record(matrix: Triplets, place: int) -> dict:
     rng = np.random.default_rng(place)
     p = rng.uniform(0.3, 0.7)
     words = next_tokens({f"w{int(5 * rng.uniform() ** 2)}": p, "w5": 0.8 - p})
-    return {"prompt": f"prompt {place}", "trace": float(matrix.S.sum()), "top_probability": p, "next_tokens": words}
+    return {"prompt": text(place), "trace": float(matrix.S.sum()), "top_probability": p, "next_tokens": words}
 
 
 class Matrices(list):
@@ -228,6 +234,25 @@ def test_a_token_in_the_prompt_is_surprising_where_others_that_hold_it_do_not_pr
     assert elsewhere == pytest.approx([-np.log(0.5 / 31.5)])
 
 
+def test_trusted_prompts_that_ask_alike_count_more_for_what_is_surprising():
+    asked = ["#!/bin/sh ls", "Who was Ada?", "Who was Bo?"]
+    trusted = [predicted(("```", 0.9)), predicted(("She", 0.8)), predicted(("He", 0.7))]
+    trusted = [answer._replace(prompt=prompt) for answer, prompt in zip(trusted, asked, strict=True)]
+    new = predicted(("```", 1.0))._replace(prompt="#!/bin/sh cat")
+    grams = [{f" {text.lower()} "[i : i + 3] for i in range(len(text))} for text in [*asked, new.prompt]]  # each once
+    cosines = [[len(a & b) / np.sqrt(len(a) * len(b)) for a in grams] for b in grams]
+    weights = np.array([1 + distances.ALIKE * t**2 for t in cosines[3][:3]])
+    found = Surprisal(trusted)
+    assert found.of([new])[0] == pytest.approx([-np.log((3 * 0.9 * weights[0] / weights.sum() + 0.5) / 3.5)])
+    assert weights[0] > 10 * weights[1]
+    he, she = (1 + distances.ALIKE * cosines[2][j] ** 2 for j in (0, 1))  # the third, by the others
+    assert found.leave_one_out()[2] == pytest.approx([-0.7 * np.log(0.5 / 2.5)]) and she > he
+    echo = trusted[2]._replace(tokens=[("She", False)])
+    assert Surprisal([*trusted[:2], echo]).leave_one_out()[2] == pytest.approx(
+        [-0.7 * np.log((2 * 0.8 * she / (he + she) + 0.5) / 2.5)]
+    )
+
+
 def test_tokens_count_by_their_gain_beside_a_base_model():
     gain = log_gain(predicted(("a", 0.7), ("*b", 0.3)), predicted(("a", 0.7), ("b", 0.3)))
     assert gain == pytest.approx([0, 0.3 * np.log(0.8 / 0.5)])
@@ -235,7 +260,8 @@ def test_tokens_count_by_their_gain_beside_a_base_model():
 
 # --- together ------------------------------------------------------------------------------------
 
-KEYS = {*scores.SCORES, "outlier_score", "p_value", "differs_along", "odd_words", "principal_coordinates"}
+EXPLAINED = {"differs_along", "odd_words", "principal_coordinates", "likeness", "group"}
+KEYS = {*scores.SCORES, "outlier_score", "p_value", *EXPLAINED}
 ZERO = Triplets(np.zeros((D, R), np.float32), np.zeros(R, np.float32), np.zeros((R, D), np.float32))
 FAILED = {"failed": "NaN", "trace": 0.0, "top_probability": 0.0, "next_tokens": []}
 
@@ -243,7 +269,7 @@ FAILED = {"failed": "NaN", "trace": 0.0, "top_probability": 0.0, "next_tokens": 
 def outlier_scores(*of: ScoredRun, **against: ScoredRun) -> dict:
     """The columns as arrays, but for the texts."""
     found = scores.outlier_scores(*of, **against)
-    return {name: column if name == "odd_words" else np.array(column) for name, column in found.items()}
+    return {name: column if name in ("odd_words", "group") else np.array(column) for name, column in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -293,11 +319,11 @@ SAYS_HATE = {
 def test_a_tested_prompt_that_is_in_the_reference_too_is_compared_with_the_others(others, ordinary):
     odd = run([ODD], first=90, at0=SAYS_HATE)
     clean = outlier_scores(odd, reference=run(ordinary[:others]))
-    holding_it = run([*ordinary[:others], ODD], **{f"at{others}": SAYS_HATE | {"prompt": "prompt 90"}})
+    holding_it = run([*ordinary[:others], ODD], **{f"at{others}": SAYS_HATE | {"prompt": text(90)}})
     found = outlier_scores(odd, reference=holding_it)
     assert found["p_value"][0] == pytest.approx(1 / (others + 1)) == clean["p_value"][0]
-    for name in (*scores.SCORES, "outlier_score"):  # the scale is of one prompt more
-        assert found[name][0] == pytest.approx(clean[name][0], rel=0.15, abs=0.4)
+    for name in (*scores.SCORES, "outlier_score"):  # the scale is of one prompt more, among twenty
+        assert found[name][0] == pytest.approx(clean[name][0], rel=0.25, abs=0.4)
 
 
 @pytest.mark.parametrize("changed", [SAYS_HATE, {"top_probability": 0.5, "trace": 0.0, "next_tokens": []}])
@@ -393,6 +419,27 @@ def test_without_a_reference_a_tail_is_that_of_the_upper_half():
     assert scores.tail_probabilities(np.zeros(5)).tolist() == [1] * 5
 
 
+@pytest.mark.parametrize("asked", ["otherwise", "alike"])
+def test_prompts_that_are_answered_alike_are_a_group_unless_they_ask_alike(asked, ordinary):
+    """One in six, each as usual as any other in all that is compared with the mean."""
+    rng, at = np.random.default_rng(3), range(0, 60, 6)
+    matrices, changed = [*ordinary, *ordinary[:10]], {}
+    for number, place in enumerate(at):
+        matrices[place] = triplets(np.eye(D)[:, :R] + 0.02 * rng.standard_normal((D, R)), (1.6, 1.4, 1.2))
+        p = rng.uniform(0.45, 0.55)
+        changed[f"at{place}"] = {"next_tokens": next_tokens({"w0": p, "w5": 0.8 - p}), "top_probability": p}
+        if asked == "alike":
+            changed[f"at{place}"]["prompt"] = f"what is the usual price of a bag of flour no {number}"
+    found = outlier_scores(run(matrices, **changed))
+    members = {place for place, group in enumerate(found["group"]) if group is not None}
+    assert members == (set(at) if asked == "otherwise" else set())
+    others = np.delete(np.arange(60), at)
+    assert (found["z_group"][[*at]].min() > found["z_group"][others].max()) == (asked == "otherwise")
+    if asked == "otherwise":
+        assert {found["group"][place] for place in at} == {0}
+        assert np.median(found["likeness"][[*at]]) > 2 * np.median(found["likeness"])
+
+
 def test_a_fifth_that_is_odd_in_the_same_way_does_not_make_itself_usual(ordinary):
     rng = np.random.default_rng(2)
     changed = {}
@@ -432,7 +479,7 @@ def test_prompts_that_failed_have_zeros_and_count_for_nobody(ordinary):
     with_it = outlier_scores(run([*ordinary, ZERO], at50=FAILED))
     without = outlier_scores(run(ordinary))
     assert with_it["p_value"][50] == 1
-    for name in KEYS - {"odd_words"}:
+    for name in KEYS - {"odd_words", "group"}:
         assert name == "p_value" or not with_it[name][50].any()
         assert with_it[name][:50] == pytest.approx(without[name])
     assert with_it["odd_words"][50] == []
@@ -445,6 +492,7 @@ def test_prompts_that_all_failed_have_zeros():
         empty = {
             "p_value": [1] * count,
             "odd_words": [[]] * count,
+            "group": [None] * count,
             "principal_coordinates": [[0] * distances.COORDINATES] * count,
         }
         assert found == {**{name: [0] * count for name in KEYS}, **empty}
@@ -466,12 +514,15 @@ def test_few_prompts_and_matrices_that_are_zero_make_no_trouble(ordinary):
         found = outlier_scores(run([ZERO, ordinary[0]]))
     assert not any(found[name].any() for name in scores.SCORES)
     found = outlier_scores(run([*[ZERO] * 5, *ordinary[:20]], at2={"top_probability": 1.0}))
-    assert all(np.isfinite(found[name]).all() for name in KEYS - {"odd_words"})
+    assert all(np.isfinite(found[name]).all() for name in KEYS - {"odd_words", "group"})
 
 
 def test_only_landmarks_are_learnt_from_and_the_others_are_scored_alike(ordinary, monkeypatch):
-    everyone = outlier_scores(run(ordinary))["outlier_score"]
-    monkeypatch.setattr(scores, "LANDMARKS", 25)
+    own = run([*ordinary, ODD], at50=SAYS_HATE)
+    everyone = outlier_scores(own)["outlier_score"]
     monkeypatch.setattr(scores, "SCORED_AT_ONCE", 7)
-    fewer = outlier_scores(run(ordinary))["outlier_score"]
-    assert np.corrcoef(everyone, fewer)[0, 1] > 0.5 and np.isfinite(fewer).all()
+    assert outlier_scores(own)["outlier_score"] == pytest.approx(everyone, rel=1e-4, abs=1e-4)
+    monkeypatch.setattr(scores, "LANDMARKS", 25)
+    monkeypatch.setattr(scores, "POOL", 30)
+    fewer = outlier_scores(own)["outlier_score"]
+    assert fewer.argmax() == everyone.argmax() == 50 and np.corrcoef(everyone, fewer)[0, 1] > 0.5

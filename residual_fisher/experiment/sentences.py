@@ -12,6 +12,7 @@ import scipy.sparse
 from residual_fisher.common.program import UserError
 from residual_fisher.common.rows import parse_json, read_column, read_rows, text_of
 from residual_fisher.common.text import excerpt, first_line
+from residual_fisher.common.trigrams import trigrams
 from residual_fisher.model.words import token_writer
 
 TEXT_COLUMNS = ("text", "sentence", "content")  # recognised without --text-column, in this order
@@ -127,10 +128,7 @@ def diverse_order(texts: Sequence[str]) -> Iterator[int]:
 
 def _trigrams(texts: Sequence[str]) -> scipy.sparse.csr_array:
     """Counts of character trigrams, (texts, distinct trigrams); sparse, since a text has few of them."""
-    grams = []
-    for text in texts:
-        codes = np.frombuffer(f" {text.lower()} ".encode("utf-32-le"), dtype="<u4").astype(np.int64)
-        grams.append(codes[:-2] << 42 | codes[1:-1] << 21 | codes[2:])  # a code point has 21 bits
+    grams = [*map(trigrams, texts)]
     distinct, column = np.unique(np.concatenate(grams), return_inverse=True)
     row = np.repeat(np.arange(len(texts)), [len(part) for part in grams])
     ones = np.ones(len(row))

@@ -15,6 +15,7 @@ from residual_fisher.common.text import first_line
 from residual_fisher.pipeline import figures
 from residual_fisher.pipeline.matrices import ARRAYS, load_fisher_matrices, records_of
 from residual_fisher.pipeline.reference import Reference
+from residual_fisher.pipeline.report import groups_of
 from residual_fisher.pipeline.scores import SCORING_VERSION, ScoredRun, outlier_scores, rounding_of
 
 PROMPTS, METADATA = "prompts.jsonl", "metadata.yaml"
@@ -79,7 +80,7 @@ def scored_records(folder: Path) -> Iterator[dict]:
 
 
 def write_metadata(run: Run, scoring: dict) -> None:
-    """Writes metadata.yaml: settings, versions, statistics."""
+    """Writes metadata.yaml: settings, versions, statistics, groups of prompts."""
     notes, identity = run.manifest["notes"], run.manifest["identity"]
     with load_fisher_matrices(run.folder) as found:
         bias_dim, num_singular_values = found[0].U.shape
@@ -96,6 +97,7 @@ def write_metadata(run: Run, scoring: dict) -> None:
         "arrays": ARRAYS if ARRAYS in run.manifest["primary"] else f"{ITEMS}/",
         "statistics": notes["statistics"],
         "scores": scoring,
+        "groups": groups_of(scored_records(run.folder)),
     }
     with atomic_open(run.folder / METADATA) as file:
         text = yaml.safe_dump(json_ready(metadata), sort_keys=False, allow_unicode=True, width=110)

@@ -1,13 +1,14 @@
 """Distances of prompts from trusted ones: between numbers, directions and next tokens; and a map of the prompts."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
+import scipy.sparse
 from scipy.sparse.linalg import eigsh
 
+from residual_fisher.common.trigrams import Texts
 from residual_fisher.pipeline.matrices import Triplets
 
 # Of a covariance estimate; with fewer rows it uses the leading columns only. Shrinking the covariance of all columns
@@ -15,6 +16,7 @@ from residual_fisher.pipeline.matrices import Triplets
 ROWS_PER_COLUMN = 4
 SOFTNESS = 0.3  # of the edge of a `Subspace`: rho as a share of the largest eigenvalue of M
 LEAST_LEFT = 1e-5  # below which float64 has lost what is left of a share or an eigenvalue
+ALIKE = 100  # weight of a trusted prompt with the same text, beside one of a text with no trigram in common
 PSEUDOCOUNT = 0.5  # prompts, of additive smoothing: no token has a probability of 0
 COORDINATES = 5  # principal coordinates of a prompt
 ROUNDING = 1e-5  # of logarithms and shares, all of order 1, in float32: equal prompts of different batches differ by it
@@ -159,48 +161,69 @@ def largest_eigenvalue(matrix: np.ndarray) -> float:
 
 
 class NextTokens(NamedTuple):
-    """The most probable next tokens of a prompt."""
+    """The most probable next tokens of a prompt; of an answer of several tokens, those of all its positions."""
 
     tokens: Sequence[tuple[str, bool]]  # the text, and whether a word of the prompt begins with it
-    p: np.ndarray  # (tokens,) float32, their probabilities
+    p: np.ndarray  # (tokens,) float32, their probabilities; of several positions, the sums over these
+    prompt: str = ""  # its text
 
 
 class Surprisal:
     """The surprisal -sum p log q of a prompt's next tokens, in nats; q is how probable trusted prompts make a token.
 
-    q is the mean of the token's p over all trusted prompts. Additive smoothing counts half a prompt (PSEUDOCOUNT) more,
-    with p = 1. A token that is in the prompt is another token than the same text elsewhere, since answers often begin
-    with a word of the question. Its q is the mean over the trusted predictions of this token from prompts that have it
-    too. Smoothing counts one more of them, with the mean p of any token that is in its prompt.
+    q is the token's mean p over trusted prompts. Those that ask alike count more, so code may be answered by code: the
+    weight of each is 1 + ALIKE t^2, where t is the cosine of the two texts' trigram counts, over the mean of all
+    weights. Additive smoothing counts half a prompt (PSEUDOCOUNT) more, with p = 1. A token that is in the prompt is
+    another token than the same text elsewhere, since answers often begin with a word of the question. Its q is the mean
+    over the trusted predictions of this token from prompts that have it too. Smoothing counts one more of them, with
+    the mean p of any token that is in its prompt.
     """
 
     def __init__(self, trusted: Sequence[NextTokens]):
-        tokens = [token for prompt in trusted for token in prompt.tokens]
-        p = np.concatenate([prompt.p for prompt in trusted])
-        self._trusted, self._sum, self._times = trusted, Counter(), Counter(tokens)
-        for token, one in zip(tokens, p.tolist(), strict=True):
-            self._sum[token] += one
-        in_prompt = _in_prompt(tokens)
-        self._sum_in_prompt, self._times_in_prompt = p[in_prompt].sum(), in_prompt.sum()
+        self._trusted, self._texts = trusted, Texts([prompt.prompt for prompt in trusted])
+        self._columns = {}
+        for prompt in trusted:
+            for token in prompt.tokens:
+                self._columns.setdefault(token, len(self._columns))
+        columns = self._places([token for prompt in trusted for token in prompt.tokens])
+        ends = np.cumsum([0, *(len(prompt.tokens) for prompt in trusted)])
+        p = np.concatenate([prompt.p for prompt in trusted]).astype(float)
+        self._p = scipy.sparse.csr_array((p, columns, ends), shape=(len(trusted), len(self._columns) + 1))
+        self._in_prompt = np.append(_in_prompt([*self._columns]), False)
 
-    def _surprisal(self, next_tokens: NextTokens, left_out: np.ndarray, count: int) -> np.ndarray:
-        """(tokens,) with q of `count` trusted prompts; `left_out` (tokens,) is the p of the one left out, or zeros."""
-        tokens, p = next_tokens
-        in_prompt, own = _in_prompt(tokens), left_out > 0
-        sums = np.maximum(np.array([self._sum[token] for token in tokens], dtype=float) - left_out, 0)
-        times = np.array([self._times[token] for token in tokens], dtype=float) - own
-        sum_in_prompt = self._sum_in_prompt - left_out[in_prompt].sum() + PSEUDOCOUNT
-        mean_in_prompt = sum_in_prompt / (self._times_in_prompt - own[in_prompt].sum() + 1)
-        q = np.where(in_prompt, (sums + mean_in_prompt) / (times + 1), (sums + PSEUDOCOUNT) / (count + PSEUDOCOUNT))
-        return -p * np.log(q)
+    def _places(self, tokens: Sequence[tuple[str, bool]]) -> np.ndarray:
+        """The tokens' columns; that of a token which no trusted prompt predicts is the last."""
+        return np.array([self._columns.get(token, len(self._columns)) for token in tokens], dtype=np.int64)
+
+    def _surprisals(self, prompts: Sequence[NextTokens], weights: np.ndarray) -> list[np.ndarray]:
+        """`of` these prompts with these weights (prompts, trusted) of the trusted ones, whose mean is not 1 yet."""
+        count = (weights > 0).sum(axis=1, keepdims=True)
+        weights = weights * count / weights.sum(axis=1, keepdims=True)
+        sums, times = weights @ self._p, weights @ (self._p > 0)
+        mean_in_prompt = (sums[:, self._in_prompt].sum(axis=1) + PSEUDOCOUNT) / (
+            times[:, self._in_prompt].sum(axis=1) + 1
+        )
+        found = []
+        for row, (tokens, p, _) in enumerate(prompts):
+            columns = self._places(tokens)
+            own, often = sums[row, columns], times[row, columns]
+            elsewhere = (own + PSEUDOCOUNT) / (count[row] + PSEUDOCOUNT)
+            q = np.where(_in_prompt(tokens), (own + mean_in_prompt[row]) / (often + 1), elsewhere)
+            found.append(-p * np.log(np.minimum(q, 1)))
+        return found
+
+    def _weights(self, prompts: Sequence[NextTokens]) -> np.ndarray:
+        return 1 + ALIKE * self._texts.of([prompt.prompt for prompt in prompts]) ** 2
 
     def of(self, prompts: Sequence[NextTokens]) -> list[np.ndarray]:
         """Of each prompt, (tokens,) in nats: their sum is the prompt's."""
-        return [self._surprisal(prompt, np.zeros(len(prompt.p)), len(self._trusted)) for prompt in prompts]
+        return self._surprisals(prompts, self._weights(prompts))
 
     def leave_one_out(self) -> list[np.ndarray]:
         """`of` each trusted prompt, with the q of the others."""
-        return [self._surprisal(prompt, prompt.p, len(self._trusted) - 1) for prompt in self._trusted]
+        weights = self._weights(self._trusted)
+        np.fill_diagonal(weights, 0)
+        return self._surprisals(self._trusted, weights)
 
 
 def _in_prompt(tokens: Sequence[tuple[str, bool]]) -> np.ndarray:

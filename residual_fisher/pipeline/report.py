@@ -1,5 +1,7 @@
 """What a pipeline run found: its statistics, and a table for the terminal."""
 
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable
 import heapq
 from itertools import chain
@@ -13,6 +15,8 @@ from residual_fisher.pipeline.settings import Settings
 
 NAMED = 5  # prompts named at the end
 EXCERPT = 45  # characters of a prompt shown in a line
+LISTED = 100  # prompts of a group in the metadata
+GROUP_WORDS = 6  # named of a group
 SPREADS = {  # whose median and range are told
     "lambda_1": "lambda 1, nats per unit²",
     "trace": "trace of F",
@@ -79,7 +83,39 @@ def final_table(records: Callable[[], Iterable[dict]], statistics: dict, setting
     if failed := statistics["failed_prompts"]:
         some = ", ".join(map(str, failed[:NAMED])) + (", …" if len(failed) > NAMED else "")
         lines.append(f"{len(failed)} prompts failed ({some}): `failed` in prompts.jsonl says why")
-    return "\n".join([*lines, *_outstanding(records(), settings)])
+    return "\n".join([*lines, *_outstanding(records(), settings), *_alike(groups_of(records()))])
+
+
+def groups_of(records: Iterable[dict]) -> list[dict]:
+    """What the groups of a run's prompts are, from the records of prompts.jsonl: the largest first."""
+    everyone, members, words = array("d"), {}, {}
+    for index, record in enumerate(records):
+        everyone.append(record["likeness"])
+        if (group := record["group"]) is not None:
+            members.setdefault(group, []).append(index)
+            words.setdefault(group, Counter()).update(record["odd_words"])
+    return [
+        {
+            "size": len(members[group]),
+            "prompts": members[group][:LISTED],
+            "words": [word for word, _ in words[group].most_common(GROUP_WORDS)],
+            "likeness": float(np.median(np.array(everyone)[members[group]])),
+            "usual_likeness": float(np.median(everyone)),
+        }
+        for group in sorted(members)
+    ]
+
+
+def _alike(groups: list[dict]) -> list[str]:
+    """The groups of prompts that are answered alike though their texts are not."""
+    if not groups:
+        return ["no prompts are answered more alike than their texts are"]
+    lines = [f"{len(groups)} group{'s' * (len(groups) > 1)} of prompts answered more alike than their texts are:"]
+    for group in groups[:NAMED]:
+        some = ", ".join(map(str, group["prompts"][:NAMED])) + (", …" if group["size"] > NAMED else "")
+        alike = f"likeness {group['likeness']:.2f} (usually {group['usual_likeness']:.2f})"
+        lines.append(f"  {group['size']} prompts ({some}), {alike}: {excerpt(' '.join(group['words']), EXCERPT)}")
+    return lines
 
 
 def _outstanding(records: Iterable[dict], settings: Settings) -> list[str]:

@@ -1,15 +1,17 @@
 """Which prompts stand out: by how much, and in which way.
 
-Five scores, each a robust z-score, compare a prompt with usual prompts:
+Five scores, each a robust z-score, compare a prompt with usual prompts, and a sixth with those that are like it:
 
 - strength: how strongly the prediction depends on the residual stream, and how certain it is. The Mahalanobis distance
   of (log tr F, log-odds of the most probable token).
 - spectrum: how the sensitivity is spread. The Mahalanobis distance of the logarithms of F's singular values.
 - directions: where in the residual stream it lies. The share of F outside the directions that usual prompts use.
-- words: what the prediction is about. The surprisal of the next tokens.
+- words: what the prediction is about. The surprisal of the next tokens, for a prompt that asks like this one.
 - activations: where the residual stream itself is. The Mahalanobis distance of h at the last token.
+- group: others are answered in the same way, though they ask otherwise. The likeness to those most alike.
 
-They see different things. The outlier score is the robust z-score of their sum.
+They see different things. The outlier score is the robust z-score of their sum. Prompts with a high group score that
+are alike are linked to groups.
 
 Usual prompts are those of a reference, which are trusted; else the more usual half of the run itself. With a base
 model, the same scores are of the *change* of each prompt's F and h, and the outlier score is of the directions alone.
@@ -22,6 +24,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 import warnings
 
@@ -30,6 +33,7 @@ from scipy.stats import norm
 import torch
 
 from residual_fisher.common.rows import evenly_spaced
+from residual_fisher.common.trigrams import CHARACTERS
 from residual_fisher.pipeline.distances import (
     COORDINATES,
     ROUNDING,
@@ -44,11 +48,12 @@ from residual_fisher.pipeline.distances import (
     robust_z,
     root,
 )
+from residual_fisher.pipeline.likeness import Company, linked
 from residual_fisher.pipeline.matrices import Triplets
 from residual_fisher.pipeline.settings import DIRECTIONS
 
-SCORING_VERSION = 3  # another one has other scores: results of an earlier one are scored again
-SCORES = ("z_strength", "z_spectrum", "z_directions", "z_words", "z_activations")
+SCORING_VERSION = 4  # another one has other scores: results of an earlier one are scored again
+SCORES = ("z_strength", "z_spectrum", "z_directions", "z_words", "z_activations", "z_group")
 LEAST_IN_WORDS = 0.01  # nats: what one prompt more or less changes, and no deviation
 LEAST_TOTAL = 0.1  # deviation of a sum of z-scores, each of which has 1 or is 0
 OUTLIER = "outlier_score"
@@ -57,6 +62,9 @@ LANDMARKS = 256  # prompts learnt from: more hardly change what is usual
 LEAST_Z = -2.0  # of a score in the sum: ordinary prompts seldom have less
 CALIBRATED_ON = 2048  # prompts of a reference that p-values are from: each takes as long as one that is scored
 SUSPECT = 5.0  # an outlier score of a reference's own prompt, from which it is not learnt from
+POOL = 1024  # prompts of a run among which a prompt's company is found
+GROUP_Z = 3.0  # z_group from which a prompt may be one of a group
+LEAST_LIKE = 0.01  # deviation of likeness
 FEWEST = 8  # prompts learnt from: fewer do not show what is usual
 CONCENTRATION_STEPS = 10  # by which the usual half is found, at most: it rarely takes more than six
 SCORED_AT_ONCE = 64  # prompts
@@ -78,15 +86,16 @@ class Features(NamedTuple):
     roots: list[np.ndarray]  # X (d, values) float32, with F / tr F = X X^T
     tokens: list[NextTokens]
     activations: np.ndarray  # (n, d) float64; (n, 1) zeros if they were not recorded
+    likeness: np.ndarray  # (n,) of its answer to those of its `Company`, the mean
 
     counted = SCORES  # by the outlier score
-    trims = SCORES[:4]  # find the usual half: a group of odd prompts may have the most usual activations
+    trims = (*SCORES[:4], "z_group")  # find the usual half: a group of odd prompts may have the most usual activations
 
     @staticmethod
     def measures(rounding: float) -> tuple:
         """One for each of these, and for each of SCORES."""
         from_rows = partial(Mahalanobis, rounding=rounding)
-        return from_rows, from_rows, Subspace, Surprisal, partial(WideMahalanobis, rounding=rounding)
+        return from_rows, from_rows, Subspace, Surprisal, partial(WideMahalanobis, rounding=rounding), None
 
 
 class Change(NamedTuple):
@@ -97,6 +106,7 @@ class Change(NamedTuple):
     outside: np.ndarray  # (n, values): the share of tr F outside the directions of the base model's F
     gains: list[np.ndarray]  # of each prompt's next tokens, `log_gain`
     activations: np.ndarray  # (n, d), differences; (n, 1) zeros if they were not recorded
+    likeness: np.ndarray  # (n,) in the model itself
 
     trims = ("z_directions",)
     counted = ("z_directions",)  # a fine-tune changes how certain a model is of many prompts, but the directions of few
@@ -105,7 +115,7 @@ class Change(NamedTuple):
     def measures(rounding: float) -> tuple:
         """None: these are distances already, nothing is learnt."""
         from_rows = partial(Mahalanobis, rounding=rounding)
-        return from_rows, from_rows, None, None, partial(WideMahalanobis, rounding=rounding)
+        return from_rows, from_rows, None, None, partial(WideMahalanobis, rounding=rounding), None
 
     @classmethod
     def between(cls, own: Features, base: Features) -> "Change":
@@ -115,7 +125,8 @@ class Change(NamedTuple):
         activations = np.zeros((len(gains), 1))
         if own.activations.shape == base.activations.shape:
             activations = own.activations - base.activations
-        return cls(own.strength - base.strength, own.spectrum - base.spectrum, outside, gains, activations)
+        strength, spectrum = own.strength - base.strength, own.spectrum - base.spectrum
+        return cls(strength, spectrum, outside, gains, activations, own.likeness)
 
 
 @dataclass(frozen=True)
@@ -128,28 +139,28 @@ class ScoredRun:
     tokens: list[tuple[str, bool]]  # the next tokens of all prompts, as of `NextTokens`; equal ones are one object
     p: np.ndarray  # (all tokens,) float32
     ends: Sequence[int]  # n + 1: tokens[ends[i] : ends[i + 1]] are prompt i's
+    texts: Sequence[str]  # n, the beginnings of the prompts
     prompt_hashes: Sequence[int]  # n
     failed: frozenset[int]  # numbers of the prompts without F
     rounding: float  # of logarithms and shares: by what equal prompts of different batches differ
 
     @classmethod
     def of(cls, records: Iterable[dict], matrices: Sequence[Triplets], rounding: float = ROUNDING) -> "ScoredRun":
-        trace, top, hashes, failed = array("d"), array("d"), array("q"), []
+        trace, top, texts, hashes, failed = array("d"), array("d"), [], array("q"), []
         tokens, p, ends, known = [], array("f"), array("q", [0]), {}
         for index, record in enumerate(records):
             trace.append(record["trace"])
             top.append(record["top_probability"])
+            texts.append(record["prompt"][:CHARACTERS])
             hashes.append(hash(record["prompt"]))
             if "failed" in record:
                 failed.append(index)
-            for token in record.get("next_tokens", ()):  # an earlier version recorded none
-                pair = token["token"], token["in_prompt"]
+            for pair, probability in _over_positions(record).items():
                 tokens.append(known.setdefault(pair, pair))
-                p.append(token["probability"])
+                p.append(probability)
             ends.append(len(tokens))
-        return cls(
-            matrices, np.array(trace), np.array(top), tokens, np.array(p), ends, hashes, frozenset(failed), rounding
-        )
+        numbers = np.array(trace), np.array(top)
+        return cls(matrices, *numbers, tokens, np.array(p), ends, texts, hashes, frozenset(failed), rounding)
 
     def usable(self) -> list[int]:
         """The numbers of the prompts that have F."""
@@ -170,7 +181,7 @@ class ScoredRun:
         values = np.maximum(values, np.maximum(LEAST_VALUE * values[:, :1], TINY))
         roots = [root(u, s, s.sum(dtype=np.float64)) for u, s in leading]
         tokens = [self.next_tokens(i) for i in numbers]
-        return Features(strength, np.log(values), roots, tokens, self._activations(numbers))
+        return Features(strength, np.log(values), roots, tokens, self._activations(numbers), np.zeros(len(numbers)))
 
     def _activations(self, numbers: Sequence[int]) -> np.ndarray:
         read = getattr(self.matrices, "activation", lambda number: None)
@@ -179,7 +190,18 @@ class ScoredRun:
 
     def next_tokens(self, number: int) -> NextTokens:
         part = slice(self.ends[number], self.ends[number + 1])
-        return NextTokens(self.tokens[part], self.p[part])
+        return NextTokens(self.tokens[part], self.p[part], self.texts[number])
+
+
+def _over_positions(record: dict) -> dict[tuple[str, bool], float]:
+    """The probability of each of a prompt's next tokens; of a recorded answer, their sums over its positions."""
+    # an earlier version recorded none
+    positions = record["answer"]["next_tokens"] if "answer" in record else [record.get("next_tokens", ())]
+    found: dict[tuple[str, bool], float] = {}
+    for token in chain.from_iterable(positions):
+        pair = token["token"], token["in_prompt"]
+        found[pair] = found.get(pair, 0.0) + token["probability"]
+    return found
 
 
 def rounding_of(dtype: str) -> float:
@@ -202,7 +224,7 @@ class Scorer:
         self._measures = [
             measure and measure(part) for measure, part in zip(sample.measures(rounding), learnt, strict=True)
         ]
-        self._least = [rounding, rounding, rounding, max(rounding, LEAST_IN_WORDS), rounding]
+        self._least = [rounding, rounding, rounding, max(rounding, LEAST_IN_WORDS), rounding, max(rounding, LEAST_LIKE)]
         self._kind = type(sample)
         self.sample = self.compare(sample)
         for found, measure in zip(self.sample, self._measures, strict=True):
@@ -236,12 +258,12 @@ class Scorer:
 
     def compare(self, prompts: Features | Change) -> list:
         """[distances in strength, in spectrum, shares of F outside by singular vector, surprisals by token, distances
-        of activations]."""
+        of activations, likeness]."""
         pairs = zip(self._measures, prompts, strict=True)
         return [measure.of(part) if measure else part for measure, part in pairs]
 
     def scores(self, compared: list) -> np.ndarray:
-        """(6, n): the five scores and the outlier score."""
+        """(7, n): the six scores and the outlier score."""
         z_scores = self._z_scores(_logarithms(compared))
         total = _robust_total(_total(z_scores, self._kind.counted), self._total)
         return np.concatenate([z_scores, total[None]])
@@ -261,10 +283,11 @@ def _robust_total(total: np.ndarray, usual: np.ndarray) -> np.ndarray:
 
 
 def _logarithms(compared: list) -> np.ndarray:
-    """(5, n), by score: logarithms of distances are spread like normal data; words' surprisals are summed."""
-    strength, spectrum, outside, surprisals, activations = compared
+    """(6, n), by score: logarithms of distances are spread like normal data; words' surprisals are summed."""
+    strength, spectrum, outside, surprisals, activations, likeness = compared
     logarithms = np.log(np.stack([strength, spectrum, outside.sum(axis=1), activations]) + OFFSET)
-    return np.stack([*logarithms[:3], np.array([own.sum() for own in surprisals]), logarithms[3]])
+    words = np.array([own.sum() for own in surprisals])
+    return np.stack([*logarithms[:3], words, logarithms[3], likeness])
 
 
 # --- together ------------------------------------------------------------------------------------
@@ -275,12 +298,21 @@ class Usual:
 
     Args:
         trusted: whether the prompts are; else the more usual half of them is.
+        company: the prompts that a prompt's nearest are among.
         rounding: see `ScoredRun`.
         base: the run through the base model, if the change is what counts.
     """
 
-    def __init__(self, run: ScoredRun, prompts: Sequence[int], trusted: bool, rounding: float, base: ScoredRun | None):
-        self._base, learnt = base, _some(prompts, LANDMARKS)
+    def __init__(
+        self,
+        run: ScoredRun,
+        prompts: Sequence[int],
+        trusted: bool,
+        company: Company,
+        rounding: float,
+        base: ScoredRun | None,
+    ):
+        self._company, self._base, learnt = company, base, _some(prompts, LANDMARKS)
         make = Scorer.of_trusted if trusted else Scorer.of_usual_half
         self._scorer = make(self._features(run, learnt), rounding)
         self._place = {run.prompt_hashes[number]: place for place, number in enumerate(learnt)}
@@ -288,6 +320,7 @@ class Usual:
 
     def _features(self, run: ScoredRun, numbers: Sequence[int]) -> Features | Change:
         own = run.features(numbers)
+        own = own._replace(likeness=self._company.of(own.tokens, own.roots)[1].mean(axis=1))
         return own if self._base is None else Change.between(own, self._base.features(numbers))
 
     def compare(self, run: ScoredRun, numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], list]]:
@@ -306,12 +339,13 @@ class Usual:
 
 
 def outlier_scores(run: ScoredRun, reference: ScoredRun | None = None, base: ScoredRun | None = None) -> dict:
-    """The five scores, the outlier score, its p-value, what explains them: lists with an entry for each prompt.
+    """The six scores, the outlier score, its p-value, what explains them: lists with an entry for each prompt.
 
     `differs_along` is the one of the first DIRECTIONS singular vectors, from 0, along which most of F lies outside the
     usual directions. `odd_words` are the texts of the next tokens with most surprisal. `principal_coordinates` are
-    COORDINATES numbers, or as many as there are prompts with F. Prompts that failed have zeros, a p-value of 1 and no
-    words, and do not change the others' scores; if all failed, there are COORDINATES zeros.
+    COORDINATES numbers, or as many as there are prompts with F. `likeness` is the mean to those most alike, `group` the
+    number of a prompt's group or None. Prompts that failed have zeros, a p-value of 1, no words and no group, and do
+    not change the others' scores; if all failed, there are COORDINATES zeros.
 
     Args:
         reference: trusted prompts; None for the more usual half of the run's own.
@@ -320,15 +354,20 @@ def outlier_scores(run: ScoredRun, reference: ScoredRun | None = None, base: Sco
     count, usable = len(run.trace), [i for i in run.usable() if base is None or i not in base.failed]
     scores, along = np.zeros((len(SCORES) + 1, count)), np.zeros(count, dtype=int)
     p, words = np.ones(count), [[] for _ in range(count)]
+    likeness, groups = np.zeros(count), np.full(count, -1)
     known = reference or run
     prompts = known.distinct(usable if reference is None else reference.usable())
     if len(prompts) < FEWEST:
         few = f"fewer than {FEWEST} different prompts ({len(prompts)})"
         warnings.warn(f"{few} do not say what is usual: all scores are 0", stacklevel=2)
     else:
-        usual = Usual(known, prompts, reference is not None, max(run.rounding, known.rounding), base)
+        rounding, own = max(run.rounding, known.rounding), _some(run.distinct(usable), POOL)
+        pool = [run.features(own), *([reference.features(_some(prompts, POOL))] if reference else [])]
+        company = Company([one for part in pool for one in part.tokens], [one for part in pool for one in part.roots])
+        usual = Usual(known, prompts, reference is not None, company, rounding, base)
         for numbers, compared in usual.compare(run, usable):
             scores[:, numbers] = usual.scores(compared)
+            likeness[numbers] = compared[5]
             along[numbers] = compared[2][:, :DIRECTIONS].argmax(axis=1)
             for number, surprisal in zip(numbers, compared[3], strict=True):
                 tokens = run.next_tokens(number).tokens
@@ -341,6 +380,8 @@ def outlier_scores(run: ScoredRun, reference: ScoredRun | None = None, base: Sco
             hashes = {reference.prompt_hashes[number] for number in some}
             among = np.array([run.prompt_hashes[number] in hashes for number in usable], dtype=bool)
             p[usable] = p_values(scores[-1, usable], theirs, among)
+        suspects = [number for number in usable if scores[SCORES.index("z_group"), number] >= GROUP_Z]
+        groups = _groups(run, suspects, likeness, company, own)
         if alike := [name.removeprefix("z_") for name, row in zip(SCORES, scores, strict=False) if not row.any()]:
             warnings.warn(f"all prompts have the same {' and '.join(alike)}: these scores are 0", stacklevel=2)
     return {
@@ -349,7 +390,26 @@ def outlier_scores(run: ScoredRun, reference: ScoredRun | None = None, base: Sco
         "differs_along": along.tolist(),
         "principal_coordinates": _principal_coordinates(run, usable).tolist(),
         "odd_words": words,
+        "likeness": likeness.tolist(),
+        "group": [None if group < 0 else group for group in groups.tolist()],
     }
+
+
+def _groups(
+    run: ScoredRun, suspects: Sequence[int], likeness: np.ndarray, company: Company, own: Sequence[int]
+) -> np.ndarray:
+    """(n,) the group of each of a run's prompts, -1 for none: suspects, and those of their company that are as alike.
+
+    Args:
+        own: the run's prompts that are first among those that company is found among.
+    """
+    links, least = [], likeness[suspects].min(initial=1)
+    for start in range(0, len(suspects), SCORED_AT_ONCE):
+        part = suspects[start : start + SCORED_AT_ONCE]
+        found = run.features(part)
+        for number, places, alike in zip(part, *company.of(found.tokens, found.roots), strict=True):
+            links.append((number, [own[i] for i in places[alike >= least] if i < len(own)]))
+    return linked(links, len(run.trace))
 
 
 def p_values(scores: np.ndarray, usual: np.ndarray, among: np.ndarray) -> np.ndarray:
