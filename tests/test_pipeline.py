@@ -101,7 +101,7 @@ def test_the_final_table_names_the_prompts_that_stand_out(finished_pipeline, cha
         [f"{r['outlier_score']:.1f}", f"{r['p_value']:.2g}", *(f"{r[name]:+.1f}" for name in SCORES)] for r in expected
     ]
     assert [row[1:9] for row in rows[::2]] == numbers
-    assert [" ".join(row[9:]) for row in rows[::2]] == [excerpt(record["prompt"], 45) for record in expected]
+    assert [" ".join(row[9:]) for row in rows[::2]] == [excerpt(record["prompt"], 40) for record in expected]
     for words, record in zip(rows[1::2], expected, strict=True):
         assert " ".join(words).startswith(" ".join(record["odd_words"])[:40])
     assert max(map(len, leading.splitlines()[:15])) <= 120

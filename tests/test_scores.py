@@ -332,7 +332,7 @@ def test_one_prompt_that_does_not_belong_in_the_reference_hardly_changes_the_oth
     clean = outlier_scores(tested, reference=run(ordinary[:30]))
     matrix = ODD if changed["trace"] else ZERO
     found = outlier_scores(tested, reference=run([*ordinary[:30], matrix], at30=changed))
-    assert found["outlier_score"] == pytest.approx(clean["outlier_score"], rel=0.15, abs=0.5)
+    assert found["outlier_score"] == pytest.approx(clean["outlier_score"], rel=0.3, abs=0.5)
     assert found["p_value"][:20] == pytest.approx(clean["p_value"][:20], abs=0.1)  # three of 31 prompts
 
 

@@ -14,7 +14,7 @@ from residual_fisher.pipeline.scores import OUTLIER, P_VALUE, SCORES
 from residual_fisher.pipeline.settings import Settings
 
 NAMED = 5  # prompts named at the end
-EXCERPT = 45  # characters of a prompt shown in a line
+EXCERPT = 40  # characters of a prompt shown in a line
 LISTED = 100  # prompts of a group in the metadata
 GROUP_WORDS = 6  # named of a group
 SPREADS = {  # whose median and range are told
