@@ -17,6 +17,7 @@ import yaml
 from residual_fisher.common.program import UserError
 from residual_fisher.common.text import excerpt, first_line, printable
 
+IF_SET = "if set"  # `identity` of an option that was added later
 PATHS = "paths"  # `several` of an option whose words may hold commas
 MAX_TEXT = 4000  # characters of a value: a path may have 4096 bytes, and Python reads numbers of 4300 digits
 MAX_NAME = 255  # bytes of a file's name, on every system
@@ -121,7 +122,13 @@ def path(text: str) -> str:
 
 
 def option(
-    default, read, metavar: str, help: str, several: bool | str = False, identity=True, needs: str | None = None
+    default,
+    read,
+    metavar: str,
+    help: str,
+    several: bool | str = False,
+    identity: bool | str = True,
+    needs: str | None = None,
 ):
     """A field of a settings dataclass that is also a flag and a YAML key.
 
@@ -130,7 +137,8 @@ def option(
         help: for --help, which adds the default, unless it is None, False, or told in brackets at the end.
         several: the flag takes one or more words, the YAML key one or a list, and the value is a tuple. Words may be
             joined by commas; but not if this is PATHS: then a single word is the value itself.
-        identity: it changes results, so that a run cannot be resumed with another value.
+        identity: it changes results, so that a run cannot be resumed with another value. IF_SET: its default is what
+            runs did before there was the option, and is not told from its absence.
         needs: the field of the option without which this one has no effect.
     """
     if not (default is None or default is False or help.endswith(")")):
@@ -172,7 +180,9 @@ def identity_of(settings: CommandOptions) -> dict:
     """What `settings_of` holds, less all that has no effect on results: runs with the same are the same run."""
     values, about = settings_of(settings), {opt.name: opt.metadata for opt in fields(settings)}
     counts = {name: about[name]["identity"] and values.get(about[name]["needs"], True) for name in values}
-    return {name: value for name, value in values.items() if counts[name]}
+    later = {opt.name: opt.default for opt in fields(settings) if opt.metadata["identity"] == IF_SET}
+    as_before = {name for name, default in later.items() if values[name] == default}
+    return {name: value for name, value in values.items() if counts[name] and name not in as_before}
 
 
 # --- flags ---------------------------------------------------------------------------------------

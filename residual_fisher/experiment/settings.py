@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from residual_fisher.common import options
 from residual_fisher.common.options import (
+    IF_SET,
     PATHS,
     CommandOptions,
     bundled,
@@ -42,7 +43,7 @@ class Settings(CommandOptions):
     data_config: str | None = option(None, nonempty, "NAME", "configuration of a hub dataset")
     data_split: str = option("train", nonempty, "NAME", "split of a hub dataset, or of a folder")
     target_word: str = option("animals", word, "WORD", "perturb at the token just before this word")
-    occurrence: int | str = option(1, or_all(positive, "last"), "N", "which of a sentence's, or last")
+    occurrence: int | str = option(1, or_all(positive, "last"), "N", "which of a sentence's, or last", identity=IF_SET)
     num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse", identity=False)
     require_predicted: bool = option(False, switch, "true", "only where the model's top prediction starts the word")
     layers: tuple | None = option(

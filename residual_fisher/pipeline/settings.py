@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from residual_fisher.common import options
 from residual_fisher.common.options import (
+    IF_SET,
     PATHS,
     ROOT,
     CommandOptions,
@@ -44,10 +45,18 @@ class Settings(CommandOptions):
         several=PATHS,
     )
     turns: str = option(
-        "first", one_of("first", "last", "all"), "WHICH", "user's turn of a conversation; all: up to the last one"
+        "first",
+        one_of("first", "last", "all"),
+        "WHICH",
+        "user's turn of a conversation; all: up to the last one",
+        identity=IF_SET,
     )
-    system: str = option("keep", one_of("keep", "drop"), "HOW", "system turns, before the user's: keep, or drop")
-    chat_template: str = option("model", one_of("model", "none"), "WHICH", "the model's, or none: texts as they are")
+    system: str = option(
+        "keep", one_of("keep", "drop"), "HOW", "system turns, before the user's: keep, or drop", identity=IF_SET
+    )
+    chat_template: str = option(
+        "model", one_of("model", "none"), "WHICH", "the model's, or none: texts as they are", identity=IF_SET
+    )
     num_prompts: int | str = option(100, or_all(positive), "N", "prompts to take, or all", identity=False)
     max_length: int = option(2048, positive, "N", "tokens of a prompt; longer user texts are cut")
     hook_layer_name: str = option("model.layers.15", nonempty, "PATH", "module path, or the number of a decoder layer")
