@@ -71,7 +71,7 @@ def test_require_predicted_with_none_left_is_an_error(model_directory, tmp_path,
 def test_a_cache_that_misleads_gives_way_to_whole_prompts(model_directory, tmp_path, capsys, monkeypatch):
     assert scripts.core_experiment(model_directory, tmp_path / "cached") == 0
     prefill = reading.prefill
-    monkeypatch.setattr(reading, "prefill", lambda model, ids: prefill(model, ids.flip(0)))
+    monkeypatch.setattr(reading, "prefill", lambda model, ids: prefill(model, ids.flip(-1)))
     assert "whole prompt" not in capsys.readouterr().out
     assert scripts.core_experiment(model_directory, tmp_path / "whole") == 0
     said = capsys.readouterr().out

@@ -121,7 +121,7 @@ def test_a_mode_is_chosen_anew_in_another_dtype(monkeypatch):
     model, prefill = tiny.build("llama"), reading.prefill
 
     def misread_in_half_precision(model: nn.Module, ids: torch.Tensor):
-        return prefill(model, ids.flip(0) if model.dtype == torch.bfloat16 else ids)
+        return prefill(model, ids.flip(-1) if model.dtype == torch.bfloat16 else ids)
 
     monkeypatch.setattr(reading, "prefill", misread_in_half_precision)
     for dtype, mode in (

@@ -98,13 +98,13 @@ AttentionMaskInterface.register(LAST_TOKEN_ATTENTION, eager_mask)
 
 @torch.no_grad()
 def prefill(model: nn.Module, ids: Tensor) -> DynamicCache | None:
-    """A cache of the keys and values of a prompt without its last token, `ids` (tokens,); None if that is empty."""
+    """A cache of the keys and values of `ids` (rows, tokens), all but the last of a prompt; None if there are none."""
     if "past_key_values" not in signature(model.forward).parameters:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no key-value cache")
-    if len(ids) == 0:
+    if ids.shape[1] == 0:
         return None
     cache = DynamicCache(config=model.config)
-    model.base_model(ids[None].to(model.device), past_key_values=cache, use_cache=True)  # no head
+    model.base_model(ids.to(model.device), past_key_values=cache, use_cache=True)  # no head
     for layer in cache.layers:
         # The exact type counts: its subclasses, in recurrent and hybrid models, hold states that a pass changes.
         if type(layer).__name__ not in PLAIN_LAYERS:
@@ -127,6 +127,22 @@ def copy_of(prefix: DynamicCache, rows: int, shared: bool = False) -> DynamicCac
         else:  # `update` puts new tensors in place of these
             layer.keys, layer.values = (part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
     return cache
+
+
+def after_padding(model: nn.Module, lengths: Tensor, width: int, cached: int, tokens: int) -> dict:
+    """Keyword arguments of a pass over the next `tokens` of each row, if the rows' prompts were padded.
+
+    The cache holds `cached` tokens a row: first a prompt of `lengths` (rows,) tokens padded on the right to `width`,
+    then others. Without padding there are none: the arguments are then the model's defaults.
+    """
+    if (lengths == width).all():
+        return {}
+    real = torch.arange(width) < lengths[:, None]  # (rows, width)
+    mask = torch.cat([real, real.new_ones(len(lengths), cached - width + tokens)], dim=1)
+    arguments = {"attention_mask": mask.long().to(model.device)}
+    if "position_ids" in signature(model.forward).parameters:  # others tell positions from the mask
+        arguments["position_ids"] = (lengths[:, None] + cached - width + torch.arange(tokens)).to(model.device)
+    return arguments
 
 
 def _carry_prefix(layer: DynamicLayer, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:

@@ -153,17 +153,32 @@ def stream_width(model: nn.Module, module: nn.Module) -> int:
     return streams[0].shape[-1]
 
 
+def pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids (prompts, tokens) int64, each row filled up with its own last token, and lengths (prompts,)."""
+    width = max(map(len, prompts))
+    rows = [[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts]
+    return torch.tensor(rows), torch.tensor([len(ids) for ids in prompts])
+
+
 def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
     """Logits (prompts, V) after the last token of each prompt: `ids` (prompts, tokens), padded on the right."""
+    return logits_at(model, ids, lengths[:, None] - 1)[:, 0]
+
+
+def logits_at(model: nn.Module, ids: Tensor, places: Tensor, **memory) -> Tensor:
+    """Logits (prompts, n, V) after the tokens at `places` (prompts, n) of each prompt; `ids` as in `last_logits`.
+
+    The model's `memory` may hold what comes before these tokens: then it grows by them.
+    """
     require_known_tokens(model, ids)
 
     def pick(x: Tensor) -> Tensor:
         if x.ndim != 3 or x.shape[:2] != ids.shape:
             raise UnsupportedModelError(f"its output head is not given (prompts, tokens, d), but {tuple(x.shape)}")
-        return x[torch.arange(len(x)), lengths - 1][:, None]
+        return x[torch.arange(len(x))[:, None], places]
 
     with capture_head(model, pick):
-        return model(ids.to(model.device), use_cache=False).logits[:, 0]
+        return model(ids.to(model.device), use_cache=bool(memory), **memory).logits
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:

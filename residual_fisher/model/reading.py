@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+import math
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,8 +12,8 @@ from transformers import DynamicCache
 
 from residual_fisher.common.program import is_out_of_memory
 from residual_fisher.common.text import excerpt, first_line
-from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, copy_of, prefill
-from residual_fisher.model.loading import decoder_layers, require_fixed_rotation, rotation_change
+from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, after_padding, copy_of, prefill
+from residual_fisher.model.loading import decoder_layers, longest_prompt, require_fixed_rotation, rotation_change
 from residual_fisher.model.passes import (
     ROUNDING_NATS,
     UnsupportedModelError,
@@ -23,6 +24,8 @@ from residual_fisher.model.passes import (
     edit_stream,
     hooked,
     largest_kl,
+    last_logits,
+    pad,
     require_causal,
     require_known_tokens,
     unwrapped,
@@ -88,7 +91,7 @@ def read(model: nn.Module, ids: Tensor, mode: PrefixMode) -> Reading:
     if mode is PrefixMode.SHARED and not model.is_backend_compatible():
         raise UnsupportedModelError(f"{type(model).__name__} has an attention of its own")
     with attention(model, "eager"), hooked():
-        prefix = prefill(model, ids[:-1])
+        prefix = prefill(model, ids[None, :-1])
     return Reading(model, mode, ids[None], prefix)
 
 
@@ -116,7 +119,7 @@ def choose_mode(model: nn.Module, ids: Tensor) -> PrefixMode:
     chosen = _chosen.setdefault(model, {})
     change = rotation_change(inner)
     changed = (len(ids) - 1 > change, len(ids) > change)  # of the prefix, and of all
-    conditions = (inner.dtype, frozenset(devices_of(inner)), inner.config._attn_implementation, changed)
+    conditions = (*_conditions(inner), changed)
     mode, longest = chosen.get(conditions, (None, 0))
     if len(ids) <= longest:
         return mode
@@ -178,3 +181,46 @@ def _plain_passes(model: nn.Module, ids: Tensor) -> tuple[Tensor, tuple[list[nn.
     alone = read(inner, ids, PrefixMode.WHOLE)
     moved = [alone.perturbed_logits([m], delta[None], at[:1]) for m, delta in zip(modules, noise, strict=True)]
     return torch.cat([plain, plain, *moved]), (modules, deltas, at)
+
+
+# By model, by its dtype, devices and attention: whether prompts may be padded, and up to what length that was found.
+_padded: WeakKeyDictionary[nn.Module, dict[tuple, tuple[bool, int]]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def may_pad(model: nn.Module, prompt: Sequence[int], more: int = 0) -> bool:
+    """Whether prompts of up to these tokens, and some more, may be padded on the right and share a cache.
+
+    Where a model tells positions or a window of attention by places in the cache, they may not. So two prompts of
+    unlike length are tried: their last tokens, read from one cache, against a plain forward pass. The finding is
+    remembered, and made again for longer prompts.
+    """
+    inner = unwrapped(model)
+    length = min(len(prompt) + more, longest_prompt(inner) or math.inf)
+    known, conditions = _padded.setdefault(inner, {}), _conditions(inner)
+    found, longest = known.get(conditions, (True, 0))
+    if not found or length <= longest:
+        return found
+    text = (list(prompt) * -(-length // len(prompt)))[:length]
+    fixed = rotation_change(inner) == math.inf and choose_mode(model, torch.tensor(text)) is not PrefixMode.WHOLE
+    known[conditions] = found, length = fixed and _is_padding_hidden(inner, text), length
+    return found
+
+
+def _is_padding_hidden(model: nn.Module, text: list[int]) -> bool:
+    ids, lengths = pad([text, text[: -(-len(text) // 2)]])
+    last, prefix, width = ids[[0, 1], lengths - 1][:, None], lengths - 1, ids.shape[1] - 1
+    try:
+        with attention(model, "eager"), hooked():
+            memory = {"past_key_values": prefill(model, ids[:, :-1]), **after_padding(model, prefix, width, width, 1)}
+            read = model(last.to(model.device), use_cache=True, **memory).logits[:, -1]
+            return largest_kl(last_logits(model, ids, lengths), read) <= ROUNDING_NATS[model.dtype]
+    except Exception as error:  # an unknown architecture may fail in any manner
+        if is_out_of_memory(error):
+            raise
+        return False
+
+
+def _conditions(model: nn.Module) -> tuple:
+    """What a finding about a model depends on."""
+    return model.dtype, frozenset(devices_of(model)), model.config._attn_implementation
