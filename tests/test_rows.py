@@ -294,6 +294,8 @@ def test_the_first_recognised_column_that_can_be_read_is_chosen():
     assert choose([{"z": "0"}, {"y": ""}, {"x": 1}]).columns == ["x"]  # none can: the first that is there
     assert choose([{"x": "1", "z": 2}], asked="z").columns == ["z"]
     assert choose([{"z": 3}, {"z": "only one"}]).columns == ["z"]
+    with pytest.raises(UserError, match="has the columns How do bees sleep"):  # a table without a header
+        choose([{"How do bees sleep?": "And owls?"}])
 
 
 def test_columns_that_hold_texts_and_are_not_read_are_named():

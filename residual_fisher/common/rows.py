@@ -140,7 +140,7 @@ def _csv_rows(path: str) -> Iterator[dict]:
     csv.field_size_limit(1 << 30)
     with opened(path, newline="") as file:
         head = list(islice(file, DIALECT_LINES))
-        named = re.fullmatch(r"sep=(.)[\r\n]*", head[0]) if head else None  # as Excel writes it
+        named = re.fullmatch(r"sep=(.)[\r\n]*", head[0], re.IGNORECASE) if head else None  # as Excel writes it
         head = head[1:] if named else head
         separator = named[1] if named else _separator(head, "\t" if kind_of(path) == ".tsv" else ",")
         lines = csv.reader(chain(head, file), delimiter=separator, strict=True)
@@ -359,8 +359,8 @@ def open_table(
         return Table([], [], iter(()))
     by_lower = {str(name).lower(): name for name in reversed(names)}
     there = list(asked) or [by_lower[name] for name in recognised if name in by_lower]
-    if not there and len(names) == 1 and any(readable(names[0], row) for row in first):
-        there = names
+    if not there and len(names) == 1 and len(str(names[0]).split()) < 3:  # more words are no name, but a row
+        there = [name for name in names if any(readable(name, row) for row in first)]
     if missing := [name for name in there if name not in names] or not there:
         has = f"{name_of(source)} has "
         has += f"the columns {excerpt(', '.join(map(str, names)), 200)}" if names else "no columns"

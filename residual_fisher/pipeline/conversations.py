@@ -14,7 +14,7 @@ SPEAKERS = {
     "assistant": ("assistant", "gpt", "chatgpt", "bot", "model", "ai", "response", "output"),
     "system": ("system", "developer"),
 }
-ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker", "author"), ("content", "value", "text", "message")
+ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker", "sender", "author"), ("content", "value", "text", "message")
 
 
 class Turn(NamedTuple):

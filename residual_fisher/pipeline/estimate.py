@@ -37,7 +37,7 @@ def tell_left_out(prompts: Prompts, pipeline: Pipeline) -> None:
         prompts.left_out["system turns, which the chat template does not take"] += prompts.with_system
     left = [f"{count} {what}" for what, count in prompts.left_out.items() if count]
     if left:
-        print(f"left out: {', '.join(left)} (--turns {prompts.turns}, --system {prompts.system})")
+        print(f"left out: {', '.join(left)} (see --turns and --system)")
     if prompts.unread:
         names = excerpt(", ".join(map(str, prompts.unread)), 100)
         print(f"note: of the columns that hold texts, {excerpt(prompts.column, 80)} is read, {names} not")

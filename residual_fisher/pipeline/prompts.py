@@ -18,11 +18,11 @@ from residual_fisher.pipeline.conversations import TURNS, Turn, conversation, sp
 # Columns that are recognised, in this order
 PROMPT_COLUMNS = (
     *TURNS, "prompt", "instruction", "question", "text", "prompts", "query", "user_input", "user", "goal", "behavior",
-    "problem", "turns", "dialog", "dialogue", "chosen", "content",
+    "problem", "turns", "dialog", "dialogue", "chosen", "content", "input", "inputs",
 )  # fmt: skip
 SECOND_HALVES = {"instruction": ("input", "context")}  # of a column, those that go on where it ends: Alpaca's, Dolly's
 SYSTEM_COLUMNS = ("system", "system_prompt")
-ROLE_COLUMNS = ("role", "from", "speaker")
+ROLE_COLUMNS = ("role", "from", "speaker", "sender", "author")
 # The time that chat templates are given: some state the date or the hour, and results must not change overnight.
 FIXED_TIME = datetime(2024, 7, 26)
 
