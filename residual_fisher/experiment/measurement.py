@@ -90,7 +90,7 @@ class Batches:
             how = f"{type(point.model).__name__} is not read in the fastest way, but by {mode.value}"
             tqdm.write(f"note: {how}{f' ({why})' if why else ''}{more}")
         self._modes.add(mode)
-        moved = partial(fisher.perturb, point, at=0)
+        moved = partial(fisher.perturb, point, at=point.layers[0])
         self._checked = self._checked or fisher.check_prediction(point, moved, self.gradients)
 
     def _chunks(self) -> dict[str, fisher.Chunks]:
