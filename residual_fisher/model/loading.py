@@ -204,7 +204,10 @@ def base_of(source: str) -> str:
         return source
     if find_spec("peft") is None:
         raise ValueError("it is an adapter, which needs another package: `pip install peft`")
-    return json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if reason := why_no_model(base):
+        raise ValueError(f"it adapts {base!r}, which cannot be loaded: {reason}")
+    return base
 
 
 def _exceeds_gpu(config, options: dict) -> bool:

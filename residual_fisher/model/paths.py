@@ -27,14 +27,15 @@ def why_no_model(name: str) -> str | None:
         return f"its weights are {GGUF}"
     if not any(config in files for config in CONFIGS):
         inside = next((file for file in files if any((folder / file / config).is_file() for config in CONFIGS)), None)
-        return "it has no config.json, so it is no model's folder" + (
-            f"; did you mean {folder / inside}?" if inside else ""
-        )
+        hint = f"; did you mean {folder / inside}?" if inside else ""
+        return f"it has no config.json, so it is no model's folder{hint}"
     for file in files:
         if (folder / file).is_file() and is_pointer(str(folder / file)):
             return f"its {file} is {POINTER_SAID}"
+    if "config.json" not in files:
+        return None  # an adapter
     if not any(file.endswith(WEIGHTS) for file in files):
         return "it holds no weights (*.safetensors): is it complete?"
-    if "config.json" in files and not any(part in file.lower() for file in files for part in TOKENIZERS):
+    if not any(part in file.lower() for file in files for part in TOKENIZERS):
         return "it has no tokenizer: save the one of the model that it was made from there, with save_pretrained"
     return None
