@@ -200,6 +200,14 @@ def test_sentences_of_every_shape_of_json_and_table_are_read(tmp_path):
     assert sentences.find_sentences(str(tmp_path / "t.json"), "animals").sentences == listed["animals"]  # as they are
 
 
+def test_a_text_file_of_wrapped_prose_gives_whole_sentences(tmp_path):
+    (tmp_path / "t.txt").write_text(
+        "It rained. The old farmer, as\never, fed his wild\nanimals. Then\nhe slept.\n\nNo animals."
+    )
+    found = sentences.find_sentences(str(tmp_path / "t.txt"), "animals")
+    assert found.sentences == ["The old farmer, as ever, fed his wild animals.", "No animals."] and found.read == 4
+
+
 def test_long_sentences_are_noted(tmp_path):
     (tmp_path / "t.txt").write_text(f"All the animals.\nAnd {'very ' * 100}many animals.")
     with pytest.warns(
