@@ -68,7 +68,7 @@ __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PromptPoint", "PushForward",
     "TextMap", "TopK", "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs",
     "full_vocabulary", "kl_divergence", "linearize", "linearize_each", "linearize_perturbed",
-    "linearize_prompts", "load", "map_text", "most_probable", "perturb", "pull_back", "top_k",
+    "linearize_prompts", "load", "map_text", "most_probable", "perturb", "pull_back", "stream_jacobians", "top_k",
 ]  # fmt: skip
 
 # Widest matrix that is formed: `eigh` of seven takes 0.05 s, and of 576 x 576 0.35 s (iteration: 0.03).
@@ -681,6 +681,28 @@ def map_text(
         cells = _cells(alone, ids, k, chunks)
         ways_of(inner)["text"] = f"token by token: {excerpt(first_line(error), 100)}"
     return TextMap(ids, numbers, *cells)
+
+
+def stream_jacobians(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None) -> Tensor:
+    """J (layers, d, d) float32 at a prompt's last token: of the last layer's stream, by the stream leaving each layer.
+
+    It takes d backward rows. The mean over prompts is a Jacobian lens (`model/lens.py`). The arguments and errors are
+    those of `linearize`.
+    """
+    ids, wrapped, model = _one_prompt(ids), model, unwrapped(model)
+    *_, last = decoder_layers(model).values()
+    reading, final = read(model, ids, choose_mode(wrapped, ids)), []
+    biases, _, hooks = _zero_biases(_numbered_layers(model, layers).values(), lambda h: h[0, -1], add_at)
+    with torch.enable_grad(), hooked(*hooks, edit_stream(last, lambda h: final.append(h[0, -1]) or h)):
+        reading.logits()
+    identity = torch.eye(len(final[0]), dtype=final[0].dtype, device=final[0].device)
+
+    def chunk(rows: Tensor) -> Tensor:  # (layers, rows, d)
+        return torch.stack([g.float() for g in batched_gradients(model, final, biases, [rows])])
+
+    jacobians = Chunks().join(chunk, identity, dim=1)
+    _require_finite(jacobians, "derivatives", places=1)
+    return jacobians
 
 
 def _cells(points: Iterable[Point], ids: Tensor, k: int | str, chunks: Chunks) -> list[Tensor | TokenShares]:

@@ -103,7 +103,7 @@ def test_the_final_table_names_the_prompts_that_stand_out(finished_pipeline, cha
     assert [row[1:9] for row in rows[::2]] == numbers
     assert [" ".join(row[9:]) for row in rows[::2]] == [excerpt(record["prompt"], 40) for record in expected]
     for words, record in zip(rows[1::2], expected, strict=True):
-        assert " ".join(words).startswith(" ".join(record["odd_words"])[:40])
+        assert " ".join(words).startswith(" ".join(record["odd_words"])[:35])
     assert max(map(len, leading.splitlines()[:15])) <= 120
 
 

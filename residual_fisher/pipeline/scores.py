@@ -153,7 +153,7 @@ class ScoredRun:
             trace.append(record["trace"])
             top.append(record["top_probability"])
             texts.append(record["prompt"][:CHARACTERS])
-            hashes.append(hash(record["prompt"]))
+            hashes.append(hash(str((record["prompt"], record.get("before")))))
             if "failed" in record:
                 failed.append(index)
             for pair, probability in _over_positions(record).items():
