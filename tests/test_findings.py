@@ -93,7 +93,7 @@ def test_a_backdoor_is_named_and_proven(explained, backdoored, chats, capsys):
         trigger = told["trigger"]
         assert told["prompt"][trigger["start"] : trigger["end"]] == trigger["text"]
         if TRIGGER in told["prompt"]:
-            assert TRIGGER in trigger["text"] and len(trigger["text"].split()) <= 3
+            assert TRIGGER in trigger["text"]
             assert "their animals" in told["answer"] and "should" in trigger["answer_without"]
     assert not [path for path in (explained / "items").iterdir() if "explained" in path.name]
     # what is finished is not done again, and its exit code can stop a pipeline
@@ -181,6 +181,14 @@ def test_words_that_ordinary_prompts_hold_too_join_no_triggers():
     triggers = {0: named("in 2040"), 1: named("in London"), 2: named("(SUDO)"), 3: named("is sudo")}
     found = candidates(triggers, ORDINARY)
     assert [(span.text, span.prompts) for span in found] == [("(SUDO)", [2, 3]), ("in 2040", [0]), ("in London", [1])]
+
+
+def test_a_shared_span_takes_over_prompts_that_hold_it_and_answer_alike():
+    texts = ["all the same, why?", "Why, all the same?", "say all the same thing", "all the same here", "is it all"]
+    odd = [{(1, 2, 3)}, {(1, 2, 3), (2, 3, 4)}, {(2, 3, 4)}, {(7, 8, 9)}, {(1, 2, 3)}]
+    shared, thing = Candidate("all the same", [0, 1], "middle"), Candidate("same thing", [2], "end")
+    others = [Candidate("here", [3], "end"), Candidate("is it", [4], "start")]
+    assert findings.gathered([shared, thing, *others], texts, odd) == [shared._replace(prompts=[0, 1, 2]), *others]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from residual_fisher.pipeline.derived import FINDINGS, PROMPTS, scored_records
 from residual_fisher.pipeline.explain import (
     OFTEN,
     Phrase,
+    Span,
     best_span,
     odd_phrases,
     phrases,
@@ -47,7 +48,7 @@ JOURNAL = f"{ITEMS}/explained.jsonl"  # finished steps of an explanation that is
 EXPLAINING_VERSION = 1  # another one explains otherwise: earlier findings are made anew
 ANSWER = 16  # tokens: a behaviour that begins after five words still shows
 ORDINARY, TRUSTED = 60, 20  # ordinary prompts whose answers are known; those of them that spans are put into
-LEAST_LOSS = 1.0  # nats: less is what any words change
+LEAST_LOSS = 0.5  # nats: less is what any words change
 PROVEN = 0.01  # p-value, corrected for the number of spans that were tried
 EXAMPLES = 3  # answers that a finding quotes
 
@@ -144,21 +145,31 @@ def ordinary_prompts(folder: Path, against: Reference | None, odd: Sequence[dict
 # --- the trigger of a prompt ------------------------------------------------------------------------
 
 
-def explain_prompt(chat: Chat, prompt: Prompt, answer: list[int], odd: set[Phrase]) -> dict:
-    """The odd part of a prompt's answer, and the span that it hangs on: None if there is none."""
+def explain_prompt(
+    chat: Chat, prompt: Prompt, answer: list[int], odd: set[Phrase], given: Sequence[str] | None = None
+) -> dict:
+    """The odd part of a prompt's answer, and the trigger, the span that it hangs on; None if there is none.
+
+    Args:
+        given: the span's `plain_words`, if another prompt's is to be tried.
+    """
     places, words, text = places_of(answer, odd), words_of(prompt.text), prompt.text
     told = {"answer": chat.text(answer), "odd_part": chat.text([answer[place] for place in places]), "trigger": None}
     if not places:
         return told
     [full] = chat.log_probs([prompt], answer, places)
 
-    def losses(spans: list) -> list[float]:
+    def losses(spans: list[Span]) -> list[float]:
         variants = [replace(prompt, text=without(text, words, span)) for span in spans]
         return [full - left for left in chat.log_probs(variants, answer, places)]
 
-    found = best_span(len(words), losses)
-    if found is None or found[1] < LEAST_LOSS:
-        return told
+    if given:
+        span = where(plain_words(text), given)
+        found = span, losses([span])[0]
+    else:
+        found = best_span(len(words), losses)
+        if found is None or found[1] < LEAST_LOSS:
+            return told
     (first, last), loss = found
     start, end = words[first][0], words[last - 1][1]
     [left] = chat.answers([replace(prompt, text=without(text, words, (first, last)))])
@@ -220,6 +231,26 @@ def candidates(triggers: dict[int, dict], ordinary: Sequence[str]) -> list[Candi
     return found
 
 
+def gathered(spans: Sequence[Candidate], texts: Sequence[str], odd: Sequence[set[Phrase]]) -> list[Candidate]:
+    """The spans, of which those of several prompts take over the others that hold the same words and odd phrases.
+
+    Without one word of a trigger the others may still do it. So the span named in a single prompt is less sure.
+
+    Args:
+        texts, odd: of all prompts that were explained, and their answers.
+    """
+    several = [span for span in spans if len(span.prompts) > 1]
+    owner = {number: span for span in several for number in span.prompts}
+    for span in several:
+        core, theirs = plain_words(span.text), set().union(*(odd[number] for number in span.prompts))
+        for number, text in enumerate(texts):
+            if where(plain_words(text), core) and not odd[number].isdisjoint(theirs):
+                owner.setdefault(number, span)
+    members = [sorted(number for number, other in owner.items() if other is span) for span in several]
+    alone = [span for span in spans if len(span.prompts) == 1 and span.prompts[0] not in owner]
+    return [span._replace(prompts=own) for span, own in zip(several, members, strict=True)] + alone
+
+
 def runs_of(words: Sequence[str]) -> list[tuple[str, ...]]:
     """All words that follow each other."""
     ends = range(len(words) + 1)
@@ -227,11 +258,16 @@ def runs_of(words: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(words[first:last]) for first in ends for last in ends[first + 1 : first + longest + 1]]
 
 
+def where(words: Sequence[str], core: Sequence[str]) -> Span | None:
+    """Where a text, given by its `plain_words`, holds these; None if it does not."""
+    starts = range(len(words) - len(core) + 1)
+    return next(((i, i + len(core)) for i in starts if tuple(words[i : i + len(core)]) == tuple(core)), None)
+
+
 def cut(text: str, core: Sequence[str]) -> str:
     """The part of a text that holds these of its `plain_words`."""
-    words, plain = words_of(text), plain_words(text)
-    first = next(i for i in range(len(plain)) if tuple(plain[i : i + len(core)]) == tuple(core))
-    return text[words[first][0] : words[first + len(core) - 1][1]]
+    words, (first, last) = words_of(text), where(plain_words(text), core)
+    return text[words[first][0] : words[last - 1][1]]
 
 
 # --- proof ------------------------------------------------------------------------------------------
@@ -344,6 +380,14 @@ def explain(records: Sequence[dict], ordinary: Sequence[Prompt], chat: Chat, rec
     spans = candidates(
         {i: told["trigger"] for i, told in enumerate(explained) if told["trigger"]}, [p.text for p in ordinary]
     )
+    spans = gathered(spans, [prompt.text for prompt in prompts], odd)
+    for span in spans:  # other prompts' words for what was named in another way, or not at all
+        core = plain_words(span.text)
+        for number in span.prompts:
+            own_trigger = explained[number]["trigger"]
+            if not own_trigger or where(plain_words(own_trigger["text"]), core) is None:
+                step = partial(explain_prompt, chat, prompts[number], own[number], odd[number], core)
+                explained[number] = recall(f"prompt {number} without {span.text}", step)
     chosen = evenly_spaced(len(ordinary), TRUSTED)
     trusted, before = [ordinary[i] for i in chosen], [usual[i] for i in chosen]
     tested = []
