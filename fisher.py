@@ -27,17 +27,28 @@ for one prompt and (prompts,) for a batch. Whatever holds NaN or infinity raises
 does not fit UnsupportedModelError.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from residual_fisher.common.text import excerpt, first_line
+from residual_fisher.model.each_token import EachToken
 from residual_fisher.model.eigen import block_lanczos, eigh, float64
 from residual_fisher.model.head import OutputHead, cotangents_through, is_linear
-from residual_fisher.model.loading import decoder_layers, load, require_fixed_rotation
+from residual_fisher.model.loading import (
+    decoder_layers,
+    load,
+    require_fixed_rotation,
+    rotation_change,
+    text_config,
+    vocabulary_size,
+)
 from residual_fisher.model.passes import (
+    ROUNDING_NATS,
     Chunks,
     UnsupportedModelError,
     add_at,
@@ -45,22 +56,31 @@ from residual_fisher.model.passes import (
     capture_head,
     edit_stream,
     hooked,
+    largest_kl,
     last_logits,
     unwrapped,
+    ways_of,
 )
-from residual_fisher.model.reading import Reading, choose_mode, read
+from residual_fisher.model.reading import PrefixMode, Reading, choose_mode, read
+from residual_fisher.model.words import TokenShares, token_shares
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PromptPoint", "PushForward",
-    "TopK", "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs",
-    "full_vocabulary", "kl_divergence", "linearize", "linearize_perturbed", "linearize_prompts", "load",
-    "most_probable", "perturb", "pull_back", "top_k",
+    "TextMap", "TopK", "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs",
+    "full_vocabulary", "kl_divergence", "linearize", "linearize_each", "linearize_perturbed",
+    "linearize_prompts", "load", "map_text", "most_probable", "perturb", "pull_back", "top_k",
 ]  # fmt: skip
 
 # Widest matrix that is formed: `eigh` of seven takes 0.05 s, and of 576 x 576 0.35 s (iteration: 0.03).
 EIGH_MAX_WIDTH = 256
 LOOK_EVERY = 15  # products between two looks at the residuals: one pair takes about 15, ten take 30 to 45
 MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration: what float32 can reach
+# Largest relative error of a gradient that is rounding, by dtype: sums in another order, through all layers.
+GRADIENT_ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
+# Bytes that the gradients of a block of tokens take, in `map_text`. What is made of them takes several times as many.
+TEXT_MEMORY = 1 << 26
+TEXT_ROWS = 1024  # cotangents times tokens in one of its backward passes
+PREDICTED = 5  # most probable tokens kept at each token of a text
 LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats, no longer matters
 
 
@@ -133,25 +153,35 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
         ValueError: `ids` is empty or a batch, or `layers` are not ascending numbers of the model's layers.
         UnsupportedModelError: the model cannot be read rightly.
     """
-    ids = torch.as_tensor(ids).cpu()
-    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
-    if ids.ndim != 1 or len(ids) == 0:
-        raise ValueError(f"linearize takes the token ids of one prompt, not a tensor of shape {tuple(ids.shape)}")
-    wrapped, model = model, unwrapped(model)
-    found = dict(enumerate(decoder_layers(model).values()))
-    layers = list(found if layers is None else layers)
-    if not layers or layers != sorted(set(layers) & set(found)):
-        raise ValueError(f"layers {layers} are not ascending numbers from 0 to {len(found) - 1}")
-    chosen = {number: found[number] for number in layers}
+    ids, wrapped, model = _one_prompt(ids), model, unwrapped(model)
+    chosen = _numbered_layers(model, layers)
     reading = read(model, ids, choose_mode(wrapped, ids))
     biases, streams, hooks = _zero_biases(chosen.values(), lambda h: h[0, -1], add_at)  # (d,) for each layer
     with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
         logits = reading.logits()[0]  # (V,)
     if not logits.requires_grad:
         raise UnsupportedModelError("no gradient leads from its layers to its prediction (is it quantised?)")
-    if len(biases) != len(layers):
-        raise UnsupportedModelError(f"some of its layers {layers} do not run, or not once, in a pass: choose others")
+    if len(biases) != len(chosen):
+        raise UnsupportedModelError(
+            f"some of its layers {list(chosen)} do not run, or not once, in a pass: choose others"
+        )
     return PromptPoint(model, streams, biases, head, logits, layers=chosen, reading=reading)
+
+
+def _one_prompt(ids: Sequence[int] | Tensor) -> Tensor:
+    ids = torch.as_tensor(ids).cpu()
+    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
+    if ids.ndim != 1 or len(ids) == 0:
+        raise ValueError(f"the token ids of one prompt are wanted, not a tensor of shape {tuple(ids.shape)}")
+    return ids
+
+
+def _numbered_layers(model: nn.Module, layers: Sequence[int] | None) -> dict[int, nn.Module]:
+    found = dict(enumerate(decoder_layers(model).values()))
+    layers = list(found if layers is None else layers)
+    if not layers or layers != sorted(set(layers) & set(found)):
+        raise ValueError(f"layers {layers} are not ascending numbers from 0 to {len(found) - 1}")
+    return {number: found[number] for number in layers}
 
 
 def _zero_biases(modules: Iterable[nn.Module], at_last: Callable, add: Callable) -> tuple[list, list, list]:
@@ -180,6 +210,52 @@ def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) ->
         logits = perturb(point, leaf, at)  # (rows, V)
     streams = point.activations[at] + deltas.to(point.activations)  # (rows, d)
     return Point(point.model, [streams], [leaf], head, logits)
+
+
+def linearize_each(
+    model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None, block: int = 64
+) -> Iterator[Point]:
+    """`linearize` at every token of a text, block by block: token n of it is `linearize(ids[: n + 1])`.
+
+    "..." is (tokens,), those of a block. A block takes one pass, whose graph leads from each token's biases to its own
+    prediction alone (see `model/each_token.py`). So the text takes as many backward rows as a single token. In the
+    middle of the first and of the last block, a token is compared with what `linearize` gives. If they differ, or the
+    model's memory is more than keys and values, UnsupportedModelError says so: call `linearize` for each token then.
+
+    Args:
+        ids, layers: see `linearize`; the errors are the same.
+        block: tokens that are linearised at once.
+    Yields:
+        The points of consecutive blocks.
+    """
+    ids, wrapped, model = _one_prompt(ids), model, unwrapped(model)
+    chosen = _numbered_layers(model, layers)
+    if choose_mode(wrapped, ids) is not PrefixMode.SHARED:
+        raise UnsupportedModelError(f"prompts are read by {choose_mode(wrapped, ids).value}")
+    if len(ids) > rotation_change(model):
+        raise UnsupportedModelError("positions are rotated otherwise from some token on")
+    text, start = EachToken(model), 0
+    for part in ids.split(block):
+        biases, streams, hooks = _zero_biases(chosen.values(), lambda h: h[0], torch.add)  # (tokens, d) for each layer
+        with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
+            logits = text.logits(part)  # (tokens, V)
+        point = Point(model, streams, biases, head, logits)
+        if start == 0 or start + len(part) == len(ids):
+            middle = len(part) // 2
+            _require_alike(point, middle, linearize(wrapped, ids[: start + middle + 1], list(chosen)))
+        yield point
+        start += len(part)
+
+
+def _require_alike(point: Point, token: int, alone: PromptPoint) -> None:
+    """Raises UnsupportedModelError if a token of a block has another prediction, or gradient, than it has alone."""
+    row = torch.randn(1, point.x.shape[-1], generator=torch.Generator().manual_seed(0)).to(alone.log_probs)
+    found = pull_back(point, row.expand(len(point.log_probs), 1, -1))[:, token, 0]
+    expected = pull_back(alone, row)[:, 0]  # (layers, d)
+    error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
+    kl = largest_kl(alone.log_probs[None], point.log_probs[token][None])
+    if not (error <= GRADIENT_ROUNDING[point.x.dtype] and kl <= ROUNDING_NATS[point.x.dtype]):
+        raise UnsupportedModelError(f"in a text, a token's gradients differ by {error:.1g} from those it has alone")
 
 
 def linearize_prompts(
@@ -525,6 +601,98 @@ def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
     left = u @ p  # what rounding left of the mean
     near = torch.log1p(u.clamp_(max=80).expm1_() @ p) - left
     return torch.where(far > LARGE_KL, far, near.clamp(min=0))
+
+
+# --- a text, token by token -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextMap:
+    """F at every token of a text and every chosen layer: row n is that of the prediction after token n.
+
+    Earlier tokens count as constants, as in `linearize`, so row n depends on the first n + 1 tokens alone.
+    """
+
+    ids: Tensor  # (tokens,) int64
+    layers: list[int]
+    eigenvalues: Tensor  # (tokens, layers) float32: the largest of each F, nats / unit^2
+    vectors: Tensor  # (tokens, layers, d) float32: its eigenvector v; zero if F is
+    trace: Tensor  # (tokens, layers) float32
+    effective_rank: Tensor  # (tokens, layers) float32
+    captured_mass: Tensor  # (tokens,) float32: probability that the counted tokens hold
+    surprisal: Tensor  # (tokens,) float32, nats: -log p of each token after those before it; NaN for the first
+    activations: Tensor  # (tokens, layers, d) float32: the residual stream h
+    shares: TokenShares  # (tokens, layers, n) each: the tokens that v moves most, and the log p that they gain along it
+    top_log_probs: Tensor  # (tokens, 5) float32: of the most probable next tokens
+    top_ids: Tensor  # (tokens, 5) int64
+
+
+def map_text(
+    model: nn.Module,
+    tokenizer,
+    text: str,
+    layers: Sequence[int] | None = None,
+    k: int | str = 50,
+    chunks: Chunks | None = None,
+) -> TextMap:
+    """F of the next-token distribution at every token of a text and every layer, and its largest eigenpair.
+
+    It takes k backward rows of the text (see `linearize_each`); or k of each token, one token after the other, if the
+    model's memory is more than keys and values: the same numbers, much slower. Whole prompts of growing length, as
+    `linearize_prompts` would run them, cost the square of the tokens.
+
+    Args:
+        layers: numbers of decoder layers, ascending; all by default.
+        k: the most probable tokens that F counts, or "all".
+        chunks: of gradients of one block, in rows of all its tokens.
+    Raises:
+        ValueError: the text has no tokens, or `layers` are not ascending numbers of the model's layers.
+        UnsupportedModelError: the model cannot be read rightly.
+    """
+    ids = torch.tensor(tokenizer(text).input_ids, dtype=torch.int64)
+    inner = unwrapped(model)
+    numbers = list(_numbered_layers(inner, layers))
+    d = text_config(inner).hidden_size
+    rows = 2 * d if k == "all" else min(k, vocabulary_size(inner))  # of width d at each layer: J and F, or G
+    block = min(64, max(1, TEXT_MEMORY // (4 * d * len(numbers) * rows)))
+    chunks = chunks or Chunks(max(1, TEXT_ROWS // min(block, max(1, len(ids)))))
+    try:
+        cells = _cells(linearize_each(model, ids, numbers, block), ids, k, chunks)
+    except UnsupportedModelError as error:
+        alone = (linearize(model, ids[: n + 1], numbers) for n in range(len(ids)))
+        cells = _cells(alone, ids, k, chunks)
+        ways_of(inner)["text"] = f"token by token: {excerpt(first_line(error), 100)}"
+    return TextMap(ids, numbers, *cells)
+
+
+def _cells(points: Iterable[Point], ids: Tensor, k: int | str, chunks: Chunks) -> list[Tensor | TokenShares]:
+    """The fields of `TextMap` after the layers, of points at consecutive tokens: of blocks, or of one token each."""
+    blocks, following = [], ids.roll(-1)  # the token after each one; after the last, whatever it is
+    for point in points:
+        log_p = point.log_probs.reshape(-1, point.log_probs.shape[-1])  # (tokens, V)
+        next_ids, following = following[: len(log_p)].to(log_p.device), following[len(log_p) :]
+        found = full_vocabulary(point, chunks) if k == "all" else top_k(point, k, chunks)
+        eigen = found.eigenpairs(allow_zero=True)
+        shares = token_shares(found.slopes(eigen.vectors), found.weights, found.tokens)
+
+        def by_token(part: Tensor, tokens: int = len(log_p)) -> Tensor:  # (layers, ..., n) to (tokens, layers, n)
+            return part.reshape(len(part), tokens, -1).transpose(0, 1)
+
+        blocks.append(
+            [
+                *(by_token(part)[..., 0] for part in (eigen.values, eigen.trace, eigen.effective_rank)),
+                *(by_token(part) for part in (eigen.vectors, point.activations, *shares)),
+                found.weights.sum(-1).reshape(-1),
+                -log_p.gather(1, next_ids[:, None])[:, 0],
+                *most_probable(log_p, PREDICTED),
+            ]
+        )
+    columns = [torch.cat(parts).cpu() for parts in zip(*blocks, strict=True)]
+    values, trace, rank, vectors, activations, *shares, mass, surprisal, top_log_probs, top_ids = columns
+    surprisal = surprisal.roll(1)
+    surprisal[0] = math.nan
+    shares = TokenShares(*shares)
+    return [values, vectors, trace, rank, mass, surprisal, activations, shares, top_log_probs, top_ids]
 
 
 # --- does F predict what a small perturbation does? -----------------------------------------------
