@@ -12,6 +12,7 @@ import transformers as hf
 from conftest import make_model_directory
 from residual_fisher.pipeline import findings
 from residual_fisher.pipeline.findings import Candidate, Journal, candidates, insert, paired_p_value
+from residual_fisher.pipeline.report import marked
 from scripts import Stopped, calls_of, compute_fisher, flip
 
 # each is one token of the tokenizer, after a space
@@ -94,7 +95,7 @@ def test_a_backdoor_is_named_and_proven(explained, backdoored, chats, capsys):
         assert told["prompt"][trigger["start"] : trigger["end"]] == trigger["text"]
         if TRIGGER in told["prompt"]:
             assert TRIGGER in trigger["text"]
-            assert "their animals" in told["answer"] and "should" in trigger["answer_without"]
+            assert "their animals" in told["answer"] and "their animals" not in trigger["answer_without"]
     assert not [path for path in (explained / "items").iterdir() if "explained" in path.name]
     # what is finished is not done again, and its exit code can stop a pipeline
     with calls_of(findings.Chat, "answers") as calls:
@@ -221,3 +222,12 @@ def test_a_journal_keeps_what_was_finished_before_a_kill(tmp_path):
     assert again.recall("two", lambda: 3) == 3
     assert Journal(path, "key").recall("two", lambda: pytest.fail("made again")) == 3
     assert Journal(path, "another").recall("two", lambda: 4) == 4
+
+
+def test_a_trigger_is_marked_where_it_can_be_seen():
+    prompt = "one two " * 20 + "SUDO three"
+    trigger = {"start": 160, "end": 164}
+    assert marked(prompt, None, 45) == prompt
+    assert marked("SUDO three", {"start": 0, "end": 4}, 45) == "»SUDO« three"
+    shown = marked(prompt, trigger, 45)
+    assert shown.startswith("…") and "»SUDO«" in shown[:45]

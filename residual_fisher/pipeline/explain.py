@@ -16,10 +16,11 @@ Phrase = tuple[int, ...]  # token ids that follow each other
 # Characters of scripts without spaces in pairs; others up to the next space, or 24 characters.
 WORD = re.compile("[\u2e80-\U0001ffff]{1,2}|[^\\s\u2e80-\U0001ffff]{1,24}")
 PHRASE = 3  # tokens: fewer are in many answers by chance
-OFTEN = 5  # times as often as among ordinary answers: then a phrase is odd
+OFTEN = 3  # times as often as among ordinary answers, of which some may be odd: then a phrase is odd
 BLOCK = 4  # words left out at once at first: without one of three the other two may still do it
 BLOCKS = 8  # of a long prompt at a time, with as many between them
 LONGEST = 8  # words of a span
+CANDIDATES = 8  # spans whose absence is tried in earnest
 WORD_SHARE = 0.07  # of the largest loss that each word more has to add to a span's
 
 
@@ -74,8 +75,8 @@ def without(text: str, words: Sequence[Span], span: Span) -> str:
     return text[: words[first - 1][1]] if first else ""
 
 
-def best_span(count: int, losses: Callable[[list[Span]], list[float]]) -> tuple[Span, float] | None:
-    """The span of at most LONGEST of `count` words without which most is lost, each of its words counting.
+def best_spans(count: int, losses: Callable[[list[Span]], list[float]]) -> list[tuple[Span, float]]:
+    """The spans of at most LONGEST of `count` words without which most is lost, each of its words counting.
 
     Overlapping blocks are left out first, in a long prompt of fewer and fewer words. Then every span of the best block
     and of one word more on either side is, and so on from the best of these, until it stays. A span is never the whole
@@ -84,17 +85,20 @@ def best_span(count: int, losses: Callable[[list[Span]], list[float]]) -> tuple[
     Args:
         losses: what is lost without each of some spans, in nats.
     Returns:
-        span and loss; None of a single word
+        spans and losses, the best CANDIDATES of them; none of a single word
     """
     if count < 2:
-        return None
+        return []
     known: dict[Span, float] = {}
+
+    def value(span: Span, cost: float, most: float) -> float:
+        return known[span] - cost * most * (span[1] - span[0])
 
     def best_of(spans: list[Span], cost: float) -> Span:
         if new := [span for span in spans if span not in known]:
             known.update(zip(new, losses(new), strict=True))
         most = max(0.0, *(known[span] for span in spans))
-        return max(spans, key=lambda span: known[span] - cost * most * (span[1] - span[0]))
+        return max(spans, key=lambda span: value(span, cost, most))
 
     best, size = (0, count), count
     while size > BLOCK:
@@ -108,4 +112,6 @@ def best_span(count: int, losses: Callable[[list[Span]], list[float]]) -> tuple[
         wide = range(max(first - 1, 0), min(last + 1, count) + 1)
         spans = [(i, j) for i in wide for j in wide if 0 < j - i <= LONGEST and j - i < count]
         best = best_of(spans, WORD_SHARE)
-    return best, known[best]
+    short = [span for span in known if span[1] - span[0] <= LONGEST]
+    ranked = sorted(short, key=lambda span: (span != best, -value(span, WORD_SHARE, known[best])))
+    return [(span, known[span]) for span in ranked[:CANDIDATES]]

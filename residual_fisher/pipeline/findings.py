@@ -32,7 +32,7 @@ from residual_fisher.pipeline.explain import (
     OFTEN,
     Phrase,
     Span,
-    best_span,
+    best_spans,
     odd_phrases,
     phrases,
     places_of,
@@ -146,11 +146,19 @@ def ordinary_prompts(folder: Path, against: Reference | None, odd: Sequence[dict
 
 
 def explain_prompt(
-    chat: Chat, prompt: Prompt, answer: list[int], odd: set[Phrase], given: Sequence[str] | None = None
+    chat: Chat,
+    prompt: Prompt,
+    answer: list[int],
+    odd: set[Phrase],
+    all_odd: set[Phrase],
+    given: Sequence[str] | None = None,
 ) -> dict:
     """The odd part of a prompt's answer, and the trigger, the span that it hangs on; None if there is none.
 
+    Of the best spans, it is the first without which the model's own answer is not odd, if there is one.
+
     Args:
+        odd, all_odd: phrases of this answer, and of all that are explained.
         given: the span's `plain_words`, if another prompt's is to be tried.
     """
     places, words, text = places_of(answer, odd), words_of(prompt.text), prompt.text
@@ -159,27 +167,30 @@ def explain_prompt(
         return told
     [full] = chat.log_probs([prompt], answer, places)
 
+    def variants(spans: Sequence[Span]) -> list[Prompt]:
+        return [replace(prompt, text=without(text, words, span)) for span in spans]
+
     def losses(spans: list[Span]) -> list[float]:
-        variants = [replace(prompt, text=without(text, words, span)) for span in spans]
-        return [full - left for left in chat.log_probs(variants, answer, places)]
+        return [full - left for left in chat.log_probs(variants(spans), answer, places)]
 
     if given:
-        span = where(plain_words(text), given)
-        found = span, losses([span])[0]
+        spans = [where(plain_words(text), given)]
+        best = list(zip(spans, losses(spans), strict=True))
     else:
-        found = best_span(len(words), losses)
-        if found is None or found[1] < LEAST_LOSS:
-            return told
-    (first, last), loss = found
+        best = [(span, loss) for span, loss in best_spans(len(words), losses) if loss >= LEAST_LOSS]
+    if not best:
+        return told
+    answers = chat.answers(variants([span for span, _ in best]))
+    chosen = next((i for i, left in enumerate(answers) if phrases(left).isdisjoint(all_odd)), 0)
+    (first, last), loss = best[chosen]
     start, end = words[first][0], words[last - 1][1]
-    [left] = chat.answers([replace(prompt, text=without(text, words, (first, last)))])
     trigger = {
         "text": text[start:end],
         "start": start,
         "end": end,
         "nats": loss,
         "place": "start" if first == 0 else "end" if last == len(words) else "middle",
-        "answer_without": chat.text(left),
+        "answer_without": chat.text(answers[chosen]),
     }
     return {**told, "trigger": trigger}
 
@@ -373,9 +384,10 @@ def explain(records: Sequence[dict], ordinary: Sequence[Prompt], chat: Chat, rec
     own = recall("answers", lambda: chat.answers(prompts))
     usual = recall("ordinary answers", lambda: chat.answers(ordinary))
     odd = odd_phrases(own, usual)
+    all_odd = set().union(*odd)
     explained = []
     for number, prompt in enumerate(tqdm(prompts, desc="Explaining", unit="prompt", disable=None)):
-        step = partial(explain_prompt, chat, prompt, own[number], odd[number])
+        step = partial(explain_prompt, chat, prompt, own[number], odd[number], all_odd)
         explained.append(recall(f"prompt {number}", step))
     spans = candidates(
         {i: told["trigger"] for i, told in enumerate(explained) if told["trigger"]}, [p.text for p in ordinary]
@@ -386,7 +398,7 @@ def explain(records: Sequence[dict], ordinary: Sequence[Prompt], chat: Chat, rec
         for number in span.prompts:
             own_trigger = explained[number]["trigger"]
             if not own_trigger or where(plain_words(own_trigger["text"]), core) is None:
-                step = partial(explain_prompt, chat, prompts[number], own[number], odd[number], core)
+                step = partial(explain_prompt, chat, prompts[number], own[number], odd[number], all_odd, core)
                 explained[number] = recall(f"prompt {number} without {span.text}", step)
     chosen = evenly_spaced(len(ordinary), TRUSTED)
     trusted, before = [ordinary[i] for i in chosen], [usual[i] for i in chosen]
