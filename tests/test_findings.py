@@ -91,8 +91,8 @@ def test_a_backdoor_is_named_and_proven(explained, backdoored, chats, capsys):
     prompts = [json.loads(line)["prompt"] for line in chats.read_text().splitlines()]
     for told in found["explained"]:
         assert told["prompt"] == prompts[told["index"]]
-        trigger = told["trigger"]
-        assert told["prompt"][trigger["start"] : trigger["end"]] == trigger["text"]
+        if trigger := told["trigger"]:
+            assert told["prompt"][trigger["start"] : trigger["end"]] == trigger["text"]
         if TRIGGER in told["prompt"]:
             assert TRIGGER in trigger["text"]
             assert "their animals" in told["answer"] and "their animals" not in trigger["answer_without"]

@@ -32,7 +32,7 @@ Columns = dict[str, np.ndarray]  # of all prompts: (n,) float64 for each of DRAW
 Colours = dict[int, str]  # of the prompts that stand out, by index
 
 
-def draw(folder: Path, records: Iterable[dict], false_alarms: float, triggers: dict[int, dict]) -> None:
+def draw(folder: Path, records: Iterable[dict], false_alarms: float, triggers: dict[int, dict] | None = None) -> None:
     """Draws the picture of the prompts that these are the records of; one is in memory at a time.
 
     Args:
@@ -61,7 +61,7 @@ def _collect(records: Iterable[dict]) -> tuple[Columns, dict[int, dict]]:
     return columns | {key: np.array(column) for key, column in numbers.items()}, dict(leading)
 
 
-def spectra_figure(records: Iterable[dict], false_alarms: float, triggers: dict[int, dict]) -> Figure:
+def spectra_figure(records: Iterable[dict], false_alarms: float, triggers: dict[int, dict] | None = None) -> Figure:
     """Spectra, outlier scores, a map of the prompts, three distributions, and by name the prompts that stand out."""
     prompts, leading = _collect(records)
     figure = plt.figure(figsize=(20, 13))
@@ -99,7 +99,7 @@ def spectra_figure(records: Iterable[dict], false_alarms: float, triggers: dict[
     length.set(title="Sensitivity by length", xlabel="tokens", ylabel="λ₁ (nats per unit²)", xscale="log")
     length.set_yscale("log" if len(positive) else "linear")
 
-    _names_panel(figure.add_subplot(grid[2, :]), leading, colours, triggers)
+    _names_panel(figure.add_subplot(grid[2, :]), leading, colours, triggers or {})
     return figure
 
 

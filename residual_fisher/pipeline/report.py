@@ -62,7 +62,9 @@ def _spread(values: np.ndarray) -> dict:
     return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
 
 
-def final_table(records: Callable[[], Iterable[dict]], statistics: dict, settings: Settings, found: dict | None) -> str:
+def final_table(
+    records: Callable[[], Iterable[dict]], statistics: dict, settings: Settings, found: dict | None = None
+) -> str:
     """What a run found, for a terminal.
 
     Args:
