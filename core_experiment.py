@@ -56,6 +56,7 @@ from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.run import Run, State, short_hash, sources_of
 from residual_fisher.common.text import excerpt, first_line, printable
 from residual_fisher.experiment import estimate, figures, records, report, text_map
+from residual_fisher.experiment.lens_audit import lens_for
 from residual_fisher.experiment.measurement import Batches, Clock, measure_sentence
 from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.experiment.records import Recorder, failure, rank, read_results, split_results, write_results
@@ -135,7 +136,7 @@ def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
     """The settings with no more tokens than the vocabulary has, eigenvectors than F has, and layers that exist.
 
     Raises:
-        UserError: it has no such layer.
+        UserError: it has no such layer, or the lens is of another model.
     """
     k, vocabulary = settings.max_vocab_subset, vocabulary_size(model)
     if k != "all" and k > vocabulary:
@@ -147,6 +148,8 @@ def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
     if count > most:
         print(f"note: --num-eigenvectors {count} is more than a matrix of {k} tokens and width {width} has: {most}")
         count = most
+    if settings.lens:
+        lens_for(settings.lens, layers, len(decoder_layers(model)), width)
     return replace(settings, max_vocab_subset=k, num_eigenvectors=count, layers=layers)
 
 

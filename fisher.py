@@ -27,7 +27,7 @@ for one prompt and (prompts,) for a batch. Whatever holds NaN or infinity raises
 does not fit UnsupportedModelError.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 import math
 from typing import NamedTuple
@@ -68,7 +68,7 @@ __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PromptPoint", "PushForward",
     "TextMap", "TopK", "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs",
     "full_vocabulary", "kl_divergence", "linearize", "linearize_each", "linearize_perturbed",
-    "linearize_prompts", "load", "map_text", "most_probable", "perturb", "pull_back", "top_k",
+    "linearize_prompts", "load", "map_text", "most_probable", "perturb", "pull_back", "stream_jacobians", "top_k",
 ]  # fmt: skip
 
 # Widest matrix that is formed: `eigh` of seven takes 0.05 s, and of 576 x 576 0.35 s (iteration: 0.03).
@@ -139,7 +139,10 @@ class PromptPoint(Point):
         self.reading = reading  # for the passes that perturb it
 
 
-def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None) -> PromptPoint:
+@torch.inference_mode(False)
+def linearize(
+    model: nn.Module, ids: Sequence[int] | Tensor | Mapping, layers: int | Sequence[int] | None = None
+) -> PromptPoint:
     """Runs a prompt's last token with a zero bias added to the residual stream of every layer in `layers`.
 
     The biases change nothing. One backward pass from x returns the gradients at all layers, at the cost of the
@@ -147,10 +150,11 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
     keys and values, every pass runs the whole prompt instead (see `model/reading.py`).
 
     Args:
-        ids: (tokens,) or (1, tokens) int64.
-        layers: numbers of decoder layers, ascending; all by default.
+        ids: (tokens,) or (1, tokens) int64, or what a tokenizer returns of one prompt.
+        layers: the number of a decoder layer, or several, ascending; all by default.
     Raises:
-        ValueError: `ids` is empty or a batch, or `layers` are not ascending numbers of the model's layers.
+        ValueError: `ids` is empty, a text or a batch; `layers` are not ascending numbers of the model's layers; or the
+            model is in training mode.
         UnsupportedModelError: the model cannot be read rightly.
     """
     ids, wrapped, model = _one_prompt(ids), model, unwrapped(model)
@@ -168,17 +172,23 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
     return PromptPoint(model, streams, biases, head, logits, layers=chosen, reading=reading)
 
 
-def _one_prompt(ids: Sequence[int] | Tensor) -> Tensor:
-    ids = torch.as_tensor(ids).cpu()
+def _one_prompt(ids: Sequence[int] | Tensor | Mapping) -> Tensor:
+    """(tokens,) int64 on the CPU."""
+    ids = ids["input_ids"] if isinstance(ids, Mapping) else ids
+    if isinstance(ids, str):
+        raise ValueError("token ids are wanted, not a text: tokenizer(text)")
+    ids = torch.as_tensor(ids).cpu().clone()  # usable outside of inference mode
     ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
     if ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"the token ids of one prompt are wanted, not a tensor of shape {tuple(ids.shape)}")
     return ids
 
 
-def _numbered_layers(model: nn.Module, layers: Sequence[int] | None) -> dict[int, nn.Module]:
+def _numbered_layers(model: nn.Module, layers: int | Sequence[int] | None) -> dict[int, nn.Module]:
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout is random: model.eval() first")
     found = dict(enumerate(decoder_layers(model).values()))
-    layers = list(found if layers is None else layers)
+    layers = [layers] if isinstance(layers, int) else list(found if layers is None else layers)
     if not layers or layers != sorted(set(layers) & set(found)):
         raise ValueError(f"layers {layers} are not ascending numbers from 0 to {len(found) - 1}")
     return {number: found[number] for number in layers}
@@ -204,10 +214,10 @@ def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) ->
 
     The result's "layers" axis has length one, and its "..." are the rows: G is (1, rows, k, d).
     """
-    at = torch.as_tensor(at).expand(len(deltas))
+    at = _places(point, at, len(deltas))
     leaf = deltas.detach().float().clone().requires_grad_()
     with capture_head(point.model, lambda x: x[-len(deltas) :]) as head:  # the rows before these are unperturbed
-        logits = perturb(point, leaf, at)  # (rows, V)
+        logits = perturb(point, leaf, torch.tensor(point.layers)[at])  # (rows, V)
     streams = point.activations[at] + deltas.to(point.activations)  # (rows, d)
     return Point(point.model, [streams], [leaf], head, logits)
 
@@ -574,16 +584,24 @@ def perturb(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Tensor:
     Args:
         deltas: (rows, d) float32, added to the residual stream at the prompt's last token. The logits have a graph if
             these require gradients.
-        at: index in `point.layers` of the layer where they are added: one for all rows, or (rows,) int64 on the CPU,
+        at: number of the layer where they are added, one of `point.layers`: one for all rows, or (rows,) int64,
             ascending.
     Raises:
-        ValueError: `at` is not ascending, or the point is of a batch.
+        ValueError: `at` is not ascending, or not of the point's layers; or the point is of a batch.
     """
-    if not isinstance(point, PromptPoint):
-        raise ValueError("only the point of one prompt, from `linearize`, can be perturbed")
-    at = torch.as_tensor(at).expand(len(deltas))
+    at = _places(point, at, len(deltas))
     with torch.set_grad_enabled(deltas.requires_grad):
         return point.reading.perturbed_logits(point.modules, deltas, at).to(point.log_probs.device)
+
+
+def _places(point: PromptPoint, at: int | Tensor, rows: int) -> Tensor:
+    """(rows,) int64: where in `point.layers` a layer's number stands."""
+    if not isinstance(point, PromptPoint):
+        raise ValueError("only the point of one prompt, from `linearize`, can be perturbed")
+    numbers = torch.as_tensor(at).cpu().expand(rows).tolist()
+    if unknown := set(numbers) - set(point.layers):
+        raise ValueError(f"the point has no layer {min(unknown)}: its layers are {point.layers}")
+    return torch.tensor([point.layers.index(number) for number in numbers])
 
 
 def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
@@ -665,6 +683,28 @@ def map_text(
     return TextMap(ids, numbers, *cells)
 
 
+def stream_jacobians(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None) -> Tensor:
+    """J (layers, d, d) float32 at a prompt's last token: of the last layer's stream, by the stream leaving each layer.
+
+    It takes d backward rows. The mean over prompts is a Jacobian lens (`model/lens.py`). The arguments and errors are
+    those of `linearize`.
+    """
+    ids, wrapped, model = _one_prompt(ids), model, unwrapped(model)
+    *_, last = decoder_layers(model).values()
+    reading, final = read(model, ids, choose_mode(wrapped, ids)), []
+    biases, _, hooks = _zero_biases(_numbered_layers(model, layers).values(), lambda h: h[0, -1], add_at)
+    with torch.enable_grad(), hooked(*hooks, edit_stream(last, lambda h: final.append(h[0, -1]) or h)):
+        reading.logits()
+    identity = torch.eye(len(final[0]), dtype=final[0].dtype, device=final[0].device)
+
+    def chunk(rows: Tensor) -> Tensor:  # (layers, rows, d)
+        return torch.stack([g.float() for g in batched_gradients(model, final, biases, [rows])])
+
+    jacobians = Chunks().join(chunk, identity, dim=1)
+    _require_finite(jacobians, "derivatives", places=1)
+    return jacobians
+
+
 def _cells(points: Iterable[Point], ids: Tensor, k: int | str, chunks: Chunks) -> list[Tensor | TokenShares]:
     """The fields of `TextMap` after the layers, of points at consecutive tokens: of blocks, or of one token each."""
     blocks, following = [], ids.roll(-1)  # the token after each one; after the last, whatever it is
@@ -700,6 +740,7 @@ def _cells(points: Iterable[Point], ids: Tensor, k: int | str, chunks: Chunks) -
 # The predicted nats of each perturbation (the next term of KL may be too large for the first, not for the last), the
 # nats that rounding hides, and the largest ratio allowed between the changes and their prediction.
 FULL_PRECISION = (1e-4, 1e-6, 1e-7), 1e-8, 1.2
+DOUBLE_PRECISION = (1e-4, 1e-6, 1e-8, 1e-10), 1e-11, 1.2  # logits are float32 in the end
 # A logit of 20 is rounded to 0.06, and 0.1 nats change logits by about 0.4. A token may also switch experts.
 HALF_PRECISION = (0.1, 0.03), 0.02, 2.0
 CHECKED_TOKENS = 20  # the most probable ones
@@ -710,8 +751,9 @@ def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Ch
     """Compares small perturbations along v, at the first layer and prompt, with what F predicts of them.
 
     KL = 1/2 delta^T F delta holds if log p_t changes by g_t delta for the tokens t that F counts. Those changes are
-    compared: half the difference between delta and -delta, which cancels terms of second order, weighted as in F. If a
-    perturbation fails, shorter ones are tried, since a long one may switch a token to another expert.
+    compared: half the difference between delta and -delta, which cancels terms of second order, weighted as in F. What
+    counts is the delta that is left after rounding h + delta. If a perturbation fails, shorter ones are tried, since a
+    long one may switch a token to another expert.
 
     Args:
         moved: takes perturbations (2, d), returns next-token logits (2, V).
@@ -720,7 +762,8 @@ def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Ch
     Raises:
         UnsupportedModelError: the model's gradient is not its derivative, for example as activations are quantised.
     """
-    sizes, least, factor = HALF_PRECISION if point.model.dtype.itemsize < 4 else FULL_PRECISION
+    dtype = point.model.dtype
+    sizes, least, factor = {8: DOUBLE_PRECISION, 4: FULL_PRECISION}.get(dtype.itemsize, HALF_PRECISION)
     top = top_k(point, min(CHECKED_TOKENS, point.log_probs.shape[-1]), chunks)
     first = (0,) * (top.gradients.ndim - 2)  # layer and prompt
     eigen = top.eigenpairs(allow_zero=True)
@@ -730,8 +773,12 @@ def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Ch
         step = torch.minimum((2 * nats / value).sqrt(), LONGEST_CHECK * h.norm())
         if not 0.5 * step**2 * value >= least:
             return False
-        log_probs = moved(torch.stack([step * v, -step * v])).float().log_softmax(-1)[:, ids.cpu()].to(v)
-        expected, found = step * (top.gradients[first] @ v), (log_probs[0] - log_probs[1]) / 2  # both (tokens,)
+        deltas = torch.stack([step * v, -step * v])
+        log_probs = moved(deltas).log_softmax(-1)[:, ids.cpu()].to(v)
+        # h is of the model's dtype: in half precision, changes of its large components may be rounded away
+        arrived = (h.cpu().double() + deltas.cpu()).to(dtype).double() - h.cpu()  # (2, d)
+        expected = top.gradients[first] @ ((arrived[0] - arrived[1]) / 2).to(v)  # (tokens,)
+        found = (log_probs[0] - log_probs[1]) / 2
         ratio = float((p * found * expected).sum() / (p * expected**2).sum())
         if 1 / factor <= ratio <= factor:
             return True

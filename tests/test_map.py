@@ -13,7 +13,7 @@ import core_experiment
 import fisher
 from residual_fisher.experiment import text_map
 from residual_fisher.model import each_token
-from residual_fisher.model.logit_lens import has_lens, lens_logits
+from residual_fisher.model.lens import has_lens, lens_logits
 from residual_fisher.model.passes import ways_of
 import scripts
 import tiny

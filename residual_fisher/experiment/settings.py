@@ -81,6 +81,9 @@ class Settings(CommandOptions):
     steer_damping: float = option(
         0.003, positive_number, "X", "of the natural gradient in one step, in units of lambda", needs="steer"
     )
+    lens: str | None = option(
+        None, path, "FILE", "also how far this Jacobian lens (.pt, .npz, .safetensors) predicts changes", needs="lens"
+    )
     map: str | None = option(
         None,
         nonempty,

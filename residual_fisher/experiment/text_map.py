@@ -21,6 +21,7 @@ from residual_fisher.common.run import Run, State, short_hash, stamps
 from residual_fisher.common.text import duration, excerpt, first_line, model_line, printable, table
 from residual_fisher.experiment.map_figure import map_figure
 from residual_fisher.experiment.settings import Settings, choose_layers
+from residual_fisher.model.lens import has_lens, lens_logits
 from residual_fisher.model.loading import (
     decoder_layers,
     describe,
@@ -30,7 +31,6 @@ from residual_fisher.model.loading import (
     load,
     longest_prompt,
 )
-from residual_fisher.model.logit_lens import has_lens, lens_logits
 from residual_fisher.model.passes import devices_of, require_known_tokens, ways_of
 from residual_fisher.model.words import summary_line, token_writer
 
