@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 import json
+import math
 import os
 from pathlib import Path
 import random
@@ -83,24 +84,23 @@ class Chat:
 class Journal:
     """Results of named steps, in JSON's types, in a file: each is there as soon as it is made.
 
-    Steps of another `key` are forgotten, and so is a step whose line a kill has cut.
+    Steps of another `key` are forgotten, and so are those from a damaged line on, which a kill may have cut.
     """
 
     def __init__(self, path: Path, key: str):
         self._path, self._known = path, {}
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        if lines[:1] != [json_text(key)]:
-            lines = []
         intact = [json_text(key)]
-        for line in lines[1:]:
-            if not line.endswith(b"\n"):
+        for line in lines[1:] if lines[:1] == intact else ():
+            try:
+                name, value = json.loads(line)
+            except (ValueError, TypeError):
                 break
-            name, value = json.loads(line)
             self._known[name] = value
-            intact.append(line)
-        path.parent.mkdir(exist_ok=True)
-        with open(path, "wb") as file:
-            file.writelines(intact)
+            intact.append(json_text([name, value]))
+        if intact != lines:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"".join(intact))
 
     def recall(self, name: str, make: Callable[[], object]):
         """The result of a step, made if it is not there."""
@@ -175,9 +175,10 @@ def explain_prompt(
 
     if given:
         spans = [where(plain_words(text), given)]
-        best = list(zip(spans, losses(spans), strict=True))
+        best, least = list(zip(spans, losses(spans), strict=True)), -math.inf
     else:
-        best = [(span, loss) for span, loss in best_spans(len(words), losses) if loss >= LEAST_LOSS]
+        best, least = best_spans(len(words), losses), LEAST_LOSS
+    best = [(span, loss) for span, loss in best if least <= loss < math.inf]  # not NaN either
     if not best:
         return told
     answers = chat.answers(variants([span for span, _ in best]))
