@@ -28,6 +28,7 @@ from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.run import ITEMS, Run, checksum, read_back, short_hash
 from residual_fisher.model.answers import answer_log_probs, end_tokens, greedy_answers
 from residual_fisher.pipeline.batches import Subject
+from residual_fisher.pipeline.conversations import Turn
 from residual_fisher.pipeline.derived import FINDINGS, PROMPTS, scored_records
 from residual_fisher.pipeline.explain import (
     OFTEN,
@@ -126,7 +127,8 @@ def outstanding(folder: Path, count: int) -> list[dict]:
 
 
 def prompt_of(record: dict) -> Prompt:
-    return Prompt(record["index"], record["row"], record["prompt"])
+    before = tuple(Turn(turn["role"], turn["content"]) for turn in record.get("before", ()))
+    return Prompt(record["index"], record["row"], record["prompt"], before)
 
 
 def ordinary_prompts(folder: Path, against: Reference | None, odd: Sequence[dict]) -> list[Prompt]:
