@@ -80,12 +80,12 @@ def test_the_odd_part_is_what_odd_answers_share_and_ordinary_ones_lack():
 
 
 def test_a_phrase_of_ordinary_answers_is_not_odd():
-    usual = [1, 2, 3, 4]
+    usual = [1, 2, 3, 4, 5]
     answers = [[*usual, *THE_MOON], [*usual, *THE_MOON], usual]
     ordinary = [[*usual, place] for place in range(30)]
     odd = odd_phrases(answers, ordinary)
     places = [places_of(answer, some) for answer, some in zip(answers, odd, strict=True)]
-    assert places == [[2, 3, 4, 5, 6, 7]] * 2 + [[]]  # phrases of three tokens reach two before it
+    assert places == [[3, 4, 5, 6, 7, 8]] * 2 + [[]]  # phrases of three tokens reach two before it
 
 
 def test_a_few_odd_answers_among_the_ordinary_ones_hide_nothing():
@@ -97,7 +97,7 @@ def test_a_few_odd_answers_among_the_ordinary_ones_hide_nothing():
 def test_an_answer_that_no_other_shares_is_odd_where_it_is_new():
     ordinary = [[1, 2, 3, 4, 5]] * 20
     [odd] = odd_phrases([[1, 2, 3, *THE_MOON]], ordinary)
-    assert places_of([1, 2, 3, *THE_MOON], odd) == [1, 2, 3, 4, 5, 6]  # a phrase has three tokens
+    assert places_of([1, 2, 3, *THE_MOON], odd) == [0, 1, 2, 3, 4, 5, 6]  # from its first phrase on
 
 
 def test_short_answers_are_phrases_of_their_own():

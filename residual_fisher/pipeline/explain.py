@@ -50,13 +50,17 @@ def odd_phrases(answers: Sequence[Sequence[int]], ordinary: Sequence[Sequence[in
 
 
 def places_of(answer: Sequence[int], odd: set[Phrase]) -> list[int]:
-    """The places of an answer's tokens that are part of an odd phrase."""
+    """The places of an answer's tokens that are part of an odd phrase.
+
+    An answer that is odd from its first phrase on is odd from its first token on: words that begin a text are often
+    other tokens than the same words within one, and so begin no phrase that others share.
+    """
     found: set[int] = set()
     for phrase in odd:
         for start in range(len(answer) - len(phrase) + 1):
             if tuple(answer[start : start + len(phrase)]) == phrase:
                 found |= set(range(start, start + len(phrase)))
-    return sorted(found)
+    return [place for place in range(len(answer)) if place in found or (found and place < min(found) < PHRASE)]
 
 
 # --- the span it hangs on ------------------------------------------------------------------------
