@@ -28,6 +28,7 @@ does not fit UnsupportedModelError.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,19 +37,21 @@ from torch import Tensor, nn
 
 from residual_fisher.model.eigen import block_lanczos, eigh, float64
 from residual_fisher.model.head import OutputHead, cotangents_through, is_linear
+from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, prefix_memory
 from residual_fisher.model.loading import decoder_layers, load, require_fixed_rotation
 from residual_fisher.model.passes import (
     Chunks,
     UnsupportedModelError,
     add_at,
+    attention,
     batched_gradients,
     capture_head,
     edit_stream,
     hooked,
-    last_logits,
+    logits_at,
     unwrapped,
 )
-from residual_fisher.model.reading import Reading, choose_mode, read
+from residual_fisher.model.reading import Reading, choose_mode, read, share_prefixes
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PromptPoint", "PushForward",
@@ -82,19 +85,22 @@ class NumericalError(ArithmeticError):
 class Point:
     """Where the model is linearised: what was read at the last token of each prompt, and the graph from h to x."""
 
-    def __init__(self, model: nn.Module, streams: list[Tensor], biases: list[Tensor], captured, logits: Tensor):
+    def __init__(
+        self, model: nn.Module, streams: list[Tensor], biases: list[Tensor], captured, logits: Tensor, tokens: int = 1
+    ):
         logits = logits.to(captured.raw_logits.device)  # a model that is spread over devices returns them on the first
         self.model = model
         # (layers, ..., d) float32, the residual stream h leaving each hooked module
         self.activations = torch.stack([h.float().to(logits.device) for h in streams])
         self.biases = biases  # one leaf (..., d) for each layer, added to h; gradients are taken at it
+        self.tokens = tokens  # that a backward pass runs through for each row
         self.x = captured.x  # (prompts, 1, d_head), the head's input: the final normalised hidden state
         self.head = model.get_output_embeddings()  # x -> raw_logits
         self.raw_logits = captured.raw_logits  # (prompts, 1, V)
         self.logits = logits  # (..., V) float32, after the scaling or soft-capping that follows the head
         self.log_probs = logits.detach().log_softmax(-1)  # (..., V) float32, nats
         _require_finite(self.activations, "activations", places=self.activations.ndim - 1)
-        _require_finite(logits.detach()[None], "logits", places=logits.ndim)
+        _require_finite(logits.detach()[None], "logits", places=self.activations.ndim - 1)
 
     def output_head(self) -> OutputHead:
         """Raises UnsupportedModelError: the head is not linear."""
@@ -183,23 +189,34 @@ def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) ->
 
 
 def linearize_prompts(
-    model: nn.Module, module: nn.Module, ids: Tensor, lengths: Tensor, last_only: bool = False
+    model: nn.Module, module: nn.Module, ids: Tensor, lengths: Tensor, last_only: bool = False, predicted: int = 1
 ) -> Point:
-    """Runs whole prompts, each with a zero bias of its own added to the output of `module` at every token.
+    """Runs prompts, each with a zero bias of its own added to the output of `module` at every one of its tokens.
 
     The prompts are padded on the right. Causal attention hides that padding from all real tokens, so no mask is
     needed. Each prompt's last token is picked by its length before the head.
 
+    With `last_only` the bias is added at each prompt's last token alone. The tokens before it are run once, without
+    gradients, into a cache; or with it, where the model cannot be read in this way (`reading.share_prefixes`).
+
+    With `predicted` n > 1 answers follow the prompts, of which the point has the first n tokens' distributions: x is
+    (prompts, n, d_head), logits and log_probs are (prompts, n, V). No bias is added at the answers' tokens.
+
     Args:
         module: any module whose output is (prompts, tokens, d), or a tuple that begins with it.
-        ids: (prompts, tokens) int64, padded with any token.
+        ids: (prompts, tokens) int64, padded with any token: the prompts, and the first n - 1 tokens of the answers.
         lengths: (prompts,) int64, the tokens of each prompt.
-        last_only: add the bias at each prompt's last token alone.
     Raises:
         UnsupportedModelError: the module's output has another shape or does not lead to the predictions.
     """
-    model, prompts, last = unwrapped(model), torch.arange(len(ids)), lengths.cpu() - 1
+    wrapped, model, lengths = model, unwrapped(model), lengths.cpu()
     require_fixed_rotation(model, ids)
+    prompts, last = torch.arange(len(ids)), lengths - 1
+    places = (last[:, None] + torch.arange(predicted)).clamp(max=ids.shape[1] - 1)  # (prompts, n)
+    memory, kind = {}, nullcontext()
+    if last_only and share_prefixes(wrapped, ids, lengths, predicted - 1):
+        memory, kind = prefix_memory(model, ids, lengths, predicted), attention(model, LAST_TOKEN_ATTENTION)
+        ids, last, places = ids.gather(1, places), torch.zeros_like(last), torch.arange(predicted).expand_as(places)
 
     def at_last(h: Tensor) -> Tensor:
         if not isinstance(h, Tensor) or h.ndim != 3 or h.shape[:2] != ids.shape or not h.is_floating_point():
@@ -207,15 +224,19 @@ def linearize_prompts(
         return h[prompts, last]
 
     def add(h: Tensor, bias: Tensor) -> Tensor:
-        here = (torch.arange(ids.shape[1]) == last[:, None])[..., None]  # (prompts, tokens, 1)
-        return h + (here.to(h) * bias[:, None] if last_only else bias[:, None])
+        if predicted == 1 and not last_only:
+            return h + bias[:, None]
+        tokens = torch.arange(ids.shape[1])
+        here = tokens == last[:, None] if last_only else tokens <= last[:, None]  # (prompts, tokens)
+        return h + here[..., None].to(h) * bias[:, None]
 
     biases, streams, hooks = _zero_biases([module], at_last, add)  # (prompts, d) of the one module
-    with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
-        logits = last_logits(model, ids, lengths.cpu()).float()  # (prompts, V)
+    with torch.enable_grad(), kind, hooked(*hooks), capture_head(model) as head:
+        logits = logits_at(model, ids, places, **memory)  # (prompts, n, V)
     if len(biases) != 1 or not head.x.requires_grad:
         raise UnsupportedModelError("it does not stand, once, between the prompt and the output head")
-    return Point(model, streams, biases, head, logits)
+    logits = logits.float() if predicted > 1 else logits[:, 0].float()
+    return Point(model, streams, biases, head, logits, ids.numel())
 
 
 def _require_finite(values: Tensor, what: str, places: int) -> None:

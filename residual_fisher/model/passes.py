@@ -165,8 +165,11 @@ def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
     return logits_at(model, ids, lengths[:, None] - 1)[:, 0]
 
 
-def logits_at(model: nn.Module, ids: Tensor, places: Tensor) -> Tensor:
-    """Logits (prompts, n, V) after the tokens at `places` (prompts, n) of each prompt; `ids` as in `last_logits`."""
+def logits_at(model: nn.Module, ids: Tensor, places: Tensor, **memory) -> Tensor:
+    """Logits (prompts, n, V) after the tokens at `places` (prompts, n) of each row of `ids` (prompts, tokens).
+
+    `memory` are arguments of the model's for a cache of what comes before.
+    """
     require_known_tokens(model, ids)
 
     def pick(x: Tensor) -> Tensor:
@@ -175,7 +178,7 @@ def logits_at(model: nn.Module, ids: Tensor, places: Tensor) -> Tensor:
         return x[torch.arange(len(x))[:, None], places]
 
     with capture_head(model, pick):
-        return model(ids.to(model.device), use_cache=False).logits
+        return model(ids.to(model.device), **{"use_cache": False, **memory}).logits
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:

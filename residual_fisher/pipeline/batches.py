@@ -17,6 +17,7 @@ from residual_fisher.common.program import UserError
 from residual_fisher.common.text import first_line
 from residual_fisher.model import passes
 from residual_fisher.model.loading import rotation_change
+from residual_fisher.model.reading import share_prefixes
 from residual_fisher.model.words import TokenShares, prompt_words_test, token_shares, token_writer
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 from residual_fisher.pipeline.matrices import arrays_of
@@ -145,11 +146,17 @@ def explain_unsupported(subject: Subject) -> Iterator[None]:
         raise UserError(f"no Fisher matrix at {subject.path}: {error}") from error
 
 
-def attention_for(settings: Settings, batch: list[Encoded]) -> str:
-    """The kind of attention a batch runs with."""
+def over_prefix(settings: Settings, subject: Subject, batch: list[Encoded]) -> bool:
+    """Whether `linearize_prompts` reads the batch's last tokens from prefixes in a cache."""
+    return settings.bias_positions == "last" and share_prefixes(subject.model, *pad(batch))
+
+
+def attention_for(settings: Settings, subject: Subject, batch: list[Encoded]) -> str:
+    """The kind of attention that a batch's prompts, or their prefixes, run with."""
+    if longest(batch) <= PLAIN_ATTENTION and 2 * padded(batch) <= BACKWARD_ROWS:
+        return "eager"
     # the block iteration differentiates the backward pass: no fused attention
-    plain = longest(batch) <= PLAIN_ATTENTION and 2 * padded(batch) <= BACKWARD_ROWS
-    return "eager" if plain or settings.top_k_tokens == "all" else "sdpa"
+    return "eager" if settings.top_k_tokens == "all" and not over_prefix(settings, subject, batch) else "sdpa"
 
 
 def linearize_batch(
@@ -158,14 +165,14 @@ def linearize_batch(
     """The batch's prompts at their last tokens, and how many cotangents to pull back at once."""
     passes.use_attention(subject.model, attention)
     last_only = settings.bias_positions == "last"
-    rows = subject.room.backward_rows // padded(batch) if attention == "eager" else 1
     point = fisher.linearize_prompts(subject.model, subject.module, *pad(batch), last_only)
-    return point, fisher.Chunks(max(1, rows))
+    batched = attention == "eager" or over_prefix(settings, subject, batch)
+    return point, fisher.Chunks(max(1, subject.room.backward_rows // point.tokens) if batched else 1)
 
 
 def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) -> int:
     """The whole batch, or as many prompts as leave plain attention room for its tokens x tokens matrices."""
-    if settings.top_k_tokens != "all":
+    if settings.top_k_tokens != "all" or over_prefix(settings, subject, batch):
         return len(batch)
     config = subject.model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None) or 1
@@ -204,7 +211,7 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
         UserError: the module does not lead to the predictions.
     """
     start, room = time.perf_counter(), subject.room
-    attention = attention_for(settings, batch)  # the same for parts of it
+    attention = attention_for(settings, subject, batch)  # the same for parts of it
 
     def measure_some(which: torch.Tensor) -> list[Item]:
         prompts = [batch[i] for i in which.tolist()]
@@ -243,7 +250,7 @@ def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded], at
     with subject.room.taking(padded(batch)):
         point, chunks = linearize_batch(settings, subject, batch, attention)
         eigen, shares, columns = triplets(settings, point, chunks)
-    subject.room.learn_from(chunks, padded(batch))
+    subject.room.learn_from(chunks, point.tokens)
     next_log_p, next_ids = fisher.most_probable(point.log_probs, NEXT_TOKENS)
     next_p, next_ids = next_log_p.exp().tolist(), next_ids.tolist()
     values, vectors, activations = (part.cpu().numpy() for part in (*eigen[:2], point.activations[0]))
@@ -312,7 +319,7 @@ def check_once(settings: Settings, subject: Subject, batch: list[Encoded], check
     Raises:
         UserError: the logits differ, so that this model's results would depend on what else is in the batch.
     """
-    kind = attention_for(settings, batch)
+    kind = attention_for(settings, subject, batch)
     if kind in checked:
         return False
     passes.use_attention(subject.model, kind)
@@ -349,6 +356,6 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
     # a prompt that leads to NaN, infinity or no convergence will be recorded as failed
     failures = suppress(fisher.NumericalError, torch.linalg.LinAlgError)
     with explain_unsupported(subject), failures, subject.room.taking(padded(batch)):
-        point, chunks = linearize_batch(settings, subject, batch, attention_for(settings, batch))
+        point, chunks = linearize_batch(settings, subject, batch, attention_for(settings, subject, batch))
         fisher.check_prediction(point, moved, chunks)
-        subject.room.learn_from(chunks, padded(batch))
+        subject.room.learn_from(chunks, point.tokens)
