@@ -10,6 +10,7 @@ import families
 from residual_fisher.model import answers
 from residual_fisher.model.answers import answer_log_probs, end_tokens, greedy_answers
 from residual_fisher.model.reading import may_pad
+from scripts import calls_of
 import tiny
 
 TOKENS = 5
@@ -55,6 +56,20 @@ def test_log_probabilities_are_those_of_full_passes_of_one_prompt(name):
     found = answer_log_probs(model, batch, [ids for ids, _ in said])
     for log_probs, (_, expected) in zip(found, said, strict=True):
         torch.testing.assert_close(log_probs, torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*tiny.CONFIGS, "longrope", "mamba"])
+def test_what_prompts_begin_with_runs_once_and_changes_no_log_probability(name):
+    model = tiny.shared(name) if name in tiny.CONFIGS | tiny.ROTATING else families.shared(name)
+    begin, *ends = prompts((7, 3, 6, 1))
+    batch, said = [begin + end for end in ends], prompts((4, 2, 5))
+    alone = [answer_log_probs(model, [prompt], [answer])[0] for prompt, answer in zip(batch, said, strict=True)]
+    with calls_of(answers, "prefill") as calls:
+        together = answer_log_probs(model, batch, said)
+    cached = name not in ("longrope", "mamba")
+    assert [ids.tolist() for _, ids in calls] == [[begin]] * cached
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
 
 
 def test_an_answer_ends_with_its_end_token_and_at_the_models_last_position():

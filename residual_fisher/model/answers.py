@@ -1,13 +1,14 @@
 """Greedy answers to many prompts at once, over a key-value cache, and the log-probabilities of given answers."""
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import takewhile
 import math
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from residual_fisher.model.last_token import after_padding
+from residual_fisher.model.last_token import after_padding, copy_of, prefill
 from residual_fisher.model.loading import longest_prompt, rotation_change, text_config
 from residual_fisher.model.passes import (
     Chunks,
@@ -74,30 +75,45 @@ def answer_log_probs(
 ) -> list[Tensor]:
     """The log-probability of each token of an answer, given the prompt and all tokens before it, in nats.
 
-    Prompt and answer run in one pass, whose rotation of positions is that of its length (`rotation_change`).
+    Prompt and answer run in one pass, whose rotation of positions is that of its length (`rotation_change`). What all
+    prompts begin with runs once, if the model keeps it in keys and values.
 
     Args:
         prompts, answers: token ids. None is empty.
     Returns:
         (tokens,) float32 on the CPU for each answer
     """
-    model = unwrapped(model)
+    wrapped, model = model, unwrapped(model)
     texts = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
     found: list[Tensor] = [torch.empty(0)] * len(texts)
 
+    begin = common_beginning(prompts)
+    padding = rotation_change(model) == math.inf
+    if len(texts) == 1 or not padding or choose_mode(wrapped, torch.tensor(max(texts, key=len))) is PrefixMode.WHOLE:
+        begin = 0
+
     def measure(which: Tensor) -> None:
-        ids, lengths = pad([texts[i] for i in which.tolist()])
+        ids, lengths = pad([texts[i][begin:] for i in which.tolist()])
         counts = [len(answers[i]) for i in which.tolist()]
         places = lengths[:, None] - torch.arange(max(counts), 0, -1)  # (rows, tokens): each row's last ones
         with attention(model, _kind_for(ids)):
-            log_probs = logits_at(model, ids, places.clamp(min=0)).float().log_softmax(-1)
+            memory = {}
+            if begin:
+                memory["past_key_values"] = copy_of(prefill(model, torch.tensor([prompts[0][:begin]])), len(ids))
+            log_probs = logits_at(model, ids, places.clamp(min=0), **memory).float().log_softmax(-1)
         for row, (i, count) in enumerate(zip(which.tolist(), counts, strict=True)):
             tokens = torch.tensor(answers[i], device=log_probs.device)
             found[i] = log_probs[row, -count:].gather(-1, tokens[:, None])[:, 0].cpu()
 
-    for group in groups_of([len(text) for text in texts], rotation_change(model) == math.inf):
+    for group in groups_of([len(text) - begin for text in texts], padding):
         Chunks(len(group)).map(measure, torch.tensor(group))
     return found
+
+
+def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; each has one more at least."""
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _kind_for(ids: Tensor) -> str:

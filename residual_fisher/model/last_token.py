@@ -145,7 +145,7 @@ def prefix_memory(model: nn.Module, ids: Tensor, lengths: Tensor, tokens: int) -
         prefix = prefill(model, ids[:, :before])
     if prefix is None:
         return {}
-    shared = {"past_key_values": copy_of(prefix, len(ids), shared=True), "use_cache": True}
+    shared = {"past_key_values": copy_of(prefix, len(ids), shared=True)}
     return shared | after_padding(model, lengths - 1, before, before, tokens)
 
 

@@ -166,9 +166,9 @@ def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
 
 
 def logits_at(model: nn.Module, ids: Tensor, places: Tensor, **memory) -> Tensor:
-    """Logits (prompts, n, V) after the tokens at `places` (prompts, n) of each row of `ids` (prompts, tokens).
+    """Logits (prompts, n, V) after the tokens at `places` (prompts, n) of each prompt; `ids` as in `last_logits`.
 
-    `memory` are arguments of the model's for a cache of what comes before.
+    The model's `memory` may hold what comes before these tokens: then it grows by them.
     """
     require_known_tokens(model, ids)
 
@@ -178,7 +178,7 @@ def logits_at(model: nn.Module, ids: Tensor, places: Tensor, **memory) -> Tensor
         return x[torch.arange(len(x))[:, None], places]
 
     with capture_head(model, pick):
-        return model(ids.to(model.device), **{"use_cache": False, **memory}).logits
+        return model(ids.to(model.device), use_cache=bool(memory), **memory).logits
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
