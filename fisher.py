@@ -55,9 +55,9 @@ from residual_fisher.model.reading import Reading, choose_mode, read, share_pref
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PromptPoint", "PushForward",
-    "TopK", "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs",
+    "TopK", "TopKOfAnswers", "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs",
     "full_vocabulary", "kl_divergence", "linearize", "linearize_perturbed", "linearize_prompts", "load",
-    "most_probable", "perturb", "pull_back", "top_k",
+    "most_probable", "perturb", "pull_back", "top_k", "top_k_of_answers",
 ]  # fmt: skip
 
 # Widest matrix that is formed: `eigh` of seven takes 0.05 s, and of 576 x 576 0.35 s (iteration: 0.03).
@@ -94,9 +94,11 @@ class Point:
         self.activations = torch.stack([h.float().to(logits.device) for h in streams])
         self.biases = biases  # one leaf (..., d) for each layer, added to h; gradients are taken at it
         self.tokens = tokens  # that a backward pass runs through for each row
-        self.x = captured.x  # (prompts, 1, d_head), the head's input: the final normalised hidden state
+        self.x = (
+            captured.x
+        )  # (prompts, n, d_head), n = 1 but for answers, the head's input: the final normalised hidden state
         self.head = model.get_output_embeddings()  # x -> raw_logits
-        self.raw_logits = captured.raw_logits  # (prompts, 1, V)
+        self.raw_logits = captured.raw_logits  # (prompts, n, V)
         self.logits = logits  # (..., V) float32, after the scaling or soft-capping that follows the head
         self.log_probs = logits.detach().log_softmax(-1)  # (..., V) float32, nats
         _require_finite(self.activations, "activations", places=self.activations.ndim - 1)
@@ -436,6 +438,61 @@ def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor |
     cotangents = point.cotangents(tokens)  # (..., k, d_head)
     gradients = pull_back(point, cotangents, chunks) if jacobian is None else cotangents @ jacobian
     return TopK(gradients, p, p.sum(-1), tokens)
+
+
+@dataclass(frozen=True)
+class TopKOfAnswers:
+    """F of the answers that a batch of prompts is given, sum_j F_j over their positions j, estimated.
+
+    F_j is over the k most probable tokens of position j, teacher-forced. Each of k rows carries one token of every
+    position, g_t = sum_j e_jt sqrt(p_jt) J_j^T s_jt with signs e_jt, t being the rank of a token at its position. Of
+    random signs, sum_t g_t g_t^T has the expectation F: what they leave are products of different positions.
+    """
+
+    point: Point
+    gradients: Tensor  # (layers, prompts, 1 + k, d) float32: that of the answer's log-probability, and the rows g
+    weights: Tensor  # (1 + k,) float32: 0, and 1 for each row
+    cotangents: Tensor  # s (prompts, n, k, d_head) float32
+    p: Tensor  # (prompts, n, k) float32; 0 beyond an answer's end
+    mass: Tensor  # (prompts,) float32: probability that the k tokens hold, the mean over an answer's positions
+    tokens: Tensor  # (prompts, n, k) int64
+
+    def eigenpairs(self, num: int = 1, allow_zero: bool = False) -> Eigenpairs:
+        """The `num` largest eigenpairs of each F. Along a vector, the answer's log-probability grows."""
+        return eigenpairs(self.gradients, self.weights, num, allow_zero)
+
+    def slopes(self, directions: Tensor) -> Tensor:
+        """d log p_jt along directions u (layers, prompts, m, d): (layers, prompts, m, n, k), nats per unit. Exact.
+
+        Raises:
+            UnsupportedModelError: see `PushForward`.
+        """
+        pushed = PushForward(self.point)(directions)  # (layers, prompts, m, n * d_head)
+        pushed = pushed.unflatten(-1, (self.tokens.shape[1], -1))
+        return torch.einsum("lpmnd,pnkd->lpmnk", pushed, self.cotangents)
+
+
+def top_k_of_answers(
+    point: Point, k: int, lengths: Tensor, signs: Tensor, chunks: Chunks | None = None
+) -> TopKOfAnswers:
+    """F of answers over the k most probable tokens of each position.
+
+    Args:
+        point: of `linearize_prompts` with n > 1 predicted tokens.
+        lengths: (prompts,) int64 on the CPU: tokens of each answer, from 1 to n.
+        signs: (prompts, n, k), 1 or -1. To have the same result in any batch they should depend on the prompt alone.
+    """
+    log_p, tokens = most_probable(point.log_probs, k)  # (prompts, n, k)
+    is_answer = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(log_p)[..., None]  # (prompts, n, 1)
+    p, cotangents = log_p.exp() * is_answer, point.cotangents(tokens)
+    rows = (signs.to(p) * p.sqrt())[..., None] * cotangents  # (prompts, n, k, d_head)
+    answer = is_answer[..., None] * cotangents[:, :, :1]  # of an answer's own tokens, which are the most probable ones
+    rows = torch.cat([answer, rows], dim=2).transpose(1, 2).flatten(2)  # (prompts, 1 + k, n * d_head)
+    gradients = pull_back(point, rows, chunks)
+    weights = torch.ones(rows.shape[1], device=p.device)
+    weights[0] = 0
+    mass = p.sum((-1, -2)) / is_answer.sum((-1, -2))
+    return TopKOfAnswers(point, gradients, weights, cotangents, p, mass, tokens)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def path(text: str) -> str:
 # --- options -------------------------------------------------------------------------------------
 
 
-def option(default, read, metavar: str, help: str, several=False, identity=True, needs: str | None = None):
+def option(default, read, metavar: str, help: str, several=False, identity=True, needs: str | None = None, added=False):
     """A field of a settings dataclass that is also a flag and a YAML key.
 
     Args:
@@ -119,11 +119,12 @@ def option(default, read, metavar: str, help: str, several=False, identity=True,
         several: the flag takes one or more words, the YAML key one or a list, and the value is a tuple.
         identity: it changes results, so that a run cannot be resumed with another value.
         needs: the field of the option without which this one has no effect.
+        added: a later version has it, and at its default it changes nothing: runs without it are the same.
     """
     if not (default is None or default is False or help.endswith(")")):
         help += f" ({default})"
     about = {"read": read, "metavar": metavar, "help": help, "several": several, "identity": identity, "needs": needs}
-    return field(default=default, metadata=about)
+    return field(default=default, metadata={**about, "added": added})
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,15 @@ def settings_of(settings: CommandOptions) -> dict:
 
 def identity_of(settings: CommandOptions) -> dict:
     """What `settings_of` holds, less all that has no effect on results: runs with the same are the same run."""
-    values, about = settings_of(settings), {opt.name: opt.metadata for opt in fields(settings)}
-    counts = {name: about[name]["identity"] and values.get(about[name]["needs"], True) for name in values}
-    return {name: value for name, value in values.items() if counts[name]}
+    values, about = settings_of(settings), {opt.name: opt for opt in fields(settings)}
+
+    def counts(name: str, value) -> bool:
+        opt = about[name].metadata
+        if opt["added"] and value == about[name].default:
+            return False
+        return opt["identity"] and values.get(opt["needs"], True)
+
+    return {name: value for name, value in values.items() if counts(name, value)}
 
 
 # --- flags ---------------------------------------------------------------------------------------

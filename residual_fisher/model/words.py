@@ -31,12 +31,19 @@ class TokenShares(NamedTuple):
     ids: Tensor  # (..., n, tokens) int64
     shares: Tensor  # (..., n, tokens): those of all counted tokens sum to 1, or are 0 if the curvature is
     slopes: Tensor  # (..., n, tokens): d log p_t along u, nats per unit
+    places: Tensor  # (..., n, tokens) int64: among the tokens that F counts
 
-    def records(self, place: tuple[int, ...], write: Callable[[int], str]) -> list[list[dict]]:
-        """JSON-ready records of each direction at one index of "..."; tokens without a share are left out."""
+    def records(
+        self, place: tuple[int, ...], write: Callable[[int], str], by_position: int | None = None
+    ) -> list[list[dict]]:
+        """JSON-ready records of each direction at one index of "..."; tokens without a share are left out.
 
-        def record(id_: int, share: float, slope: float) -> dict:
-            return {"token": write(id_), "id": id_, "share": share, "slope": slope}
+        If F is of an answer and counts so many tokens `by_position`, each record tells its token's position.
+        """
+
+        def record(id_: int, share: float, slope: float, place: int) -> dict:
+            position = {} if by_position is None else {"position": place // by_position}
+            return {"token": write(id_), "id": id_, "share": share, "slope": slope, **position}
 
         directions = zip(*(part[place].tolist() for part in self), strict=True)
         return [[record(*token) for token in zip(*parts, strict=True) if token[1] > 0] for parts in directions]
@@ -51,7 +58,7 @@ def token_shares(slopes: Tensor, p: Tensor, tokens: Tensor | None = None, num: i
     largest, at = parts.topk(min(num, parts.shape[-1]))
     shares = largest / parts.sum(-1, keepdim=True).clamp(min=torch.finfo(parts.dtype).tiny)
     ids = at if tokens is None else tokens[..., None, :].expand(parts.shape).gather(-1, at)
-    return TokenShares(ids, shares, slopes.gather(-1, at))
+    return TokenShares(ids, shares, slopes.gather(-1, at), at)
 
 
 def token_writer(tokenizer) -> Callable[[int], str]:
