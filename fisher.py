@@ -64,6 +64,7 @@ __all__ = [
 EIGH_MAX_WIDTH = 256
 LOOK_EVERY = 15  # products between two looks at the residuals: one pair takes about 15, ten take 30 to 45
 MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration: what float32 can reach
+ANSWER_PROBES = 2  # directions pushed forward, to find what counts in an answer: with 8 nearly the same is found
 LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats, no longer matters
 
 
@@ -441,58 +442,61 @@ def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor |
 
 
 @dataclass(frozen=True)
-class TopKOfAnswers:
-    """F of the answers that a batch of prompts is given, sum_j F_j over their positions j, estimated.
+class TopKOfAnswers(TopK):
+    """F of the answers that a batch of prompts is given, sum_j F_j over their positions j, teacher-forced.
 
-    F_j is over the k most probable tokens of position j, teacher-forced. Each of k rows carries one token of every
-    position, g_t = sum_j e_jt sqrt(p_jt) J_j^T s_jt with signs e_jt, t being the rank of a token at its position. Of
-    random signs, sum_t g_t g_t^T has the expectation F: what they leave are products of different positions.
+    It counts some pairs of a position and one of its tokens, each a row of G. Row 0 comes before them: the gradient of
+    the answer's log-probability, which fixes the signs of eigenvectors and has no weight. `mass` is the mean over an
+    answer's positions of that of their k tokens.
     """
 
-    point: Point
-    gradients: Tensor  # (layers, prompts, 1 + k, d) float32: that of the answer's log-probability, and the rows g
-    weights: Tensor  # (1 + k,) float32: 0, and 1 for each row
-    cotangents: Tensor  # s (prompts, n, k, d_head) float32
-    p: Tensor  # (prompts, n, k) float32; 0 beyond an answer's end
-    mass: Tensor  # (prompts,) float32: probability that the k tokens hold, the mean over an answer's positions
-    tokens: Tensor  # (prompts, n, k) int64
-
-    def eigenpairs(self, num: int = 1, allow_zero: bool = False) -> Eigenpairs:
-        """The `num` largest eigenpairs of each F. Along a vector, the answer's log-probability grows."""
-        return eigenpairs(self.gradients, self.weights, num, allow_zero)
-
-    def slopes(self, directions: Tensor) -> Tensor:
-        """d log p_jt along directions u (layers, prompts, m, d): (layers, prompts, m, n, k), nats per unit. Exact.
-
-        Raises:
-            UnsupportedModelError: see `PushForward`.
-        """
-        pushed = PushForward(self.point)(directions)  # (layers, prompts, m, n * d_head)
-        pushed = pushed.unflatten(-1, (self.tokens.shape[1], -1))
-        return torch.einsum("lpmnd,pnkd->lpmnk", pushed, self.cotangents)
+    positions: Tensor  # (prompts, 1 + rows) int64: `tokens` are at these; 0 for row 0
+    share: Tensor  # (prompts,) float32: about how much of the trace the pairs hold that are counted
 
 
 def top_k_of_answers(
-    point: Point, k: int, lengths: Tensor, signs: Tensor, chunks: Chunks | None = None
+    point: Point, k: int, lengths: Tensor, rows: int | None = None, chunks: Chunks | None = None
 ) -> TopKOfAnswers:
-    """F of answers over the k most probable tokens of each position.
+    """F of answers over the k most probable tokens of their positions: those pairs that matter most.
+
+    A pair's part of the trace is p_jt |J_j^T s_jt|^2. Before any row is pulled back, it is taken to be p_jt |s_jt|^2
+    times how strongly its position depends on the biases: sum_t p_jt (s_jt J_j u)^2 / sum_t p_jt |s_jt|^2, the mean
+    over a few random u, which are pushed forward.
 
     Args:
         point: of `linearize_prompts` with n > 1 predicted tokens.
         lengths: (prompts,) int64 on the CPU: tokens of each answer, from 1 to n.
-        signs: (prompts, n, k), 1 or -1. To have the same result in any batch they should depend on the prompt alone.
+        rows: pairs that are counted, k by default. All n * k give the sum over positions as it is.
+    Raises:
+        UnsupportedModelError: see `PushForward`.
     """
     log_p, tokens = most_probable(point.log_probs, k)  # (prompts, n, k)
-    is_answer = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(log_p)[..., None]  # (prompts, n, 1)
-    p, cotangents = log_p.exp() * is_answer, point.cotangents(tokens)
-    rows = (signs.to(p) * p.sqrt())[..., None] * cotangents  # (prompts, n, k, d_head)
-    answer = is_answer[..., None] * cotangents[:, :, :1]  # of an answer's own tokens, which are the most probable ones
-    rows = torch.cat([answer, rows], dim=2).transpose(1, 2).flatten(2)  # (prompts, 1 + k, n * d_head)
-    gradients = pull_back(point, rows, chunks)
-    weights = torch.ones(rows.shape[1], device=p.device)
-    weights[0] = 0
+    n, k = tokens.shape[1:]
+    is_answer = (torch.arange(n) < lengths[:, None]).to(log_p)[..., None]  # (prompts, n, 1)
+    p, cotangents = log_p.exp() * is_answer, point.cotangents(tokens)  # of s: (prompts, n, k, d_head)
+
+    u = torch.randn(ANSWER_PROBES, point.biases[0].shape[-1], generator=torch.Generator().manual_seed(0))
+    u = u.to(p).expand(len(point.biases), len(p), *u.shape)
+    pushed = PushForward(point)(u, chunks).unflatten(-1, (n, -1))  # J u (layers, prompts, probes, n, d_head)
+    slopes = torch.einsum("lpund,pnkd->lpunk", pushed, cotangents)
+    parts = p * cotangents.pow(2).sum(-1)  # (prompts, n, k)
+    pushed_parts = (p * slopes.pow(2).mean((0, 2))).sum(-1, keepdim=True)  # (prompts, n, 1)
+    parts = parts * pushed_parts / parts.sum(-1, keepdim=True).clamp(min=torch.finfo(parts.dtype).tiny)
+    parts = parts.flatten(1)
+    counted, places = most_probable(parts, rows or k)  # (prompts, rows)
+
+    one_row = torch.arange(len(p), device=p.device)[:, None]
+    z = cotangents.new_zeros(*places.shape, n, cotangents.shape[-1])
+    z[one_row, torch.arange(places.shape[1], device=p.device), places // k] = cotangents.flatten(1, 2)[one_row, places]
+    answer = is_answer * cotangents[:, :, 0]  # (prompts, n, d_head): its own tokens are the most probable ones
+    gradients = pull_back(point, torch.cat([answer[:, None], z], dim=1).flatten(2), chunks)
+    weights, tokens, positions = (
+        nn.functional.pad(part, (1, 0))
+        for part in (*(x.flatten(1).gather(1, places) for x in (p, tokens)), places // k)
+    )
+    share = counted.sum(-1) / parts.sum(-1).clamp(min=torch.finfo(parts.dtype).tiny)
     mass = p.sum((-1, -2)) / is_answer.sum((-1, -2))
-    return TopKOfAnswers(point, gradients, weights, cotangents, p, mass, tokens)
+    return TopKOfAnswers(gradients, weights, mass, tokens, positions, share)
 
 
 @dataclass(frozen=True)

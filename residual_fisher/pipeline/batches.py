@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
-import hashlib
 from itertools import chain
 import math
 import time
@@ -197,40 +196,30 @@ def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) 
 
 
 def triplets(
-    settings: Settings, point: fisher.Point, batch: list[Encoded], answers: list[list[int]], chunks: fisher.Chunks
+    settings: Settings, point: fisher.Point, answers: list[list[int]], chunks: fisher.Chunks
 ) -> tuple[fisher.Eigenpairs, TokenShares, dict]:
     """The leading eigenpairs of each prompt's F, the tokens' shares of them, and columns (prompts,) of numbers."""
-    r, k, errors = settings.num_singular_values, settings.top_k_tokens, {}
+    r, k, quality = settings.num_singular_values, settings.top_k_tokens, {}
     if k == "all":
         found = leading_eigenpairs(point, r, chunks=chunks)
         eigen, mass = found.eigen, torch.ones_like(found.trace_error[0])
         slopes = point.output_head().times(found.pushed[..., :DIRECTIONS, :])
         shares = token_shares(slopes[0], point.log_probs.exp(), num=TOKENS)
-        errors = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
-    elif point.log_probs.ndim > 2:  # (prompts, n, V): of answers
-        lengths, n = torch.tensor([max(1, len(answer)) for answer in answers]), point.log_probs.shape[1]
-        signs = torch.stack([signs_of(encoded.ids, settings)[:n] for encoded in batch])
-        top = fisher.top_k_of_answers(point, k, lengths, signs, chunks)
-        eigen, mass = top.eigenpairs(r, allow_zero=True), top.mass
-        slopes = top.slopes(eigen.vectors[..., :DIRECTIONS, :])[0]
-        shares = token_shares(*(part.flatten(-2) for part in (slopes, top.p, top.tokens)), TOKENS)
+        quality = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
     else:
-        top = fisher.top_k(point, k, chunks)
+        positions = None
+        if settings.answer_tokens > 1:
+            lengths = torch.tensor([max(1, len(answer)) for answer in answers])
+            top = fisher.top_k_of_answers(point, k, lengths, chunks=chunks)
+            quality, positions = {"captured_trace": top.share}, top.positions
+        else:
+            top = fisher.top_k(point, k, chunks)
         eigen, mass = top.eigenpairs(r, allow_zero=True), top.mass
         slopes = top.slopes(eigen.vectors[..., :DIRECTIONS, :])
-        shares = token_shares(slopes[0], top.weights, top.tokens, TOKENS)
+        shares = token_shares(slopes[0], top.weights, top.tokens, TOKENS, positions)
     eigen = fisher.Eigenpairs(*(part[0] for part in eigen))  # of the one module
-    columns = {"captured_mass": mass, **errors, "trace": eigen.trace, "effective_rank": eigen.effective_rank}
+    columns = {"captured_mass": mass, **quality, "trace": eigen.trace, "effective_rank": eigen.effective_rank}
     return eigen, shares, columns
-
-
-def signs_of(ids: list[int], settings: Settings) -> torch.Tensor:
-    """Random signs (answer_tokens, k) for a prompt's answer, which depend on the prompt's tokens and the seed alone."""
-    key = hashlib.sha256(repr((settings.seed or 0, ids)).encode()).digest()
-    seed = int.from_bytes(key[:8], "little", signed=True)
-    shape = settings.answer_tokens, settings.top_k_tokens
-    draw = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed))
-    return draw * 2 - 1
 
 
 def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[Item]:
@@ -282,15 +271,14 @@ def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded], at
     answers = answers_to(settings, subject, batch)
     with subject.room.taking(padded(batch, settings.answer_tokens)):
         point, chunks = linearize_batch(settings, subject, batch, attention, answers)
-        eigen, shares, columns = triplets(settings, point, batch, answers, chunks)
+        eigen, shares, columns = triplets(settings, point, answers, chunks)
     subject.room.learn_from(chunks, point.tokens)
     log_probs = point.log_probs.reshape(len(batch), -1, point.log_probs.shape[-1])  # (prompts, n, V)
     next_log_p, next_ids = fisher.most_probable(log_probs, NEXT_TOKENS)  # (prompts, n, 10)
     next_p, next_ids = next_log_p.exp().tolist(), next_ids.tolist()
     values, vectors, activations = (part.cpu().numpy() for part in (*eigen[:2], point.activations[0]))
-    shares = TokenShares(*(part.cpu() for part in shares))
+    shares = TokenShares(*(part if part is None else part.cpu() for part in shares))
     columns = {name: column.tolist() for name, column in columns.items()}
-    by_position = settings.top_k_tokens if settings.answer_tokens > 1 else None
 
     def next_tokens(i: int, position: int) -> list[dict]:
         found = zip(next_ids[i][position], next_p[i][position], strict=True)
@@ -304,7 +292,7 @@ def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded], at
             "next_tokens": next_tokens(i, 0),
             **{name: column[i] for name, column in columns.items()},
             "singular_values": values[i].tolist(),
-            "directions": shares.records((i,), lambda id_: UNWRITTEN, by_position),
+            "directions": shares.records((i,), lambda id_: UNWRITTEN),
         }
         if settings.answer_tokens > 1:
             places = range(len(answers[i]))
@@ -394,8 +382,7 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
             F does not predict them.
     """
     check_template(subject.tokenizer)
-    batch = [encode(subject.tokenizer, first, longest)]
-
+    batch, settings = [encode(subject.tokenizer, first, longest)], replace(settings, answer_tokens=1)
     add = passes.add_at if settings.bias_positions == "last" else torch.add
 
     def moved(deltas: torch.Tensor) -> torch.Tensor:
