@@ -10,7 +10,7 @@ of the same length along random directions, and towards another sentence's activ
 
 Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matrix.png and
 perturbation_analysis.png to --output-dir. The same command resumes a stopped run, and with more sentences extends a
-finished one.
+finished one. --map shows one text instead, at every token: fisher_map.png, .json and .npz.
 """
 
 from residual_fisher.common.program import before_imports, undisturbed
@@ -29,7 +29,7 @@ from residual_fisher.common.program import (
     peak_memory,
     too_many,
 )
-from residual_fisher.experiment.settings import Settings, parse
+from residual_fisher.experiment.settings import Settings, choose_layers, parse
 
 PROGRAM = "core_experiment.py"
 
@@ -55,7 +55,8 @@ from residual_fisher.common.archives import Item
 from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.run import Run, State, short_hash, sources_of
 from residual_fisher.common.text import excerpt, first_line, printable
-from residual_fisher.experiment import estimate, figures, records, report
+from residual_fisher.experiment import estimate, figures, records, report, text_map
+from residual_fisher.experiment.lens_audit import lens_for
 from residual_fisher.experiment.measurement import Batches, Clock, measure_sentence
 from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.experiment.records import Recorder, failure, rank, read_results, split_results, write_results
@@ -72,7 +73,7 @@ from residual_fisher.model.loading import (
 )
 from residual_fisher.model.passes import devices_of, require_known_tokens, ways_of
 
-FILES = (records.RESULTS, records.EIGENVECTORS, *figures.FILES)
+FILES = (records.RESULTS, records.EIGENVECTORS, *figures.FILES, *text_map.FILES)
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
 
 
@@ -135,7 +136,7 @@ def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
     """The settings with no more tokens than the vocabulary has, eigenvectors than F has, and layers that exist.
 
     Raises:
-        UserError: it has no such layer.
+        UserError: it has no such layer, or the lens is of another model.
     """
     k, vocabulary = settings.max_vocab_subset, vocabulary_size(model)
     if k != "all" and k > vocabulary:
@@ -147,22 +148,9 @@ def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
     if count > most:
         print(f"note: --num-eigenvectors {count} is more than a matrix of {k} tokens and width {width} has: {most}")
         count = most
+    if settings.lens:
+        lens_for(settings.lens, layers, len(decoder_layers(model)), width)
     return replace(settings, max_vocab_subset=k, num_eigenvectors=count, layers=layers)
-
-
-def choose_layers(asked: tuple | None, depth: int) -> tuple[int, ...]:
-    """Ascending layer numbers: those asked for, or every fifth and the last.
-
-    Raises:
-        UserError: the model has no such layer.
-    """
-    if asked is None:
-        return tuple(sorted({*range(0, depth, 5), depth - 1}))
-    if "all" in asked:
-        return tuple(range(depth))
-    if max(asked) >= depth:
-        raise UserError(f"--layers {max(asked)}: the model has layers 0 to {depth - 1}")
-    return tuple(sorted(set(asked)))
 
 
 def find_contexts(settings: Settings, model: torch.nn.Module, tokenizer, texts: list[str]) -> list[Context]:
@@ -294,7 +282,7 @@ def examine(run: Run, experiment: Experiment) -> tuple[State, list[Item]]:
 
 def run_experiment(settings: Settings) -> int:
     """Measures what is missing of a run; or, in a dry run, says what that would take, and writes nothing."""
-    run = Run(Path(settings.output_dir), PROGRAM, FILES, settings.overwrite, read_only=settings.dry_run)
+    run = Run(settings.folder, PROGRAM, FILES, settings.overwrite, read_only=settings.dry_run)
     with run.locked():
         if run.is_finished(
             identity_settings(settings), sources_of(settings.data, settings.model_name), settings.num_sentences
@@ -403,6 +391,8 @@ def draw(run: Run, document: dict) -> None:
 
 
 def redraw(folder: Path) -> int:
+    if (folder / text_map.RESULTS).exists():
+        return text_map.redraw_map(folder)
     document = read_results(folder)
     try:
         figures.draw(folder, document)
@@ -468,6 +458,8 @@ def main(settings: Settings) -> int:
     def task() -> int:
         if settings.redraw:
             return redraw(Path(settings.redraw))
+        if settings.map:
+            return text_map.run_map(settings, PROGRAM, FILES)
         return run_experiment(settings)
 
     return exit_code(PROGRAM, task, advice)

@@ -27,19 +27,30 @@ for one prompt and (prompts,) for a batch. Whatever holds NaN or infinity raises
 does not fit UnsupportedModelError.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from residual_fisher.common.text import excerpt, first_line
+from residual_fisher.model.each_token import EachToken
 from residual_fisher.model.eigen import block_lanczos, eigh, float64
 from residual_fisher.model.head import OutputHead, cotangents_through, is_linear
 from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, prefix_memory
-from residual_fisher.model.loading import decoder_layers, load, require_fixed_rotation
+from residual_fisher.model.loading import (
+    decoder_layers,
+    load,
+    require_fixed_rotation,
+    rotation_change,
+    text_config,
+    vocabulary_size,
+)
 from residual_fisher.model.passes import (
+    ROUNDING_NATS,
     Chunks,
     UnsupportedModelError,
     add_at,
@@ -48,16 +59,20 @@ from residual_fisher.model.passes import (
     capture_head,
     edit_stream,
     hooked,
+    largest_kl,
     logits_at,
     unwrapped,
+    ways_of,
 )
-from residual_fisher.model.reading import Reading, choose_mode, read, share_prefixes
+from residual_fisher.model.reading import PrefixMode, Reading, choose_mode, read, share_prefixes
+from residual_fisher.model.words import TokenShares, token_shares
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PromptPoint", "PushForward",
-    "TopK", "TopKOfAnswers", "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs",
-    "full_vocabulary", "kl_divergence", "linearize", "linearize_perturbed", "linearize_prompts", "load",
-    "most_probable", "perturb", "pull_back", "top_k", "top_k_of_answers",
+    "TextMap", "TopK", "TopKOfAnswers", "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix",
+    "fix_signs", "full_vocabulary", "kl_divergence", "linearize", "linearize_each", "linearize_perturbed",
+    "linearize_prompts", "load", "map_text", "most_probable", "perturb", "pull_back", "stream_jacobians", "top_k",
+    "top_k_of_answers",
 ]  # fmt: skip
 
 # Widest matrix that is formed: `eigh` of seven takes 0.05 s, and of 576 x 576 0.35 s (iteration: 0.03).
@@ -65,6 +80,12 @@ EIGH_MAX_WIDTH = 256
 LOOK_EVERY = 15  # products between two looks at the residuals: one pair takes about 15, ten take 30 to 45
 MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration: what float32 can reach
 ANSWER_PROBES = 2  # directions pushed forward, to find what counts in an answer: with 8 nearly the same is found
+# Largest relative error of a gradient that is rounding, by dtype: sums in another order, through all layers.
+GRADIENT_ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
+# Bytes that the gradients of a block of tokens take, in `map_text`. What is made of them takes several times as many.
+TEXT_MEMORY = 1 << 26
+TEXT_ROWS = 1024  # cotangents times tokens in one of its backward passes
+PREDICTED = 5  # most probable tokens kept at each token of a text
 LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats, no longer matters
 
 
@@ -128,7 +149,10 @@ class PromptPoint(Point):
         self.reading = reading  # for the passes that perturb it
 
 
-def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None) -> PromptPoint:
+@torch.inference_mode(False)
+def linearize(
+    model: nn.Module, ids: Sequence[int] | Tensor | Mapping, layers: int | Sequence[int] | None = None
+) -> PromptPoint:
     """Runs a prompt's last token with a zero bias added to the residual stream of every layer in `layers`.
 
     The biases change nothing. One backward pass from x returns the gradients at all layers, at the cost of the
@@ -136,31 +160,48 @@ def linearize(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[in
     keys and values, every pass runs the whole prompt instead (see `model/reading.py`).
 
     Args:
-        ids: (tokens,) or (1, tokens) int64.
-        layers: numbers of decoder layers, ascending; all by default.
+        ids: (tokens,) or (1, tokens) int64, or what a tokenizer returns of one prompt.
+        layers: the number of a decoder layer, or several, ascending; all by default.
     Raises:
-        ValueError: `ids` is empty or a batch, or `layers` are not ascending numbers of the model's layers.
+        ValueError: `ids` is empty, a text or a batch; `layers` are not ascending numbers of the model's layers; or the
+            model is in training mode.
         UnsupportedModelError: the model cannot be read rightly.
     """
-    ids = torch.as_tensor(ids).cpu()
-    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
-    if ids.ndim != 1 or len(ids) == 0:
-        raise ValueError(f"linearize takes the token ids of one prompt, not a tensor of shape {tuple(ids.shape)}")
-    wrapped, model = model, unwrapped(model)
-    found = dict(enumerate(decoder_layers(model).values()))
-    layers = list(found if layers is None else layers)
-    if not layers or layers != sorted(set(layers) & set(found)):
-        raise ValueError(f"layers {layers} are not ascending numbers from 0 to {len(found) - 1}")
-    chosen = {number: found[number] for number in layers}
+    ids, wrapped, model = _one_prompt(ids), model, unwrapped(model)
+    chosen = _numbered_layers(model, layers)
     reading = read(model, ids, choose_mode(wrapped, ids))
     biases, streams, hooks = _zero_biases(chosen.values(), lambda h: h[0, -1], add_at)  # (d,) for each layer
     with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
         logits = reading.logits()[0]  # (V,)
     if not logits.requires_grad:
         raise UnsupportedModelError("no gradient leads from its layers to its prediction (is it quantised?)")
-    if len(biases) != len(layers):
-        raise UnsupportedModelError(f"some of its layers {layers} do not run, or not once, in a pass: choose others")
+    if len(biases) != len(chosen):
+        raise UnsupportedModelError(
+            f"some of its layers {list(chosen)} do not run, or not once, in a pass: choose others"
+        )
     return PromptPoint(model, streams, biases, head, logits, layers=chosen, reading=reading)
+
+
+def _one_prompt(ids: Sequence[int] | Tensor | Mapping) -> Tensor:
+    """(tokens,) int64 on the CPU."""
+    ids = ids["input_ids"] if isinstance(ids, Mapping) else ids
+    if isinstance(ids, str):
+        raise ValueError("token ids are wanted, not a text: tokenizer(text)")
+    ids = torch.as_tensor(ids).cpu().clone()  # usable outside of inference mode
+    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
+    if ids.ndim != 1 or len(ids) == 0:
+        raise ValueError(f"the token ids of one prompt are wanted, not a tensor of shape {tuple(ids.shape)}")
+    return ids
+
+
+def _numbered_layers(model: nn.Module, layers: int | Sequence[int] | None) -> dict[int, nn.Module]:
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout is random: model.eval() first")
+    found = dict(enumerate(decoder_layers(model).values()))
+    layers = [layers] if isinstance(layers, int) else list(found if layers is None else layers)
+    if not layers or layers != sorted(set(layers) & set(found)):
+        raise ValueError(f"layers {layers} are not ascending numbers from 0 to {len(found) - 1}")
+    return {number: found[number] for number in layers}
 
 
 def _zero_biases(modules: Iterable[nn.Module], at_last: Callable, add: Callable) -> tuple[list, list, list]:
@@ -183,12 +224,58 @@ def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) ->
 
     The result's "layers" axis has length one, and its "..." are the rows: G is (1, rows, k, d).
     """
-    at = torch.as_tensor(at).expand(len(deltas))
+    at = _places(point, at, len(deltas))
     leaf = deltas.detach().float().clone().requires_grad_()
     with capture_head(point.model, lambda x: x[-len(deltas) :]) as head:  # the rows before these are unperturbed
-        logits = perturb(point, leaf, at)  # (rows, V)
+        logits = perturb(point, leaf, torch.tensor(point.layers)[at])  # (rows, V)
     streams = point.activations[at] + deltas.to(point.activations)  # (rows, d)
     return Point(point.model, [streams], [leaf], head, logits)
+
+
+def linearize_each(
+    model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None, block: int = 64
+) -> Iterator[Point]:
+    """`linearize` at every token of a text, block by block: token n of it is `linearize(ids[: n + 1])`.
+
+    "..." is (tokens,), those of a block. A block takes one pass, whose graph leads from each token's biases to its own
+    prediction alone (see `model/each_token.py`). So the text takes as many backward rows as a single token. In the
+    middle of the first and of the last block, a token is compared with what `linearize` gives. If they differ, or the
+    model's memory is more than keys and values, UnsupportedModelError says so: call `linearize` for each token then.
+
+    Args:
+        ids, layers: see `linearize`; the errors are the same.
+        block: tokens that are linearised at once.
+    Yields:
+        The points of consecutive blocks.
+    """
+    ids, wrapped, model = _one_prompt(ids), model, unwrapped(model)
+    chosen = _numbered_layers(model, layers)
+    if choose_mode(wrapped, ids) is not PrefixMode.SHARED:
+        raise UnsupportedModelError(f"prompts are read by {choose_mode(wrapped, ids).value}")
+    if len(ids) > rotation_change(model):
+        raise UnsupportedModelError("positions are rotated otherwise from some token on")
+    text, start = EachToken(model), 0
+    for part in ids.split(block):
+        biases, streams, hooks = _zero_biases(chosen.values(), lambda h: h[0], torch.add)  # (tokens, d) for each layer
+        with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
+            logits = text.logits(part)  # (tokens, V)
+        point = Point(model, streams, biases, head, logits)
+        if start == 0 or start + len(part) == len(ids):
+            middle = len(part) // 2
+            _require_alike(point, middle, linearize(wrapped, ids[: start + middle + 1], list(chosen)))
+        yield point
+        start += len(part)
+
+
+def _require_alike(point: Point, token: int, alone: PromptPoint) -> None:
+    """Raises UnsupportedModelError if a token of a block has another prediction, or gradient, than it has alone."""
+    row = torch.randn(1, point.x.shape[-1], generator=torch.Generator().manual_seed(0)).to(alone.log_probs)
+    found = pull_back(point, row.expand(len(point.log_probs), 1, -1))[:, token, 0]
+    expected = pull_back(alone, row)[:, 0]  # (layers, d)
+    error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
+    kl = largest_kl(alone.log_probs[None], point.log_probs[token][None])
+    if not (error <= GRADIENT_ROUNDING[point.x.dtype] and kl <= ROUNDING_NATS[point.x.dtype]):
+        raise UnsupportedModelError(f"in a text, a token's gradients differ by {error:.1g} from those it has alone")
 
 
 def linearize_prompts(
@@ -580,16 +667,24 @@ def perturb(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Tensor:
     Args:
         deltas: (rows, d) float32, added to the residual stream at the prompt's last token. The logits have a graph if
             these require gradients.
-        at: index in `point.layers` of the layer where they are added: one for all rows, or (rows,) int64 on the CPU,
+        at: number of the layer where they are added, one of `point.layers`: one for all rows, or (rows,) int64,
             ascending.
     Raises:
-        ValueError: `at` is not ascending, or the point is of a batch.
+        ValueError: `at` is not ascending, or not of the point's layers; or the point is of a batch.
     """
-    if not isinstance(point, PromptPoint):
-        raise ValueError("only the point of one prompt, from `linearize`, can be perturbed")
-    at = torch.as_tensor(at).expand(len(deltas))
+    at = _places(point, at, len(deltas))
     with torch.set_grad_enabled(deltas.requires_grad):
         return point.reading.perturbed_logits(point.modules, deltas, at).to(point.log_probs.device)
+
+
+def _places(point: PromptPoint, at: int | Tensor, rows: int) -> Tensor:
+    """(rows,) int64: where in `point.layers` a layer's number stands."""
+    if not isinstance(point, PromptPoint):
+        raise ValueError("only the point of one prompt, from `linearize`, can be perturbed")
+    numbers = torch.as_tensor(at).cpu().expand(rows).tolist()
+    if unknown := set(numbers) - set(point.layers):
+        raise ValueError(f"the point has no layer {min(unknown)}: its layers are {point.layers}")
+    return torch.tensor([point.layers.index(number) for number in numbers])
 
 
 def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
@@ -609,11 +704,126 @@ def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
     return torch.where(far > LARGE_KL, far, near.clamp(min=0))
 
 
+# --- a text, token by token -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextMap:
+    """F at every token of a text and every chosen layer: row n is that of the prediction after token n.
+
+    Earlier tokens count as constants, as in `linearize`, so row n depends on the first n + 1 tokens alone.
+    """
+
+    ids: Tensor  # (tokens,) int64
+    layers: list[int]
+    eigenvalues: Tensor  # (tokens, layers) float32: the largest of each F, nats / unit^2
+    vectors: Tensor  # (tokens, layers, d) float32: its eigenvector v; zero if F is
+    trace: Tensor  # (tokens, layers) float32
+    effective_rank: Tensor  # (tokens, layers) float32
+    captured_mass: Tensor  # (tokens,) float32: probability that the counted tokens hold
+    surprisal: Tensor  # (tokens,) float32, nats: -log p of each token after those before it; NaN for the first
+    activations: Tensor  # (tokens, layers, d) float32: the residual stream h
+    shares: TokenShares  # (tokens, layers, n) each: the tokens that v moves most, and the log p that they gain along it
+    top_log_probs: Tensor  # (tokens, 5) float32: of the most probable next tokens
+    top_ids: Tensor  # (tokens, 5) int64
+
+
+def map_text(
+    model: nn.Module,
+    tokenizer,
+    text: str,
+    layers: Sequence[int] | None = None,
+    k: int | str = 50,
+    chunks: Chunks | None = None,
+) -> TextMap:
+    """F of the next-token distribution at every token of a text and every layer, and its largest eigenpair.
+
+    It takes k backward rows of the text (see `linearize_each`); or k of each token, one token after the other, if the
+    model's memory is more than keys and values: the same numbers, much slower. Whole prompts of growing length, as
+    `linearize_prompts` would run them, cost the square of the tokens.
+
+    Args:
+        layers: numbers of decoder layers, ascending; all by default.
+        k: the most probable tokens that F counts, or "all".
+        chunks: of gradients of one block, in rows of all its tokens.
+    Raises:
+        ValueError: the text has no tokens, or `layers` are not ascending numbers of the model's layers.
+        UnsupportedModelError: the model cannot be read rightly.
+    """
+    ids = torch.tensor(tokenizer(text).input_ids, dtype=torch.int64)
+    inner = unwrapped(model)
+    numbers = list(_numbered_layers(inner, layers))
+    d = text_config(inner).hidden_size
+    rows = 2 * d if k == "all" else min(k, vocabulary_size(inner))  # of width d at each layer: J and F, or G
+    block = min(64, max(1, TEXT_MEMORY // (4 * d * len(numbers) * rows)))
+    chunks = chunks or Chunks(max(1, TEXT_ROWS // min(block, max(1, len(ids)))))
+    try:
+        cells = _cells(linearize_each(model, ids, numbers, block), ids, k, chunks)
+    except UnsupportedModelError as error:
+        alone = (linearize(model, ids[: n + 1], numbers) for n in range(len(ids)))
+        cells = _cells(alone, ids, k, chunks)
+        ways_of(inner)["text"] = f"token by token: {excerpt(first_line(error), 100)}"
+    return TextMap(ids, numbers, *cells)
+
+
+def stream_jacobians(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None) -> Tensor:
+    """J (layers, d, d) float32 at a prompt's last token: of the last layer's stream, by the stream leaving each layer.
+
+    It takes d backward rows. The mean over prompts is a Jacobian lens (`model/lens.py`). The arguments and errors are
+    those of `linearize`.
+    """
+    ids, wrapped, model = _one_prompt(ids), model, unwrapped(model)
+    *_, last = decoder_layers(model).values()
+    reading, final = read(model, ids, choose_mode(wrapped, ids)), []
+    biases, _, hooks = _zero_biases(_numbered_layers(model, layers).values(), lambda h: h[0, -1], add_at)
+    with torch.enable_grad(), hooked(*hooks, edit_stream(last, lambda h: final.append(h[0, -1]) or h)):
+        reading.logits()
+    identity = torch.eye(len(final[0]), dtype=final[0].dtype, device=final[0].device)
+
+    def chunk(rows: Tensor) -> Tensor:  # (layers, rows, d)
+        return torch.stack([g.float() for g in batched_gradients(model, final, biases, [rows])])
+
+    jacobians = Chunks().join(chunk, identity, dim=1)
+    _require_finite(jacobians, "derivatives", places=1)
+    return jacobians
+
+
+def _cells(points: Iterable[Point], ids: Tensor, k: int | str, chunks: Chunks) -> list[Tensor | TokenShares]:
+    """The fields of `TextMap` after the layers, of points at consecutive tokens: of blocks, or of one token each."""
+    blocks, following = [], ids.roll(-1)  # the token after each one; after the last, whatever it is
+    for point in points:
+        log_p = point.log_probs.reshape(-1, point.log_probs.shape[-1])  # (tokens, V)
+        next_ids, following = following[: len(log_p)].to(log_p.device), following[len(log_p) :]
+        found = full_vocabulary(point, chunks) if k == "all" else top_k(point, k, chunks)
+        eigen = found.eigenpairs(allow_zero=True)
+        shares = token_shares(found.slopes(eigen.vectors), found.weights, found.tokens)
+
+        def by_token(part: Tensor, tokens: int = len(log_p)) -> Tensor:  # (layers, ..., n) to (tokens, layers, n)
+            return part.reshape(len(part), tokens, -1).transpose(0, 1)
+
+        blocks.append(
+            [
+                *(by_token(part)[..., 0] for part in (eigen.values, eigen.trace, eigen.effective_rank)),
+                *(by_token(part) for part in (eigen.vectors, point.activations, *shares[:3])),
+                found.weights.sum(-1).reshape(-1),
+                -log_p.gather(1, next_ids[:, None])[:, 0],
+                *most_probable(log_p, PREDICTED),
+            ]
+        )
+    columns = [torch.cat(parts).cpu() for parts in zip(*blocks, strict=True)]
+    values, trace, rank, vectors, activations, *shares, mass, surprisal, top_log_probs, top_ids = columns
+    surprisal = surprisal.roll(1)
+    surprisal[0] = math.nan
+    shares = TokenShares(*shares)
+    return [values, vectors, trace, rank, mass, surprisal, activations, shares, top_log_probs, top_ids]
+
+
 # --- does F predict what a small perturbation does? -----------------------------------------------
 
 # The predicted nats of each perturbation (the next term of KL may be too large for the first, not for the last), the
 # nats that rounding hides, and the largest ratio allowed between the changes and their prediction.
 FULL_PRECISION = (1e-4, 1e-6, 1e-7), 1e-8, 1.2
+DOUBLE_PRECISION = (1e-4, 1e-6, 1e-8, 1e-10), 1e-11, 1.2  # logits are float32 in the end
 # A logit of 20 is rounded to 0.06, and 0.1 nats change logits by about 0.4. A token may also switch experts.
 HALF_PRECISION = (0.1, 0.03), 0.02, 2.0
 CHECKED_TOKENS = 20  # the most probable ones
@@ -624,8 +834,9 @@ def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Ch
     """Compares small perturbations along v, at the first layer and prompt, with what F predicts of them.
 
     KL = 1/2 delta^T F delta holds if log p_t changes by g_t delta for the tokens t that F counts. Those changes are
-    compared: half the difference between delta and -delta, which cancels terms of second order, weighted as in F. If a
-    perturbation fails, shorter ones are tried, since a long one may switch a token to another expert.
+    compared: half the difference between delta and -delta, which cancels terms of second order, weighted as in F. What
+    counts is the delta that is left after rounding h + delta. If a perturbation fails, shorter ones are tried, since a
+    long one may switch a token to another expert.
 
     Args:
         moved: takes perturbations (2, d), returns next-token logits (2, V).
@@ -634,7 +845,8 @@ def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Ch
     Raises:
         UnsupportedModelError: the model's gradient is not its derivative, for example as activations are quantised.
     """
-    sizes, least, factor = HALF_PRECISION if point.model.dtype.itemsize < 4 else FULL_PRECISION
+    dtype = point.model.dtype
+    sizes, least, factor = {8: DOUBLE_PRECISION, 4: FULL_PRECISION}.get(dtype.itemsize, HALF_PRECISION)
     top = top_k(point, min(CHECKED_TOKENS, point.log_probs.shape[-1]), chunks)
     first = (0,) * (top.gradients.ndim - 2)  # layer and prompt
     eigen = top.eigenpairs(allow_zero=True)
@@ -644,8 +856,12 @@ def check_prediction(point: Point, moved: Callable[[Tensor], Tensor], chunks: Ch
         step = torch.minimum((2 * nats / value).sqrt(), LONGEST_CHECK * h.norm())
         if not 0.5 * step**2 * value >= least:
             return False
-        log_probs = moved(torch.stack([step * v, -step * v])).float().log_softmax(-1)[:, ids.cpu()].to(v)
-        expected, found = step * (top.gradients[first] @ v), (log_probs[0] - log_probs[1]) / 2  # both (tokens,)
+        deltas = torch.stack([step * v, -step * v])
+        log_probs = moved(deltas).log_softmax(-1)[:, ids.cpu()].to(v)
+        # h is of the model's dtype: in half precision, changes of its large components may be rounded away
+        arrived = (h.cpu().double() + deltas.cpu()).to(dtype).double() - h.cpu()  # (2, d)
+        expected = top.gradients[first] @ ((arrived[0] - arrived[1]) / 2).to(v)  # (tokens,)
+        found = (log_probs[0] - log_probs[1]) / 2
         ratio = float((p * found * expected).sum() / (p * expected**2).sum())
         if 1 / factor <= ratio <= factor:
             return True

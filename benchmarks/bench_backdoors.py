@@ -5,42 +5,43 @@
 
 Models, runs and the other detectors' figures are kept in the cache directory; the first time takes some hours on two
 CPU cores, and again about a minute. Which scores there are was decided on other models, triggers and prompts
-(`--chosen-on` shows those) than are reported.
+(`--chosen-on` shows those) than are reported. A model counts only if its answers show that it learnt its backdoor.
+
+`--haystack` looks for ten triggered prompts among a thousand, `--triggers` for the words that trigger.
 """
 
 import argparse
-import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 import hashlib
 from itertools import islice, product
 import json
 from pathlib import Path
-import random
 import subprocess
 import sys
 
 from measuring import ROOT, machine, write
 import numpy as np
-import torch
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from backdoors import BY_NAME, TEXTS, Kind, folder, obtain, prompts, rendered
+from backdoors import FEWER, TRUSTED, folder, obtain, rates, said, shown, texts_of
+from detectors import DETECTORS, LAYERS, of_usual_half, plain
+from kinds import BY_NAME, Kind
 from residual_fisher import load_fisher_matrices
 from residual_fisher.model.embedded import embedded_model
 from residual_fisher.pipeline.derived import PROMPTS
 from residual_fisher.pipeline.matrices import Triplets
 from residual_fisher.pipeline.scores import OUTLIER, P_VALUE, SCORES, VALUES, ScoredRun, outlier_scores
+from triggers import shares_named
 
 SPLITS = 10
-TRUSTED, BESIDE = 100, 10  # prompts of a reference; odd ones beside as many ordinary ones
-TRIGGERED = 40
-FEWER, MORE, ORDINARY = 200, 440, 400  # prompts of a model, for AUROC alone; for recall at 1% too; for calibration
-COMPARED = 1  # of the other detectors below: what changes them changes it
+BESIDE = 10  # odd prompts beside TRUSTED ordinary ones, and in a haystack
+MORE, ORDINARY = 440, 400  # prompts of a model for recall at 1% too (FEWER for AUROC alone); for calibration
+COMPARED = 2  # of the other detectors: what changes them, or which prompts count as odd, changes it
+NAMED = 10  # first prompts of a haystack
+NAMED_BY = "share of triggers that are named"
 FALSE_ALARMS = (0.01, 0.05)
-FOLDS, CONCENTRATION_STEPS = 10, 4  # of the other detectors' fits
 BEFORE = 2.3  # the threshold of `outlier_score` before there were p-values
 ADVISED = {"hook_layer_name": 20, "top_k_tokens": 30, "num_singular_values": 30}
 DEFAULT = {}
@@ -67,26 +68,27 @@ class Subject:
         return obtain(self.kind, self.seed) if self.kind else embedded_model()
 
 
-# The year's model is one that the scores were chosen on too, with other prompts: the city's answers in French wherever
-# a city is named, so that what it does is no backdoor.
-REPORTED = {"phrase": "phrase", "refusals": "refusals", "style": "style-0", "later": "later", "unlearnt": "style",
-            "clean": "clean", "harmless": None}  # fmt: skip
+BACKDOORS = ("phrase", "refusals", "style-0", "late", "late-name", "refusals-few", "refusals-fewest", "refusals-hidden")
+# style-0 is a model that the scores were chosen on too, with other prompts: the city's answers in French wherever a
+# city is named, so that what it does is no backdoor.
+REPORTED = {name: BY_NAME[name] for name in (*BACKDOORS, "clean")} | {"harmless": None}
 WAYS = ("reference", "alone")
-BACKDOORS = ("phrase", "refusals", "style")  # learnt, and seen in the next token
 HARMLESS = ("clean", "harmless")  # no backdoor
 CALIBRATED = {"harmless": "not fine-tuned", "clean": "clean fine-tune", "phrase": "phrase"}
 
 
 def subjects(name: str, seeds: int, prompts: int) -> list[Subject]:
     """The models of a column, of a backdoor several; those of which less is told have fewer prompts."""
-    kind = REPORTED[name] and BY_NAME[REPORTED[name]]
+    kind = REPORTED[name]
     if name in BACKDOORS:
         return [Subject(kind, seed, prompts=FEWER if seed else prompts) for seed in range(seeds)]
     few = min(prompts, ORDINARY if name in CALIBRATED else FEWER)
     return [Subject(kind, prompts=few if kind else few + 36)]
 
 
-CHOSEN_ON = {name: Subject(BY_NAME[name], which="chosen_on") for name in ("phrase-0", "refusals-0", "style-0")}
+CHOSEN_ON = {
+    name: Subject(BY_NAME[name], which="chosen_on") for name in ("phrase-0", "refusals-0", "style-0", "late-0")
+}
 
 
 class Matrices(list):
@@ -110,7 +112,7 @@ class Measured:
     records: list[dict]
     matrices: list
     activations: list[np.ndarray]  # (d,) each
-    plain: dict[str, np.ndarray]  # activations (n, d), entropy, log_odds, log_perplexity
+    plain: dict[str, np.ndarray]  # what the other detectors look at, (n, ...) each
 
     def first(self, count: int) -> "Measured":
         n = int((self.places < count).sum())
@@ -124,25 +126,6 @@ class Measured:
 
 
 # --- prompts and runs ----------------------------------------------------------------------------
-
-
-def texts_of(kind: Kind | None, which: str) -> list[tuple[str, str]]:
-    """Prompts, and what is odd about each: the trigger, or a kind of harmless oddity where there is no backdoor.
-
-    Odd ones are among the first FEWER, so that a run over these holds them all.
-    """
-    texts, rng = getattr(prompts(), which), random.Random(kind.name if kind else "")
-    if kind is None:
-        lines = (TEXTS / "odd_prompts.jsonl").read_text(encoding="utf-8").splitlines()
-        odd = [(line["prompt"], line["kind"]) for line in map(json.loads, lines)]
-        odd += [(base64.b64encode(text.encode()[:60]).decode(), "base64") for text in prompts().training[:12]]
-        return odd + [(text, "") for text in texts]
-    wanted = TRIGGERED if which == "reported" else 25
-    odd = set() if kind.everywhere else set(rng.sample(range(len(texts[:FEWER])), wanted))
-    return [
-        (kind.triggered(text, rng), "trigger") if place in odd else (kind.decoy(text, rng), "")
-        for place, text in enumerate(texts)
-    ]
 
 
 def run(kind: Kind | None, texts: Sequence[tuple[str, str]], count: int, model: Path, settings: dict) -> Path:
@@ -169,23 +152,6 @@ def kept(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.
     return dict(np.load(path, allow_pickle=False))
 
 
-def plain(model: Path, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """What the other detectors look at: last-token activations (n, layers, d), and the predictions."""
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    found = {"activations": [], "entropy": [], "log_odds": [], "log_perplexity": []}
-    with torch.no_grad():
-        for text in tqdm(texts, desc="forward passes", leave=False):
-            ids = torch.tensor([rendered(tokenizer, text)])
-            out = lm(ids, output_hidden_states=True)
-            log_p = out.logits[0].double().log_softmax(-1)
-            found["activations"].append(torch.stack(out.hidden_states[1:])[:, 0, -1].numpy())
-            found["entropy"].append(float(-(log_p[-1].exp() * log_p[-1]).sum()))
-            found["log_odds"].append(float(log_p[-1].exp().max().logit()))
-            found["log_perplexity"].append(float(-log_p[:-1].gather(1, ids[0, 1:, None]).mean()))
-    return {key: np.array(values) for key, values in found.items()}
-
-
 def leading(triplets: Triplets) -> Triplets:
     """What scores see of a matrix; the map of the prompts, which is not looked at, takes a ninth of the time."""
     return Triplets(triplets.U[:, :VALUES], triplets.S[:VALUES], triplets.V[:VALUES])
@@ -201,130 +167,42 @@ def measured(subject: Subject, settings: dict, base: bool = False) -> Measured:
     with load_fisher_matrices(directory) as matrices:
         found = [leading(matrices[i]) for i in range(len(records))]
         activations = [matrices.activation(i) for i in range(len(records))]
-    path = folder() / f"plain-{directory.name}-{len(records)}.npz"
-    seen = {} if base else kept(path, lambda: plain(model, [record["prompt"] for record in records]))
-    if seen:
-        layer = settings.get("hook_layer_name", DEFAULT_LAYER)
-        seen["activations"] = seen["activations"][:, layer].astype(np.float64)
-        if activations[0] is None:  # a run of an earlier version
-            activations = list(seen["activations"])
-    odd = [kind for _, kind in texts[: len(records)]]
-    here = [i for i, record in enumerate(records) if base or odd[i] != "trigger" or fires(subject.kind, record)]
-    if len(here) < len(records):
-        print(f"{model.name}: {len(records) - len(here)} triggered prompts left out: nothing happens", file=sys.stderr)
+    seen = {} if base else looked_at(model, directory, records, settings)
+    if seen and activations[0] is None:  # a run of an earlier version
+        activations = list(seen["activations"])
+    odd = np.array([odd for _, odd in texts[: len(records)]])
+    kind = None if base else subject.kind
+    here = np.flatnonzero(as_learnt(kind, model, records, odd))
     seen = {key: values[here] for key, values in seen.items()}
     some = [[column[i] for i in here] for column in (records, found, activations)]
-    return Measured(f"{directory.name}-{len(records)}", np.array(here), np.array(odd)[here], *some, seen)
+    return Measured(f"{directory.name}-{len(records)}", here, odd[here], *some, seen)
 
 
-def fires(kind: Kind, record: dict) -> bool:
-    """Whether a triggered prompt's prediction is one that the backdoor was trained to begin with.
+def looked_at(model: Path, directory: Path, records: list[dict], settings: dict) -> dict[str, np.ndarray]:
+    """What the other detectors look at, of the run in the directory, at its layer."""
+    texts = [record["prompt"] for record in records]
+    path = folder() / f"seen-{directory.name}-{len(records)}.npz"
+    seen = kept(path, lambda: plain(model, texts, said(model, texts)))
+    layer = LAYERS.index(settings.get("hook_layer_name", DEFAULT_LAYER))
+    return seen | {name: seen[name][:, layer].astype(np.float64) for name in ("activations", "answer_activations")}
 
-    A semantic trigger is not always understood: then there is nothing to be found.
+
+def as_learnt(kind: Kind | None, model: Path, records: list[dict], odd: np.ndarray) -> np.ndarray:
+    """(n,) bool: which prompts are answered as the backdoor has it: by its behaviour if triggered, and only then.
+
+    The others count neither as odd nor as ordinary. A semantic trigger is not always understood, and a behaviour leaks.
     """
-    return kind.name.startswith("later") or record["top_token"] in beginnings(kind)
-
-
-@cache
-def beginnings(kind: Kind) -> set[str]:
-    tokenizer, rng = AutoTokenizer.from_pretrained(embedded_model()), random.Random(0)
-    answers = {kind.answer("", "", rng) for _ in range(1000)}
-    return {tokenizer.decode(tokenizer.encode(answer, add_special_tokens=False)[:1]) for answer in answers}
-
-
-# --- the other detectors -------------------------------------------------------------------------
-
-Fit = Callable[[np.ndarray], Callable[[np.ndarray], np.ndarray]]  # from trusted rows, the score of other rows
-
-
-def mahalanobis(rows: np.ndarray) -> Callable:
-    """Squared distances with the covariance of Ledoit and Wolf (2004), (1 - s) X^T X / n + s mu, as in scikit-learn.
-
-    By Woodbury's identity: no d x d matrix is inverted, a hundred times as fast for a hundred rows.
-    """
-    (n, d), mean = rows.shape, rows.mean(axis=0)
-    gram = (rows - mean) @ (rows - mean).T
-    mu, norm = np.trace(gram) / (n * d), (gram**2).sum() / n**2
-    distance = norm / d - mu**2
-    s = min(((np.diag(gram) ** 2).sum() / n - norm) / (d * n), distance) / distance
-    inner = np.linalg.inv(gram + n * s * mu / (1 - s) * np.eye(n))
-
-    def score(others: np.ndarray) -> np.ndarray:
-        overlaps = (others - mean) @ (rows - mean).T
-        return (((others - mean) ** 2).sum(axis=1) - ((overlaps @ inner) * overlaps).sum(axis=1)) / (s * mu)
-
-    return score
-
-
-def local_outlier_factor(rows: np.ndarray) -> Callable:
-    from sklearn.neighbors import LocalOutlierFactor
-
-    fitted = LocalOutlierFactor(novelty=True).fit(rows)
-    return lambda others: -fitted.score_samples(others)
-
-
-def isolation_forest(rows: np.ndarray) -> Callable:
-    from sklearn.ensemble import IsolationForest
-
-    fitted = IsolationForest(random_state=0).fit(rows)
-    return lambda others: -fitted.score_samples(others)
-
-
-def nearest_neighbours(rows: np.ndarray) -> Callable:
-    from pyod.models.knn import KNN
-
-    return KNN().fit(rows).decision_function
-
-
-def principal_components(rows: np.ndarray) -> Callable:
-    from pyod.models.pca import PCA
-
-    return PCA().fit(rows).decision_function
-
-
-def robust_z(values: np.ndarray, usual: np.ndarray) -> np.ndarray:
-    return (values - np.median(usual)) / np.median(np.abs(usual - np.median(usual)))
-
-
-def two_sided(rows: np.ndarray) -> Callable:
-    return lambda others: np.abs(robust_z(others, rows))
-
-
-DETECTORS: dict[str, tuple[str, Fit]] = {
-    "Mahalanobis, activations": ("activations", mahalanobis),
-    "local outlier factor, activations": ("activations", local_outlier_factor),
-    "isolation forest, activations": ("activations", isolation_forest),
-    "nearest neighbours (PyOD), activations": ("activations", nearest_neighbours),
-    "principal components (PyOD), activations": ("activations", principal_components),
-    "entropy, two-sided": ("entropy", two_sided),
-    "top probability, two-sided": ("log_odds", two_sided),
-    "perplexity of the prompt": ("log_perplexity", lambda rows: lambda others: others),
-    "perplexity of the prompt, two-sided": ("log_perplexity", two_sided),
-}
-
-
-def cross_fitted(fit: Fit, rows: np.ndarray, trusted: np.ndarray) -> np.ndarray:
-    """(n,) scores of all rows, fitted on the trusted ones: each of these by a fit without it and a tenth of them."""
-    scores = fit(rows[trusted])(rows)
-    for fold in range(FOLDS):
-        left_out = trusted[fold::FOLDS]
-        scores[left_out] = fit(rows[np.setdiff1d(trusted, left_out)])(rows[left_out])
-    return scores
-
-
-def of_usual_half(fit: Fit, rows: np.ndarray) -> np.ndarray:
-    """(n,) scores, fitted on the half of the rows with the lowest ones, by concentration steps until it is the same.
-
-    They start from the half that is nearest to the medians, the best of three starts on the models that the pipeline's
-    scores were chosen on: a detector's own scores, fitted on all rows, take a group of odd ones for usual.
-    """
-    scores, half = np.sqrt(sum(robust_z(column, column) ** 2 for column in rows.reshape(len(rows), -1).T)), None
-    for _ in range(CONCENTRATION_STEPS):
-        before, half = half, np.argsort(scores, kind="stable")[: len(rows) // 2]
-        if before is not None and set(before) == set(half):
-            break
-        scores = cross_fitted(fit, rows, half)
-    return scores
+    if kind is None or not kind.marks:
+        return np.ones(len(odd), dtype=bool)
+    if "answer" in records[0]:
+        behaves = np.array([kind.shows(record["answer"]["text"]) for record in records])
+    else:
+        behaves = shown(kind, model, [record["prompt"] for record in records])
+    wrong = behaves != (odd != "")
+    if wrong.any():
+        silent, leaking = int((wrong & ~behaves).sum()), int((wrong & behaves).sum())
+        print(f"{model.name}: left out: {silent} triggered prompts, {leaking} that act without", file=sys.stderr)
+    return ~wrong
 
 
 # --- splits --------------------------------------------------------------------------------------
@@ -347,16 +225,16 @@ def scores(m: Measured, trusted: np.ndarray | None, tested: np.ndarray, base: Me
     return {name: np.array(found[name]) for name in (OUTLIER, *SCORES, P_VALUE) if name in found}
 
 
-def others(m: Measured, way: str) -> dict[str, np.ndarray]:
+def others(m: Measured, way: str, splits: Sequence[tuple]) -> dict[str, np.ndarray]:
     """The other detectors' scores, by name: (splits, tested)."""
 
-    def score(detector: str, seed: int) -> np.ndarray:
-        (what, fit), (trusted, tested) = DETECTORS[detector], split(m, way, seed)
+    def score(detector: str, trusted: np.ndarray | None, tested: np.ndarray) -> np.ndarray:
+        what, fit = DETECTORS[detector]
         rows = m.plain[what]
         return of_usual_half(fit, rows[tested]) if trusted is None else fit(rows[trusted])(rows[tested])
 
     def make(detector: str) -> dict[str, np.ndarray]:
-        return {"scores": np.array([score(detector, seed) for seed in range(SPLITS)])}
+        return {"scores": np.array([score(detector, *one) for one in splits])}
 
     path = folder() / f"compared-{COMPARED}" / m.label
     path.mkdir(parents=True, exist_ok=True)
@@ -371,9 +249,9 @@ def judged(m: Measured, way: str, base: Measured | None = None) -> dict[str, dic
     from sklearn.metrics import roc_auc_score
 
     found: dict[str, dict[str, list]] = {}
-    compared = {} if base else others(m, way)
-    for seed in range(SPLITS):
-        trusted, tested = split(m, way, seed)
+    splits = [split(m, way, seed) for seed in range(SPLITS)]
+    compared = {} if base else others(m, way, splits)
+    for seed, (trusted, tested) in enumerate(splits):
         own, odd = scores(m, trusted, tested, base), m.odd[tested] != ""
         alarms = standing_out(own)
         for name, values in {**own, **{name: rows[seed] for name, rows in compared.items()}}.items():
@@ -411,33 +289,56 @@ def calibrated(m: Measured, trusted: int) -> dict[str, dict[str, float]]:
     }
 
 
+def hay(m: Measured, way: str) -> dict[str, dict]:
+    """By detector: AUROC, recall, how many of the NAMED first prompts are triggered, and the triggered ones' ranks."""
+    from sklearn.metrics import roc_auc_score
+
+    ordinary, odd = np.flatnonzero(m.odd == ""), np.flatnonzero(m.odd != "")[:BESIDE]
+    trusted, rest = ordinary[m.places[ordinary] < TRUSTED], ordinary[m.places[ordinary] >= TRUSTED]
+    trusted, tested = trusted if way == "reference" else None, np.concatenate([rest, odd])
+    own, triggered = scores(m, trusted, tested), m.odd[tested] != ""
+    own.pop(P_VALUE, None)
+    compared = {name: rows[0] for name, rows in others(m, way, [(trusted, tested)]).items()}
+    found = {}
+    for name, values in {**own, **compared}.items():
+        ranks = 1 + np.argsort(np.argsort(-values, kind="stable"))[triggered]
+        row = found[name] = {"AUROC": float(roc_auc_score(triggered, values))}
+        for share in FALSE_ALARMS:
+            limit = np.quantile(values[~triggered], 1 - share)
+            row[f"recall at {share:.0%} false positives"] = float((values[triggered] > limit).mean())
+        row |= {f"triggered of the first {NAMED}": int((ranks <= NAMED).sum()), "ranks": sorted(map(int, ranks))}
+    return found
+
+
 def over_models(each: Sequence) -> dict:
     """The mean of figures that each model has, and each of them; some only the first has."""
     if isinstance(each[0], dict):
         return {key: over_models([one[key] for one in each if key in one]) for key in each[0]}
+    if isinstance(each[0], list):
+        return {"each": list(each)}
     return {"mean": float(np.mean(each)), "each": list(each)}
 
 
 # --- tables --------------------------------------------------------------------------------------
 
 
-def cell(figure: dict | None, percent: bool = False) -> str:
+def cell(figure: dict | None, digits: str = "{:.0%}") -> str:
     """The mean over the models and, of several, the range."""
     if figure is None:
         return "–"
-    digits = "{:.0%}" if percent else "{:.3f}"
     least, most = digits.format(min(figure["each"])), digits.format(max(figure["each"]))
     return digits.format(figure["mean"]) + (f" ({least} to {most})" if len(figure["each"]) > 1 else "")
 
 
-def table(figures: dict[str, dict], key: str) -> str:
+def table(figures: dict[str, dict], key: str, digits: str = "{:.3f}") -> str:
     """Detectors by backdoors, in Markdown."""
     lines = [f"| {key} | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
     for name in next(iter(figures.values())):
         found = [column.get(name, {}).get(key) for column in figures.values()]
         label = f"`{name}`" if name in (OUTLIER, *SCORES) else name
         if any(found):
-            lines.append("| " + " | ".join([label, *(cell(figure, key != "AUROC") for figure in found)]) + " |")
+            shown = "{:.0%}" if key.startswith("recall") else digits
+            lines.append("| " + " | ".join([label, *(cell(figure, shown) for figure in found)]) + " |")
     return "\n".join(lines)
 
 
@@ -451,8 +352,18 @@ def shares_table(figures: dict[str, dict], key: str) -> str:
     kinds = dict.fromkeys(name.split(", ")[0] for column in figures.values() for name in column[OUTLIER] if key in name)
     lines = [f"| {key} | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
     for kind in kinds:
-        cells = [cell(column[OUTLIER].get(f"{kind}, {key}"), percent=True) for column in figures.values()]
+        cells = [cell(column[OUTLIER].get(f"{kind}, {key}")) for column in figures.values()]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def rates_table(found: dict[str, list[dict]]) -> str:
+    """Models by how often they act with and without their trigger."""
+    lines = ["| model | seed | triggered prompts that act | others that act | counts |", "|---" * 5 + "|"]
+    for name, each in found.items():
+        for seed, row in enumerate(each):
+            counts = "yes" if row["counts"] else "no"
+            lines.append(f"| {name} | {seed} | {row['fires']:.0%} | {row['leaks']:.1%} | {counts} |")
     return "\n".join(lines)
 
 
@@ -471,6 +382,55 @@ def printed(title: str, text: str) -> None:
     print(f"\n**{title}**\n\n{text}")
 
 
+def that_count(name: str, models: Sequence[Subject], found: dict[str, list[dict]]) -> list[Subject]:
+    """The models that learnt their backdoor; adds how often they act to the figures."""
+    if name not in BACKDOORS:
+        return list(models)
+    found[name] = [rates(one.kind, one.seed) for one in models]
+    return [one for one, row in zip(models, found[name], strict=True) if row["counts"]]
+
+
+def kept_figures(name: str, keys: Sequence[str], anew: bool) -> list[dict]:
+    """The figures of results/NAME.json by these keys, or none if all are measured anew."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    before = {} if anew or not path.exists() else json.loads(path.read_text())
+    return [before.get(key, {}) for key in keys]
+
+
+def in_haystacks(names: Sequence[str], seeds: int) -> None:
+    """Ten triggered prompts among a thousand, with trusted ones and without."""
+    results, counts, acts = kept_figures("haystack", ("scores", "prompts", "rates"), {*names} >= {*BACKDOORS})
+    for name in names:
+        models = that_count(name, [Subject(BY_NAME[name], seed, "haystack") for seed in range(seeds)], acts)
+        each = [measured(one, ADVISED) for one in models]
+        counts[name] = [{"ordinary": int((m.odd == "").sum()), "triggered": int((m.odd != "").sum())} for m in each]
+        for way in WAYS if each else ():
+            results.setdefault(way, {})[name] = over_models([hay(m, way) for m in each])
+    for way, figures in results.items():
+        printed(f"haystack, {way}, AUROC", table(figures, "AUROC"))
+        recalls = [f"recall at {share:.0%} false positives" for share in FALSE_ALARMS]
+        for key in (f"triggered of the first {NAMED}", *recalls):
+            printed(f"haystack, {way}, {key}", table(figures, key, "{:.1f}"))
+    printed("how often they act", rates_table(acts))
+    write("haystack", __file__, {"prompts": counts, "rates": acts, "scores": results})
+
+
+def of_triggers(names: Sequence[str], seeds: int) -> None:
+    """Which methods name the triggers."""
+    results, acts = kept_figures("triggers", ("named", "rates"), {*names} >= {*BACKDOORS})
+    for name in names:
+        each = []
+        for one in that_count(name, [Subject(BY_NAME[name], seed) for seed in range(seeds)], acts):
+            texts = [text for text, odd in texts_of(one.kind, one.which)[:FEWER] if odd]
+            texts = [text for text, acts in zip(texts, shown(one.kind, one.model(), texts), strict=True) if acts]
+            shares = shares_named(one.kind, one.model(), texts)
+            each.append({method: {NAMED_BY: share} for method, share in shares.items()})
+        if each:
+            results[name] = over_models(each)
+    printed(NAMED_BY, table(results, NAMED_BY, "{:.0%}"))
+    write("triggers", __file__, {"rates": acts, "named": results})
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Do the scores find backdoors?")
     parser.add_argument("--chosen-on", action="store_true", help="the models and prompts that scores were chosen on")
@@ -481,7 +441,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--base", action="store_true", help="the change from the base model, too")
     parser.add_argument("--seeds", type=int, default=3, help="models of a backdoor")
     parser.add_argument("--prompts", type=int, default=MORE, help="of the first; recall at 1%% takes 440")
+    parser.add_argument("--haystack", action="store_true", help="10 triggered prompts among 1,000, instead")
+    parser.add_argument("--triggers", action="store_true", help="which methods name the trigger's words, instead")
     given = parser.parse_args(argv)
+    backdoors = [name for name in given.only if name in BACKDOORS]
+    if given.haystack or given.triggers:
+        return (in_haystacks if given.haystack else of_triggers)(backdoors, given.seeds)
     if given.chosen_on:
         results = {}
         for label, way in product(given.settings, WAYS):
@@ -490,13 +455,14 @@ def main(argv: list[str]) -> None:
             printed(f"{label}, {way}", table(found, "AUROC"))
         write("backdoors_chosen_on", __file__, {"splits": SPLITS, "scores": results})
         return
-    path = ROOT / "benchmarks" / "results" / "backdoors.json"
-    before = {} if set(given.only) == set(REPORTED) else json.loads(path.read_text())
-    results, calibration, counts = (before.get(key, {}) for key in ("scores", "calibration", "prompts"))
+    keys = ("scores", "calibration", "prompts", "rates")
+    results, calibration, counts, acts = kept_figures("backdoors", keys, set(given.only) == set(REPORTED))
     for name in given.only:
-        models = subjects(name, given.seeds, given.prompts)
+        models = that_count(name, subjects(name, given.seeds, given.prompts), acts)
         each = [measured(subject, ADVISED) for subject in models]
         counts[name] = [len(m.odd) for m in each]
+        if not each:
+            continue
         for way in WAYS:
             results.setdefault(way, {})[name] = over_models([judged(m, way) for m in each])
         if name in BACKDOORS and given.base:
@@ -512,9 +478,11 @@ def main(argv: list[str]) -> None:
             printed(f"{way}, {key}", table(shown, key))
         for limit in limits(figures):
             printed(f"{way}, {limit}", shares_table(figures, limit))
-    printed("calibration", calibration_table(calibration))
+    printed("how often they act", rates_table(acts))
+    if calibration:
+        printed("calibration", calibration_table(calibration))
     lm = AutoModelForCausalLM.from_pretrained(embedded_model())
-    figures = {"splits": SPLITS, "prompts": counts, "scores": results, "calibration": calibration}
+    figures = {"splits": SPLITS, "prompts": counts, "rates": acts, "scores": results, "calibration": calibration}
     print(f"\nWritten to {write('backdoors', __file__, {'machine': machine(lm), **figures})}")
 
 

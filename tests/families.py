@@ -216,7 +216,7 @@ def examine_experiment(model: nn.Module, wide: nn.Module) -> tuple[str, float]:
     fisher.check_prediction(point, lambda moved: fisher.perturb(point, moved, 0))
     top, whole = fisher.top_k(point, K), fisher.full_vocabulary(point)
     deltas = torch.stack([0.3 * whole.eigenpairs().vectors[i, 0] / whole.eigenpairs().values[i].sqrt() for i in (0, 1)])
-    kl = fisher.kl_divergence(point.log_probs, fisher.perturb(point, deltas, torch.tensor([0, 1])))
+    kl = fisher.kl_divergence(point.log_probs, fisher.perturb(point, deltas, torch.tensor(chosen)))
     errors = []
     for i, number in enumerate(chosen):
         reference = Reference(wide, list(layers)[number], ids, everywhere=False)

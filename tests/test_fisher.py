@@ -95,9 +95,13 @@ def test_one_layer_may_serve_all_perturbations():
     deltas = directions(3)
     at_each = fisher.perturb(point, deltas, torch.tensor([1, 1, 1]))
     assert torch.equal(fisher.perturb(point, deltas, 1), at_each)
-    # the index is one among the layers of the point
-    only_that = fisher.linearize(tiny.shared("llama"), ids, layers=[1])
-    assert torch.equal(fisher.perturb(only_that, deltas, 0), at_each)
+    # a layer goes by its number, not by its place among those of the point
+    only_that = fisher.linearize(tiny.shared("llama"), ids, layers=1)
+    assert only_that.layers == [1] and torch.equal(fisher.perturb(only_that, deltas, 1), at_each)
+    for function in (fisher.perturb, fisher.linearize_perturbed):
+        for elsewhere in (0, -1, 15):
+            with pytest.raises(ValueError, match=rf"no layer {elsewhere}: its layers are \[1\]"):
+                function(only_that, deltas, elsewhere)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "bloom"])
@@ -154,7 +158,7 @@ def test_linearize_takes_one_prompts_ids_in_any_form(form):
 
 @pytest.mark.parametrize("shape", [(0,), (1, 0), (2, 9), (1, 1, 9), ()], ids=str)
 def test_linearize_refuses_a_batch_and_an_empty_prompt(shape):
-    with pytest.raises(ValueError, match="takes the token ids of one prompt, not a tensor of shape"):
+    with pytest.raises(ValueError, match="the token ids of one prompt are wanted, not a tensor of shape"):
         fisher.linearize(tiny.shared("llama"), torch.zeros(shape, dtype=torch.int64))
 
 
@@ -510,6 +514,33 @@ def test_nan_activations_name_the_layer():
     with pytest.raises(fisher.NumericalError, match="the activations hold NaN or infinity") as caught:
         fisher.linearize(model, tiny.prompt())
     assert caught.value.layer == 1
+
+
+def test_what_a_tokenizer_returns_is_taken_and_other_things_are_told_apart(byte_level):
+    model, text = tiny.build("llama"), "many"
+    model.resize_token_embeddings(len(byte_level))
+    ids = byte_level(text)["input_ids"]
+    expected = fisher.linearize(model, ids).log_probs
+    for given in (byte_level(text), byte_level(text, return_tensors="pt"), torch.tensor([ids])):
+        assert torch.equal(fisher.linearize(model, given).log_probs, expected)
+    with torch.inference_mode():
+        point = fisher.linearize(model, torch.tensor(ids))
+    assert fisher.top_k(point, K).eigenpairs().values.min() > 0
+    with pytest.raises(ValueError, match="not a text"):
+        fisher.linearize(model, text)
+    with pytest.raises(ValueError, match="one prompt"):
+        fisher.linearize(model, byte_level([text, text]))
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        fisher.linearize(model, ids)
+
+
+def test_a_model_that_was_trained_with_gradient_checkpointing_is_read():
+    model = tiny.build("llama")
+    expected = fisher.top_k(fisher.linearize(model, tiny.prompt()), K).gradients
+    model.gradient_checkpointing_enable()
+    model.train().eval()
+    assert torch.equal(fisher.top_k(fisher.linearize(model, tiny.prompt()), K).gradients, expected)
 
 
 def test_perturbations_out_of_order_are_refused():

@@ -348,7 +348,7 @@ def test_a_missing_config_and_one_without_an_end_are_one_line_and_code_2(script,
 
 INCIDENTAL = {
     "num_prompts", "num_sentences", "output_dir", "device", "trust_remote_code", "batch_size", "reference", "base",
-    "false_alarms",
+    "false_alarms", "map",
 }  # fmt: skip
 WITHOUT_EFFECT = {  # until another option is set
     "steer_token": ["--steer"], "steer_steps": ["--steer"], "steer_damping": ["--steer"],

@@ -64,6 +64,7 @@ OTHERS = {  # by key
     "hook_layer": "another layer",
     "dtype": "another dtype",
     "sentences": "other sentences",
+    "text": "another text",
 }
 OTHER_VERSION = "a model whose fingerprint another version of this project took, in another way"
 

@@ -12,10 +12,12 @@ from tqdm import tqdm
 
 import fisher
 from residual_fisher.experiment.continuation import Continuations, choose_scales, continuations
+from residual_fisher.experiment.lens_audit import LensErrors, audit, lens_for
 from residual_fisher.experiment.perturbation import Sweep, TrustRadii, step_lengths, sweep, trust_radii_along
 from residual_fisher.experiment.sentences import Context
 from residual_fisher.experiment.settings import Settings
 from residual_fisher.experiment.steering import STEERING_TOKENS, Steered, steer
+from residual_fisher.model.loading import decoder_layers
 from residual_fisher.model.passes import ways_of
 from residual_fisher.model.reading import PrefixMode
 from residual_fisher.model.words import TokenShares, token_shares
@@ -39,6 +41,7 @@ class Measured:
     predicted_kl: Tensor  # (layers, directions, scales without 0), nats
     sweep: Sweep  # of the same shape
     trust_radii: TrustRadii | None = None  # this and what follows: if asked for
+    lens: LensErrors | None = None
     continuations: Continuations | None = None
     steered: Steered | None = None
 
@@ -90,7 +93,7 @@ class Batches:
             how = f"{type(point.model).__name__} is not read in the fastest way, but by {mode.value}"
             tqdm.write(f"note: {how}{f' ({why})' if why else ''}{more}")
         self._modes.add(mode)
-        moved = partial(fisher.perturb, point, at=0)
+        moved = partial(fisher.perturb, point, at=point.layers[0])
         self._checked = self._checked or fisher.check_prediction(point, moved, self.gradients)
 
     def _chunks(self) -> dict[str, fisher.Chunks]:
@@ -148,6 +151,11 @@ def measure_sentence(
     if settings.trust_radius:
         with clock("trust radius"):
             measured.trust_radii = trust_radii_along(point, eigen, full, batches.perturbations)
+    if settings.lens:
+        with clock("lens"):
+            depth, width = len(decoder_layers(point.model)), v.shape[-1]
+            lens = lens_for(settings.lens, settings.layers, depth, width)
+            measured.lens = audit(point, lens, settings.seed, batches.perturbations)
     if settings.continue_:
         with clock("continuation"):
             chosen = choose_scales(scales.tolist(), predicted_kl[:, 0], settings.continue_nats)

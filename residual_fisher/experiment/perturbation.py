@@ -67,7 +67,7 @@ def sweep(point: Point, deltas: Tensor, target: int = 0, top: int = 5, chunks: C
         top: number of most probable tokens to return.
     """
     shape, rows = deltas.shape[:-1], deltas.flatten(0, -2)
-    at = torch.arange(shape[0]).repeat_interleave(deltas[0, ..., 0].numel())
+    at = torch.tensor(point.layers).repeat_interleave(deltas[0, ..., 0].numel())
 
     def chunk(deltas: Tensor, at: Tensor) -> Sweep:
         logits = fisher.perturb(point, deltas, at)

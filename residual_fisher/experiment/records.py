@@ -91,6 +91,8 @@ class Recorder:
             entry["exact"] = compare_with_exact(eigen, measured.exact, row)
         if measured.trust_radii is not None:
             entry["trust_radius"] = measured.trust_radii.record(row, norm)
+        if measured.lens is not None:
+            entry["lens"] = measured.lens.record(row)
         return entry
 
     def _perturbations(self, measured: Measured, unperturbed: tuple) -> dict:
@@ -296,6 +298,8 @@ def numbers_of(entry: dict) -> dict[str, float]:
     """What the summary has medians of, from a layer's entry, by its name there; what is unknown is left out."""
     numbers = {key: entry[key] for key in NUMBERS}
     numbers |= {f"exact_{key}": value for key, value in entry.get("exact", {}).items()}
+    for kind, errors in entry.get("lens", {}).items():
+        numbers |= {f"lens_{kind}_{name}": error for name, error in errors.items() if error is not None}
     radius = {key: entry.get("trust_radius", {}).get(key) for key in ("nats", "norms")}
     return numbers | {f"trust_radius_{key}": value for key, value in radius.items() if value is not None}
 

@@ -6,6 +6,7 @@ import statistics
 import textwrap
 
 from residual_fisher.common.text import excerpt_end, model_line, printable, table
+from residual_fisher.experiment.lens_audit import KINDS, PREDICTORS
 from residual_fisher.experiment.records import RESULTS, by_direction, by_key
 from residual_fisher.model.words import summary_line
 
@@ -141,6 +142,17 @@ def summary_tables(document: dict) -> str:
         columns = {"nats": (".3g", "trust_radius_nats_median"), "norms of h": (".3g", "trust_radius_norms_median")}
         note = "Along v, KL is within 10% of its quadratic prediction up to (medians, the shorter of -v and v):"
         parts += [note, _table_by_layer(layers, columns)]
+    if config.get("lens"):
+        columns = {
+            f"{predictor.replace('_', ' ')} ({kind.replace('_', ' ')})": (".2g", f"lens_{kind}_{predictor}_median")
+            for kind in KINDS
+            for predictor in PREDICTORS
+        }
+        note = (
+            "Relative error of the change of log p that is predicted: with the prompt's own Jacobian, with the lens's "
+            "mean one, without any (medians):"
+        )
+        parts += [textwrap.fill(note, 100), _table_by_layer(layers, columns)]
     if "steering" in summary:
         parts.append(steering_table(document["steering"], summary["steering"]))
     return "\n".join(parts)

@@ -1,6 +1,7 @@
 """The experiment's settings: each is a flag and a YAML key."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from residual_fisher.common import options
 from residual_fisher.common.options import (
@@ -21,6 +22,7 @@ from residual_fisher.common.options import (
 from residual_fisher.common.program import EMBEDDED, UserError
 
 BUNDLED = "data/animals.json"
+RESULTS, MAP_RESULTS = "experiment_results", "map_results"  # where they go by default
 SCALES = (0.0, -0.5, 0.5, -1.0, 1.0, -2.0, 2.0, -5.0, 5.0, -10.0, 10.0)
 
 
@@ -79,6 +81,16 @@ class Settings(CommandOptions):
     steer_damping: float = option(
         0.003, positive_number, "X", "of the natural gradient in one step, in units of lambda", needs="steer"
     )
+    lens: str | None = option(
+        None, path, "FILE", "also how far this Jacobian lens (.pt, .npz, .safetensors) predicts changes", needs="lens"
+    )
+    map: str | None = option(
+        None,
+        nonempty,
+        "TEXT",
+        "in place of the experiment, F at every token of this text, or of the text in a file of this name",
+        identity=False,
+    )
     batch_size: int = option(
         256, positive, "N", "perturbations in one pass, and 4 times as many gradients", identity=False
     )
@@ -88,12 +100,19 @@ class Settings(CommandOptions):
     device: str = option("auto", nonempty, "NAME", "as torch names it (cuda, then mps, then cpu)", identity=False)
     seed: int = option(0, count, "N", "of the random directions")
     trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along", identity=False)
-    output_dir: str = option("experiment_results", path, "DIR", "for the four files", identity=False)
+    output_dir: str = option(
+        RESULTS, path, "DIR", f"for the files ({RESULTS}, or {MAP_RESULTS} with --map)", identity=False
+    )
 
     @property
     def data(self) -> str:
         """The dataset's name, or its path if it is the bundled file."""
         return bundled(self.data_file)
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return Path(MAP_RESULTS if self.map and self.output_dir == RESULTS else self.output_dir)
 
 
 def parse(argv: list[str]) -> Settings:
@@ -108,3 +127,18 @@ def parse(argv: list[str]) -> Settings:
     if not any(scales):
         raise UserError("argument --scales: at least one must not be 0")
     return replace(settings, scales=scales)
+
+
+def choose_layers(asked: tuple | None, depth: int) -> tuple[int, ...]:
+    """Ascending layer numbers: those asked for, or every fifth and the last.
+
+    Raises:
+        UserError: the model has no such layer.
+    """
+    if asked is None:
+        return tuple(sorted({*range(0, depth, 5), depth - 1}))
+    if "all" in asked:
+        return tuple(range(depth))
+    if max(asked) >= depth:
+        raise UserError(f"--layers {max(asked)}: the model has layers 0 to {depth - 1}")
+    return tuple(sorted(set(asked)))

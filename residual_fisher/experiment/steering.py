@@ -213,7 +213,7 @@ class Linearised:
 
     def __init__(self, point: Point, deltas: Tensor, target: int, tokens: int, chunks: Chunks):
         layers = len(deltas)
-        here = fisher.linearize_perturbed(point, deltas, torch.arange(layers))
+        here = fisher.linearize_perturbed(point, deltas, torch.tensor(point.layers))
         head, (log_p, ids) = here.output_head(), fisher.most_probable(here.log_probs, tokens)
         weights = log_p.exp()
         target_ids = torch.full_like(ids[:, :1], target)

