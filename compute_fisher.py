@@ -28,6 +28,7 @@ from residual_fisher.common.program import (
     exit_code,
     go_offline_without_hub,
 )
+from residual_fisher.common.sources import names_of
 from residual_fisher.pipeline.settings import Settings, parse
 
 PROGRAM = "compute_fisher.py"
@@ -35,7 +36,7 @@ PROGRAM = "compute_fisher.py"
 if __name__ == "__main__":  # before the slow imports: --help need not wait for torch
     try:
         from_command_line = parse(sys.argv[1:])
-        go_offline_without_hub(from_command_line.model_path, from_command_line.dataset)
+        go_offline_without_hub(from_command_line.model_path, *names_of(from_command_line.dataset))
     except UserError as error:
         sys.exit(end_with_error(PROGRAM, error))
 
@@ -71,7 +72,7 @@ from residual_fisher.model.passes import ways_of
 from residual_fisher.pipeline import figures, matrices, processes, report
 from residual_fisher.pipeline.batches import Subject, check_once, measure, try_first, write_tokens
 from residual_fisher.pipeline.derived import METADATA, PROMPTS, conclude, made_from_scores, scored_records, scoring_of
-from residual_fisher.pipeline.estimate import describe_run, tell_too_few
+from residual_fisher.pipeline.estimate import describe_run, tell_left_out, tell_too_few
 from residual_fisher.pipeline.processes import Processes
 from residual_fisher.pipeline.prompts import Prompt, Prompts
 from residual_fisher.pipeline.reference import Reference
@@ -87,7 +88,14 @@ MAX_WAITING = 2  # batches that may wait to be written
 def open_dataset(settings: Settings) -> tuple[Prompts, Iterator[Prompt], Prompt]:
     """The dataset, the prompts to take one by one, and the first: what is wrong shows before the model is loaded."""
     prompts = Prompts(
-        settings.dataset, settings.dataset_split, settings.prompt_column, settings.dataset_config, settings.seed
+        settings.dataset,
+        settings.dataset_split,
+        settings.prompt_column,
+        settings.dataset_config,
+        settings.seed,
+        settings.turns,
+        settings.system,
+        raw=settings.chat_template == "none",
     )
     wanted = None if settings.num_prompts == "all" else settings.num_prompts
     source = iter(prompts)
@@ -122,6 +130,8 @@ def prepare(settings: Settings, first: Prompt, process: Processes, tell: Callabl
     device = own_device(settings.device, process)
     model, tokenizer = load(settings.model_path, settings.dtype, device, settings.trust_remote_code)
     fix_arithmetic(model)
+    if settings.chat_template == "none":
+        tokenizer.chat_template = None
     subject = Subject(model, tokenizer, *find_module(model, settings.hook_layer_name))
     positions = longest_prompt(model) or math.inf  # an answer takes some of them
     longest = min(settings.max_length, max(1, positions - settings.answer_tokens + 1))
@@ -206,9 +216,8 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
             nonlocal against
             stack.enter_context(run.locked())
             against = Reference.asked_for(settings)
-            return run.is_finished(
-                identity_of(settings), sources_of(settings.dataset, settings.model_path), settings.num_prompts
-            )
+            sources = sources_of(settings.dataset, settings.dataset_split, settings.model_path)
+            return run.is_finished(identity_of(settings), sources, settings.num_prompts)
 
         if process.ask_first(open_and_look):
             return report_finished(run, settings, against) if process.first else 0
@@ -230,11 +239,12 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
                 compute(pipeline, source, run, process, bar)
             if not process.leave():
                 return 0
+            tell_left_out(prompts, pipeline)
             tell_too_few(settings, prompts.usable)
             primary = matrices.merge(run, prompts.usable)
             columns = report.columns_of(record for _, record in run.all_records())
             environment = {**pipeline.environment, "ways": ways_of(pipeline.subject.model)}
-            statistics = report.summarize(columns, prompts.skipped)
+            statistics = {**report.summarize(columns, prompts.skipped), "left_out": dict(+prompts.left_out)}
             run.finish(prompts.usable, primary, environment=environment, statistics=statistics)
             conclude(run, against, settings.false_alarms)
         except KeyboardInterrupt:
@@ -255,9 +265,8 @@ def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference
         against.require_same_kind(pipeline.identity, pipeline.environment)
     notes = {"config": settings_of(settings), "environment": pipeline.environment}
     split = partial(matrices.split, run.folder)
-    state = run.examine(
-        pipeline.identity, sources_of(settings.dataset, settings.model_path), settings.num_prompts, split, notes
-    )
+    sources = sources_of(settings.dataset, settings.dataset_split, settings.model_path)
+    state = run.examine(pipeline.identity, sources, settings.num_prompts, split, notes)
     if state is State.STARTED and settings.num_prompts != "all" and run.last() >= settings.num_prompts:
         raise UserError(
             f"{run.folder} holds an unfinished run of more prompts, {run.last() + 1} at least: ask for as many, or "

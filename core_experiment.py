@@ -29,6 +29,7 @@ from residual_fisher.common.program import (
     peak_memory,
     too_many,
 )
+from residual_fisher.common.sources import names_of
 from residual_fisher.experiment.settings import Settings, choose_layers, parse
 
 PROGRAM = "core_experiment.py"
@@ -36,7 +37,7 @@ PROGRAM = "core_experiment.py"
 if __name__ == "__main__":  # before the slow imports: --help need not wait for torch
     try:
         from_command_line = parse(sys.argv[1:])
-        go_offline_without_hub(from_command_line.model_name, from_command_line.data)
+        go_offline_without_hub(from_command_line.model_name, *names_of(from_command_line.data))
     except UserError as error:
         sys.exit(end_with_error(PROGRAM, error))
 
@@ -107,6 +108,7 @@ def prepare(settings: Settings) -> Experiment:
         settings.data_config,
         settings.data_split,
         settings.num_sentences,
+        settings.occurrence,
     )
     start = time.perf_counter()
     model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
@@ -160,7 +162,9 @@ def find_contexts(settings: Settings, model: torch.nn.Module, tokenizer, texts: 
         UserError: there are none.
     """
     longest = longest_prompt(model) or math.inf
-    located = [context for text in texts if (context := locate(tokenizer, text, settings.target_word))]
+    located = [
+        context for text in texts if (context := locate(tokenizer, text, settings.target_word, settings.occurrence))
+    ]
     if not located:
         raise UserError(f"in none of {len(texts)} sentences does a token stand before {settings.target_word!r}")
     contexts = [context for context in located if len(context.ids) <= longest]
@@ -274,9 +278,8 @@ def examine(run: Run, experiment: Experiment) -> tuple[State, list[Item]]:
     settings = experiment.settings
     numbers = {context.sentence: number for number, context in enumerate(experiment.contexts)}
     split = partial(split_results, run.folder, numbers)
-    state = run.examine(
-        experiment.identity, sources_of(settings.data, settings.model_name), settings.num_sentences, split
-    )
+    sources = sources_of(settings.data, settings.data_split, settings.model_name)
+    state = run.examine(experiment.identity, sources, settings.num_sentences, split)
     return state, list(run.items())
 
 
@@ -284,9 +287,8 @@ def run_experiment(settings: Settings) -> int:
     """Measures what is missing of a run; or, in a dry run, says what that would take, and writes nothing."""
     run = Run(settings.folder, PROGRAM, FILES, settings.overwrite, read_only=settings.dry_run)
     with run.locked():
-        if run.is_finished(
-            identity_settings(settings), sources_of(settings.data, settings.model_name), settings.num_sentences
-        ):
+        sources = sources_of(settings.data, settings.data_split, settings.model_name)
+        if run.is_finished(identity_settings(settings), sources, settings.num_sentences):
             return report_finished(run)
         experiment = prepare(settings)
         state, items = examine(run, experiment)

@@ -154,6 +154,102 @@ def test_a_damaged_model_is_one_line_and_exit_code_2(name, chat_directory, datas
     assert not (tmp_path / "out").exists()
 
 
+def keep_only(*names: str) -> Callable[[Path], None]:
+    return lambda model: [path.unlink() for path in model.iterdir() if path.name not in names]
+
+
+def in_the_hubs_cache(model: Path) -> None:
+    snapshot = model / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    [path.rename(snapshot / path.name) for path in model.iterdir() if path.is_file()]
+
+
+def as_checkpoint(model: Path) -> None:
+    (model / "checkpoint-500").mkdir()
+    [path.rename(model / "checkpoint-500" / path.name) for path in model.iterdir() if path.is_file()]
+
+
+def only_gguf(model: Path) -> None:
+    keep_only("config.json")(model)
+    (model / "model-Q4_K_M.gguf").write_bytes(b"GGUF\3")
+
+
+def with_code(model: Path) -> None:
+    code = "from transformers import LlamaConfig\n\n\nclass C(LlamaConfig):\n    model_type = 'mine'\n"
+    (model / "configuration_mine.py").write_text(code)
+    configure(model_type="mine", auto_map={"AutoConfig": "configuration_mine.C"})(model)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 60724\n"
+NO_MODELS = {  # what is done to a model's folder, and what is said of it
+    "weights of Git LFS": (
+        put(WEIGHTS, POINTER),
+        f"its {WEIGHTS} is a Git LFS pointer, not the file itself: run `git lfs",
+    ),
+    "a tokenizer of Git LFS": (put("tokenizer.json", POINTER), "its tokenizer.json is a Git LFS pointer"),
+    "a configuration of Git LFS": (put("config.json", POINTER), "its config.json is a Git LFS pointer"),
+    "no tokenizer": (
+        keep_only("config.json", "generation_config.json", WEIGHTS),
+        "it has no tokenizer: save the one of",
+    ),
+    "no weights": (lambda model: (model / WEIGHTS).unlink(), "it holds no weights (*.safetensors): is it complete?"),
+    "only a GGUF": (only_gguf, "its weights are GGUF, the format of llama.cpp: give the model that it was made from"),
+    "an empty folder": (keep_only(), "it has no config.json, so it is no model's folder"),
+    "a folder of checkpoints": (
+        as_checkpoint,
+        "it has no config.json, so it is no model's folder; did you mean {}/checkpoint-500?",
+    ),
+    "a folder of the hub's cache": (
+        in_the_hubs_cache,
+        "it is a folder of the hub's cache: give org/name, or the folder in",
+    ),
+    "code of its own": (with_code, "it brings code of its own, which only --trust-remote-code runs: read it before"),
+}
+
+
+@pytest.mark.parametrize("name", NO_MODELS)
+def test_a_folder_that_is_no_model_is_told_what_it_is(name, chat_directory, tmp_path):
+    change, said = NO_MODELS[name]
+    change(model := shutil.copytree(chat_directory, tmp_path / "models--org--name"))
+    with pytest.raises(UserError) as caught:
+        loading.load(str(model), device="cpu")
+    assert str(caught.value).startswith(f"cannot load model '{model}': {said.format(model)}")
+
+
+NAMES = {  # names of no folder, and what is said of each
+    "no/such/folder": "no such file or folder (looked for from ",
+    "./folder": "no such file or folder",
+    "https://huggingface.co/org/name/tree/main": "it is an address: give the model's name, org/name",
+    r"D:\models\llama": "it is a path of Windows",
+    "my model": "no such file or folder, and no model on the hub has such a name",
+    "org/model-that-is-nowhere": "no such folder, and on the hub: ",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_stands_for_no_model_is_told_why(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        loading.load(name, device="cpu")
+    assert str(caught.value).startswith(f"cannot load model {name!r}: {NAMES[name]}")
+
+
+def test_a_file_is_no_model(chat_directory, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\3")
+    for path, said in (
+        (chat_directory / WEIGHTS, "give the folder that holds it"),
+        (tmp_path / "m.gguf", "it is GGUF"),
+    ):
+        with pytest.raises(UserError, match=said):
+            loading.load(str(path), device="cpu")
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this is such a Mac")
+def test_a_device_of_another_machine_is_one_short_line(chat_directory):
+    with pytest.raises(UserError, match=r"^device mps is not available: this is no Mac .* \(here: cpu"):
+        loading.load(str(chat_directory), device="mps")
+
+
 def test_a_model_without_layers_is_refused(chat_directory, dataset, tmp_path, capsys):
     configure(num_hidden_layers=0)(model := shutil.copytree(chat_directory, tmp_path / "model"))
     for script in ("core_experiment", "compute_fisher"):

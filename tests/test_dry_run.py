@@ -21,7 +21,7 @@ from residual_fisher.experiment.records import file_sizes, split_results
 from residual_fisher.pipeline import estimate as of_pipeline
 from residual_fisher.pipeline import matrices
 from residual_fisher.pipeline.processes import Processes
-from residual_fisher.pipeline.prompts import Encoded, Prompt
+from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts
 from residual_fisher.pipeline.settings import parse
 import scripts
 from scripts import calls_of, contents, experiment_results, experiment_words, pipeline_words, records, run
@@ -168,7 +168,7 @@ def test_of_a_stream_only_a_sample_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(of_pipeline, "encode", lambda tokenizer, prompt, longest: Encoded(prompt, [1], False))
     monkeypatch.setattr(of_pipeline, "describe_costs", lambda *_: "")
     run = Run(tmp_path / "none", "compute_fisher.py", [])
-    prompts, subject = SimpleNamespace(column="text", skipped=0), SimpleNamespace(tokenizer=None)
+    prompts, subject = Prompts("hub/name", column="text"), SimpleNamespace(tokenizer=None)
 
     def said(asked: str, stream: Iterator[Prompt]) -> str:
         pipeline = SimpleNamespace(settings=parse(["--num-prompts", asked, "--dataset-name", "hub/name"]))
@@ -265,7 +265,7 @@ def test_the_pipelines_seconds_follow_the_sizes_of_its_batches(monkeypatch):
 
 MISTAKES = {
     ("core_experiment", "--layers 7"): "the model has layers 0 to 2",
-    ("core_experiment", "--target-word xyzzy"): "no list for the target word",
+    ("core_experiment", "--target-word xyzzy"): "has 'xyzzy' as a whole word",
     ("core_experiment", "--data-file none.txt"): "no such file",
     ("compute_fisher", "--hook-layer-name 9"): "its layers are",
     ("compute_fisher", "--prompt-column none"): "no column 'none'",

@@ -13,7 +13,7 @@ import core_experiment
 import fisher
 from residual_fisher.experiment import text_map
 from residual_fisher.model import each_token
-from residual_fisher.model.lens import has_lens, lens_logits
+from residual_fisher.model.lens import JacobianLens, has_lens, lens_logits, write_lens
 from residual_fisher.model.passes import ways_of
 import scripts
 import tiny
@@ -269,6 +269,25 @@ def test_a_lost_picture_is_drawn_again_and_a_damaged_primary_file_computed(finis
     scripts.flip(output / "fisher_map.npz")
     assert run(model_directory, output) == 0
     assert (output / "fisher_map.npz").read_bytes() == (finished / "fisher_map.npz").read_bytes()
+
+
+def test_a_jacobian_lens_reads_each_cell_too(model_directory, tmp_path):
+    """One of identities reads what the logit lens does; one that turns h round does not."""
+    eye, turned = torch.eye(tiny.D), -torch.eye(tiny.D)
+    write_lens(tmp_path / "lens.npz", JacobianLens({0: eye, 1: turned}, 1))
+    assert run(model_directory, tmp_path / "map", TEXT, "--lens", str(tmp_path / "lens.npz")) == 0
+    document, _ = results(tmp_path / "map")
+    for record in document["tokens"]:
+        first, second, last = record["layers"].values()
+        assert first["jacobian_lens"] == first["lens"] and second["jacobian_lens"][0] != second["lens"][0]
+        assert "jacobian_lens" not in last
+
+
+def test_a_model_whose_gradients_are_not_its_derivatives_is_refused(model_directory, tmp_path, capsys):
+    error = fisher.UnsupportedModelError("its gradients are wrong")
+    with scripts.calls_of(fisher, "check_prediction", error):
+        assert run(model_directory, tmp_path / "map") == 2
+    assert "this model is not supported: its gradients are wrong" in capsys.readouterr().err
 
 
 def test_a_text_may_be_a_file(finished, model_directory, tmp_path):

@@ -299,6 +299,12 @@ def test_an_adapter_without_peft_says_what_to_install(tmp_path, model_directory,
         loading.load(str(tmp_path), device="cpu")
 
 
+def test_an_adapter_whose_base_is_not_there_says_so(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/no/such/base"}))
+    with pytest.raises(UserError, match="it adapts '/no/such/base', which cannot be loaded: no such file or folder"):
+        loading.load(str(tmp_path), device="cpu")
+
+
 @pytest.mark.parametrize("with_tokenizer", [True, False])
 def test_an_adapter_is_loaded_over_its_base(with_tokenizer, tmp_path, model_directory, byte_level):
     adapted = adapt(loading.load(str(model_directory), device="cpu")[0])

@@ -1,7 +1,7 @@
 """Options of both scripts: flags, the YAML file, help, what is said of mistakes, and what a run records."""
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 import importlib
 import json
 from pathlib import Path
@@ -23,6 +23,12 @@ EVERY_OPTION = [(script, key.name) for script, kind in OPTIONS.items() for key i
 COMMANDS = {"config", "overwrite", "dry_run", "redraw"}
 
 
+NEEDED = {  # the options that have no effect before another is set, and that one
+    "steer_token": ["--steer"], "steer_steps": ["--steer"], "steer_damping": ["--steer"],
+    "continue_nats": ["--continue", "4"],
+}  # fmt: skip
+
+
 def parse(script: str, words: list[str]):
     return importlib.import_module(script).parse(words)
 
@@ -38,7 +44,7 @@ def option_of(script: str, name: str):
 
 def other_value(key) -> str:
     """A word that an option takes and that is not its default."""
-    for word in ("3", "0.5", "true", "last", "compact", "nats", "float64", "word"):
+    for word in ("3", "0.5", "true", "last", "compact", "nats", "float64", "drop", "none", "word"):
         try:
             if key.metadata["read"](word) != key.default:
                 return word
@@ -68,9 +74,24 @@ def test_every_option_is_a_flag_and_changes_nothing_else(script, name):
     key = option_of(script, name)
     word = other_value(key)
     value = key.metadata["read"](word)
-    expected = {**vars(parse(script, [])), name: (value,) if key.metadata["several"] else value}
+    needed = NEEDED.get(name, [])
+    expected = {**vars(parse(script, needed)), name: (value,) if key.metadata["several"] is True else value}
     for words in ([flag(name), word], [f"{flag(name)}={word}"]):
-        assert vars(parse(script, words)) == expected
+        assert vars(parse(script, [*needed, *words])) == expected
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_an_option_without_the_one_it_needs_is_an_error(name, tmp_path, capsys):
+    word = other_value(option_of("core_experiment", name))
+    for words in ([flag(name), word], config(tmp_path, f"{name}: {word}")):
+        with pytest.raises(SystemExit):
+            parse("core_experiment", words)
+        said = f"argument {flag(name)}: it has no effect without {NEEDED[name][0]}\n"
+        assert capsys.readouterr().err == f"core_experiment.py: error: {said}"
+    settings = parse(
+        "core_experiment", config(tmp_path, f"{name}: {option_of('core_experiment', name).default or 'null'}")
+    )
+    assert settings == replace(parse("core_experiment", []), config=settings.config)  # as a recorded run has it
 
 
 @pytest.mark.parametrize(
@@ -104,6 +125,7 @@ def test_help_fits_a_screen_names_every_flag_and_does_not_wait_for_torch(script)
     [
         ("--batchsize=8", "unrecognized argument --batchsize: did you mean --batch-size?"),
         ("--batch 8", "unrecognized argument --batch: did you mean --batch-size?"),
+        ("--column x", "-column?"),
         ("--xyzzy", "unrecognized argument --xyzzy\n"),
         ("--batch-size=-1", "argument --batch-size: '-1' is not a positive whole number"),
         ("--seed x", "argument --seed: 'x' is not a whole number, 0 or more"),
@@ -228,9 +250,9 @@ def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path):
 
 @pytest.mark.parametrize(("script", "name"), [(s, name) for s, name in EVERY_OPTION if name not in COMMANDS])
 def test_a_yaml_key_is_read_as_its_flag_would_be(script, name, tmp_path):
-    word = other_value(option_of(script, name))
-    from_yaml = parse(script, config(tmp_path, f"{name.rstrip('_')}: {word}"))
-    assert settings_of(from_yaml) == settings_of(parse(script, [flag(name), word]))
+    word, needed = other_value(option_of(script, name)), NEEDED.get(name, [])
+    from_yaml = parse(script, [*needed, *config(tmp_path, f"{name.rstrip('_')}: {word}")])
+    assert settings_of(from_yaml) == settings_of(parse(script, [*needed, flag(name), word]))
 
 
 @pytest.mark.parametrize(
@@ -252,6 +274,30 @@ def test_values_that_yaml_would_read_as_something_else_are_what_their_flag_makes
     assert getattr(compute_fisher.parse(config(tmp_path, f"{key}: {word}")), key) == value
     if value is not None:
         assert getattr(compute_fisher.parse([flag(key), word.strip("'")]), key) == value
+
+
+def test_numbers_may_be_joined_by_commas(tmp_path):
+    for words in ("--layers 3,12,20", "--layers 3, 12, 20", "--layers 3 12,20", "--layers=3,12,20"):
+        assert core_experiment.parse(words.split()).layers == (3, 12, 20)
+    assert core_experiment.parse(["--scales=-1,0.5"]).scales == (-1, 0.5)
+    assert core_experiment.parse(config(tmp_path, "layers: 3, 12")).layers == (3, 12)
+    with pytest.raises(SystemExit):
+        core_experiment.parse(["--layers", "3,x"])
+
+
+def test_several_files_are_a_tuple_and_one_is_its_name(tmp_path):
+    for script, key, name in (
+        ("core_experiment", "--data-file", "data"),
+        ("compute_fisher", "--dataset-name", "dataset"),
+    ):
+        assert getattr(parse(script, [key, "a, b.csv"]), name) == "a, b.csv"
+        assert getattr(parse(script, [key, "a.csv", "b.csv"]), name) == ("a.csv", "b.csv")
+    assert parse("compute_fisher", config(tmp_path, "dataset_name: [a.csv, b.csv]")).dataset == ("a.csv", "b.csv")
+    assert parse("compute_fisher", config(tmp_path, "dataset_name: [a.csv]")).dataset == "a.csv"
+
+
+def test_the_target_word_has_no_space_around_it():
+    assert core_experiment.parse(["--target-word", " animals "]).target_word == "animals"
 
 
 def test_an_option_of_several_words_is_a_list_in_yaml(tmp_path):
@@ -350,21 +396,16 @@ INCIDENTAL = {
     "num_prompts", "num_sentences", "output_dir", "device", "trust_remote_code", "batch_size", "reference", "base",
     "false_alarms", "map",
 }  # fmt: skip
-WITHOUT_EFFECT = {  # until another option is set
-    "steer_token": ["--steer"], "steer_steps": ["--steer"], "steer_damping": ["--steer"],
-    "continue_nats": ["--continue", "4"],
-}  # fmt: skip
 
 
 @pytest.mark.usefixtures("empty_config")
 @pytest.mark.parametrize(("script", "name"), EVERY_OPTION)
 def test_two_runs_are_the_same_if_all_options_with_an_effect_on_results_are(script, name):
-    words = [flag(name), other_value(option_of(script, name))]
-    same = identity_of(parse(script, words)) == identity_of(parse(script, []))
-    assert same == (name in INCIDENTAL | COMMANDS | WITHOUT_EFFECT.keys())
-    if name in WITHOUT_EFFECT:
-        needed = WITHOUT_EFFECT[name]
-        assert identity_of(parse(script, [*needed, *words])) != identity_of(parse(script, needed))
+    words, needed = [flag(name), other_value(option_of(script, name))], NEEDED.get(name, [])
+    same = identity_of(parse(script, [*needed, *words])) == identity_of(parse(script, needed))
+    assert same == (name in INCIDENTAL | COMMANDS)
+    if needed:  # without, it would have none
+        assert name not in identity_of(parse(script, []))
 
 
 @pytest.mark.parametrize("script", OPTIONS)

@@ -12,21 +12,26 @@ import transformers as hf
 from conftest import CHAT_TEMPLATE, make_model_directory
 from residual_fisher.common.program import UserError
 from residual_fisher.common.rows import SAMPLE_ROWS
+from residual_fisher.pipeline.conversations import TURNS, Turn, conversation, transcript
 from residual_fisher.pipeline.prompts import (
     PASS_OVERHEAD,
-    TURNS,
     Prompt,
     Prompts,
     check_template,
     encode,
+    habits,
     plan_batches,
-    prompt_text,
     render,
 )
 import scripts
 from scripts import ROOT
 
 TEXTS = ["How do bees sleep?", "Name three rivers, please."]
+
+
+def prompt_text(column: str, cell) -> str | None:
+    """The text of the user's first turn in a cell."""
+    return next((turn.text for turn in conversation(column, cell) if turn.role == "user"), None)
 
 
 def test_the_bundled_prompts_are_many_varied_and_distinct():
@@ -86,6 +91,16 @@ CONVERSATIONS = {  # in all its forms, a conversation and what the user says fir
     "only an image": ([{"role": "user", "content": PARTS[:1]}, {"role": "user", "content": "later"}], None),
     "no user": ([ANSWER], None),
     "silent user": ([{"role": "user"}, ANSWER], None),
+    "one turn": ({"role": "user", "content": "hello"}, "hello"),
+    "in an object": ({"id": 7, "messages": [{"role": "user", "content": "hello"}, ANSWER]}, "hello"),
+    "prompter": ([{"role": "prompter", "text": "hello"}, ANSWER], "hello"),
+    "author": (
+        [{"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["hello"]}}, ANSWER],
+        "hello",
+    ),
+    "parts with values": ([{"role": "user", "content": [{"type": "text", "value": "hello"}]}, ANSWER], "hello"),
+    "exchanges": ([{"human": "hello", "assistant": "An answer."}, {"human": "again", "assistant": "No."}], "hello"),
+    "input and output": ([{"input": "hello", "output": "An answer."}], "hello"),
     "half a character": ([{"role": "user", "content": "a\ud800b"}], "a\ufffdb"),
 }
 
@@ -98,9 +113,9 @@ def test_the_users_first_turn_is_read_of_every_form(form):
 
 
 def test_a_text_is_itself_and_what_is_no_text_is_none():
-    for text in (" hello ", "[1, 2]", "[hello]", '{"a": "b"}', '[{"a": "b"}]', "[" * 100_000, "None"):
+    for text in (" hello ", "[1, 2]", "[hello]", '["a"]', '{"a": "b"}', '[{"a": "b"}]', "[" * 100_000, "None"):
         assert prompt_text("prompt", text) == text
-    for nothing in (None, 3, "", "  \n", [], ["hello"], [{"role": "user"}], {"role": "user", "content": "x"}):
+    for nothing in (None, 3, "", "  \n", [], [3], [[]], [{"role": "user"}], {"role": "assistant", "content": "x"}):
         assert prompt_text("prompt", nothing) is None
 
 
@@ -113,10 +128,164 @@ def test_a_column_called_for_turns_that_holds_ids_is_no_prompt(name, prompts_of)
         list(prompts_of(rows, column=name))
 
 
-def test_a_chat_in_a_csv_file_is_read_without_its_answer(tmp_path):
-    turns = [json.dumps([{"role": "user", "content": text}, ANSWER]) for text in TEXTS]
+@pytest.mark.parametrize("written", [json.dumps, repr])
+def test_a_chat_in_a_csv_file_is_read_without_its_answer(written, tmp_path):
+    turns = [written([{"role": "user", "content": text}, ANSWER]) for text in TEXTS]
     datasets.Dataset.from_dict({"messages": turns}).to_csv(tmp_path / "t.csv")
     assert [p.text for p in Prompts(str(tmp_path / "t.csv"))] == TEXTS
+
+
+def test_lists_of_texts_and_of_pairs_are_turns():
+    assert conversation("data", ["hello", "An answer.", "again"]) == [
+        Turn("user", "hello"), Turn("assistant", "An answer."), Turn("user", "again")
+    ]  # fmt: skip
+    assert conversation("turns", ["hello", "again"]) == [Turn("user", "hello"), Turn("user", "again")]
+    assert conversation("history", [["hello", "An answer."], ["again", ""]]) == [
+        Turn("user", "hello"), Turn("assistant", "An answer."), Turn("user", "again"), Turn("assistant", None)
+    ]  # fmt: skip
+
+
+# --- transcripts ---
+
+TRANSCRIPTS = {  # one talk, as many forms write it down; {0} and {2} are the user's, {1} is an answer
+    "hh": "\n\nHuman: {0}\n\nAssistant: {1}\n\nHuman: {2}\n\nAssistant: ",
+    "user": "User: {0}\nAssistant: {1}\nUser: {2}",
+    "guanaco": "### Human: {0}### Assistant: {1}### Human: {2}### Assistant:",
+    "alpaca": "### Instruction:\n{0}\n\n### Response:\n{1}\n\n### Instruction:\n{2}",
+    "chatml": "<|im_start|>user\n{0}<|im_end|>\n<|im_start|>assistant\n{1}<|im_end|>\n"
+    "<|im_start|>user\n{2}<|im_end|>\n",
+    "llama 3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{0}<|eot_id|><|start_header_id|>assistant"
+    "<|end_header_id|>\n\n{1}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{2}<|eot_id|>",
+    "llama 2": "<s>[INST] {0} [/INST] {1} </s><s>[INST] {2} [/INST]",
+    "gemma": "<bos><start_of_turn>user\n{0}<end_of_turn>\n<start_of_turn>model\n{1}<end_of_turn>\n"
+    "<start_of_turn>user\n{2}",
+    "zephyr": "<|user|>\n{0}</s>\n<|assistant|>\n{1}</s>\n<|user|>\n{2}</s>\n<|assistant|>\n",
+    "oasst": "<|prompter|>{0}<|endoftext|><|assistant|>{1}<|endoftext|><|prompter|>{2}<|endoftext|>",
+    "vicuna": "USER: {0} ASSISTANT: {1}</s>USER: {2} ASSISTANT:",
+}  # fmt: skip
+SAID = ("How do bees sleep?", "In hives.\n\nThey rest.", "Name: three rivers, please.")
+
+
+@pytest.mark.parametrize("form", TRANSCRIPTS)
+def test_a_transcript_is_read_turn_by_turn(form):
+    turns = [Turn(role, text) for role, text in zip(("user", "assistant", "user"), SAID, strict=True)]
+    assert transcript(TRANSCRIPTS[form].format(*SAID)) == turns
+    assert conversation("text", TRANSCRIPTS[form].format(*SAID)) == turns
+    assert conversation("text", whole := TRANSCRIPTS[form].format(*SAID), False) == [Turn("user", whole)]
+
+
+def test_what_stands_before_a_transcript_is_a_system_turn():
+    before = "Below is an instruction that describes a task."
+    assert transcript(f"{before}\n\n### Instruction:\nName it.\n\n### Input:\na lemon\n\n### Response:\nYellow.") == [
+        Turn("system", before), Turn("user", "Name it.\n\na lemon"), Turn("assistant", "Yellow.")
+    ]  # fmt: skip
+    assert transcript("A chat of two. USER: Hello ASSISTANT: Yes.")[:2] == [
+        Turn("system", "A chat of two."), Turn("user", "Hello")
+    ]  # fmt: skip
+    assert transcript("<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHello [/INST]") == [
+        Turn("system", "Be brief."), Turn("user", "Hello")
+    ]  # fmt: skip
+    assert transcript("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n") == [
+        Turn("system", "Be brief."), Turn("user", "Hello")
+    ]  # fmt: skip
+
+
+NO_TRANSCRIPTS = [
+    "Human: what is this?", "Go on with this talk:\nHuman: hello\nAssistant: yes", "What does <|im_start|> mean?",
+    "Assistant: I am here.", "What is the difference between User: and Human: in a prompt?", "### Notes:\nHuman beings",
+    "Assistant: hello\nHuman: hello",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_TRANSCRIPTS)
+def test_a_text_that_only_speaks_of_turns_is_itself(text):
+    assert transcript(text) == [] and conversation("text", text) == [Turn("user", text)]
+
+
+# --- the parts of a row ---
+
+
+def test_what_goes_on_in_a_second_column_is_joined(prompts_of):
+    rows = [{"instruction": "Name the colour.", "input": "a lemon", "output": "It is yellow."},
+            {"instruction": "Say hello.", "input": "", "output": "Hello to you."}]  # fmt: skip
+    prompts = prompts_of(rows)
+    assert [p.text for p in prompts] == ["Name the colour.\n\na lemon", "Say hello."]
+    assert prompts.column == "instruction, input" and prompts.unread == ["output"]
+    dolly = prompts_of([{"instruction": "Who?", "context": "The king came.", "response": "The king."}])
+    assert [p.text for p in dolly] == ["Who?\n\nThe king came."]
+    assert [p.text for p in prompts_of(rows, column="instruction")] == ["Name the colour.", "Say hello."]
+    assert [p.text for p in prompts_of(rows, column=("output", "input"))] == [
+        "It is yellow.\n\na lemon",
+        "Hello to you.",
+    ]
+
+
+def test_of_a_table_of_single_turns_the_users_are_read_and_the_others_counted(prompts_of):
+    roles = ("prompter", "assistant", "User", "system", "narrator")
+    prompts = prompts_of([{"role": role, "text": f"by {role}"} for role in roles])
+    assert [(p.row, p.text) for p in prompts] == [(0, "by prompter"), (2, "by User"), (4, "by narrator")]
+    assert prompts.skipped == 2 and prompts.left_out["rows by others than the user"] == 1
+    only = prompts_of([{"role": "assistant", "text": "Yes."}] * 2)
+    with pytest.raises(UserError, match=r"2 rows, all empty .* or \(2 of them\) by others than the user$"):
+        list(only)
+
+
+TALK = [
+    {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Welcome."},
+    {"role": "user", "content": "one"}, {"role": "user", "content": "more"}, {"role": "assistant", "content": "two"},
+    {"role": "tool", "content": "2"}, {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"},
+]  # fmt: skip
+SYSTEM = Turn("system", "Be brief.")
+CHOSEN = {  # by --turns: what stands before, the text, and how many turns are left out
+    "first": ((SYSTEM,), "one", 6),
+    "last": ((SYSTEM,), "three", 6),
+    "all": ((SYSTEM, Turn("user", "one\n\nmore"), Turn("assistant", "two")), "three", 3),
+}
+
+
+@pytest.mark.parametrize("turns", CHOSEN)
+def test_the_turns_asked_for_make_the_prompt(turns, prompts_of):
+    before, text, left = CHOSEN[turns]
+    prompts = prompts_of([{"messages": TALK}], turns=turns)
+    assert [(p.before, p.text) for p in prompts] == [(before, text)]
+    assert dict(+prompts.left_out) == {"answers and other turns": left} and prompts.with_system == 1
+    dropping = prompts_of([{"messages": TALK}], turns=turns, system="drop")
+    assert [(p.before, p.text) for p in dropping] == [(before[1:], text)]
+    assert dropping.left_out["system turns"] == 1 and dropping.with_system == 0
+
+
+def test_a_column_of_system_texts_is_a_system_turn(prompts_of):
+    rows = [{"system_prompt": "Be brief.", "question": "Why?"}, {"system_prompt": "", "question": "How?"}]
+    assert [(p.before, p.text) for p in prompts_of(rows)] == [((SYSTEM,), "Why?"), ((), "How?")]
+
+
+def test_a_template_that_takes_a_system_turn_gets_it_and_another_goes_without(chat_tokenizer, byte_level):
+    prompt = Prompt(0, 0, "Hello", (SYSTEM,))
+    encoded = encode(chat_tokenizer, prompt, 100)
+    assert habits(chat_tokenizer) == (False, True)
+    assert chat_tokenizer.decode(encoded.ids) == "!system: Be brief.user: Hello assistant:" and encoded.prompt == prompt
+    refusing = hf.PreTrainedTokenizerFast(tokenizer_object=byte_level.backend_tokenizer, eos_token="!")
+    for template in (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+    ):
+        refusing.chat_template = template
+        encoded = encode(refusing, prompt, 100)
+        assert habits(refusing) == (False, False)
+        assert refusing.decode(encoded.ids) == "Hello" and encoded.prompt.before == ()
+    refusing.chat_template = None
+    assert refusing.decode(encode(refusing, prompt, 100).ids) == "Be brief.\n\nHello"
+
+
+def test_a_template_of_parts_gets_parts(byte_level):
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=byte_level.backend_tokenizer, eos_token="!")
+    part = "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: " + part + "{% endfor %}"
+    check_template(tokenizer)
+    assert habits(tokenizer) == (True, True)
+    decoded = tokenizer.decode(encode(tokenizer, Prompt(0, 0, "Hello", (SYSTEM,)), 100).ids)
+    assert decoded == "system: Be brief.user: Hello"
 
 
 def test_words_that_mean_nothing_elsewhere_are_prompts(tmp_path):
@@ -169,7 +338,7 @@ def test_a_seed_shuffles_the_rows_the_same_way_each_time(prompts_of):
         ("t.jsonl", '{"a": "x", "b": "y"}', None, "has the columns a, b: say with --prompt-column"),
         ("t.jsonl", '{"prompt": "x"}', "query", "no column 'query': "),
         ("t.jsonl", '{"prompt": "x"', None, "cannot read"),
-        ("t.xlsx", "no table", None, "give a .jsonl"),
+        ("t.odd", "no table", None, "give a .jsonl"),
     ],
 )
 def test_a_dataset_that_cannot_be_read_is_said_in_one_line(tmp_path, name, text, column, said):

@@ -9,8 +9,15 @@ import pytest
 
 from residual_fisher.common.program import UserError
 from residual_fisher.experiment.sentences import diverse_order, find_sentences, find_word, locate
-from residual_fisher.pipeline.prompts import TURNS, Prompt, Prompts, encode, prompt_text
+from residual_fisher.pipeline.conversations import TURNS, conversation
+from residual_fisher.pipeline.prompts import Prompt, Prompts, encode
 import scripts
+
+
+def prompt_text(column: str, cell) -> str | None:
+    """The text of the user's first turn in a cell."""
+    return next((turn.text for turn in conversation(column, cell) if turn.role == "user"), None)
+
 
 few = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 many = settings(few, max_examples=200)
@@ -92,7 +99,7 @@ def test_every_row_is_a_prompt_or_counted_as_skipped(folder, table):
     found = outcome(lambda: prompts)
     for prompt in found:
         assert_is_text(prompt.text)
-        assert prompt.text == prompt_text("prompt", table[prompt.row][prompts.column])
+        assert prompt.text == prompt_text(prompts.column, table[prompt.row][prompts.column])
     assert [prompt.index for prompt in found] == list(range(len(found)))
     assert sorted({prompt.row for prompt in found}) == [prompt.row for prompt in found]
     if found:

@@ -90,7 +90,7 @@ def test_long_texts_are_cut_into_sentences(tmp_path):
     text = "It rained. Dr. Hill's “big animals.” slept! Did all animals?\nNo animals here"
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}))
     found = sentences.find_sentences(str(tmp_path / "t.jsonl"), "animals").sentences
-    assert found == ["Hill's “big animals.”", "Did all animals?", "No animals here"]
+    assert found == ["Dr. Hill's “big animals.” slept!", "Did all animals?", "No animals here"]
 
 
 def test_another_column_and_another_word(tmp_path):
@@ -137,28 +137,83 @@ def test_as_many_sentences_are_read_as_are_asked_for(tmp_path):
 
 
 BAD_SOURCES = {  # name of the file, its bytes (None: it does not exist), what the error says
-    "missing": ("none.json", None, "none.json: No such file"),
+    "missing": ("none.json", None, "none.json: no such file"),
     "missing table": ("none.csv", None, "no such file"),
-    "empty json": ("a.json", b"", "not valid JSON"),
-    "malformed json": ("a.json", b'{"animals": [', "not valid JSON"),
-    "json list": ("a.json", b'["The animals."]', "top level"),
-    "another word": ("a.json", b'{"plants": ["x"]}', "'plants'"),
+    "empty json": ("a.json", b"", "holds no sentences"),
+    "malformed json": ("a.json", b'{"animals": [', r"cannot read a.json: Expecting value \(line 1, column 14\)"),
+    "other words": ("a.json", b'{"plants": ["x"], "trees": ["y"]}', "columns plants, trees: say with --text-column"),
+    "a word like it": ("a.json", b'{"animal": ["The animal eats."]}', r"whole word .*; did you mean 'animal'\?"),
     "word twice": ("a.json", b'{"animals": ["x"], "animals": []}', "'animals' is there twice"),
     "nested json": ("a.json", b'{"animals": ' * 100_000, "nested too deeply"),
-    "long number": ("a.json", b'{"animals": [' + b"9" * 5000 + b"]}", "list of strings"),
+    "long number": ("a.json", b'{"animals": [' + b"9" * 5000 + b"]}", "no text in the column 'animals'"),
     "json not utf-8": ("a.json", b'{"animals": ["\xff"]}', "not UTF-8"),
     "blank sentences": ("a.json", b'{"animals": [" ", ""]}', "holds no sentences"),
-    "not strings": ("a.json", b'{"animals": [1]}', "list of strings"),
+    "not strings": ("a.json", b'{"animals": [1]}', "no text in the column 'animals'"),
     "no sentences": ("a.json", b'{"animals": []}', "holds no sentences"),
     "empty text": ("a.txt", b"", "holds no sentences"),
-    "not utf-8": ("a.txt", b"\xff\xfe the animals", "not UTF-8"),
+    "not utf-8": ("a.txt", b"\xff the animals", "not UTF-8"),
     "word absent": ("a.txt", b"The plants grow.\nThey do.", "none of the 2 sentences"),
     "empty table": ("a.jsonl", b"", "cannot read|holds no sentences"),
     "no such column": ("a.csv", b"a,b\n1,2\n", "has the columns a, b: say with --text-column"),
     "no text": ("a.csv", b"text,n\n,1\n", "holds no sentences: no text in the column 'text'"),
-    "long json name": ("n" * 300 + ".json", None, "File name too long"),
+    "long json name": ("n" * 300 + ".json", None, "no such file"),
     "unknown ending": ("a.xyz", b"x", "give a .json"),
 }
+
+
+def test_the_occurrence_asked_for_is_the_one_before_which_the_prompt_ends(byte_level, tmp_path):
+    sentence = "The Bank of England sets the bank rate of a bank."
+    before = {1: "The", 2: "The Bank of England sets the", 3: "The Bank of England sets the bank rate of a"}
+    for occurrence, prompt in {**before, "last": before[3]}.items():
+        context = sentences.locate(byte_level, sentence, "bank", occurrence)
+        assert context.prompt == prompt and text_before(context, byte_level) == prompt
+    assert sentences.locate(byte_level, sentence, "bank", 4) is None
+    (tmp_path / "t.txt").write_text(f"{sentence}\nOnly one bank.\n")
+    for occurrence, number in ((1, 2), (2, 1), ("last", 2)):
+        assert len(sentences.find_sentences(str(tmp_path / "t.txt"), "bank", occurrence=occurrence).sentences) == number
+    with pytest.raises(UserError, match="'bank' as a whole word after another word 4 times"):
+        sentences.find_sentences(str(tmp_path / "t.txt"), "bank", occurrence=4)
+
+
+def test_a_word_of_a_script_without_spaces_is_found_anywhere():
+    assert list(sentences.find_word("动物园里有很多动物。", "动物")) == [7]
+    assert list(sentences.find_word("動物園のペンギンが好き", "ペンギン")) == [4]
+    assert list(sentences.find_word("No animalsy thing", "animals")) == []
+
+
+def test_sentences_of_every_shape_of_json_and_table_are_read(tmp_path):
+    for name, text in (
+        ("list.json", json.dumps(WITH_WORD)),
+        ("objects.json", json.dumps([{"sentence": text} for text in WITH_WORD])),
+        ("lists.jsonl", json.dumps({"id": 1, "sentences": WITH_WORD})),
+        ("unequal.json", json.dumps({"plants": ["One plant."], "Animals": WITH_WORD})),
+        ("semicolons.csv", "id;text\n1;The farm has animals.\n2;Do you like animals at all?\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert sentences.find_sentences(str(tmp_path / name), "animals").sentences == WITH_WORD, name
+    (tmp_path / "more").mkdir()
+    for number, text in enumerate(WITH_WORD):
+        (tmp_path / "more" / f"{number}.txt").write_text(text)
+    assert sentences.find_sentences(str(tmp_path / "more"), "animals").sentences == WITH_WORD
+    listed = {"animals": ["Dr. No has animals. They rest.", "Two animals"]}
+    (tmp_path / "t.json").write_text(json.dumps(listed))
+    assert sentences.find_sentences(str(tmp_path / "t.json"), "animals").sentences == listed["animals"]  # as they are
+
+
+def test_a_text_file_of_wrapped_prose_gives_whole_sentences(tmp_path):
+    (tmp_path / "t.txt").write_text(
+        "It rained. The old farmer, as\never, fed his wild\nanimals. Then\nhe slept.\n\nNo animals."
+    )
+    found = sentences.find_sentences(str(tmp_path / "t.txt"), "animals")
+    assert found.sentences == ["The old farmer, as ever, fed his wild animals.", "No animals."] and found.read == 4
+
+
+def test_long_sentences_are_noted(tmp_path):
+    (tmp_path / "t.txt").write_text(f"All the animals.\nAnd {'very ' * 100}many animals.")
+    with pytest.warns(
+        UserWarning, match="1 of 2 sentences with 'animals' have more than 400 characters, the longest 517"
+    ):
+        sentences.find_sentences(str(tmp_path / "t.txt"), "animals")
 
 
 @pytest.mark.parametrize("case", BAD_SOURCES)

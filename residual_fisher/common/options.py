@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 import difflib
+from functools import partial
+from itertools import chain
 import math
 import os
 from pathlib import Path
@@ -15,6 +17,8 @@ import yaml
 from residual_fisher.common.program import UserError
 from residual_fisher.common.text import excerpt, first_line, printable
 
+IF_SET = "if set"  # `identity` of an option that was added later
+PATHS = "paths"  # `several` of an option whose words may hold commas
 MAX_TEXT = 4000  # characters of a value: a path may have 4096 bytes, and Python reads numbers of 4300 digits
 MAX_NAME = 255  # bytes of a file's name, on every system
 MAX_CONFIG = 100_000  # characters of a YAML file: settings have a thousand
@@ -24,8 +28,10 @@ PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE if (PACKAGE / "data").is_dir() else PACKAGE.parent  # data/ is in the package only if pip installed it
 
 
-def bundled(name: str) -> str:
+def bundled(name: str | tuple[str, ...]) -> str | tuple[str, ...]:
     """`name`, or the path of the bundled file of this name if there is no such file where the script is called."""
+    if isinstance(name, tuple):
+        return name
     found = ROOT / name
     return str(found) if not os.path.exists(name) and os.path.isfile(found) else name
 
@@ -77,9 +83,9 @@ def one_of(*choices: str) -> Callable[[str], str]:
 dtype_name = one_of("auto", "float64", "float32", "bfloat16", "float16")
 
 
-def or_all(number: Callable[[str], int]) -> Callable[[str], int | str]:
-    """The word "all", or what `number` reads."""
-    return lambda text: text if text == "all" else number(text)
+def or_all(number: Callable[[str], int], other: str = "all") -> Callable[[str], int | str]:
+    """The word "all", or another one, or what `number` reads."""
+    return lambda text: text if text == other else number(text)
 
 
 def nonempty(text: str) -> str:
@@ -88,6 +94,11 @@ def nonempty(text: str) -> str:
     if len(text) > MAX_TEXT:
         raise argparse.ArgumentTypeError(f"{_shown(text)} has more than {MAX_TEXT:,} characters")
     return text
+
+
+def word(text: str) -> str:
+    """Without the white space around it."""
+    return nonempty(text).strip()
 
 
 def path(text: str) -> str:
@@ -110,21 +121,30 @@ def path(text: str) -> str:
 # --- options -------------------------------------------------------------------------------------
 
 
-def option(default, read, metavar: str, help: str, several=False, identity=True, needs: str | None = None, added=False):
+def option(
+    default,
+    read,
+    metavar: str,
+    help: str,
+    several: bool | str = False,
+    identity: bool | str = True,
+    needs: str | None = None,
+):
     """A field of a settings dataclass that is also a flag and a YAML key.
 
     Args:
         read: turns a word into a value, or raises argparse.ArgumentTypeError.
         help: for --help, which adds the default, unless it is None, False, or told in brackets at the end.
-        several: the flag takes one or more words, the YAML key one or a list, and the value is a tuple.
-        identity: it changes results, so that a run cannot be resumed with another value.
+        several: the flag takes one or more words, the YAML key one or a list, and the value is a tuple. Words may be
+            joined by commas; but not if this is PATHS: then a single word is the value itself.
+        identity: it changes results, so that a run cannot be resumed with another value. IF_SET: its default is what
+            runs did before there was the option, and is not told from its absence.
         needs: the field of the option without which this one has no effect.
-        added: a later version has it, and at its default it changes nothing: runs without it are the same.
     """
     if not (default is None or default is False or help.endswith(")")):
         help += f" ({default})"
     about = {"read": read, "metavar": metavar, "help": help, "several": several, "identity": identity, "needs": needs}
-    return field(default=default, metadata={**about, "added": added})
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -158,15 +178,11 @@ def settings_of(settings: CommandOptions) -> dict:
 
 def identity_of(settings: CommandOptions) -> dict:
     """What `settings_of` holds, less all that has no effect on results: runs with the same are the same run."""
-    values, about = settings_of(settings), {opt.name: opt for opt in fields(settings)}
-
-    def counts(name: str, value) -> bool:
-        opt = about[name].metadata
-        if opt["added"] and value == about[name].default:
-            return False
-        return opt["identity"] and values.get(opt["needs"], True)
-
-    return {name: value for name, value in values.items() if counts(name, value)}
+    values, about = settings_of(settings), {opt.name: opt.metadata for opt in fields(settings)}
+    counts = {name: about[name]["identity"] and values.get(about[name]["needs"], True) for name in values}
+    later = {opt.name: opt.default for opt in fields(settings) if opt.metadata["identity"] == IF_SET}
+    as_before = {name for name, default in later.items() if values[name] == default}
+    return {name: value for name, value in values.items() if counts[name] and name not in as_before}
 
 
 # --- flags ---------------------------------------------------------------------------------------
@@ -193,13 +209,44 @@ def parse(kind: type[S], program: str, about: str, argv: list[str], config: Path
     parsed, unknown = parser.parse_known_args(argv)
     for word in unknown:
         flag = word.partition("=")[0]
-        near = difflib.get_close_matches(flag, parser._option_string_actions, 1)
+        known = list(parser._option_string_actions)
+        longer = [other for other in known if len(flag) > 3 and flag.lstrip("-") in other]
+        near = longer or difflib.get_close_matches(flag, known, 1)
         parser.error(f"unrecognized argument {excerpt(flag, 40)}" + (f": did you mean {near[0]}?" if near else ""))
-    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parsed).items()}
+    options = {opt.name: opt for opt in fields(kind)}
+    flags = {name: _value(options[name], found) for name, found in vars(parsed).items()}
     if flags.get("dry_run") and flags.get("redraw"):
         parser.error("argument --dry-run: it writes nothing, and --redraw does")
     file = flags.get("config", config)
-    return kind(**{**(_read_yaml(kind, Path(file)) if file else {}), **flags})
+    settings = kind(**{**(_read_yaml(kind, Path(file)) if file else {}), **flags})
+    for name, opt in options.items():
+        needed = opt.metadata["needs"]
+        if needed and not getattr(settings, needed) and (name in flags or getattr(settings, name) != opt.default):
+            parser.error(f"argument {_flag(opt)}: it has no effect without {_flag(options[needed])}")
+    return settings
+
+
+def _flag(opt: Field) -> str:
+    return f"--{_key(opt).replace('_', '-')}"
+
+
+def _words(opt: Field, text: str) -> list[str]:
+    """The words of a value; of an option of several, those between commas."""
+    words = text.split(",") if opt.metadata["several"] is True else [text]
+    return [word.strip() for word in words if word.strip()] if len(words) > 1 else [text]
+
+
+def _read_words(opt: Field, text: str) -> list:
+    """Raises argparse.ArgumentTypeError: one of them cannot be read."""
+    return [opt.metadata["read"](word) for word in _words(opt, text)]
+
+
+def _value(opt: Field, found):
+    """The value of an option, of what was read of each word of its flag or key."""
+    if not opt.metadata["several"]:
+        return found
+    values = tuple(chain.from_iterable(found))
+    return values[0] if opt.metadata["several"] == PATHS and len(values) == 1 else values
 
 
 def _parser(kind: type[S], program: str, about: str, config: Path | None) -> _Parser:
@@ -215,9 +262,10 @@ def _parser(kind: type[S], program: str, about: str, config: Path | None) -> _Pa
         read, help = opt.metadata["read"], opt.metadata["help"]
         if opt.name == "config" and config:
             help += f" ({config.name})"
-        words = {"nargs": "+"} if opt.metadata["several"] else {"nargs": "?", "const": True} if read is switch else {}
-        flag = f"--{_key(opt).replace('_', '-')}"
-        parser.add_argument(flag, dest=opt.name, type=read, metavar=opt.metadata["metavar"], help=help, **words)
+        words = {"nargs": "?", "const": True} if read is switch else {}
+        if opt.metadata["several"]:
+            words, read = {"nargs": "+"}, partial(_read_words, opt)
+        parser.add_argument(_flag(opt), dest=opt.name, type=read, metavar=opt.metadata["metavar"], help=help, **words)
     return parser
 
 
@@ -302,5 +350,5 @@ def _yaml_value(opt: Field, value: str | list | dict | None):
         if not isinstance(word, str):
             kind = {type(None): "null", list: "a list"}.get(type(word), "keys and values")
             raise argparse.ArgumentTypeError(f"a single value is wanted, not {kind}")
-    values = tuple(map(opt.metadata["read"], words))
-    return values if several else values[0]
+    values = [_read_words(opt, word) for word in words]
+    return _value(opt, values) if several else values[0][0]

@@ -3,10 +3,11 @@
 The scripts import it before anything slow, so it imports only small modules of the standard library.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import TextIOBase
 import os
+import re
 import signal
 import sys
 import threading
@@ -211,6 +212,28 @@ def too_many(failed: int, tried: int) -> bool:
 def hub_hint(error: BaseException, otherwise: str) -> str:
     """What to do about a model or dataset that did not load."""
     return "accept its terms on the hub, then log in with `hf auth login`" if "gated" in str(error) else otherwise
+
+
+def not_on_the_hub(name: str, what: str, endings: Sequence[str] = ()) -> str | None:
+    """Why a name that is no local file or folder cannot be on the hub either; None if it can.
+
+    Args:
+        what: "model" or "dataset".
+        endings: of local files.
+    """
+    if address := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)", name):
+        return f"it is an address: give the {what}'s name, {address[1]}"
+    if "://" in name:
+        return f"it is an address: give the path of a downloaded {what}, or a name on the hub like org/name"
+    if "\\" in name and os.name != "nt":
+        return "it is a path of Windows, and there is no such file here"
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") != name.strip("/").count("/") or name.count("/") > 1:
+        return f"no such file or folder (looked for from {os.getcwd()})"
+    if name.lower().endswith(tuple(endings)):
+        return "no such file"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return f"no such file or folder, and no {what} on the hub has such a name"
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

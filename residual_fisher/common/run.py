@@ -53,6 +53,7 @@ from residual_fisher.common.files import (
 )
 from residual_fisher.common.lock import LOCK, lock_directory, require_unlocked
 from residual_fisher.common.program import UserError
+from residual_fisher.common.sources import Source, files_of
 from residual_fisher.common.text import excerpt
 
 ITEMS = "items"
@@ -93,9 +94,10 @@ def stamps(model: str) -> list | None:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def sources_of(data: str, model: str) -> dict:
+def sources_of(data: Source, split: str, model: str) -> dict:
     """What shows, without loading them, that data and model are as they were."""
-    return {"data": checksum(Path(data)), "model": stamps(model)}
+    files = [checksum(Path(path)) for path in files_of(data, split) or ()]
+    return {"data": files if len(files) > 1 else files[0] if files else None, "model": stamps(model)}
 
 
 def read_back(value):

@@ -2,21 +2,29 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+import difflib
+from itertools import groupby, islice
 import re
 from typing import NamedTuple
+import warnings
 
 import numpy as np
 import scipy.sparse
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.rows import parse_json, read_column, read_rows, text_of
-from residual_fisher.common.text import excerpt, first_line
+from residual_fisher.common.rows import open_table, read_rows, text_of
+from residual_fisher.common.sources import Source, files_of, kind_of, name_of
+from residual_fisher.common.text import excerpt
+from residual_fisher.experiment.splitting import split_sentences
 from residual_fisher.model.words import token_writer
 
-TEXT_COLUMNS = ("text", "sentence", "content")  # recognised without --text-column, in this order
+TEXT_COLUMNS = ("text", "sentence", "content", "sentences", "document", "article", "passage")  # in this order
 CANDIDATES = 2000  # sentences with the word after which reading stops, unless more are wanted: enough to choose from
-SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]]))\s+|\n+""")
+LINES = 1000  # of a text file that are looked at together, for where they were wrapped
+LONG = 400  # characters of a sentence, which few have
+MOST_WORDS = 50_000  # words remembered, to name those like one that is not found
+# Letters of scripts that put no spaces between words: Thai, Lao, Khmer, Japanese, Chinese
+UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -30,71 +38,83 @@ class Matches(NamedTuple):
 
 
 def find_sentences(
-    source: str,
+    source: Source,
     word: str,
     text_column: str | None = None,
     config: str | None = None,
     split: str = "train",
     num: int = 0,
+    occurrence: int | str = 1,
 ) -> Matches:
-    """The sentences of a file or hub dataset that contain `word`.
+    """The sentences of files or of a hub dataset that contain `word`.
 
     Args:
-        source: a .json file {word: [sentences]}, a .txt file with one sentence a line, a .jsonl, .csv or .parquet file,
-            or the name of a hub dataset (streamed).
+        source: see `rows.read_rows`; or a .json file {word: [sentences]}. All other texts are cut into sentences.
         text_column, config, split: column, configuration and split of a dataset.
         num: number of sentences wanted; reading stops at CANDIDATES of them, or at `num` if that is more.
+        occurrence: of the word, see `locate`: sentences that have fewer are left out.
     Raises:
         UserError: unreadable, malformed or empty source, or no sentence with the word.
     """
-    found, read = {}, 0
-    for text in _texts(source, word, text_column, config, split):
+    found, words, read, least = {}, set(), 0, 1 if occurrence == "last" else occurrence
+    for text in _sentences(source, word, text_column, config, split):
         read += 1
-        if next(find_word(text, word), None) is not None:
+        if sum(1 for _ in islice(find_word(text, word), least)) == least:
             found[" ".join(text.split())] = None
+        elif not found and len(words) < MOST_WORDS:
+            words.update(re.findall(r"\w+", text.lower()))
         if len(found) == max(CANDIDATES, num):
             break
+    name = name_of(source)
     if not read:
-        raise UserError(f"{source} holds no sentences")
+        raise UserError(f"{name} holds no sentences")
     if not found:
-        raise UserError(f"none of the {read} sentences of {source} has {word!r} as a whole word after another word")
+        near = ", ".join(map(repr, difflib.get_close_matches(word.lower(), sorted(words), 3, 0.75)))
+        hint = f"; did you mean {near}?" if near and word.lower() not in words else ""
+        times = f" {least} times" if least > 1 else ""
+        what = f"{word!r} as a whole word after another word{times}"
+        raise UserError(f"none of the {read} sentences of {name} has {what}{excerpt(hint, 200)}")
+    if long := sum(len(text) > LONG for text in found):
+        longest = max(map(len, found))
+        what = f"{long} of {len(found)} sentences with {word!r} have more than {LONG} characters, the longest {longest}"
+        warnings.warn(f"{what}: is each a single sentence?", stacklevel=2)
     return Matches(list(found), read)
 
 
-def _texts(source: str, word: str, column: str | None, config: str | None, split: str) -> Iterator[str]:
+def _sentences(source: Source, word: str, column: str | None, config: str | None, split: str) -> Iterator[str]:
     """The sentences of a source, without blank ones."""
-    suffix, name = Path(source).suffix.lower(), None
-    if suffix == ".json":
-        texts = map(text_of, _json_list(Path(source), word))
-    else:
-        rows, read = read_rows(source, split, config), lambda _, cell: text_of(cell)
-        name, texts = read_column(source, rows, column, TEXT_COLUMNS, "--text-column", read)
-    one_each = suffix in (".json", ".txt")  # each text is one sentence
-    found = False
-    for text in filter(None, texts):
+    rows, asked = read_rows(source, split, config), [column] if column else []
+
+    def readable(name: str, row: dict) -> bool:
+        return any(_texts(row.get(name)))
+
+    table = open_table(source, rows, asked, (word.lower(), *TEXT_COLUMNS), "--text-column", readable)
+    if not table.columns:
+        return
+    name, found = table.columns[0], False
+    texts = (text for row in table.rows for text in _texts(row.get(name)))
+    if set(map(kind_of, files_of(source, split) or [""])) == {".txt"}:
+        texts = _blocks(row["text"] for row in table.rows)
+    for text in texts:
         found = True
-        yield from filter(str.strip, [text] if one_each else SENTENCE_END.split(text))
-    if name is not None and not found:
-        raise UserError(f"{source} holds no sentences: no text in the column {excerpt(repr(name), 100)}")
+        if str(name).lower() == word.lower():  # a list of sentences, as they are
+            yield text
+        else:
+            yield from split_sentences(text)
+    if not found:
+        raise UserError(f"{name_of(source)} holds no sentences: no text in the column {excerpt(repr(name), 100)}")
 
 
-def _json_list(path: Path, word: str) -> list[str]:
-    try:
-        data = parse_json(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: it is not UTF-8 text") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f'{path} should hold {{"{word}": [sentences]}}, but its top level is no object')
-    if word not in data:
-        has = excerpt(", ".join(map(repr, data)), 200) or "none"
-        raise UserError(f"{path} has no list for the target word {word!r}; it has {has}")
-    if not isinstance(data[word], list) or not all(isinstance(s, str) for s in data[word]):
-        raise UserError(f"{path} should hold a list of strings under {word!r}")
-    return data[word]
+def _texts(cell) -> Iterator[str]:
+    """The texts of a cell, which may hold a list of them."""
+    return filter(None, map(text_of, cell if isinstance(cell, list) else [cell]))
+
+
+def _blocks(lines: Iterator[str]) -> Iterator[str]:
+    """Lines without a blank one between them, together."""
+    for is_text, block in groupby(lines, key=lambda line: bool(line.strip())):
+        while is_text and (some := list(islice(block, LINES))):
+            yield "\n".join(some)
 
 
 # --- choosing ------------------------------------------------------------------------------------
@@ -141,8 +161,13 @@ def _trigrams(texts: Sequence[str]) -> scipy.sparse.csr_array:
 
 
 def find_word(text: str, word: str) -> Iterator[int]:
-    """Character offsets of `word` in `text`: as a whole word, ignoring case, after at least one other word."""
-    for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE):
+    """Character offsets of `word` in `text`: as a whole word, ignoring case, after at least one other word.
+
+    Where a script puts no spaces between words, any part of a text may be one.
+    """
+    before, after = ("" if re.match(f"[{UNSPACED}]", end) else r"\w" for end in (word[:1], word[-1:]))
+    pattern = (f"(?<!{before})" if before else "") + re.escape(word) + (f"(?!{after})" if after else "")
+    for match in re.finditer(pattern, text, re.IGNORECASE):
         if re.search(r"\w", text[: match.start()]):
             yield match.start()
 
@@ -163,20 +188,30 @@ class Context:
         return len(self.ids) - 1
 
 
-def locate(tokenizer, sentence: str, word: str) -> Context | None:
-    """The context of the first occurrence of `word` with a token before it; None if there is none.
+def locate(tokenizer, sentence: str, word: str, occurrence: int | str = 1) -> Context | None:
+    """The context of an occurrence of `word` with a token before it; None if there is none.
+
+    Args:
+        occurrence: 1 for the first such, and so on, or "last".
 
     Tokens are matched by character offsets, never by their text. Byte-level tokenizers write a space as Ġ,
     SentencePiece as ▁. A word may be several tokens, share one with the bracket before it, or be dropped.
     """
     encoded = tokenizer(sentence, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    found = None
     for start in find_word(sentence, word):
         of_word = (i for i, (begin, end) in enumerate(offsets) if begin < start + len(word) and end > max(start, begin))
         index = next(of_word, None)
-        if index is not None and any(end > begin for begin, end in offsets[:index]):
-            return Context(sentence, sentence[:start].rstrip(), ids[:index], ids[index])
-    return None
+        if index is None or not any(end > begin for begin, end in offsets[:index]):
+            continue
+        found = Context(sentence, sentence[:start].rstrip(), ids[:index], ids[index])
+        if occurrence == 1:
+            return found
+        if occurrence != "last":
+            occurrence -= 1
+            found = None
+    return found
 
 
 def token_of(tokenizer, text: str) -> int:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from residual_fisher.common import options
 from residual_fisher.common.options import (
+    IF_SET,
+    PATHS,
     CommandOptions,
     bundled,
     count,
@@ -18,6 +20,7 @@ from residual_fisher.common.options import (
     positive,
     positive_number,
     switch,
+    word,
 )
 from residual_fisher.common.program import EMBEDDED, UserError
 
@@ -31,13 +34,18 @@ class Settings(CommandOptions):
     """What the experiment does."""
 
     model_name: str = option(EMBEDDED, path, "NAME", "hub id or local directory")
-    data_file: str = option(
-        BUNDLED, path, "FILE", ".json {word: [sentences]}, .txt, .jsonl, .csv, .parquet, or a hub dataset"
+    data_file: str | tuple = option(
+        BUNDLED,
+        path,
+        "FILE",
+        ".json {word: [sentences]}, .txt, .jsonl, .csv ..., a folder, or a hub dataset",
+        several=PATHS,
     )
     text_column: str | None = option(None, nonempty, "NAME", "column of a table or dataset that holds the text")
     data_config: str | None = option(None, nonempty, "NAME", "configuration of a hub dataset")
-    data_split: str = option("train", nonempty, "NAME", "split of a hub dataset")
-    target_word: str = option("animals", nonempty, "WORD", "perturb at the token just before this word")
+    data_split: str = option("train", nonempty, "NAME", "split of a hub dataset, or of a folder")
+    target_word: str = option("animals", word, "WORD", "perturb at the token just before this word")
+    occurrence: int | str = option(1, or_all(positive, "last"), "N", "which of a sentence's, or last", identity=IF_SET)
     num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse", identity=False)
     require_predicted: bool = option(False, switch, "true", "only where the model's top prediction starts the word")
     layers: tuple | None = option(
@@ -105,8 +113,8 @@ class Settings(CommandOptions):
     )
 
     @property
-    def data(self) -> str:
-        """The dataset's name, or its path if it is the bundled file."""
+    def data(self) -> str | tuple[str, ...]:
+        """The dataset's name, or the path of the bundled file, or several paths."""
         return bundled(self.data_file)
 
     @property

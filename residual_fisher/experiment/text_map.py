@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 import hashlib
 import json
 from pathlib import Path
@@ -19,6 +19,7 @@ from residual_fisher.common.options import settings_of
 from residual_fisher.common.program import UserError, peak_memory, undisturbed
 from residual_fisher.common.run import Run, State, short_hash, stamps
 from residual_fisher.common.text import duration, excerpt, first_line, model_line, printable, table
+from residual_fisher.experiment.lens_audit import lens_for
 from residual_fisher.experiment.map_figure import map_figure
 from residual_fisher.experiment.settings import Settings, choose_layers
 from residual_fisher.model.lens import has_lens, lens_logits
@@ -30,6 +31,7 @@ from residual_fisher.model.loading import (
     fix_arithmetic,
     load,
     longest_prompt,
+    text_config,
 )
 from residual_fisher.model.passes import devices_of, require_known_tokens, ways_of
 from residual_fisher.model.words import summary_line, token_writer
@@ -37,10 +39,10 @@ from residual_fisher.model.words import summary_line, token_writer
 RESULTS, ARRAYS, PICTURE = "fisher_map.json", "fisher_map.npz", "fisher_map.png"
 FILES = RESULTS, ARRAYS, PICTURE
 # The settings that a map has, of all those of the experiment; the first ones change its numbers.
-IDENTITY = ("model_name", "layers", "max_vocab_subset", "dtype")
-RECORDED = ("map", *IDENTITY, "device", "batch_size", "trust_remote_code", "output_dir")
+IDENTITY = ("model_name", "layers", "max_vocab_subset", "dtype", "lens")
+RECORDED = ("map", *IDENTITY, "device", "trust_remote_code", "output_dir")
 UNCHECKED = ("map_config", "environment", "timings", "checksum")  # what the document's checksum leaves out
-LENS_TOKENS = 3  # most probable tokens of the logit lens, kept for each cell
+LENS_TOKENS = 3  # most probable tokens of a lens, kept for each cell
 LENS_ROWS = 256  # cells that go through the head at a time
 SHOWN = 10  # tokens in the table for the terminal
 TRIED = 16  # tokens that a dry run maps
@@ -88,7 +90,10 @@ def run_map(settings: Settings, program: str, files: Sequence[str]) -> int:
         model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
         seconds = {"load": time.perf_counter() - start}
         fix_arithmetic(model)
-        settings = replace(settings, layers=choose_layers(settings.layers, len(decoder_layers(model))))
+        depth = len(decoder_layers(model))
+        settings = replace(settings, layers=choose_layers(settings.layers, depth))
+        if settings.lens:
+            lens_for(settings.lens, settings.layers, depth, text_config(model).hidden_size)
         environment = describe(model)
         ids = tokenizer(text).input_ids
         print(model_line(settings.model_name, environment))
@@ -152,7 +157,10 @@ def describe_run(settings: Settings, run: Run, model: torch.nn.Module, tokenizer
 def make_map(settings: Settings, model: torch.nn.Module, tokenizer, text: str) -> fisher.TextMap:
     """Raises UserError: the model is not supported, or gives NaN or infinity."""
     try:
-        require_known_tokens(model, torch.tensor(tokenizer(text).input_ids))
+        ids = torch.tensor(tokenizer(text).input_ids)
+        require_known_tokens(model, ids)
+        point = fisher.linearize(model, ids, settings.layers)
+        fisher.check_prediction(point, partial(fisher.perturb, point, at=0))
         return fisher.map_text(model, tokenizer, text, settings.layers, settings.max_vocab_subset)
     except fisher.UnsupportedModelError as error:
         raise UserError(f"this model is not supported: {error}") from error
@@ -168,7 +176,7 @@ def measure(
     found = make_map(settings, model, tokenizer, text)
     seconds["map"] = time.perf_counter() - start
     start = time.perf_counter()
-    lens = logit_lens(model, found)
+    lenses = read_through_lenses(settings, model, found)
     seconds["lens"] = time.perf_counter() - start
     if note := ways_of(model).get("text"):
         print(f"note: {type(model).__name__} is not read in the fastest way, but {printable(note)}")
@@ -178,25 +186,40 @@ def measure(
         "environment": {**environment, "ways": dict(ways_of(model))},
         "text": text,
         "layers": found.layers,
-        "tokens": token_records(found, lens, cache(token_writer(tokenizer))),
+        "tokens": token_records(found, lenses, cache(token_writer(tokenizer))),
         "timings": seconds,
     }
     return document, arrays_of(found)
 
 
-def logit_lens(model: torch.nn.Module, found: fisher.TextMap) -> Tensor | None:
-    """(tokens, layers, n) int64: what each h reads as through the head, the most probable tokens; None without a lens.
+def read_through_lenses(
+    settings: Settings, model: torch.nn.Module, found: fisher.TextMap
+) -> dict[str, dict[int, Tensor]]:
+    """The most probable tokens (tokens, n) int64 that each h reads as: by lens, then by the layer's index.
 
-    A lens needs that the prediction follows from the stream that leaves the last layer alone.
+    `lens`: as if h left the last layer. `jacobian_lens`, with --lens: as if the lens's J h did. There are none if the
+    prediction does not follow from the stream that leaves the last layer alone.
     """
     if not has_lens(model):
-        return None
-    cells = found.activations.flatten(0, 1).split(LENS_ROWS)
-    ids = torch.cat([fisher.most_probable(lens_logits(model, h), LENS_TOKENS)[1].cpu() for h in cells])
-    return ids.unflatten(0, found.eigenvalues.shape)
+        return {}
+
+    def read(streams: Tensor) -> Tensor:
+        parts = streams.split(LENS_ROWS)
+        return torch.cat([fisher.most_probable(lens_logits(model, h), LENS_TOKENS)[1].cpu() for h in parts])
+
+    streams = dict(enumerate(found.activations.unbind(1)))  # (tokens, d) each
+    lenses = {"lens": {row: read(h) for row, h in streams.items()}}
+    if settings.lens:
+        depth, width = len(decoder_layers(model)), found.activations.shape[-1]
+        carry = lens_for(settings.lens, settings.layers, depth, width).matrices
+        known = [(row, layer) for row, layer in enumerate(found.layers) if layer in carry]
+        lenses["jacobian_lens"] = {row: read(streams[row] @ carry[layer].T) for row, layer in known}
+    return lenses
 
 
-def token_records(found: fisher.TextMap, lens: Tensor | None, write: Callable[[int], str]) -> list[dict]:
+def token_records(
+    found: fisher.TextMap, lenses: dict[str, dict[int, Tensor]], write: Callable[[int], str]
+) -> list[dict]:
     """Of each token: what it is, what is predicted after it, and its cells by layer."""
     norms = found.activations.norm(dim=-1)  # (tokens, layers)
     # what a step of 1% of |h| along v is predicted to cost
@@ -212,8 +235,9 @@ def token_records(found: fisher.TextMap, lens: Tensor | None, write: Callable[[i
         for row, layer in enumerate(found.layers):
             layers[str(layer)] = {name: column[token][row] for name, column in columns.items()}
             layers[str(layer)]["tokens"] = words[row]
-            if lens is not None:
-                layers[str(layer)]["lens"] = list(map(write, lens[token, row].tolist()))
+            for name, ids in lenses.items():
+                if row in ids:
+                    layers[str(layer)][name] = list(map(write, ids[row][token].tolist()))
         return layers
 
     records = []

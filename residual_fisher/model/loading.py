@@ -26,6 +26,7 @@ from residual_fisher.common.program import EMBEDDED, UserError, hub_hint, is_out
 from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.embedded import embedded_model
 from residual_fisher.model.passes import UnsupportedModelError, gradient_at_tokens, hooked
+from residual_fisher.model.paths import why_no_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 # The backward passes of fused attention and of grouped experts have no batching rule.
@@ -54,7 +55,12 @@ def pick_device(device: str = "auto") -> torch.device:
         if torch.device(device).type == "meta":
             raise RuntimeError("it stores no numbers")
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device} is not available: {first_line(error)}") from error
+        reason = "this is no Mac with a chip of Apple's" if device == "mps" else first_line(error).split(". ")[0]
+        here = ["cpu", *(f"cuda:{gpu}" for gpu in range(torch.cuda.device_count()))]
+        here += ["mps"] * torch.backends.mps.is_available()
+        raise UserError(
+            f"device {device} is not available: {excerpt(reason, 100)} (here: {', '.join(here)})"
+        ) from error
     return torch.device(device)
 
 
@@ -71,6 +77,8 @@ def load(name: str = EMBEDDED, dtype: str = "auto", device: str = "auto", trust_
             incomplete, or the model is larger than all GPUs.
         torch.OutOfMemoryError: the weights do not fit.
     """
+    if name != EMBEDDED and (reason := why_no_model(name)):
+        raise UserError(f"cannot load model {name!r}: {reason}")
     place = pick_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if place.type == "cuda" else "float32"
@@ -111,10 +119,14 @@ def _explain_failures(name: str) -> Iterator[None]:
         logs.clear()
         if isinstance(error, UserError) or not isinstance(error, Exception) or is_out_of_memory(error):
             raise
+        if "trust_remote_code" in str(error):
+            what = "it brings code of its own, which only --trust-remote-code runs: read it before"
+            raise UserError(f"cannot load model {name!r}: {what}") from error
         hint = hub_hint(error, f"give a hub id, a local directory, or {EMBEDDED}")
         if name == EMBEDDED or Path(name).is_dir():
             hint = "are its files complete, and of one model?"
-        raise UserError(f"cannot load model {name!r}: {excerpt(_reason(error), 300)} ({hint})") from error
+        elsewhere = "" if name == EMBEDDED or Path(name).is_dir() else "no such folder, and on the hub: "
+        raise UserError(f"cannot load model {name!r}: {elsewhere}{excerpt(_reason(error), 300)} ({hint})") from error
     finally:
         if hide_bars:
             transformers_logging.enable_progress_bar()
@@ -127,6 +139,10 @@ def _explain_failures(name: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         return "its weights are a pickle that torch refuses as unsafe, not safetensors"
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings code of its own, which is run only with trust_remote_code (--trust-remote-code): read it first"
+        )
     if isinstance(error, OSError):
         return first_line(error)
     if "sentencepiece" in str(error) or "tiktoken" in str(error):
@@ -188,7 +204,10 @@ def base_of(source: str) -> str:
         return source
     if find_spec("peft") is None:
         raise ValueError("it is an adapter, which needs another package: `pip install peft`")
-    return json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if reason := why_no_model(base):
+        raise ValueError(f"it adapts {base!r}, which cannot be loaded: {reason}")
+    return base
 
 
 def _exceeds_gpu(config, options: dict) -> bool:

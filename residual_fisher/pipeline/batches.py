@@ -328,6 +328,7 @@ def describe_prompt(encoded: Encoded) -> dict:
         "index": encoded.prompt.index,
         "row": encoded.prompt.row,
         "prompt": encoded.prompt.text,
+        **({"before": [turn.message for turn in encoded.prompt.before]} if encoded.prompt.before else {}),
         "tokens": len(encoded.ids),
         "truncated": encoded.truncated,
     }

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import chain, islice
-import os
 from statistics import fmean, median
 
 from residual_fisher.common.estimate import Trial
@@ -10,13 +9,14 @@ from residual_fisher.common.files import json_text
 from residual_fisher.common.program import peak_memory
 from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.run import ITEMS, Run
+from residual_fisher.common.sources import files_of, name_of
 from residual_fisher.common.text import duration, excerpt, printable, size
 from residual_fisher.model.loading import dtype_advice
 from residual_fisher.model.passes import devices_of
 from residual_fisher.pipeline.batches import check_once, into_batches, longest, measure, padded, write_tokens
 from residual_fisher.pipeline.derived import PROMPTS
 from residual_fisher.pipeline.matrices import ARRAYS, ONE_FILE
-from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts, encode
+from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts, encode, habits
 from residual_fisher.pipeline.settings import Settings
 from residual_fisher.pipeline.windows import WINDOW_BATCHES, Failures, Pipeline, changed, finished_in
 
@@ -30,6 +30,19 @@ def tell_too_few(settings: Settings, usable: int) -> None:
         print(f"note: {settings.num_prompts} prompts were asked for, only {usable} are available")
 
 
+def tell_left_out(prompts: Prompts, pipeline: Pipeline) -> None:
+    """What of the rows read is not in the prompts."""
+    tokenizer = pipeline.subject.tokenizer
+    if prompts.with_system and tokenizer.chat_template and not habits(tokenizer).takes_system:
+        prompts.left_out["system turns, which the chat template does not take"] += prompts.with_system
+    left = [f"{count} {what}" for what, count in prompts.left_out.items() if count]
+    if left:
+        print(f"left out: {', '.join(left)} (see --turns and --system)")
+    if prompts.unread:
+        names = excerpt(", ".join(map(str, prompts.unread)), 100)
+        print(f"note: of the columns that hold texts, {excerpt(prompts.column, 80)} is read, {names} not")
+
+
 def describe_run(
     pipeline: Pipeline, prompts: Prompts, source: Iterator[Prompt], run: Run, load_seconds: float, processes: int
 ) -> int:
@@ -37,7 +50,8 @@ def describe_run(
     settings = pipeline.settings
     if run.overwrite and run.is_begun():
         print(f"An earlier run in {printable(settings.output_dir)} would be replaced.")
-    sample, taken, done, to_its_end = [], 0, 0, os.path.isfile(settings.dataset)
+    sample, taken, done = [], 0, 0
+    to_its_end = files_of(settings.dataset, settings.dataset_split) is not None
     while to_its_end or len(sample) < SAMPLE or taken <= run.last():
         if not (window := list(islice(source, WINDOW_BATCHES * settings.batch_size))):
             to_its_end = True
@@ -49,11 +63,12 @@ def describe_run(
     if not to_its_end:
         taken = None if settings.num_prompts == "all" else settings.num_prompts
 
-    place = f"{excerpt(settings.dataset, 80)}, column {excerpt(repr(prompts.column), 40)}"
+    place = f"{excerpt(name_of(settings.dataset), 80)}, column {excerpt(repr(prompts.column), 40)}"
     if taken is None:
         print(f"prompts: all of {place}: how many, only its end will tell")
     else:
         print(f"prompts: {taken} of {place}; {prompts.skipped} rows without a text skipped")
+        tell_left_out(prompts, pipeline)
         tell_too_few(settings, taken)
     if done:
         print(f"resuming: {done} are finished" + ("" if taken is None else f", {taken - done} are left"))

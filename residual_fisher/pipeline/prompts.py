@@ -1,23 +1,28 @@
 """Chat prompts: the user's text from a dataset's rows, its tokens in the chat template, and the plan of batches."""
 
 import bisect
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import lru_cache
+import itertools
+from typing import NamedTuple
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.rows import parse_json, read_column, read_rows, text_of
+from residual_fisher.common.rows import open_table, read_rows, text_of
+from residual_fisher.common.sources import Source, name_of
 from residual_fisher.common.text import excerpt, first_line
+from residual_fisher.pipeline.conversations import TURNS, Turn, conversation, speaker
 
-TURNS = ("conversation", "conversations", "messages")  # columns of these names must hold conversations, not texts
+# Columns that are recognised, in this order
 PROMPT_COLUMNS = (
-    *TURNS,
-    "prompt",
-    "instruction",
-    "question",
-    "text",
-)  # recognised, in this order
-USER_ROLES = ("user", "human")  # in lower case
+    *TURNS, "prompt", "instruction", "question", "text", "prompts", "query", "user_input", "user", "goal", "behavior",
+    "problem", "turns", "dialog", "dialogue", "chosen", "content", "input", "inputs",
+)  # fmt: skip
+SECOND_HALVES = {"instruction": ("input", "context")}  # of a column, those that go on where it ends: Alpaca's, Dolly's
+SYSTEM_COLUMNS = ("system", "system_prompt")
+ROLE_COLUMNS = ("role", "from", "speaker", "sender", "author")
 # The time that chat templates are given: some state the date or the hour, and results must not change overnight.
 FIXED_TIME = datetime(2024, 7, 26)
 
@@ -29,6 +34,7 @@ class Prompt:
     index: int  # number among the usable rows
     row: int  # number among all rows
     text: str
+    before: tuple[Turn, ...] = ()  # what the model reads first: a system turn, earlier turns
 
 
 @dataclass(frozen=True)
@@ -42,74 +48,92 @@ class Encoded:
 
 @dataclass
 class Prompts:
-    """The prompts of a dataset, in order, read lazily, to be iterated once. The arguments are those of `read_rows`."""
+    """The prompts of a dataset, in order, read lazily, to be iterated once."""
 
-    source: str
+    source: Source  # this, `split`, `config` and `shuffle` are the arguments of `read_rows`
     split: str = "train"
-    column: str | None = None  # holds texts or conversations; None takes the first of PROMPT_COLUMNS that does
+    column: str | tuple[str, ...] | None = None  # holds texts or conversations; of several, the texts are joined
     config: str | None = None
     shuffle: int | None = None
+    turns: str = "first"  # the user's first or last turn, or all up to the last, answers among them
+    system: str = "keep"  # or "drop"
+    raw: bool = False  # a text is taken as it is, though it looks like a transcript
     usable: int = field(default=0, init=False)  # rows read that have a usable text
     skipped: int = field(default=0, init=False)  # rows read that have none
+    with_system: int = field(default=0, init=False)  # prompts that begin with a system turn
+    left_out: Counter = field(default_factory=Counter, init=False)  # of rows read: parts that are not in the prompts
+    unread: list[str] = field(default_factory=list, init=False)  # columns that hold texts and are not read
 
     def __iter__(self) -> Iterator[Prompt]:
         """Raises UserError: the dataset cannot be read, or has no such column, or no text in it."""
         rows = read_rows(self.source, self.split, self.config, self.shuffle)
-        self.column, texts = read_column(self.source, rows, self.column, PROMPT_COLUMNS, "--prompt-column", prompt_text)
-        if self.column is None:
-            raise UserError(f"{self.source} has no usable prompt: it holds no rows")
-        for row, text in enumerate(texts):
-            if text is None:
+        asked = [self.column] if isinstance(self.column, str) else self.column or []
+
+        def readable(column: str, row: dict) -> bool:
+            return any(turn.role == "user" and turn.text for turn in self._turns([column], row))
+
+        def beside(column: str) -> list[str]:
+            return [*SECOND_HALVES.get(column, ()), *SYSTEM_COLUMNS]
+
+        table = open_table(self.source, rows, asked, PROMPT_COLUMNS, "--prompt-column", readable, beside)
+        self.unread = table.unread
+        if not table.columns:
+            raise UserError(f"{name_of(self.source)} has no usable prompt: it holds no rows")
+        self.column = ", ".join(map(str, table.columns))
+        for number, row in enumerate(table.rows):
+            found = self._choose(self._turns(table.columns, row))
+            if found is None:
                 self.skipped += 1
                 continue
             self.usable += 1
-            yield Prompt(self.usable - 1, row, text)
+            yield Prompt(self.usable - 1, number, found[-1].text, tuple(found[:-1]))
         if not self.usable:
-            what = "conversation" if self.column in TURNS else "text"
+            what = "conversation" if str(table.columns[0]).lower() in TURNS else "text"
             where = f"in the column {excerpt(repr(self.column), 100)}"
-            raise UserError(f"{self.source} has no usable prompt: {self.skipped} rows, all empty or no {what} {where}")
+            about = f"{self.skipped} rows, all empty or no {what} {where}"
+            if others := self.left_out["rows by others than the user"]:
+                about += f", or ({others} of them) by others than the user"
+            raise UserError(f"{name_of(self.source)} has no usable prompt: {about}")
+
+    def _turns(self, columns: Sequence[str], row: dict) -> list[Turn]:
+        """The turns of a row: of its first column, to which others add their text, or a system turn."""
+        column, *others = columns
+        turns = conversation(str(column), row.get(column), transcripts=not self.raw)
+        cells = {str(name).lower(): text_of(row.get(name)) for name in others}
+        scene = [Turn("system", text) for name, text in cells.items() if text and name in SYSTEM_COLUMNS]
+        if [turn.role for turn in turns] in ([], ["user"]):
+            texts = [turn.text for turn in turns] + [t for name, t in cells.items() if name not in SYSTEM_COLUMNS]
+            roles = (speaker(row[name]) for name in row if str(name).lower() in ROLE_COLUMNS)
+            role = next(filter(None, roles), "user")  # of a table that has one turn a row
+            turns = [Turn(role, "\n\n".join(filter(None, texts)))] if any(texts) else []
+        return [*scene, *turns]
+
+    def _choose(self, turns: list[Turn]) -> list[Turn] | None:
+        """Of a row's turns, those that make the prompt: the last is the user's. None if it has no text."""
+        places = [place for place, turn in enumerate(turns) if turn.role == "user"]
+        if not places:
+            self.left_out["rows by others than the user"] += any(turn.role != "system" for turn in turns)
+            return None
+        last = places[0] if self.turns == "first" else places[-1]
+        if turns[last].text is None:
+            return None
+        first = places[0] if self.turns == "all" else last
+        said = [turn for turn in turns if turn.text]
+        kept = [turn for turn in turns[first : last + 1] if turn.text and turn.role in ("user", "assistant")]
+        system = [turn.text for turn in turns[:last] if turn.text and turn.role == "system"]
+        self.left_out["answers and other turns"] += sum(turn.role != "system" for turn in said) - len(kept)
+        if self.system == "drop":
+            self.left_out["system turns"] += len(system)
+        elif system:
+            self.with_system += 1
+            return [Turn("system", "\n\n".join(system)), *_alternating(kept)]
+        return _alternating(kept)
 
 
-# --- the user's text -----------------------------------------------------------------------------
-
-
-def prompt_text(column: str, cell) -> str | None:
-    """The first turn by the user if a cell is a conversation, otherwise its text; None if that is blank or missing.
-
-    In the columns of TURNS, what is not a conversation has no text. Of a turn that is a list of parts, the texts are
-    joined.
-    """
-    turns = _turns(cell)
-    if not turns:
-        return None if column in TURNS else text_of(cell)
-    turn = next((turn for turn in turns if _role(turn) in USER_ROLES), {})
-    content = turn.get("content") or turn.get("value")
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        content = "\n".join(part for part in parts if isinstance(part, str))
-    return text_of(content)
-
-
-def _turns(cell) -> list[dict]:
-    """The turns of a conversation; none if the cell is not one.
-
-    A conversation is a list of turns, a dict of columns, or either as JSON text. A turn is
-    {"role": "user", "content": text} or {"from": "human", "value": text}.
-    """
-    if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
-        try:
-            cell = parse_json(cell)
-        except ValueError:
-            return []
-    if isinstance(cell, dict):
-        columns = {name: column for name, column in cell.items() if isinstance(column, list)}
-        cell = [dict(zip(columns, items, strict=False)) for items in zip(*columns.values(), strict=False)]
-    return [turn for turn in cell if isinstance(turn, dict) and _role(turn)] if isinstance(cell, list) else []
-
-
-def _role(turn: dict) -> str | None:
-    role = turn.get("role") or turn.get("from")
-    return role.strip().lower() if isinstance(role, str) else None
+def _alternating(turns: list[Turn]) -> list[Turn]:
+    """Turns of one side that follow each other, as one: many chat templates refuse them."""
+    sides = itertools.groupby(turns, key=lambda turn: turn.role)
+    return [Turn(role, "\n\n".join(turn.text for turn in several)) for role, several in sides]
 
 
 # --- tokens --------------------------------------------------------------------------------------
@@ -124,10 +148,14 @@ def encode(tokenizer, prompt: Prompt, max_length: int) -> Encoded:
         UserError: the template fails or leaves no room for a text, or the text has no token.
     """
 
+    if tokenizer.chat_template and not habits(tokenizer).takes_system:
+        prompt = replace(prompt, before=tuple(turn for turn in prompt.before if turn.role != "system"))
+
     def ids(text: str) -> list[int]:
         if not tokenizer.chat_template:
-            return _bare(tokenizer, text)
-        return tokenizer(render(tokenizer, text), add_special_tokens=False)["input_ids"]  # the template has its own
+            return _bare(tokenizer, "\n\n".join([*(turn.text for turn in prompt.before), text]))
+        rendered = render(tokenizer, text, prompt.before)
+        return tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template has its own special tokens
 
     found, kept = ids(prompt.text), len(prompt.text)
     if len(found) > max_length:
@@ -156,16 +184,26 @@ def _bare(tokenizer, text: str) -> list[int]:
     return special[: start + len(bare)]
 
 
-def render(tokenizer, text: str) -> str:
-    """A user's text in the tokenizer's chat template, at FIXED_TIME.
+def render(tokenizer, text: str, before: Sequence[Turn] = ()) -> str:
+    """A user's text in the tokenizer's chat template, after the turns `before`, at FIXED_TIME.
 
     Raises:
         UserError: the template is malformed, raises, or renders nothing.
     """
+    messages = [turn.message for turn in (*before, Turn("user", text))]
+    rendered = _render(tokenizer, messages, habits(tokenizer).in_parts)
+    if not rendered.strip():
+        raise UserError(f"{_template_of(tokenizer)} renders nothing")
+    return rendered
+
+
+def _render(tokenizer, messages: list[dict], in_parts: bool = False) -> str:
+    if in_parts:
+        messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     try:
         template = tokenizer.get_chat_template()
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
+        return tokenizer.apply_chat_template(
+            messages,
             chat_template=FIXED_CLOCK + template if "strftime_now" in template else template,
             tokenize=False,
             add_generation_prompt=True,
@@ -173,9 +211,33 @@ def render(tokenizer, text: str) -> str:
         )
     except Exception as error:  # a template is a program that came with the model
         raise UserError(f"{_template_of(tokenizer)} fails: {excerpt(first_line(error), 200)}") from error
-    if not rendered.strip():
-        raise UserError(f"{_template_of(tokenizer)} renders nothing")
-    return rendered
+
+
+class Habits(NamedTuple):
+    """What a chat template does with messages."""
+
+    in_parts: bool  # it writes a text only if it is a list of parts
+    takes_system: bool  # it writes a system turn
+
+
+def habits(tokenizer) -> Habits:
+    """Tried out, once for each template."""
+    return _habits(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=16)
+def _habits(tokenizer, template: str) -> Habits:
+    def writes(role: str, in_parts: bool) -> bool:
+        """Whether two texts of a role make a difference."""
+        said = [[{"role": role, "content": text}, {"role": "user", "content": "Go on."}] for text in ("yes", "no")]
+        try:
+            first, second = (_render(tokenizer, turns[: 1 if role == "user" else 2], in_parts) for turns in said)
+        except UserError:
+            return False
+        return first != second
+
+    in_parts = not writes("user", False) and writes("user", True)
+    return Habits(in_parts, writes("system", in_parts))
 
 
 def _template_of(tokenizer) -> str:

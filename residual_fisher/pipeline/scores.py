@@ -139,7 +139,7 @@ class ScoredRun:
         for index, record in enumerate(records):
             trace.append(record["trace"])
             top.append(record["top_probability"])
-            hashes.append(hash(record["prompt"]))
+            hashes.append(hash(str((record["prompt"], record.get("before")))))
             if "failed" in record:
                 failed.append(index)
             for token in record.get("next_tokens", ()):  # an earlier version recorded none

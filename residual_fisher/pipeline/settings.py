@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from residual_fisher.common import options
 from residual_fisher.common.options import (
+    IF_SET,
+    PATHS,
     ROOT,
     CommandOptions,
     bundled,
@@ -30,15 +32,38 @@ class Settings(CommandOptions):
     """What the Fisher matrices are of. None stands for YAML's null."""
 
     model_path: str = option(EMBEDDED, path, "NAME", "hub id or local directory")
-    dataset_name: str = option(BUNDLED, path, "NAME", "a .jsonl, .json, .csv, .parquet or .txt file, or a hub dataset")
-    dataset_split: str = option("train", nonempty, "NAME", "split of a hub dataset")
+    dataset_name: str | tuple = option(
+        BUNDLED, path, "NAME", ".jsonl, .csv, .parquet ... files, a folder, or a hub dataset", several=PATHS
+    )
+    dataset_split: str = option("train", nonempty, "NAME", "split of a hub dataset, or of a folder")
     dataset_config: str | None = option(None, nonempty, "NAME", "configuration of a hub dataset")
-    prompt_column: str | None = option(None, nonempty, "NAME", "column that holds the prompts (found by its name)")
+    prompt_column: str | tuple | None = option(
+        None,
+        nonempty,
+        "NAME",
+        "column of the prompts; of several the texts are joined (found by name)",
+        several=PATHS,
+    )
+    turns: str = option(
+        "first",
+        one_of("first", "last", "all"),
+        "WHICH",
+        "user's turn of a conversation; all: up to the last one",
+        identity=IF_SET,
+    )
+    system: str = option(
+        "keep", one_of("keep", "drop"), "HOW", "system turns, before the user's: keep, or drop", identity=IF_SET
+    )
+    chat_template: str = option(
+        "model", one_of("model", "none"), "WHICH", "the model's, or none: texts as they are", identity=IF_SET
+    )
     num_prompts: int | str = option(100, or_all(positive), "N", "prompts to take, or all", identity=False)
     max_length: int = option(2048, positive, "N", "tokens of a prompt; longer user texts are cut")
     hook_layer_name: str = option("model.layers.15", nonempty, "PATH", "module path, or the number of a decoder layer")
     bias_positions: str = option("all", one_of("all", "last"), "WHERE", "tokens the bias is added at: all, or the last")
-    answer_tokens: int = option(1, positive, "M", "tokens of the model's own answer that F is of, at most", added=True)
+    answer_tokens: int = option(
+        1, positive, "M", "tokens of the model's own answer that F is of, at most", identity=IF_SET
+    )
     top_k_tokens: int | str = option(10, or_all(positive), "K", "most probable tokens that F counts, or all")
     num_singular_values: int = option(10, positive, "R", "singular triplets kept of each F")
     batch_size: int = option(8, positive, "N", "prompts in one pass, at most", identity=False)
@@ -59,8 +84,8 @@ class Settings(CommandOptions):
     output_dir: str = option("fisher_results", path, "DIR", "for the results", identity=False)
 
     @property
-    def dataset(self) -> str:
-        """The dataset's name, or its path if it is the bundled file."""
+    def dataset(self) -> str | tuple[str, ...]:
+        """The dataset's name, or the path of the bundled file, or several paths."""
         return bundled(self.dataset_name)
 
 

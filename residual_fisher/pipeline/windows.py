@@ -74,7 +74,8 @@ def finished_in(run: Run, window: list[Prompt]) -> dict[int, dict]:
     """
     found = run.records(range(window[0].index, window[-1].index + 1))
     for prompt in window:
-        if prompt.index in found and found[prompt.index]["prompt"] != prompt.text:
+        known = found.get(prompt.index)
+        if known and (known["prompt"], known.get("before", [])) != (prompt.text, [t.message for t in prompt.before]):
             raise changed(run, f"first at prompt {prompt.index}")
     return found
 
