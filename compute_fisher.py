@@ -48,6 +48,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
+import math
 from pathlib import Path
 import time
 
@@ -144,7 +145,8 @@ def prepare(settings: Settings, first: Prompt, process: Processes, tell: Callabl
     if settings.chat_template == "none":
         tokenizer.chat_template = None
     subject = Subject(model, tokenizer, *find_module(model, settings.hook_layer_name))
-    longest = min(settings.max_length, longest_prompt(model) or settings.max_length)
+    positions = longest_prompt(model) or math.inf  # an answer takes some of them
+    longest = min(settings.max_length, max(1, positions - settings.answer_tokens + 1))
     asked, settings = identity_of(settings), clamp_to_model(settings, subject, tell)
     try_first(settings, subject, first, longest)
     identity = {"settings": asked, "hook_layer": subject.path, "model": fingerprint(model, tokenizer)}
