@@ -28,6 +28,7 @@ does not fit UnsupportedModelError.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 import math
 from typing import NamedTuple
@@ -39,6 +40,7 @@ from residual_fisher.common.text import excerpt, first_line
 from residual_fisher.model.each_token import EachToken
 from residual_fisher.model.eigen import block_lanczos, eigh, float64
 from residual_fisher.model.head import OutputHead, cotangents_through, is_linear
+from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, prefix_memory
 from residual_fisher.model.loading import (
     decoder_layers,
     load,
@@ -52,29 +54,32 @@ from residual_fisher.model.passes import (
     Chunks,
     UnsupportedModelError,
     add_at,
+    attention,
     batched_gradients,
     capture_head,
     edit_stream,
     hooked,
     largest_kl,
-    last_logits,
+    logits_at,
     unwrapped,
     ways_of,
 )
-from residual_fisher.model.reading import PrefixMode, Reading, choose_mode, read
+from residual_fisher.model.reading import PrefixMode, Reading, choose_mode, read, share_prefixes
 from residual_fisher.model.words import TokenShares, token_shares
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PromptPoint", "PushForward",
-    "TextMap", "TopK", "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix", "fix_signs",
-    "full_vocabulary", "kl_divergence", "linearize", "linearize_each", "linearize_perturbed",
+    "TextMap", "TopK", "TopKOfAnswers", "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix",
+    "fix_signs", "full_vocabulary", "kl_divergence", "linearize", "linearize_each", "linearize_perturbed",
     "linearize_prompts", "load", "map_text", "most_probable", "perturb", "pull_back", "stream_jacobians", "top_k",
+    "top_k_of_answers",
 ]  # fmt: skip
 
 # Widest matrix that is formed: `eigh` of seven takes 0.05 s, and of 576 x 576 0.35 s (iteration: 0.03).
 EIGH_MAX_WIDTH = 256
 LOOK_EVERY = 15  # products between two looks at the residuals: one pair takes about 15, ten take 30 to 45
 MAX_RESIDUAL = 1e-5  # largest |F v - lambda v| / lambda_1 of an eigenpair found by iteration: what float32 can reach
+ANSWER_PROBES = 2  # directions pushed forward, to find what counts in an answer: with 8 nearly the same is found
 # Largest relative error of a gradient that is rounding, by dtype: sums in another order, through all layers.
 GRADIENT_ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
 # Bytes that the gradients of a block of tokens take, in `map_text`. What is made of them takes several times as many.
@@ -102,19 +107,24 @@ class NumericalError(ArithmeticError):
 class Point:
     """Where the model is linearised: what was read at the last token of each prompt, and the graph from h to x."""
 
-    def __init__(self, model: nn.Module, streams: list[Tensor], biases: list[Tensor], captured, logits: Tensor):
+    def __init__(
+        self, model: nn.Module, streams: list[Tensor], biases: list[Tensor], captured, logits: Tensor, tokens: int = 1
+    ):
         logits = logits.to(captured.raw_logits.device)  # a model that is spread over devices returns them on the first
         self.model = model
         # (layers, ..., d) float32, the residual stream h leaving each hooked module
         self.activations = torch.stack([h.float().to(logits.device) for h in streams])
         self.biases = biases  # one leaf (..., d) for each layer, added to h; gradients are taken at it
-        self.x = captured.x  # (prompts, 1, d_head), the head's input: the final normalised hidden state
+        self.tokens = tokens  # that a backward pass runs through for each row
+        self.x = (
+            captured.x
+        )  # (prompts, n, d_head), n = 1 but for answers, the head's input: the final normalised hidden state
         self.head = model.get_output_embeddings()  # x -> raw_logits
-        self.raw_logits = captured.raw_logits  # (prompts, 1, V)
+        self.raw_logits = captured.raw_logits  # (prompts, n, V)
         self.logits = logits  # (..., V) float32, after the scaling or soft-capping that follows the head
         self.log_probs = logits.detach().log_softmax(-1)  # (..., V) float32, nats
         _require_finite(self.activations, "activations", places=self.activations.ndim - 1)
-        _require_finite(logits.detach()[None], "logits", places=logits.ndim)
+        _require_finite(logits.detach()[None], "logits", places=self.activations.ndim - 1)
 
     def output_head(self) -> OutputHead:
         """Raises UnsupportedModelError: the head is not linear."""
@@ -269,23 +279,34 @@ def _require_alike(point: Point, token: int, alone: PromptPoint) -> None:
 
 
 def linearize_prompts(
-    model: nn.Module, module: nn.Module, ids: Tensor, lengths: Tensor, last_only: bool = False
+    model: nn.Module, module: nn.Module, ids: Tensor, lengths: Tensor, last_only: bool = False, predicted: int = 1
 ) -> Point:
-    """Runs whole prompts, each with a zero bias of its own added to the output of `module` at every token.
+    """Runs prompts, each with a zero bias of its own added to the output of `module` at every one of its tokens.
 
     The prompts are padded on the right. Causal attention hides that padding from all real tokens, so no mask is
     needed. Each prompt's last token is picked by its length before the head.
 
+    With `last_only` the bias is added at each prompt's last token alone. The tokens before it are run once, without
+    gradients, into a cache; or with it, where the model cannot be read in this way (`reading.share_prefixes`).
+
+    With `predicted` n > 1 answers follow the prompts, of which the point has the first n tokens' distributions: x is
+    (prompts, n, d_head), logits and log_probs are (prompts, n, V). No bias is added at the answers' tokens.
+
     Args:
         module: any module whose output is (prompts, tokens, d), or a tuple that begins with it.
-        ids: (prompts, tokens) int64, padded with any token.
+        ids: (prompts, tokens) int64, padded with any token: the prompts, and the first n - 1 tokens of the answers.
         lengths: (prompts,) int64, the tokens of each prompt.
-        last_only: add the bias at each prompt's last token alone.
     Raises:
         UnsupportedModelError: the module's output has another shape or does not lead to the predictions.
     """
-    model, prompts, last = unwrapped(model), torch.arange(len(ids)), lengths.cpu() - 1
+    wrapped, model, lengths = model, unwrapped(model), lengths.cpu()
     require_fixed_rotation(model, ids)
+    prompts, last = torch.arange(len(ids)), lengths - 1
+    places = (last[:, None] + torch.arange(predicted)).clamp(max=ids.shape[1] - 1)  # (prompts, n)
+    memory, kind = {}, nullcontext()
+    if last_only and share_prefixes(wrapped, ids, lengths, predicted - 1):
+        memory, kind = prefix_memory(model, ids, lengths, predicted), attention(model, LAST_TOKEN_ATTENTION)
+        ids, last, places = ids.gather(1, places), torch.zeros_like(last), torch.arange(predicted).expand_as(places)
 
     def at_last(h: Tensor) -> Tensor:
         if not isinstance(h, Tensor) or h.ndim != 3 or h.shape[:2] != ids.shape or not h.is_floating_point():
@@ -293,15 +314,19 @@ def linearize_prompts(
         return h[prompts, last]
 
     def add(h: Tensor, bias: Tensor) -> Tensor:
-        here = (torch.arange(ids.shape[1]) == last[:, None])[..., None]  # (prompts, tokens, 1)
-        return h + (here.to(h) * bias[:, None] if last_only else bias[:, None])
+        if predicted == 1 and not last_only:
+            return h + bias[:, None]
+        tokens = torch.arange(ids.shape[1])
+        here = tokens == last[:, None] if last_only else tokens <= last[:, None]  # (prompts, tokens)
+        return h + here[..., None].to(h) * bias[:, None]
 
     biases, streams, hooks = _zero_biases([module], at_last, add)  # (prompts, d) of the one module
-    with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
-        logits = last_logits(model, ids, lengths.cpu()).float()  # (prompts, V)
+    with torch.enable_grad(), kind, hooked(*hooks), capture_head(model) as head:
+        logits = logits_at(model, ids, places, **memory)  # (prompts, n, V)
     if len(biases) != 1 or not head.x.requires_grad:
         raise UnsupportedModelError("it does not stand, once, between the prompt and the output head")
-    return Point(model, streams, biases, head, logits)
+    logits = logits.float() if predicted > 1 else logits[:, 0].float()
+    return Point(model, streams, biases, head, logits, ids.numel())
 
 
 def _require_finite(values: Tensor, what: str, places: int) -> None:
@@ -501,6 +526,64 @@ def top_k(point: Point, k: int, chunks: Chunks | None = None, jacobian: Tensor |
     cotangents = point.cotangents(tokens)  # (..., k, d_head)
     gradients = pull_back(point, cotangents, chunks) if jacobian is None else cotangents @ jacobian
     return TopK(gradients, p, p.sum(-1), tokens)
+
+
+@dataclass(frozen=True)
+class TopKOfAnswers(TopK):
+    """F of the answers that a batch of prompts is given, sum_j F_j over their positions j, teacher-forced.
+
+    It counts some pairs of a position and one of its tokens, each a row of G. Row 0 comes before them: the gradient of
+    the answer's log-probability, which fixes the signs of eigenvectors and has no weight. `mass` is the mean over an
+    answer's positions of that of their k tokens.
+    """
+
+    positions: Tensor  # (prompts, 1 + rows) int64: `tokens` are at these; 0 for row 0
+    share: Tensor  # (prompts,) float32: about how much of the trace the pairs hold that are counted
+
+
+def top_k_of_answers(
+    point: Point, k: int, lengths: Tensor, rows: int | None = None, chunks: Chunks | None = None
+) -> TopKOfAnswers:
+    """F of answers over the k most probable tokens of their positions: those pairs that matter most.
+
+    A pair's part of the trace is p_jt |J_j^T s_jt|^2. Before any row is pulled back, it is taken to be p_jt |s_jt|^2
+    times how strongly its position depends on the biases: sum_t p_jt (s_jt J_j u)^2 / sum_t p_jt |s_jt|^2, the mean
+    over a few random u, which are pushed forward.
+
+    Args:
+        point: of `linearize_prompts` with n > 1 predicted tokens.
+        lengths: (prompts,) int64 on the CPU: tokens of each answer, from 1 to n.
+        rows: pairs that are counted, k by default. All n * k give the sum over positions as it is.
+    Raises:
+        UnsupportedModelError: see `PushForward`.
+    """
+    log_p, tokens = most_probable(point.log_probs, k)  # (prompts, n, k)
+    n, k = tokens.shape[1:]
+    is_answer = (torch.arange(n) < lengths[:, None]).to(log_p)[..., None]  # (prompts, n, 1)
+    p, cotangents = log_p.exp() * is_answer, point.cotangents(tokens)  # of s: (prompts, n, k, d_head)
+
+    u = torch.randn(ANSWER_PROBES, point.biases[0].shape[-1], generator=torch.Generator().manual_seed(0))
+    u = u.to(p).expand(len(point.biases), len(p), *u.shape)
+    pushed = PushForward(point)(u, chunks).unflatten(-1, (n, -1))  # J u (layers, prompts, probes, n, d_head)
+    slopes = torch.einsum("lpund,pnkd->lpunk", pushed, cotangents)
+    parts = p * cotangents.pow(2).sum(-1)  # (prompts, n, k)
+    pushed_parts = (p * slopes.pow(2).mean((0, 2))).sum(-1, keepdim=True)  # (prompts, n, 1)
+    parts = parts * pushed_parts / parts.sum(-1, keepdim=True).clamp(min=torch.finfo(parts.dtype).tiny)
+    parts = parts.flatten(1)
+    counted, places = most_probable(parts, rows or k)  # (prompts, rows)
+
+    one_row = torch.arange(len(p), device=p.device)[:, None]
+    z = cotangents.new_zeros(*places.shape, n, cotangents.shape[-1])
+    z[one_row, torch.arange(places.shape[1], device=p.device), places // k] = cotangents.flatten(1, 2)[one_row, places]
+    answer = is_answer * cotangents[:, :, 0]  # (prompts, n, d_head): its own tokens are the most probable ones
+    gradients = pull_back(point, torch.cat([answer[:, None], z], dim=1).flatten(2), chunks)
+    weights, tokens, positions = (
+        nn.functional.pad(part, (1, 0))
+        for part in (*(x.flatten(1).gather(1, places) for x in (p, tokens)), places // k)
+    )
+    share = counted.sum(-1) / parts.sum(-1).clamp(min=torch.finfo(parts.dtype).tiny)
+    mass = p.sum((-1, -2)) / is_answer.sum((-1, -2))
+    return TopKOfAnswers(gradients, weights, mass, tokens, positions, share)
 
 
 @dataclass(frozen=True)
@@ -721,7 +804,7 @@ def _cells(points: Iterable[Point], ids: Tensor, k: int | str, chunks: Chunks) -
         blocks.append(
             [
                 *(by_token(part)[..., 0] for part in (eigen.values, eigen.trace, eigen.effective_rank)),
-                *(by_token(part) for part in (eigen.vectors, point.activations, *shares)),
+                *(by_token(part) for part in (eigen.vectors, point.activations, *shares[:3])),
                 found.weights.sum(-1).reshape(-1),
                 -log_p.gather(1, next_ids[:, None])[:, 0],
                 *most_probable(log_p, PREDICTED),

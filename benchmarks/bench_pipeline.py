@@ -11,11 +11,15 @@ this    compute_fisher.measure on the batches of compute_fisher's plan, and its 
 floor   1 + k * (share of layers above the hook) plain forward passes over the same batches, without gradients and
         with the logits of one token
 
+--only last times the last token and whole answers instead, in plain forward passes of the same batches.
+
 Fails unless both find the same singular values (1e-3 of the largest) and matrices. Also measures the peak memory of
 compute_fisher.py at 200 and at 2,000 short prompts. Writes benchmarks/results/bench_pipeline.json.
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 import json
 from pathlib import Path
 import subprocess
@@ -23,7 +27,7 @@ import sys
 import tempfile
 import time
 
-from measuring import ROOT, cpu, embedded, naive_gradients, seconds, show
+from measuring import ROOT, cpu, embedded, in_turns, naive_gradients, seconds, show
 import torch
 from tqdm import tqdm
 import transformers
@@ -135,6 +139,39 @@ def bench(name: str, lm, tokenizer, layer: int, encoded: list[Encoded], settings
     return row
 
 
+# What is timed by `bench_last`: settings, for prompts of 70 to 130 tokens at two thirds of the depth.
+LAST = {
+    "last, 30 tokens": {"bias_positions": "last"},
+    "last, 200 tokens": {"bias_positions": "last", "top_k_tokens": 200},
+    "last, all tokens, r = 10": {"bias_positions": "last", "top_k_tokens": "all", "num_singular_values": 10},
+    "last, all tokens, r = 30": {"bias_positions": "last", "top_k_tokens": "all"},
+    "last, 30 tokens, answers of 16": {"bias_positions": "last", "answer_tokens": 16},
+    "all positions, 30 tokens": {},
+    "all positions, 30 tokens, answers of 16": {"answer_tokens": 16},
+}
+
+
+def bench_last(lm, tokenizer, encoded: list[Encoded], layer: int, repeats: int = 3) -> dict:
+    """Medians, in plain forward passes over the same batches."""
+    base = Settings(top_k_tokens=30, num_singular_values=30)
+    subject = compute_fisher.Subject(lm, tokenizer, *list(decoder_layers(lm).items())[layer])
+    encoded = [e for e in encoded if 70 <= len(e.ids) <= 130]
+    batches = [[encoded[i] for i in batch] for batch in plan_batches([len(e.ids) for e in encoded], base.batch_size)]
+
+    def measuring(settings: Settings) -> Callable:
+        return lambda: [compute_fisher.measure(settings, subject, batch) for batch in batches]
+
+    timed = {label: measuring(replace(base, **options)) for label, options in LAST.items()}
+    taken = in_turns({"forward": lambda: forward_passes(lm, batches), **timed}, repeats)
+    forward = taken.pop("forward")
+    row = {
+        "prompts": len(encoded), "tokens": sum(len(e.ids) for e in encoded), "layer": layer, "forward_seconds": forward,
+        "forward_passes": {label: duration / forward for label, duration in taken.items()},
+    }  # fmt: skip
+    show("plain forward passes", row)
+    return row
+
+
 def peak_memory(prompts: int) -> float:
     """Peak resident memory in MB of compute_fisher.py over short prompts, at the last layer, where a pass is cheap."""
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +195,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=40)
     parser.add_argument("--wide-prompts", type=int, default=8)
     parser.add_argument(
-        "--only", choices=["embedded", "wide", "memory"], nargs="+", default=["embedded", "wide", "memory"]
+        "--only", choices=["embedded", "wide", "memory", "last"], nargs="+", default=["embedded", "wide", "memory"]
     )
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -171,7 +208,7 @@ def main() -> None:
     }  # fmt: skip
 
     def keep(name: str, measured: dict) -> None:
-        results[name] = {**measured, **about}
+        results[name] = {**about, **measured}
         write_json(path, results)
 
     lm, tokenizer, _ = embedded()
@@ -179,6 +216,8 @@ def main() -> None:
     encoded = [encode(tokenizer, prompt, 2048) for prompt in bundled]
     if "embedded" in args.only:
         keep("embedded", bench("SmolLM2-135M, layer 15 of 30", lm, tokenizer, 15, encoded, settings))
+    if "last" in args.only:
+        keep("last", {**bench_last(lm, tokenizer, encoded, 20), "settings": "batch 8, k = 30, r = 30, float32"})
     del lm
     if "wide" in args.only:
         config = transformers.LlamaConfig(**WIDE)

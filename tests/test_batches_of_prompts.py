@@ -52,19 +52,22 @@ def test_every_prompt_of_a_batch_matches_its_float64_fisher_matrix(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "falcon-alibi", "mistral"])
-@pytest.mark.parametrize(("attention", "chunk"), [("eager", 8), ("sdpa", 1)])  # as the pipeline pairs them
-def test_a_prompts_triplets_do_not_depend_on_its_batch(name, attention, chunk):
+@pytest.mark.parametrize(
+    ("attention", "chunk", "last_only"),
+    [("eager", 8, False), ("sdpa", 1, False), ("eager", 8, True), ("sdpa", 8, True)],  # as the pipeline has them
+)
+def test_a_prompts_triplets_do_not_depend_on_its_batch(name, attention, chunk, last_only):
     model = tiny.build(name)
     use_attention(model, attention)
     module = tiny.layers_of(model)[0]
     others, lengths = tiny.prompts([5, 50, 5])
     mine = tiny.prompt(5)
-    alone = one(decompose(model, module, mine[None], torch.tensor([5]), chunk)[2], 0)
+    alone = one(decompose(model, module, mine[None], torch.tensor([5]), chunk, last_only=last_only)[2], 0)
     for place in range(3):
         ids = others.clone()
         ids[1], ids[place, :5], ids[place, 5:] = others[1], mine, 7 + place
         lengths = torch.tensor([5 if i == place else 50 if i == 1 else 3 for i in range(3)])
-        eigen = decompose(model, module, ids, lengths, chunk)[2]
+        eigen = decompose(model, module, ids, lengths, chunk, last_only=last_only)[2]
         assert_same_triplets(one(eigen, place), alone)
 
 
@@ -90,6 +93,28 @@ def test_a_bias_at_the_last_token_only_is_the_experiments(name):
         theirs = fisher.linearize(model, ids[i, :length], layers=[1])
         assert_same_triplets(one(eigen, i), one(fisher.top_k(theirs, K).eigenpairs(R), 0))
         assert torch.allclose(point.activations[0, i], theirs.activations[0], atol=1e-4)
+
+
+# Attention of their own, or windows shorter than these prompts: they do not share a cache.
+WHOLE = {"bloom", "falcon", "falcon-alibi", "gemma2", "gemma3", "gpt-oss", "mistral"}
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_over_the_cached_prefix_f_of_the_last_token_is_its_float64_fisher_matrix(name):
+    model, (ids, lengths) = tiny.shared(name), tiny.prompts([9, 3, 6, 1])
+    point, top, _ = decompose(model, tiny.layers_of(model)[1], ids, lengths, last_only=True)
+    assert point.tokens == (4 * 9 if name in WHOLE else 4)
+    for i, length in enumerate(lengths.tolist()):
+        assert_close(top.matrix[0, i], tiny.reference_fisher(name, ids[i, :length], 1, K))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss"])
+def test_prompts_of_equal_length_share_a_cache_whatever_its_windows(name):
+    model, (ids, lengths) = tiny.shared(name), tiny.prompts([9, 9])
+    point, top, _ = decompose(model, tiny.layers_of(model)[1], ids, lengths, last_only=True)
+    assert point.tokens == 2
+    for i in range(2):
+        assert_close(top.matrix[0, i], tiny.reference_fisher(name, ids[i], 1, K))
 
 
 def test_a_recurrent_model_needs_no_cache_here():

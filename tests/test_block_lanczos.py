@@ -11,9 +11,9 @@ from test_fisher import RELATIVE, assert_eigenpairs_of, point_of
 import tiny
 
 
-def batch_point(name: str, layer: int, lengths: list[int] = tiny.LENGTHS) -> fisher.Point:
+def batch_point(name: str, layer: int, lengths: list[int] = tiny.LENGTHS, last_only: bool = False) -> fisher.Point:
     model, (ids, lengths) = tiny.shared(name), tiny.prompts(lengths)
-    return fisher.linearize_prompts(model, tiny.layers_of(model)[layer], ids, lengths)
+    return fisher.linearize_prompts(model, tiny.layers_of(model)[layer], ids, lengths, last_only)
 
 
 def assert_residuals_and_trace(matrix: torch.Tensor, found: block_lanczos.Leading, tolerance: float):
@@ -44,6 +44,15 @@ def test_over_a_batch_it_matches_float64(name):
     found = leading_eigenpairs(batch_point(name, 1), 3, chunks=fisher.Chunks(4))
     matrix = tiny.reference_prompts(name, 1, *tiny.prompts())[None]
     assert_eigenpairs_of(matrix, found.eigen, vector=0.99)  # where gaps are small, residuals of 1e-3 leave room
+    assert_residuals_and_trace(matrix, found, 1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bloom"])
+def test_over_the_prefixes_of_a_batch_it_matches_float64(name):
+    found = leading_eigenpairs(batch_point(name, 1, last_only=True), 3, chunks=fisher.Chunks(4))
+    several = zip(*tiny.prompts(), strict=True)
+    matrix = torch.stack([tiny.reference_fisher(name, ids[:length], 1) for ids, length in several])[None]
+    assert_eigenpairs_of(matrix, found.eigen, vector=0.99)
     assert_residuals_and_trace(matrix, found, 1e-3)
 
 

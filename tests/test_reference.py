@@ -206,6 +206,7 @@ def test_what_is_no_finished_run_with_the_same_settings_is_refused_before_a_mode
         assert "--base is the --output-dir itself" in said(base=tmp_path / "out")
         assert "has top_k_tokens 6, and this one 5" in said(reference=trusted, top_k_tokens=5)
         assert "bias_positions 'all', and this one 'last'" in said(reference=trusted, bias_positions="last")
+        assert "answer_tokens 1, and this one 3" in said(reference=trusted, answer_tokens=3)
         assert "max_length 2048, and this one 100" in said(base=trusted, max_length=100)
         for name in ("items/records.jsonl", "fisher_matrices_compressed.npz"):
             damaged = shutil.copytree(trusted, tmp_path / "damaged" / name)

@@ -73,7 +73,7 @@ def test_the_shares_of_all_counted_tokens_make_the_eigenvalue(name):
         assert (every.shares.sum(-1) - 1).abs().max() < 1e-5
         assert (every.shares.diff() <= 0).all()
         few = token_shares(slopes, p, matrix.tokens, num=3)
-        assert all(torch.equal(part, whole[..., :3]) for part, whole in zip(few, every, strict=True))
+        assert all(torch.equal(part, whole[..., :3]) for part, whole in zip(few[:3], every[:3], strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

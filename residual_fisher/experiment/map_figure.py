@@ -15,8 +15,8 @@ CHARACTER = 0.6  # a character's mean width, of its font size
 LEFT, RIGHT, TOP, BOTTOM = 2.7, 2.7, 1.25, 0.95  # margins in inches: tokens and surprisal, predictions, titles, scale
 # pale to dark, without the nearly black end: words have to be read on it
 COLOURS = ListedColormap(colormaps["YlOrRd"](np.linspace(0.0, 0.85, 256)))
-DARK = 0.72  # of the colours' range: above it words are white
-REPEATED = 0.6  # opacity of a word that the layer before has too: what changes stands out
+DARK = 0.82  # of the colours' range: above it words are white
+REPEATED = 0.7  # opacity of a word that the layer before has too: what changes stands out
 
 
 def map_figure(document: dict) -> Figure:

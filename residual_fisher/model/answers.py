@@ -64,7 +64,8 @@ def greedy_answers(
 
     lengths = [len(prompt) for prompt in prompts]
     padding = len(set(lengths)) > 1 and may_pad(wrapped, max(prompts, key=len), m)
-    for group in groups_of(lengths, padding):
+    # those that the model's last position cuts short are not to cut others
+    for group in groups_of(lengths, (longest_prompt(model) or math.inf) - m + 1 if padding else 0):
         Chunks(len(group)).map(answer, torch.tensor(group))
     return answers
 
@@ -105,7 +106,7 @@ def answer_log_probs(
             tokens = torch.tensor(answers[i], device=log_probs.device)
             found[i] = log_probs[row, -count:].gather(-1, tokens[:, None])[:, 0].cpu()
 
-    for group in groups_of([len(text) - begin for text in texts], padding):
+    for group in groups_of([len(text) - begin for text in texts], math.inf if padding else 0):
         Chunks(len(group)).map(measure, torch.tensor(group))
     return found
 
@@ -120,13 +121,13 @@ def _kind_for(ids: Tensor) -> str:
     return "eager" if ids.shape[1] <= LONGEST_PLAIN else "sdpa"
 
 
-def groups_of(lengths: Sequence[int], padding: bool) -> list[list[int]]:
-    """Indices of prompts that run together: of like length, or if they may not be padded, of the same length."""
+def groups_of(lengths: Sequence[int], most: float) -> list[list[int]]:
+    """Indices of prompts that run together: of like length, and where one has more than `most`, of the same length."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[groups[-1][0]] if groups else 0
         room = (len(groups[-1]) + 1) * longest <= PASS_TOKENS if groups else False
-        if room and (padding or lengths[i] == longest):
+        if room and (longest <= most or lengths[i] == longest):
             groups[-1].append(i)
         else:
             groups.append([i])

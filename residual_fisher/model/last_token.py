@@ -1,7 +1,7 @@
-"""A constant prefix of a prompt, and the attention of its last token over it.
+"""Constant prefixes of prompts, and the attention of their last tokens over them.
 
 The tokens before the last one are run once, into a key-value cache that later passes do not change. Those passes run
-the last token alone, in one row or in many, with or without gradients.
+the last token alone, or with an answer's tokens; in one row of a prompt or in many, with or without gradients.
 """
 
 from copy import copy
@@ -14,24 +14,26 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import eager_mask
 
-from residual_fisher.model.passes import UnsupportedModelError
+from residual_fisher.model.passes import UnsupportedModelError, hooked
 
 LAST_TOKEN_ATTENTION = "fisher_last_token"
 # Classes of cache layers that hold keys and values alone, or nothing. Older versions of transformers lack the last one.
 PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
-class _SharedProduct(torch.autograd.Function):
-    """a @ b (rows, groups, share, m) of a (rows, groups, share, n) with b (groups, n, m), which all rows share.
+class _PrefixProduct(torch.autograd.Function):
+    """a @ b (rows, groups, share, m) of a (rows, groups, share, n) with b (1 or rows, groups, n, m).
 
-    b is a constant without a gradient. It takes one matrix product per group, also under vmap, whose own rule would
-    copy b for every row.
+    b is a constant without a gradient, one for all rows or one for each. It takes one matrix product per group and
+    constant, also under vmap, whose own rule would copy b for every row.
     """
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
+        if len(b) > 1:
+            return a @ b
         rows, groups, share, n = a.shape
-        product = a.transpose(0, 1).reshape(groups, rows * share, n) @ b
+        product = a.transpose(0, 1).reshape(groups, rows * share, n) @ b[0]
         return product.reshape(groups, rows, share, -1).transpose(0, 1)
 
     @staticmethod
@@ -41,55 +43,57 @@ class _SharedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (b,) = ctx.saved_tensors
-        return _SharedProduct.apply(grad, b.mT), None
+        return _PrefixProduct.apply(grad, b.mT), None
 
     @staticmethod
     def vmap(info, in_dims: tuple[int, None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
-        rows = a.movedim(in_dims[0], 0).flatten(0, 1)
-        return _SharedProduct.apply(rows, b).unflatten(0, (info.batch_size, -1)), 0
+        at = 2 if len(b) > 1 else 0  # the new rows join those that share a constant
+        product = _PrefixProduct.apply(a.movedim(in_dims[0], at).flatten(at, at + 1), b)
+        return product.unflatten(at, (info.batch_size, -1)), at
 
 
 def last_token_attention(
     module: nn.Module,
-    query: Tensor,  # (rows, heads, 1, head_dim)
-    key: Tensor,  # (rows, groups, 1, head_dim): heads / groups query heads share a key head
-    value: Tensor,  # (rows, groups, 1, value_dim)
-    attention_mask: Tensor | None,  # (1 or rows, 1, 1, tokens), added to the scores
+    query: Tensor,  # (rows, heads, n, head_dim)
+    key: Tensor,  # (rows, groups, n, head_dim): heads / groups query heads share a key head
+    value: Tensor,  # (rows, groups, n, value_dim)
+    attention_mask: Tensor | None,  # (1 or rows, 1, n, tokens), added to the scores
     scaling: float | None = None,
     softcap: float | None = None,  # Gemma 2
     s_aux: Tensor | None = None,  # (heads,): attention sinks, gpt-oss
     **_,
 ) -> tuple[Tensor, None]:
-    """Softmax attention of one query token over itself and the prefix that its key and value carry.
+    """Softmax attention of the last n tokens over themselves and the prefix that their key and value carry.
 
-    The keys and values of the prefix do not depend on the last token: they are constants, the same for every row. So a
-    batched backward pass carries no (tokens, head_dim) gradient per cotangent, head and layer (half of its time on a
-    CPU), and a batched forward pass does not copy the prefix. Fused kernels are not used: their backward has no
-    batching rule.
+    n is 1, or 1 and the tokens of an answer. The keys and values of the prefix do not depend on these tokens: they are
+    constants, the same for every row or of each row's own prompt. So a batched backward pass carries no (tokens,
+    head_dim) gradient per cotangent, head and layer (half of its time on a CPU), and a batched forward pass does not
+    copy the prefix. Fused kernels are not used: their backward has no batching rule.
     """
-    rows, heads, _, width = query.shape
+    rows, heads, n, width = query.shape
     groups = key.shape[1]
-    q = query.reshape(rows, groups, heads // groups, width)
-    scores = (q * key).sum(-1, keepdim=True)  # (rows, groups, share, 1)
+    share = heads // groups
+    q = query.reshape(rows, groups, share * n, width)
+    scores = (q * key).sum(-1, keepdim=True) if n == 1 else q @ key.mT  # (rows, groups, share * n, n)
     if hasattr(key, "prefix"):
-        scores = torch.cat([_SharedProduct.apply(q, key.prefix[0].mT), scores], dim=-1)
+        scores = torch.cat([_PrefixProduct.apply(q, key.prefix.mT), scores], dim=-1)
     if attention_mask is not None and attention_mask.shape[-1] != scores.shape[-1]:  # the key has lost its prefix
         raise UnsupportedModelError(f"the attention of {type(module).__name__} changes keys after they are cached")
     scores = scores * (width**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
-        scores = scores + attention_mask
+        scores = scores + attention_mask.repeat(1, 1, share, 1) if n > 1 else scores + attention_mask
     if s_aux is not None:
-        sink = s_aux.reshape(1, groups, heads // groups, 1).expand(rows, -1, -1, -1)
+        sink = s_aux.repeat_interleave(n).reshape(1, groups, share * n, 1).expand(rows, -1, -1, -1)
         scores = torch.cat([sink.to(scores.dtype), scores], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     if s_aux is not None:
         weights = weights[..., 1:]
-    out = weights[..., -1:] * value
+    out = weights[..., -1:] * value if n == 1 else weights[..., -n:] @ value
     if hasattr(value, "prefix"):
-        out = out + _SharedProduct.apply(weights[..., :-1], value.prefix[0])
-    return out.reshape(rows, 1, heads, -1), None
+        out = out + _PrefixProduct.apply(weights[..., :-n], value.prefix)
+    return out.reshape(rows, heads, n, -1).transpose(1, 2), None
 
 
 AttentionInterface.register(LAST_TOKEN_ATTENTION, last_token_attention)
@@ -127,6 +131,22 @@ def copy_of(prefix: DynamicCache, rows: int, shared: bool = False) -> DynamicCac
         else:  # `update` puts new tensors in place of these
             layer.keys, layer.values = (part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
     return cache
+
+
+def prefix_memory(model: nn.Module, ids: Tensor, lengths: Tensor, tokens: int) -> dict:
+    """Keyword arguments of a pass, with `last_token_attention`, over `tokens` of each prompt from its last one on.
+
+    Args:
+        ids: (prompts, tokens) int64, padded on the right.
+        lengths: (prompts,) int64 on the CPU.
+    """
+    before = int(lengths.max()) - 1
+    with hooked():
+        prefix = prefill(model, ids[:, :before])
+    if prefix is None:
+        return {}
+    shared = {"past_key_values": copy_of(prefix, len(ids), shared=True)}
+    return shared | after_padding(model, lengths - 1, before, before, tokens)
 
 
 def after_padding(model: nn.Module, lengths: Tensor, width: int, cached: int, tokens: int) -> dict:

@@ -207,6 +207,20 @@ def may_pad(model: nn.Module, prompt: Sequence[int], more: int = 0) -> bool:
     return found
 
 
+def share_prefixes(model: nn.Module, ids: Tensor, lengths: Tensor, more: int = 0) -> bool:
+    """Whether the last tokens of prompts, and some more, can be read together, from prefixes in one cache.
+
+    `ids` (prompts, tokens) are padded on the right, `lengths` (prompts,) on the CPU.
+    """
+    longest = ids[lengths.argmax(), : lengths.max()].cpu()
+    if choose_mode(model, longest) is not PrefixMode.SHARED:
+        return False
+    if (lengths == len(longest)).all() or may_pad(model, longest.tolist(), more):
+        return True
+    ways_of(model)["batches"] = "whole prompts: those of unlike length cannot share a cache"
+    return False
+
+
 def _is_padding_hidden(model: nn.Module, text: list[int]) -> bool:
     ids, lengths = pad([text, text[: -(-len(text) // 2)]])
     last, prefix, width = ids[[0, 1], lengths - 1][:, None], lengths - 1, ids.shape[1] - 1

@@ -31,27 +31,40 @@ class TokenShares(NamedTuple):
     ids: Tensor  # (..., n, tokens) int64
     shares: Tensor  # (..., n, tokens): those of all counted tokens sum to 1, or are 0 if the curvature is
     slopes: Tensor  # (..., n, tokens): d log p_t along u, nats per unit
+    positions: Tensor | None = None  # (..., n, tokens) int64, in the answer, if F is of one
 
     def records(self, place: tuple[int, ...], write: Callable[[int], str]) -> list[list[dict]]:
         """JSON-ready records of each direction at one index of "..."; tokens without a share are left out."""
 
-        def record(id_: int, share: float, slope: float) -> dict:
-            return {"token": write(id_), "id": id_, "share": share, "slope": slope}
+        def record(id_: int, share: float, slope: float, position: int | None = None) -> dict:
+            where = {} if position is None else {"position": position}
+            return {"token": write(id_), "id": id_, **where, "share": share, "slope": slope}
 
-        directions = zip(*(part[place].tolist() for part in self), strict=True)
+        directions = zip(*(part[place].tolist() for part in self if part is not None), strict=True)
         return [[record(*token) for token in zip(*parts, strict=True) if token[1] > 0] for parts in directions]
 
 
-def token_shares(slopes: Tensor, p: Tensor, tokens: Tensor | None = None, num: int = TOKENS_RECORDED) -> TokenShares:
+def token_shares(
+    slopes: Tensor,
+    p: Tensor,
+    tokens: Tensor | None = None,
+    num: int = TOKENS_RECORDED,
+    positions: Tensor | None = None,
+) -> TokenShares:
     """The `num` tokens with the largest shares p_t slope_t^2 of each direction's curvature.
 
-    Of the tokens that F counts: `slopes` (..., n, k), probabilities `p` and ids `tokens`, both (..., k). None: all ids.
+    Of the tokens that F counts: `slopes` (..., n, k), probabilities `p`, ids `tokens` and `positions` in an answer, all
+    (..., k). Without `tokens`: all ids.
     """
+
+    def of_largest(values: Tensor) -> Tensor:
+        return values[..., None, :].expand(parts.shape).gather(-1, at)
+
     parts = p[..., None, :] * slopes**2  # (..., n, k)
     largest, at = parts.topk(min(num, parts.shape[-1]))
     shares = largest / parts.sum(-1, keepdim=True).clamp(min=torch.finfo(parts.dtype).tiny)
-    ids = at if tokens is None else tokens[..., None, :].expand(parts.shape).gather(-1, at)
-    return TokenShares(ids, shares, slopes.gather(-1, at))
+    ids = at if tokens is None else of_largest(tokens)
+    return TokenShares(ids, shares, slopes.gather(-1, at), None if positions is None else of_largest(positions))
 
 
 def token_writer(tokenizer) -> Callable[[int], str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import chain
 import math
@@ -16,7 +16,9 @@ from residual_fisher.common.archives import Item
 from residual_fisher.common.program import UserError
 from residual_fisher.common.text import first_line
 from residual_fisher.model import passes
+from residual_fisher.model.answers import end_tokens, greedy_answers
 from residual_fisher.model.loading import rotation_change
+from residual_fisher.model.reading import share_prefixes
 from residual_fisher.model.words import TokenShares, prompt_words_test, token_shares, token_writer
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 from residual_fisher.pipeline.matrices import arrays_of
@@ -28,7 +30,7 @@ BACKWARD_ROWS = 4096
 # Above this length attention runs in a fused kernel, which keeps no tokens x tokens matrix for the backward
 # pass. Below it plain attention is as fast, and many cotangents can share one backward pass.
 PLAIN_ATTENTION = 256
-# With the whole vocabulary attention stays plain, and keeps about this many such matrices a head and layer.
+# Where directions are pushed forward attention stays plain, and keeps about this many such matrices a head and layer.
 MATRICES_KEPT = 6
 ATTENTION_BYTES = 4 << 30
 TOKENS = 6  # recorded of each leading direction: a few hold most of the share, and records stay small
@@ -115,16 +117,14 @@ def longest(batch: list[Encoded]) -> int:
     return max(len(encoded.ids) for encoded in batch)
 
 
-def padded(batch: list[Encoded]) -> int:
-    """Tokens that the model is given, the padding among them."""
-    return len(batch) * longest(batch)
+def padded(batch: list[Encoded], answer_tokens: int = 1) -> int:
+    """Tokens that the model is given, the padding among them: of the prompts, and of answers but for their last."""
+    return len(batch) * (longest(batch) + answer_tokens - 1)
 
 
 def pad(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (prompts, tokens), each row filled up with its own last token, and lengths (prompts,)."""
-    width = longest(batch)
-    rows = [encoded.ids + encoded.ids[-1:] * (width - len(encoded.ids)) for encoded in batch]
-    return torch.tensor(rows), torch.tensor([len(encoded.ids) for encoded in batch])
+    return passes.pad([encoded.ids for encoded in batch])
 
 
 def into_batches(settings: Settings, subject: Subject, encoded: list[Encoded]) -> list[list[Encoded]]:
@@ -145,27 +145,49 @@ def explain_unsupported(subject: Subject) -> Iterator[None]:
         raise UserError(f"no Fisher matrix at {subject.path}: {error}") from error
 
 
-def attention_for(settings: Settings, batch: list[Encoded]) -> str:
-    """The kind of attention a batch runs with."""
-    # the block iteration differentiates the backward pass: no fused attention
-    plain = longest(batch) <= PLAIN_ATTENTION and 2 * padded(batch) <= BACKWARD_ROWS
-    return "eager" if plain or settings.top_k_tokens == "all" else "sdpa"
+def over_prefix(settings: Settings, subject: Subject, batch: list[Encoded]) -> bool:
+    """Whether `linearize_prompts` reads the batch's last tokens from prefixes in a cache."""
+    last = settings.bias_positions == "last"
+    return last and share_prefixes(subject.model, *pad(batch), settings.answer_tokens - 1)
+
+
+def is_pushed(settings: Settings) -> bool:
+    """Whether directions are pushed forward, which differentiates the backward pass: not that of fused attention."""
+    return settings.top_k_tokens == "all" or settings.answer_tokens > 1
+
+
+def attention_for(settings: Settings, subject: Subject, batch: list[Encoded]) -> str:
+    """The kind of attention that a batch's prompts, or their prefixes, run with."""
+    tokens = padded(batch, settings.answer_tokens)
+    if tokens <= len(batch) * PLAIN_ATTENTION and 2 * tokens <= BACKWARD_ROWS:
+        return "eager"
+    return "eager" if is_pushed(settings) and not over_prefix(settings, subject, batch) else "sdpa"
 
 
 def linearize_batch(
-    settings: Settings, subject: Subject, batch: list[Encoded], attention: str
+    settings: Settings, subject: Subject, batch: list[Encoded], attention: str, answers: list[list[int]]
 ) -> tuple[fisher.Point, fisher.Chunks]:
-    """The batch's prompts at their last tokens, and how many cotangents to pull back at once."""
+    """The batch's prompts at their last tokens and their answers', and how many cotangents to pull back at once."""
     passes.use_attention(subject.model, attention)
+    ids, _ = passes.pad([encoded.ids + answer[:-1] for encoded, answer in zip(batch, answers, strict=True)])
+    lengths = torch.tensor([len(encoded.ids) for encoded in batch])
+    predicted = 1 if settings.answer_tokens == 1 else max(2, *map(len, answers))
     last_only = settings.bias_positions == "last"
-    rows = subject.room.backward_rows // padded(batch) if attention == "eager" else 1
-    point = fisher.linearize_prompts(subject.model, subject.module, *pad(batch), last_only)
-    return point, fisher.Chunks(max(1, rows))
+    point = fisher.linearize_prompts(subject.model, subject.module, ids, lengths, last_only, predicted)
+    batched = attention == "eager" or over_prefix(settings, subject, batch)
+    return point, fisher.Chunks(max(1, subject.room.backward_rows // point.tokens) if batched else 1)
+
+
+def answers_to(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[list[int]]:
+    """The model's own answer to each prompt; empty ones if F is of the first token's distribution alone."""
+    m = settings.answer_tokens
+    prompts = [encoded.ids for encoded in batch]
+    return greedy_answers(subject.model, prompts, m, end_tokens(subject.model)) if m > 1 else [[] for _ in batch]
 
 
 def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) -> int:
     """The whole batch, or as many prompts as leave plain attention room for its tokens x tokens matrices."""
-    if settings.top_k_tokens != "all":
+    if not is_pushed(settings) or over_prefix(settings, subject, batch):
         return len(batch)
     config = subject.model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None) or 1
@@ -174,23 +196,29 @@ def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) 
 
 
 def triplets(
-    settings: Settings, point: fisher.Point, chunks: fisher.Chunks
+    settings: Settings, point: fisher.Point, answers: list[list[int]], chunks: fisher.Chunks
 ) -> tuple[fisher.Eigenpairs, TokenShares, dict]:
     """The leading eigenpairs of each prompt's F, the tokens' shares of them, and columns (prompts,) of numbers."""
-    r = settings.num_singular_values
-    if settings.top_k_tokens == "all":
+    r, k, quality = settings.num_singular_values, settings.top_k_tokens, {}
+    if k == "all":
         found = leading_eigenpairs(point, r, chunks=chunks)
         eigen, mass = found.eigen, torch.ones_like(found.trace_error[0])
         slopes = point.output_head().times(found.pushed[..., :DIRECTIONS, :])
         shares = token_shares(slopes[0], point.log_probs.exp(), num=TOKENS)
-        errors = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
+        quality = {"residual": found.residuals[0].amax(-1), "trace_error": found.trace_error[0]}
     else:
-        top = fisher.top_k(point, settings.top_k_tokens, chunks)
-        eigen, mass, errors = top.eigenpairs(r, allow_zero=True), top.mass, {}
+        positions = None
+        if settings.answer_tokens > 1:
+            lengths = torch.tensor([max(1, len(answer)) for answer in answers])
+            top = fisher.top_k_of_answers(point, k, lengths, chunks=chunks)
+            quality, positions = {"captured_trace": top.share}, top.positions
+        else:
+            top = fisher.top_k(point, k, chunks)
+        eigen, mass = top.eigenpairs(r, allow_zero=True), top.mass
         slopes = top.slopes(eigen.vectors[..., :DIRECTIONS, :])
-        shares = token_shares(slopes[0], top.weights, top.tokens, TOKENS)
+        shares = token_shares(slopes[0], top.weights, top.tokens, TOKENS, positions)
     eigen = fisher.Eigenpairs(*(part[0] for part in eigen))  # of the one module
-    columns = {"captured_mass": mass, **errors, "trace": eigen.trace, "effective_rank": eigen.effective_rank}
+    columns = {"captured_mass": mass, **quality, "trace": eigen.trace, "effective_rank": eigen.effective_rank}
     return eigen, shares, columns
 
 
@@ -204,7 +232,7 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
         UserError: the module does not lead to the predictions.
     """
     start, room = time.perf_counter(), subject.room
-    attention = attention_for(settings, batch)  # the same for parts of it
+    attention = attention_for(settings, subject, batch)  # the same for parts of it
 
     def measure_some(which: torch.Tensor) -> list[Item]:
         prompts = [batch[i] for i in which.tolist()]
@@ -240,29 +268,40 @@ def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded], at
     Raises:
         NumericalError, torch.linalg.LinAlgError: of one of them.
     """
-    with subject.room.taking(padded(batch)):
-        point, chunks = linearize_batch(settings, subject, batch, attention)
-        eigen, shares, columns = triplets(settings, point, chunks)
-    subject.room.learn_from(chunks, padded(batch))
-    next_log_p, next_ids = fisher.most_probable(point.log_probs, NEXT_TOKENS)
+    answers = answers_to(settings, subject, batch)
+    with subject.room.taking(padded(batch, settings.answer_tokens)):
+        point, chunks = linearize_batch(settings, subject, batch, attention, answers)
+        eigen, shares, columns = triplets(settings, point, answers, chunks)
+    subject.room.learn_from(chunks, point.tokens)
+    log_probs = point.log_probs.reshape(len(batch), -1, point.log_probs.shape[-1])  # (prompts, n, V)
+    next_log_p, next_ids = fisher.most_probable(log_probs, NEXT_TOKENS)  # (prompts, n, 10)
     next_p, next_ids = next_log_p.exp().tolist(), next_ids.tolist()
     values, vectors, activations = (part.cpu().numpy() for part in (*eigen[:2], point.activations[0]))
-    shares = TokenShares(*(part.cpu() for part in shares))
+    shares = TokenShares(*(part if part is None else part.cpu() for part in shares))
     columns = {name: column.tolist() for name, column in columns.items()}
 
+    def next_tokens(i: int, position: int) -> list[dict]:
+        found = zip(next_ids[i][position], next_p[i][position], strict=True)
+        return [{"token": UNWRITTEN, "id": id_, "probability": p, "in_prompt": False} for id_, p in found]
+
     def item(i: int, encoded: Encoded) -> Item:
-        next_tokens = zip(next_ids[i], next_p[i], strict=True)
         record = {
             **describe_prompt(encoded),
             "top_token": UNWRITTEN,
-            "top_probability": next_p[i][0],
-            "next_tokens": [
-                {"token": UNWRITTEN, "id": id_, "probability": p, "in_prompt": False} for id_, p in next_tokens
-            ],
+            "top_probability": next_p[i][0][0],
+            "next_tokens": next_tokens(i, 0),
             **{name: column[i] for name, column in columns.items()},
             "singular_values": values[i].tolist(),
             "directions": shares.records((i,), lambda id_: UNWRITTEN),
         }
+        if settings.answer_tokens > 1:
+            places = range(len(answers[i]))
+            record["answer"] = {
+                "text": UNWRITTEN,
+                "ids": answers[i],
+                "top_probabilities": [next_p[i][j][0] for j in places],
+                "next_tokens": [next_tokens(i, j) for j in places],
+            }
         return Item(encoded.prompt.index, record, arrays_of(values[i], vectors[i], activations[i], settings.store))
 
     return [item(i, encoded) for i, encoded in enumerate(batch)]
@@ -271,13 +310,16 @@ def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded], at
 def write_tokens(subject: Subject, items: list[Item]) -> list[Item]:
     """Writes the tokens of `measure`'s items. This takes no model, and time: another thread can do it."""
     for record in (item.record for item in items):
-        next_tokens = record["next_tokens"]
+        answer = record.get("answer", {"next_tokens": []})
+        next_tokens = [*record["next_tokens"], *chain.from_iterable(answer["next_tokens"])]
         for token in chain(next_tokens, *record["directions"]):
             token["token"] = subject.show(token["id"])
         in_prompt = subject.in_prompt(record["prompt"], [token["token"] for token in next_tokens])
         for token, found in zip(next_tokens, in_prompt, strict=True):
             token["in_prompt"] = found
-        record["top_token"] = subject.tokenizer.decode([token["id"] for token in next_tokens[:1]])
+        record["top_token"] = subject.tokenizer.decode([token["id"] for token in record["next_tokens"][:1]])
+        if "text" in answer:
+            answer["text"] = subject.tokenizer.decode(answer["ids"], skip_special_tokens=True)
     return items
 
 
@@ -298,6 +340,8 @@ def without_matrix(settings: Settings, subject: Subject, encoded: Encoded, reaso
     zeros = dict.fromkeys(("top_probability", "captured_mass", "trace", "effective_rank"), 0.0)
     lists = {"next_tokens": [], "singular_values": [0.0] * r, "directions": []}
     record = {**describe_prompt(encoded), "failed": reason, "top_token": "", **zeros, **lists}
+    if settings.answer_tokens > 1:
+        record["answer"] = {"text": "", "ids": [], "top_probabilities": [], "next_tokens": []}
     values, vectors, activation = (np.zeros(shape, np.float32) for shape in (r, (r, width), width))
     arrays = arrays_of(values, vectors, activation, settings.store)
     return Item(encoded.prompt.index, record, arrays)
@@ -313,7 +357,7 @@ def check_once(settings: Settings, subject: Subject, batch: list[Encoded], check
     Raises:
         UserError: the logits differ, so that this model's results would depend on what else is in the batch.
     """
-    kind = attention_for(settings, batch)
+    kind = attention_for(settings, subject, batch)
     if kind in checked:
         return False
     passes.use_attention(subject.model, kind)
@@ -339,8 +383,7 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
             F does not predict them.
     """
     check_template(subject.tokenizer)
-    batch = [encode(subject.tokenizer, first, longest)]
-
+    batch, settings = [encode(subject.tokenizer, first, longest)], replace(settings, answer_tokens=1)
     add = passes.add_at if settings.bias_positions == "last" else torch.add
 
     def moved(deltas: torch.Tensor) -> torch.Tensor:
@@ -350,6 +393,6 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
     # a prompt that leads to NaN, infinity or no convergence will be recorded as failed
     failures = suppress(fisher.NumericalError, torch.linalg.LinAlgError)
     with explain_unsupported(subject), failures, subject.room.taking(padded(batch)):
-        point, chunks = linearize_batch(settings, subject, batch, attention_for(settings, batch))
+        point, chunks = linearize_batch(settings, subject, batch, attention_for(settings, subject, batch), [[]])
         fisher.check_prediction(point, moved, chunks)
-        subject.room.learn_from(chunks, padded(batch))
+        subject.room.learn_from(chunks, point.tokens)

@@ -12,7 +12,7 @@ from residual_fisher.pipeline.settings import Settings
 
 FEWEST_TRUSTED = 20  # prompts of a reference
 # F of one kind have these in common
-SAME_SETTINGS = ("bias_positions", "top_k_tokens", "num_singular_values", "max_length")
+SAME_SETTINGS = ("bias_positions", "answer_tokens", "top_k_tokens", "num_singular_values", "max_length")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Reference:
             if checksum(path / file) != known:
                 raise UserError(f"{path / file} is missing or damaged: the command that made it makes it again")
         for key in SAME_SETTINGS:
-            then, now = manifest["identity"]["settings"].get(key), getattr(settings, key)
+            # a run of an earlier version lacks an option that it did not have
+            then, now = manifest["identity"]["settings"].get(key, getattr(Settings, key)), getattr(settings, key)
             if then != now:
                 raise UserError(
                     f"the run in {path} has {key} {shown(then)}, and this one {shown(now)}: "

@@ -383,7 +383,8 @@ def outlier_scores(run: ScoredRun, reference: ScoredRun | None = None, base: Sco
             p[usable] = p_values(scores[-1, usable], theirs, among)
         suspects = [number for number in usable if scores[SCORES.index("z_group"), number] >= GROUP_Z]
         groups = _groups(run, suspects, likeness, company, own)
-        if alike := [name.removeprefix("z_") for name, row in zip(SCORES, scores, strict=False) if not row.any()]:
+        others = zip(SCORES[:-1], scores, strict=False)  # but for groups: that there are none needs no note
+        if alike := [name.removeprefix("z_") for name, row in others if not row.any()]:
             warnings.warn(f"all prompts have the same {' and '.join(alike)}: these scores are 0", stacklevel=2)
     return {
         **dict(zip((*SCORES, OUTLIER), scores.tolist(), strict=True)),

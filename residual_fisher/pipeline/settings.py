@@ -20,7 +20,7 @@ from residual_fisher.common.options import (
     share,
     switch,
 )
-from residual_fisher.common.program import EMBEDDED
+from residual_fisher.common.program import EMBEDDED, UserError
 
 CONFIG = ROOT / "config.yaml"  # in a checkout, where users edit it; its values are the defaults below
 BUNDLED = "data/prompts.jsonl"
@@ -61,6 +61,9 @@ class Settings(CommandOptions):
     max_length: int = option(2048, positive, "N", "tokens of a prompt; longer user texts are cut")
     hook_layer_name: str = option("model.layers.15", nonempty, "PATH", "module path, or the number of a decoder layer")
     bias_positions: str = option("all", one_of("all", "last"), "WHERE", "tokens the bias is added at: all, or the last")
+    answer_tokens: int = option(
+        1, positive, "M", "tokens of the model's own answer that F is of, at most", identity=IF_SET
+    )
     top_k_tokens: int | str = option(10, or_all(positive), "K", "most probable tokens that F counts, or all")
     num_singular_values: int = option(10, positive, "R", "singular triplets kept of each F")
     batch_size: int = option(8, positive, "N", "prompts in one pass, at most", identity=False)
@@ -77,6 +80,10 @@ class Settings(CommandOptions):
         None, path, "DIR", "finished run of these prompts in a base model, to score the change", identity=False
     )
     false_alarms: float = option(0.01, share, "SHARE", "of ordinary prompts that may stand out", identity=False)
+    explain: int = option(0, count, "N", "prompts that stand out most to look for triggers in", identity=False)
+    fail_on_finding: bool = option(
+        False, switch, "true", "end with exit code 4 if --explain proves a trigger", identity=False
+    )
     trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along", identity=False)
     output_dir: str = option("fisher_results", path, "DIR", "for the results", identity=False)
 
@@ -89,4 +96,7 @@ class Settings(CommandOptions):
 def parse(argv: list[str]) -> Settings:
     """The settings of a command line. Bad flags end the program, with exit code 2. Raises: see `options.parse`."""
     about = "Fisher information matrices of a dataset's prompts, each compressed to its top singular triplets."
-    return options.parse(Settings, "compute_fisher.py", about, argv, CONFIG if CONFIG.is_file() else None)
+    settings = options.parse(Settings, "compute_fisher.py", about, argv, CONFIG if CONFIG.is_file() else None)
+    if settings.answer_tokens > 1 and settings.top_k_tokens == "all":
+        raise UserError("--answer-tokens above 1 counts some tokens of each position: --top-k-tokens takes a number")
+    return settings
