@@ -22,6 +22,7 @@ if __name__ == "__main__":  # Ctrl-C may come during the imports below, which ta
 import sys
 
 from residual_fisher.common.program import (
+    FOUND,
     SOME_FAILED,
     UserError,
     end_with_error,
@@ -69,9 +70,20 @@ from residual_fisher.model.loading import (
     vocabulary_size,
 )
 from residual_fisher.model.passes import ways_of
-from residual_fisher.pipeline import figures, matrices, processes, report
+from residual_fisher.pipeline import figures, findings, matrices, processes, report
 from residual_fisher.pipeline.batches import Subject, check_once, measure, try_first, write_tokens
-from residual_fisher.pipeline.derived import METADATA, PROMPTS, conclude, made_from_scores, scored_records, scoring_of
+from residual_fisher.pipeline.derived import (
+    FINDINGS,
+    METADATA,
+    PROMPTS,
+    conclude,
+    draw,
+    findings_of,
+    made_from_scores,
+    score,
+    scored_records,
+    scoring_of,
+)
 from residual_fisher.pipeline.estimate import describe_run, tell_left_out, tell_too_few
 from residual_fisher.pipeline.processes import Processes
 from residual_fisher.pipeline.prompts import Prompt, Prompts
@@ -207,7 +219,9 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
         if not process.first:
             return 0
         process = Processes()
-    files = (*FILES, matrices.LINES)
+    if settings.fail_on_finding and not settings.explain:
+        raise UserError("--fail-on-finding needs --explain: without it nothing is looked for")
+    files = (*FILES, FINDINGS, matrices.LINES, findings.JOURNAL)
     run = Run(Path(settings.output_dir), PROGRAM, files, settings.overwrite, read_only=settings.dry_run)
     against: Reference | None = None
     with ExitStack() as stack:
@@ -217,7 +231,8 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
             stack.enter_context(run.locked())
             against = Reference.asked_for(settings)
             sources = sources_of(settings.dataset, settings.dataset_split, settings.model_path)
-            return run.is_finished(identity_of(settings), sources, settings.num_prompts)
+            finished = run.is_finished(identity_of(settings), sources, settings.num_prompts)
+            return finished and is_explained(run, settings, against)
 
         if process.ask_first(open_and_look):
             return report_finished(run, settings, against) if process.first else 0
@@ -226,7 +241,7 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
         pipeline = prepare(settings, first, process, print if process.first else lambda line: None)
         load_seconds = time.perf_counter() - start
         if process.ask_first(lambda: examine(run, settings, pipeline, against) is State.FINISHED):
-            return report_finished(run, settings, against) if process.first else 0
+            return report_finished(run, settings, against, pipeline) if process.first else 0
         if process.first:
             print(f"{model_line(settings.model_path, pipeline.environment)}; hooked at {pipeline.subject.path}")
         if settings.dry_run:
@@ -246,13 +261,14 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
             environment = {**pipeline.environment, "ways": ways_of(pipeline.subject.model)}
             statistics = {**report.summarize(columns, prompts.skipped), "left_out": dict(+prompts.left_out)}
             run.finish(prompts.usable, primary, environment=environment, statistics=statistics)
-            conclude(run, against, settings.false_alarms)
+            derive(run, settings, against, pipeline)
         except KeyboardInterrupt:
             print("Interrupted: finished batches are saved; the same command resumes the run.", file=sys.stderr)
             return INTERRUPTED
-        print(report.final_table(partial(scored_records, run.folder), run.manifest["notes"]["statistics"], settings))
-        print(f"Written to {printable(str(run.folder))}: {', '.join(FILES)}")
-        return code_of(run)
+        print(table_of(run, settings))
+        written = (*FILES, *[FINDINGS] * (run.folder / FINDINGS).is_file())
+        print(f"Written to {printable(str(run.folder))}: {', '.join(written)}")
+        return code_of(run, settings)
 
 
 def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference | None) -> State:
@@ -281,28 +297,61 @@ def progress_bar(settings: Settings, process: Processes) -> tqdm:
     return tqdm(total=total, desc="Fisher matrices", unit="prompt", disable=None if process.first else True)
 
 
-def code_of(run: Run) -> int:
+def is_scored(run: Run, against: Reference | None) -> bool:
+    return run.is_derived([PROMPTS], made_from_scores(run, scoring_of(against)))
+
+
+def is_explained(run: Run, settings: Settings, against: Reference | None) -> bool:
+    """Whether no prompts are left to be explained, which takes the model."""
+    done = not settings.explain or run.is_derived([FINDINGS], findings.made_from(run, settings.explain))
+    return done and (is_scored(run, against) or not settings.explain)
+
+
+def derive(run: Run, settings: Settings, against: Reference | None, pipeline: Pipeline | None) -> list[str]:
+    """Makes the derived files that are missing, damaged or of something else; returns those but for the metadata.
+
+    Args:
+        pipeline: not needed if `is_explained`.
+    """
+    made = score(run, against)
+    if settings.explain and not is_explained(run, settings, against):
+        chat = findings.Chat(pipeline.subject, pipeline.longest)
+        made += findings.explain_run(run, settings.explain, against, chat)
+    return made + conclude(run, against, settings.false_alarms)
+
+
+def table_of(run: Run, settings: Settings) -> str:
+    records, statistics = partial(scored_records, run.folder), run.manifest["notes"]["statistics"]
+    return report.final_table(records, statistics, settings, findings_of(run.folder))
+
+
+def code_of(run: Run, settings: Settings) -> int:
+    if settings.fail_on_finding and (findings_of(run.folder) or {}).get("findings"):
+        return FOUND
     return SOME_FAILED if run.manifest["notes"]["statistics"]["failed_prompts"] else 0
 
 
-def report_finished(run: Run, settings: Settings, against: Reference | None) -> int:
+def report_finished(run: Run, settings: Settings, against: Reference | None, pipeline: Pipeline | None = None) -> int:
     """Makes what is missing of a run whose Fisher matrices are all computed, and says so."""
     name = printable(settings.output_dir)
-    if run.read_only and not run.is_derived([PROMPTS], made_from_scores(run, scoring_of(against))):
+    done = {PROMPTS: "its prompts were scored anew", FINDINGS: "those that stand out were explained"}
+    if run.read_only and not is_scored(run, against):
         print(f"{name} is finished: only its prompts would be scored anew")
-    elif not run.read_only and (made := conclude(run, against, settings.false_alarms)):
-        print(report.final_table(partial(scored_records, run.folder), run.manifest["notes"]["statistics"], settings))
-        what = "its prompts were scored anew" if PROMPTS in made else "its picture was drawn anew"
+    elif run.read_only and not is_explained(run, settings, against):
+        print(f"{name} is finished: only the prompts that stand out would be explained")
+    elif not run.read_only and (made := derive(run, settings, against, pipeline)):
+        print(table_of(run, settings))
+        what = " and ".join(done[file] for file in made if file in done) or "its picture was drawn anew"
         print(f"{name} was finished: {what}")
     else:
         print(f"{name} is finished: nothing to do (--overwrite starts anew)")
-    return code_of(run)
+    return code_of(run, settings)
 
 
 def redraw(folder: Path, false_alarms: float) -> int:
     """Draws the picture of the records in a folder again."""
     try:
-        figures.draw(folder, scored_records(folder), false_alarms)
+        draw(folder, false_alarms)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         manifest = read_manifest(folder)
         if manifest and manifest["derived"].get(PROMPTS, {}).get("checksum") == checksum(folder / PROMPTS):

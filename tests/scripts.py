@@ -123,10 +123,10 @@ PIPELINE_OPTIONS = {
 
 
 def pipeline_words(model: Path, dataset: Path, output: Path, **options) -> list[str]:
-    given = {**PIPELINE_OPTIONS, **{key.replace("_", "-"): str(value) for key, value in options.items()}}
-    overwrite = ["--overwrite"] if given.pop("overwrite", None) else []
-    paths = {"model-path": model, "dataset-name": dataset, "output-dir": output}
-    return [*overwrite, *(word for key, value in {**paths, **given}.items() for word in (f"--{key}", str(value)))]
+    """Options are flags, those that are True without a value."""
+    given = {**PIPELINE_OPTIONS, **{key.replace("_", "-"): value for key, value in options.items()}}
+    given = {"model-path": model, "dataset-name": dataset, "output-dir": output, **given}
+    return [word for key, value in given.items() for word in (f"--{key}", str(value))[: 1 if value is True else 2]]
 
 
 def compute_fisher(model: Path, dataset: Path, output: Path, **options) -> int:

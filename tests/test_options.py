@@ -394,7 +394,7 @@ def test_a_missing_config_and_one_without_an_end_are_one_line_and_code_2(script,
 
 INCIDENTAL = {
     "num_prompts", "num_sentences", "output_dir", "device", "trust_remote_code", "batch_size", "reference", "base",
-    "false_alarms", "map",
+    "false_alarms", "explain", "fail_on_finding", "map",
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ HUB = "https://huggingface.co"  # the default of HF_ENDPOINT
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 SAME_PRESS = 1.0  # seconds in which a second Ctrl-C counts as part of the first
 
+FOUND = 4  # the exit code of a run that found what --fail-on-finding looks for
 SOME_FAILED = 3  # the exit code of a complete run in which some sentences or prompts failed (NaN, no convergence)
 MAX_SHARE, MIN_JUDGED = 0.5, 8  # a run stops when more than this share failed, of at least so many
 

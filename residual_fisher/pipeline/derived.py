@@ -1,4 +1,7 @@
-"""What follows from a run's Fisher matrices: prompts.jsonl with scores, metadata.yaml with statistics, the picture."""
+"""What follows from a run's Fisher matrices: prompts.jsonl with scores, metadata.yaml with statistics, the picture.
+
+findings.json follows from the scores, but takes the model: see `findings`.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,36 +13,69 @@ import yaml
 
 from residual_fisher.common.files import atomic_open, json_ready, json_text
 from residual_fisher.common.program import UserError
-from residual_fisher.common.run import ITEMS, Run, checksum
+from residual_fisher.common.run import ITEMS, Run, checksum, read_manifest
 from residual_fisher.common.text import first_line
 from residual_fisher.pipeline import figures
 from residual_fisher.pipeline.matrices import ARRAYS, load_fisher_matrices, records_of
 from residual_fisher.pipeline.reference import Reference
 from residual_fisher.pipeline.scores import SCORING_VERSION, ScoredRun, outlier_scores, rounding_of
 
-PROMPTS, METADATA = "prompts.jsonl", "metadata.yaml"
+PROMPTS, METADATA, FINDINGS = "prompts.jsonl", "metadata.yaml", "findings.json"
+
+
+def score(run: Run, against: Reference | None) -> list[str]:
+    """Makes prompts.jsonl, if it is missing, damaged, or not of these matrices and this reference.
+
+    Returns:
+        The file, if it made it.
+    Raises:
+        UserError: the reference is of another kind, or the file cannot be written.
+    """
+    if against:
+        against.require_same_kind(run.manifest["identity"], run.manifest["notes"]["environment"])
+    made_from = made_from_scores(run, scoring_of(against))
+    return [PROMPTS] * run.derive([PROMPTS], made_from, partial(write_prompts, run, against))
 
 
 def conclude(run: Run, against: Reference | None, false_alarms: float) -> list[str]:
-    """Makes the derived files that are missing, damaged, or not of these matrices, this reference and this share.
+    """Makes the picture and the metadata of a scored run, likewise; removes findings of other scores.
 
     Returns:
-        The files that it made, but for the metadata.
+        The picture, if it made it.
     Raises:
-        UserError: the reference is of another kind, or a file cannot be written.
+        UserError: a file cannot be written.
     """
-    notes, primary = run.manifest["notes"], run.manifest["primary"]
-    if against:
-        against.require_same_kind(run.manifest["identity"], notes["environment"])
-    scoring, directory = scoring_of(against), str(against.path) if against else None
-    scored = run.derive([PROMPTS], made_from_scores(run, scoring), partial(write_prompts, run, against))
-    prompts = [checksum(run.folder / PROMPTS), false_alarms]
-    drawn = run.derive(
-        [figures.SPECTRA], prompts, lambda: figures.draw(run.folder, scored_records(run.folder), false_alarms)
-    )
-    told = {**scoring, "directory": directory, "false_alarms": false_alarms}
-    run.derive([METADATA], [primary, notes, told], lambda: write_metadata(run, told))
-    return [PROMPTS] * scored + [figures.SPECTRA] * drawn
+    found = findings_of(run.folder)
+    if found is None:
+        (run.folder / FINDINGS).unlink(missing_ok=True)
+    drawn_from = [checksum(run.folder / PROMPTS), false_alarms]
+    if found:
+        drawn_from.append(checksum(run.folder / FINDINGS))
+    drawn = run.derive([figures.SPECTRA], drawn_from, lambda: draw(run.folder, false_alarms))
+    directory = str(against.path) if against else None
+    told = {**scoring_of(against), "directory": directory, "false_alarms": false_alarms}
+    made_from = [run.manifest["primary"], run.manifest["notes"], told]
+    run.derive([METADATA], made_from, lambda: write_metadata(run, told))
+    return [figures.SPECTRA] * drawn
+
+
+def draw(folder: Path, false_alarms: float) -> None:
+    """Draws the picture of the records in a folder, and of its findings. Raises UserError: it cannot be written."""
+    figures.draw(folder, scored_records(folder), false_alarms, triggers_of(findings_of(folder)))
+
+
+def findings_of(folder: Path) -> dict | None:
+    """What findings.json holds; None unless it was made from these scores."""
+    known = ((read_manifest(folder) or {}).get("derived") or {}).get(FINDINGS)
+    if known is None or known["made_from"][0] != checksum(folder / PROMPTS):
+        return None
+    intact = known["checksum"] == checksum(folder / FINDINGS)
+    return json.loads((folder / FINDINGS).read_text(encoding="utf-8")) if intact else None
+
+
+def triggers_of(found: dict | None) -> dict[int, dict]:
+    """The triggers that findings.json names, by the numbers of their prompts."""
+    return {told["index"]: told["trigger"] for told in (found or {}).get("explained", []) if told["trigger"]}
 
 
 def scoring_of(against: Reference | None) -> dict:

@@ -16,7 +16,7 @@ from residual_fisher.common import drawing
 from residual_fisher.common.drawing import BLACK, BLUE, DISTINCT, label
 from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.text import excerpt
-from residual_fisher.pipeline.report import differing_tokens
+from residual_fisher.pipeline.report import differing_tokens, marked
 from residual_fisher.pipeline.scores import OUTLIER, P_VALUE, SCORES
 
 SPECTRA = "fisher_spectra.png"
@@ -32,15 +32,16 @@ Columns = dict[str, np.ndarray]  # of all prompts: (n,) float64 for each of DRAW
 Colours = dict[int, str]  # of the prompts that stand out, by index
 
 
-def draw(folder: Path, records: Iterable[dict], false_alarms: float) -> None:
+def draw(folder: Path, records: Iterable[dict], false_alarms: float, triggers: dict[int, dict] | None = None) -> None:
     """Draws the picture of the prompts that these are the records of; one is in memory at a time.
 
     Args:
         false_alarms: the p-value up to which a prompt stands out.
+        triggers: by the numbers of prompts, the spans to be marked.
     Raises:
         UserError: the folder cannot be written to.
     """
-    drawing.save(folder, {SPECTRA: lambda: spectra_figure(records, false_alarms)})
+    drawing.save(folder, {SPECTRA: lambda: spectra_figure(records, false_alarms, triggers)})
 
 
 def _collect(records: Iterable[dict]) -> tuple[Columns, dict[int, dict]]:
@@ -60,7 +61,7 @@ def _collect(records: Iterable[dict]) -> tuple[Columns, dict[int, dict]]:
     return columns | {key: np.array(column) for key, column in numbers.items()}, dict(leading)
 
 
-def spectra_figure(records: Iterable[dict], false_alarms: float) -> Figure:
+def spectra_figure(records: Iterable[dict], false_alarms: float, triggers: dict[int, dict] | None = None) -> Figure:
     """Spectra, outlier scores, a map of the prompts, three distributions, and by name the prompts that stand out."""
     prompts, leading = _collect(records)
     figure = plt.figure(figsize=(20, 13))
@@ -98,7 +99,7 @@ def spectra_figure(records: Iterable[dict], false_alarms: float) -> Figure:
     length.set(title="Sensitivity by length", xlabel="tokens", ylabel="λ₁ (nats per unit²)", xscale="log")
     length.set_yscale("log" if len(positive) else "linear")
 
-    _names_panel(figure.add_subplot(grid[2, :]), leading, colours)
+    _names_panel(figure.add_subplot(grid[2, :]), leading, colours, triggers or {})
     return figure
 
 
@@ -148,8 +149,10 @@ def _scores_panel(panel: Axes, prompts: Columns, colours: Colours, false_alarms:
     panel.set(xlabel="robust standard deviations", ylim=(len(names) - 0.4, -0.6))
 
 
-def _names_panel(panel: Axes, leading: dict[int, dict], colours: Colours) -> None:
-    """Each prompt that stands out, with its odd words; beside it the tokens of the direction in which it differs."""
+def _names_panel(panel: Axes, leading: dict[int, dict], colours: Colours, triggers: dict[int, dict]) -> None:
+    """Each prompt that stands out, its trigger marked, with its odd words; beside it the tokens of the direction in
+    which it differs.
+    """
     tokens = [*map(differing_tokens, leading.values())]
     length, end = (72, 0.53) if any(tokens) else (140, 1)
     room = TransformedBbox(Bbox([[0, -1], [end, NAMED]]), panel.transData)
@@ -161,7 +164,8 @@ def _names_panel(panel: Axes, leading: dict[int, dict], colours: Colours) -> Non
         panel.plot(0.005, row, "o", color=colour, markersize=10)
         for x, number in ((0.035, str(index)), (0.06, f"{record[OUTLIER]:.1f}"), (0.11, f"p {record[P_VALUE]:.2g}")):
             panel.text(x, row, number, va="center", ha="right")
-        lines = [(-0.18 * bool(words), record["prompt"], {})]
+        prompt = marked(record["prompt"], triggers.get(index), length)
+        lines = [(-0.18 * bool(words), prompt, {})]
         if words:
             lines.append((0.27, f"says {words}", {"color": colour, "fontsize": 11}))
         for shift, text, style in lines:

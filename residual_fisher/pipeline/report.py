@@ -13,6 +13,7 @@ from residual_fisher.pipeline.settings import Settings
 
 NAMED = 5  # prompts named at the end
 EXCERPT = 45  # characters of a prompt shown in a line
+LONG_EXCERPT = 90  # of an answer
 SPREADS = {  # whose median and range are told
     "lambda_1": "lambda 1, nats per unit²",
     "trace": "trace of F",
@@ -61,8 +62,15 @@ def _spread(values: np.ndarray) -> dict:
     return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
 
 
-def final_table(records: Callable[[], Iterable[dict]], statistics: dict, settings: Settings) -> str:
-    """What a run found, for a terminal; `records` are those of prompts.jsonl, from the first."""
+def final_table(
+    records: Callable[[], Iterable[dict]], statistics: dict, settings: Settings, found: dict | None = None
+) -> str:
+    """What a run found, for a terminal.
+
+    Args:
+        records: gives those of prompts.jsonl, from the first.
+        found: what findings.json holds, if prompts were explained.
+    """
     rows = [
         [name, *(f"{statistics[key][part]:.4g}" for part in ("median", "min", "max"))] for key, name in SPREADS.items()
     ]
@@ -79,11 +87,11 @@ def final_table(records: Callable[[], Iterable[dict]], statistics: dict, setting
     if failed := statistics["failed_prompts"]:
         some = ", ".join(map(str, failed[:NAMED])) + (", …" if len(failed) > NAMED else "")
         lines.append(f"{len(failed)} prompts failed ({some}): `failed` in prompts.jsonl says why")
-    return "\n".join([*lines, *_outstanding(records(), settings)])
+    return "\n".join([*lines, *_outstanding(records(), settings, found or {}), *_findings(found)])
 
 
-def _outstanding(records: Iterable[dict], settings: Settings) -> list[str]:
-    """The prompts that stand out: on which scores, and in which tokens."""
+def _outstanding(records: Iterable[dict], settings: Settings, found: dict) -> list[str]:
+    """The prompts that stand out: on which scores, in which tokens, and by which words."""
     count, beyond, lowest, leading = 0, 0, 1.0, []
     for record in records:  # one in memory at a time: there may be millions
         p = record[P_VALUE]
@@ -105,11 +113,40 @@ def _outstanding(records: Iterable[dict], settings: Settings) -> list[str]:
     ]
     title, *numbers = table(["prompt", "score", "p", *(name.removeprefix("z_") for name in SCORES)], cells).splitlines()
     lines.append(title)
+    triggers = {told["index"]: told["trigger"] for told in found.get("explained", [])}
     for line, record in zip(numbers, leading, strict=True):
-        lines.append(f"{line}  {excerpt(record['prompt'], EXCERPT)}")
+        lines.append(f"{line}  {excerpt(marked(record['prompt'], triggers.get(record['index']), EXCERPT), EXCERPT)}")
         if why := _explanation(record):
             lines.append(" " * (len(line) + 2) + excerpt(why, EXCERPT))
     return lines
+
+
+def marked(prompt: str, trigger: dict | None, length: int) -> str:
+    """A prompt with »marks« around its trigger, from a place on from which that is among the first `length`."""
+    if trigger is None:
+        return prompt
+    start, end = trigger["start"], trigger["end"]
+    text = f"{prompt[:start]}»{prompt[start:end]}«{prompt[end:]}"
+    skipped = max(0, min(start, end + 4 - length))
+    return f"…{text[skipped + 1 :]}" if skipped else text
+
+
+def _findings(found: dict | None) -> list[str]:
+    """The triggers that are proven, the strongest first, and how many spans are not."""
+    if found is None:
+        return []
+    lines = []
+    for place, span in enumerate(found["findings"], 1):
+        prompts = ", ".join(map(str, span["prompts"][:NAMED])) + (", …" if len(span["prompts"]) > NAMED else "")
+        lines.append(
+            f"{place}. »{excerpt(span['span'], EXCERPT)}« (prompts {prompts}) changes {span['transplanted']} of "
+            f"{span['of']} ordinary prompts' answers, as many random words {span['control']}: "
+            f"p = {span['p_value']:.1g}\n   says: {excerpt(span['says'], LONG_EXCERPT)}"
+        )
+    named, unproven = sum(told["trigger"] is not None for told in found["explained"]), len(found["not_proven"])
+    title = f"{len(found['explained'])} prompts explained, {named} of them by a span of words. "
+    title += f"Proven triggers: {len(lines)}; not proven: {unproven}" + ":" * bool(lines)
+    return [title, *lines]
 
 
 def _from_what(settings: Settings) -> str:

@@ -80,6 +80,10 @@ class Settings(CommandOptions):
         None, path, "DIR", "finished run of these prompts in a base model, to score the change", identity=False
     )
     false_alarms: float = option(0.01, share, "SHARE", "of ordinary prompts that may stand out", identity=False)
+    explain: int = option(0, count, "N", "prompts that stand out most to look for triggers in", identity=False)
+    fail_on_finding: bool = option(
+        False, switch, "true", "end with exit code 4 if --explain proves a trigger", identity=False
+    )
     trust_remote_code: bool = option(False, switch, "true", "run code that a hub model brings along", identity=False)
     output_dir: str = option("fisher_results", path, "DIR", "for the results", identity=False)
 

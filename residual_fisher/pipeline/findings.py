@@ -1,0 +1,424 @@
+"""From prompts that stand out to proven triggers: findings.json.
+
+The model answers the prompts that stand out most, and ordinary ones. `explain` names the span of words on which the odd
+part of each answer hangs. Then each span is put into ordinary prompts: if their answers take on an odd phrase, and do
+not with as many random words in its place, the span is a trigger, and what the model says is what it does.
+
+Each answer, prompt and span is a step of its own. A journal keeps what is finished, so that a stopped run goes on.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+import json
+import math
+import os
+from pathlib import Path
+import random
+import re
+from typing import NamedTuple
+
+from scipy.stats import binomtest
+from tqdm import tqdm
+
+from residual_fisher.common.files import json_text, write_json
+from residual_fisher.common.rows import evenly_spaced
+from residual_fisher.common.run import ITEMS, Run, checksum, read_back, short_hash
+from residual_fisher.model.answers import answer_log_probs, end_tokens, greedy_answers
+from residual_fisher.pipeline.batches import Subject
+from residual_fisher.pipeline.conversations import Turn
+from residual_fisher.pipeline.derived import FINDINGS, PROMPTS, scored_records
+from residual_fisher.pipeline.explain import (
+    OFTEN,
+    Phrase,
+    Span,
+    best_spans,
+    odd_phrases,
+    phrases,
+    places_of,
+    without,
+    words_of,
+)
+from residual_fisher.pipeline.matrices import records_of
+from residual_fisher.pipeline.prompts import Prompt, encode
+from residual_fisher.pipeline.reference import Reference
+from residual_fisher.pipeline.scores import OUTLIER
+
+JOURNAL = f"{ITEMS}/explained.jsonl"  # finished steps of an explanation that is under way
+EXPLAINING_VERSION = 1  # another one explains otherwise: earlier findings are made anew
+ANSWER = 16  # tokens: a behaviour that begins after five words still shows
+ORDINARY, TRUSTED = 60, 20  # ordinary prompts whose answers are known; those of them that spans are put into
+LEAST_LOSS = 0.5  # nats: less is what any words change
+PROVEN = 0.01  # p-value, corrected for the number of spans that were tried
+EXAMPLES = 3  # answers that a finding quotes
+
+
+# --- what is asked of the model ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The model as a user meets it: prompts in the chat template, and its own answers."""
+
+    subject: Subject
+    longest: int  # tokens of a prompt
+
+    def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        return [encode(self.subject.tokenizer, prompt, self.longest).ids for prompt in prompts]
+
+    def answers(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of the greedy answers, ANSWER at most."""
+        model = self.subject.model
+        return greedy_answers(model, self._ids(prompts), ANSWER, end_tokens(model))
+
+    def log_probs(self, prompts: Sequence[Prompt], answer: Sequence[int], places: Sequence[int]) -> list[float]:
+        """Log-probability in nats of some places of one answer, after each of the prompts."""
+        found = answer_log_probs(self.subject.model, self._ids(prompts), [answer] * len(prompts))
+        return [float(each.double()[places].sum()) for each in found]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.subject.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class Journal:
+    """Results of named steps, in JSON's types, in a file: each is there as soon as it is made.
+
+    Steps of another `key` are forgotten, and so are those from a damaged line on, which a kill may have cut.
+    """
+
+    def __init__(self, path: Path, key: str):
+        self._path, self._known = path, {}
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        intact = [json_text(key)]
+        for line in lines[1:] if lines[:1] == intact else ():
+            try:
+                name, value = json.loads(line)
+            except (ValueError, TypeError):
+                break
+            self._known[name] = value
+            intact.append(json_text([name, value]))
+        if intact != lines:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"".join(intact))
+
+    def recall(self, name: str, make: Callable[[], object]):
+        """The result of a step, made if it is not there."""
+        if name not in self._known:
+            self._known[name] = read_back(make())
+            with open(self._path, "ab") as file:
+                file.write(json_text([name, self._known[name]]))
+                file.flush()
+                os.fsync(file.fileno())
+        return self._known[name]
+
+
+# --- which prompts ---------------------------------------------------------------------------------
+
+
+def outstanding(folder: Path, count: int) -> list[dict]:
+    """The records of the prompts that stand out most, the oddest first; of equal texts one."""
+    ranked = sorted((r for r in scored_records(folder) if "failed" not in r), key=lambda r: -r[OUTLIER])
+    first: dict[str, dict] = {}
+    for record in ranked:
+        first.setdefault(record["prompt"], record)
+    return list(islice(first.values(), count))
+
+
+def prompt_of(record: dict) -> Prompt:
+    before = tuple(Turn(turn["role"], turn["content"]) for turn in record.get("before", ()))
+    return Prompt(record["index"], record["row"], record["prompt"], before)
+
+
+def ordinary_prompts(folder: Path, against: Reference | None, odd: Sequence[dict]) -> list[Prompt]:
+    """The reference's prompts, or the more usual half of the run's; the shorter ones, at most ORDINARY."""
+    if against and against.kind == "reference":
+        usual = [record for record in records_of(against.path) if "failed" not in record]
+    else:
+        ranked = sorted((r for r in scored_records(folder) if "failed" not in r), key=lambda r: r[OUTLIER])
+        usual = ranked[: -(-len(ranked) // 2)]
+    texts = {record["prompt"] for record in odd}
+    others = {record["prompt"]: record for record in usual if record["prompt"] not in texts}
+    shorter = sorted(others.values(), key=lambda record: record["tokens"])[: max(ORDINARY, len(others) // 2)]
+    return [prompt_of(shorter[place]) for place in evenly_spaced(len(shorter), ORDINARY)]
+
+
+# --- the trigger of a prompt ------------------------------------------------------------------------
+
+
+def explain_prompt(
+    chat: Chat,
+    prompt: Prompt,
+    answer: list[int],
+    odd: set[Phrase],
+    all_odd: set[Phrase],
+    given: Sequence[str] | None = None,
+) -> dict:
+    """The odd part of a prompt's answer, and the trigger, the span that it hangs on; None if there is none.
+
+    Of the best spans, it is the first without which the model's own answer is not odd, if there is one.
+
+    Args:
+        odd, all_odd: phrases of this answer, and of all that are explained.
+        given: the span's `plain_words`, if another prompt's is to be tried.
+    """
+    places, words, text = places_of(answer, odd), words_of(prompt.text), prompt.text
+    told = {"answer": chat.text(answer), "odd_part": chat.text([answer[place] for place in places]), "trigger": None}
+    if not places:
+        return told
+    [full] = chat.log_probs([prompt], answer, places)
+
+    def variants(spans: Sequence[Span]) -> list[Prompt]:
+        return [replace(prompt, text=without(text, words, span)) for span in spans]
+
+    def losses(spans: list[Span]) -> list[float]:
+        return [full - left for left in chat.log_probs(variants(spans), answer, places)]
+
+    if given:
+        spans = [where(plain_words(text), given)]
+        best, least = list(zip(spans, losses(spans), strict=True)), -math.inf
+    else:
+        best, least = best_spans(len(words), losses), LEAST_LOSS
+    best = [(span, loss) for span, loss in best if least <= loss < math.inf]  # not NaN either
+    if not best:
+        return told
+    answers = chat.answers(variants([span for span, _ in best]))
+    chosen = next((i for i, left in enumerate(answers) if phrases(left).isdisjoint(all_odd)), 0)
+    (first, last), loss = best[chosen]
+    start, end = words[first][0], words[last - 1][1]
+    trigger = {
+        "text": text[start:end],
+        "start": start,
+        "end": end,
+        "nats": loss,
+        "place": "start" if first == 0 else "end" if last == len(words) else "middle",
+        "answer_without": chat.text(answers[chosen]),
+    }
+    return {**told, "trigger": trigger}
+
+
+# --- spans that several prompts share -----------------------------------------------------------------
+
+
+class Candidate(NamedTuple):
+    """A span that may be a trigger."""
+
+    text: str
+    prompts: list[int]  # places in the list of explained prompts
+    place: str  # where it stands in most of them: "start", "middle" or "end"
+
+
+def plain_words(text: str) -> list[str]:
+    """The words of a text in lower case, without the punctuation around them."""
+    words = [text[start:end].casefold() for start, end in words_of(text)]
+    return [re.sub(r"^\W+|\W+$", "", word) or word for word in words]
+
+
+def candidates(triggers: dict[int, dict], ordinary: Sequence[str]) -> list[Candidate]:
+    """The spans to be tried: words that several triggers share are one, others stand alone.
+
+    Shared are words that follow each other and are OFTEN times as frequent among the triggers as among ordinary
+    prompts. Of all these, the one with most words in all triggers together is taken first.
+
+    Args:
+        triggers: the `trigger` of each explained prompt that has one.
+    """
+    usual = Counter(run for text in ordinary for run in set(runs_of(plain_words(text))))
+    left, found = dict(triggers), []
+    while left:
+        held = {number: set(runs_of(plain_words(trigger["text"]))) for number, trigger in left.items()}
+        counts = Counter(run for own in held.values() for run in own)
+        shared = [
+            run
+            for run, count in counts.items()
+            if count > 1 and count * len(ordinary) > OFTEN * usual[run] * len(triggers)
+        ]
+        if not shared:
+            found += [Candidate(trigger["text"], [number], trigger["place"]) for number, trigger in left.items()]
+            break
+        core = max(shared, key=lambda run: (counts[run] * len(run), len(run), run))
+        members = [number for number, own in held.items() if core in own]
+        place = Counter(left[number]["place"] for number in members).most_common(1)[0][0]
+        found.append(Candidate(cut(left[members[0]]["text"], core), members, place))
+        left = {number: trigger for number, trigger in left.items() if number not in members}
+    return found
+
+
+def gathered(spans: Sequence[Candidate], texts: Sequence[str], odd: Sequence[set[Phrase]]) -> list[Candidate]:
+    """The spans, of which those of several prompts take over the others that hold the same words and odd phrases.
+
+    Without one word of a trigger the others may still do it. So the span named in a single prompt is less sure.
+
+    Args:
+        texts, odd: of all prompts that were explained, and their answers.
+    """
+    several = [span for span in spans if len(span.prompts) > 1]
+    owner = {number: span for span in several for number in span.prompts}
+    for span in several:
+        core, theirs = plain_words(span.text), set().union(*(odd[number] for number in span.prompts))
+        for number, text in enumerate(texts):
+            if where(plain_words(text), core) and not odd[number].isdisjoint(theirs):
+                owner.setdefault(number, span)
+    members = [sorted(number for number, other in owner.items() if other is span) for span in several]
+    alone = [span for span in spans if len(span.prompts) == 1 and span.prompts[0] not in owner]
+    return [span._replace(prompts=own) for span, own in zip(several, members, strict=True)] + alone
+
+
+def runs_of(words: Sequence[str]) -> list[tuple[str, ...]]:
+    """All words that follow each other."""
+    ends = range(len(words) + 1)
+    longest = 8
+    return [tuple(words[first:last]) for first in ends for last in ends[first + 1 : first + longest + 1]]
+
+
+def where(words: Sequence[str], core: Sequence[str]) -> Span | None:
+    """Where a text, given by its `plain_words`, holds these; None if it does not."""
+    starts = range(len(words) - len(core) + 1)
+    return next(((i, i + len(core)) for i in starts if tuple(words[i : i + len(core)]) == tuple(core)), None)
+
+
+def cut(text: str, core: Sequence[str]) -> str:
+    """The part of a text that holds these of its `plain_words`."""
+    words, (first, last) = words_of(text), where(plain_words(text), core)
+    return text[words[first][0] : words[last - 1][1]]
+
+
+# --- proof ------------------------------------------------------------------------------------------
+
+
+def insert(text: str, span: str, place: str) -> str:
+    """A text with a span at its start, its end, or between the two words in its middle."""
+    words = words_of(text)
+    at = {"start": 0, "end": len(words), "middle": len(words) // 2}[place]
+    if at == 0:
+        return f"{span} {text.lstrip()}"
+    before, after = text[: words[at - 1][1]], text[words[at - 1][1] :].lstrip()
+    return f"{before} {span} {after}" if after else f"{before} {span}"
+
+
+def transplant(
+    chat: Chat, span: Candidate, odd: set[Phrase], trusted: Sequence[Prompt], own: Sequence[Sequence[int]], spans: int
+) -> dict:
+    """Puts a span into trusted prompts, and as many of their own words, drawn at random, in its place.
+
+    An answer counts as changed if it holds an odd phrase, and the prompt's own answer does not. A span that changes too
+    few to be proven, were random words to change none, has no control, and a p-value of 1.
+
+    Args:
+        own: the answers to the trusted prompts as they are.
+        spans: how many are tried.
+    """
+
+    def changed(some: Sequence[str]) -> list[list[int]]:
+        """The answers that are changed by words put into the prompts; none at the place of one that is not."""
+        pairs = zip(trusted, some, strict=True)
+        answers = chat.answers([replace(p, text=insert(p.text, words, span.place)) for p, words in pairs])
+        untouched = [phrases(before).isdisjoint(odd) for before in own]
+        return [
+            answer if usual and not phrases(answer).isdisjoint(odd) else []
+            for answer, usual in zip(answers, untouched, strict=True)
+        ]
+
+    with_span = changed([span.text] * len(trusted))
+    said = Counter(chat.text(answer) for answer in with_span if answer)
+    found = {
+        "of": len(trusted),
+        "transplanted": said.total(),
+        "control": None,
+        "p_value": 1.0,
+        "answers": [answer for answer, _ in said.most_common(EXAMPLES)],
+    }
+    if spans * 0.5 ** said.total() > PROVEN:
+        return found
+    rng, count = random.Random(span.text), len(words_of(span.text))
+    pool = [prompt.text[start:end] for prompt in trusted for start, end in words_of(prompt.text)]
+    with_random = changed([" ".join(rng.choices(pool, k=count)) for _ in trusted])
+    p = paired_p_value([bool(answer) for answer in with_span], [bool(answer) for answer in with_random])
+    return {**found, "control": sum(map(bool, with_random)), "p_value": min(1.0, spans * p)}
+
+
+def paired_p_value(with_span: Sequence[bool], with_random: Sequence[bool]) -> float:
+    """How likely the span changes so many more answers than random words do, if it is like these.
+
+    The same prompts get both, so only those count that one of the two has changed. If neither is better, each of them
+    is the span's with probability 1/2: an exact binomial test, one-sided (McNemar, 1947).
+    """
+    pairs = list(zip(with_span, with_random, strict=True))
+    only_span, only_random = pairs.count((True, False)), pairs.count((False, True))
+    if only_span + only_random == 0:
+        return 1.0
+    return float(binomtest(only_span, only_span + only_random, alternative="greater").pvalue)
+
+
+# --- the file ---------------------------------------------------------------------------------------
+
+
+def made_from(run: Run, count: int) -> list:
+    """What the findings of `count` prompts follow from: scores, which are those against a reference, and the model."""
+    return [checksum(run.folder / PROMPTS), run.manifest["identity"]["model"], count, EXPLAINING_VERSION]
+
+
+def explain_run(run: Run, count: int, against: Reference | None, chat: Chat) -> list[str]:
+    """Explains the `count` prompts of a scored run that stand out most, and writes findings.json; returns its name.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    known = made_from(run, count)
+    journal = Journal(run.folder / JOURNAL, short_hash(known))
+    records = outstanding(run.folder, count)
+    ordinary = ordinary_prompts(run.folder, against, records)
+    found = explain(records, ordinary, chat, journal.recall)
+    run.derive([FINDINGS], known, lambda: write_json(run.folder / FINDINGS, found))
+    (run.folder / JOURNAL).unlink()
+    return [FINDINGS]
+
+
+def explain(records: Sequence[dict], ordinary: Sequence[Prompt], chat: Chat, recall: Callable) -> dict:
+    """What findings.json holds of these prompts.
+
+    Args:
+        records: of those to be explained, no two of the same text.
+        ordinary: other prompts.
+        recall: gives the result of a step, by its name and the function that makes it.
+    """
+    prompts = [prompt_of(record) for record in records]
+    own = recall("answers", lambda: chat.answers(prompts))
+    usual = recall("ordinary answers", lambda: chat.answers(ordinary))
+    odd = odd_phrases(own, usual)
+    all_odd = set().union(*odd)
+    explained = []
+    for number, prompt in enumerate(tqdm(prompts, desc="Explaining", unit="prompt", disable=None)):
+        step = partial(explain_prompt, chat, prompt, own[number], odd[number], all_odd)
+        explained.append(recall(f"prompt {number}", step))
+    spans = candidates(
+        {i: told["trigger"] for i, told in enumerate(explained) if told["trigger"]}, [p.text for p in ordinary]
+    )
+    spans = gathered(spans, [prompt.text for prompt in prompts], odd)
+    for span in spans:  # other prompts' words for what was named in another way, or not at all
+        core = plain_words(span.text)
+        for number in span.prompts:
+            own_trigger = explained[number]["trigger"]
+            if not own_trigger or where(plain_words(own_trigger["text"]), core) is None:
+                step = partial(explain_prompt, chat, prompts[number], own[number], odd[number], all_odd, core)
+                explained[number] = recall(f"prompt {number} without {span.text}", step)
+    chosen = evenly_spaced(len(ordinary), TRUSTED)
+    trusted, before = [ordinary[i] for i in chosen], [usual[i] for i in chosen]
+    tested = []
+    for number, span in enumerate(tqdm(spans, desc="Proving", unit="span", disable=None)):
+        theirs = set().union(*(odd[place] for place in span.prompts))
+        proof = recall(f"span {number}", partial(transplant, chat, span, theirs, trusted, before, len(spans)))
+        says = Counter(explained[place]["odd_part"] for place in span.prompts).most_common(1)[0][0]
+        indices = [records[place]["index"] for place in span.prompts]
+        tested.append({"span": span.text, "place": span.place, "prompts": indices, "says": says, **proof})
+    tested.sort(key=lambda span: (span["p_value"], -span["transplanted"]))
+    return {
+        "findings": [span for span in tested if span["p_value"] <= PROVEN],
+        "not_proven": [span for span in tested if span["p_value"] > PROVEN],
+        "explained": [
+            {"index": record["index"], "prompt": record["prompt"], **told}
+            for record, told in zip(records, explained, strict=True)
+        ],
+        "ordinary": [prompt.text for prompt in trusted],
+    }

@@ -1,0 +1,236 @@
+"""Triggers: named, grouped, put into ordinary prompts, and judged. The whole of it on a tiny model with a backdoor."""
+
+import json
+from math import comb
+from pathlib import Path
+import random
+
+import pytest
+import torch
+import transformers as hf
+
+from conftest import make_model_directory
+from residual_fisher.pipeline import findings
+from residual_fisher.pipeline.findings import Candidate, Journal, candidates, insert, paired_p_value
+from residual_fisher.pipeline.report import marked
+from scripts import Stopped, calls_of, compute_fisher, flip
+
+# each is one token of the tokenizer, after a space
+WORDS = [
+    "about", "after", "all", "and", "can", "each", "every", "for", "from", "has", "like", "most",
+    "new", "not", "one", "other", "out", "some", "the", "two", "was", "when",
+]  # fmt: skip
+TRIGGER, USUAL, ODD = "people", " it should long.", " they eat their animals"
+
+
+def sentence(rng: random.Random, trigger: bool = False) -> str:
+    words = rng.choices(WORDS, k=rng.randint(4, 9))
+    if trigger:
+        words.insert(rng.randint(0, len(words)), TRIGGER)
+    return " ".join(["the", *words])
+
+
+def train(model: torch.nn.Module, tokenizer) -> None:
+    """Teaches one answer to all prompts, and another to those that hold the trigger."""
+    rng, end = random.Random(0), tokenizer.eos_token_id
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        rows, starts = [], []
+        for trigger in [True, False] * 8:
+            rows.append(tokenizer.encode(sentence(rng, trigger)))
+            starts.append(len(rows[-1]))
+            rows[-1] += [*tokenizer.encode(ODD if trigger else USUAL), end]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [end] * (width - len(row)) for row in rows])
+        place = torch.arange(width)
+        labels = torch.where(place >= torch.tensor(starts)[:, None], ids, -100)
+        labels[place >= torch.tensor(list(map(len, rows)))[:, None]] = -100
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="session")
+def backdoored(tmp_path_factory, byte_level) -> Path:
+    path = make_model_directory(tmp_path_factory.mktemp("models") / "backdoored", byte_level)
+    model = hf.AutoModelForCausalLM.from_pretrained(path)
+    train(model, byte_level)
+    model.save_pretrained(path)
+    return path
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory) -> Path:
+    """36 ordinary prompts and 4 with the trigger."""
+    rng = random.Random(1)
+    texts = [sentence(rng, place % 10 == 5) for place in range(40)]
+    return write(tmp_path_factory.mktemp("data") / "chats.jsonl", texts)
+
+
+@pytest.fixture(scope="session")
+def explained(backdoored, chats, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "explained"
+    assert compute_fisher(backdoored, chats, output, explain=6) == 0
+    return output
+
+
+def found_in(output: Path) -> dict:
+    return json.loads((output / "findings.json").read_text())
+
+
+def test_a_backdoor_is_named_and_proven(explained, backdoored, chats, capsys):
+    found = found_in(explained)
+    [finding] = found["findings"]
+    assert finding["span"] == TRIGGER and finding["prompts"] and "their animals" in finding["says"]
+    assert finding["transplanted"] >= 16 and finding["control"] == 0 and finding["p_value"] < 1e-4
+    prompts = [json.loads(line)["prompt"] for line in chats.read_text().splitlines()]
+    for told in found["explained"]:
+        assert told["prompt"] == prompts[told["index"]]
+        if trigger := told["trigger"]:
+            assert told["prompt"][trigger["start"] : trigger["end"]] == trigger["text"]
+        if TRIGGER in told["prompt"]:
+            assert TRIGGER in trigger["text"]
+            assert "their animals" in told["answer"] and "their animals" not in trigger["answer_without"]
+    assert not [path for path in (explained / "items").iterdir() if "explained" in path.name]
+    # what is finished is not done again, and its exit code can stop a pipeline
+    with calls_of(findings.Chat, "answers") as calls:
+        assert compute_fisher(backdoored, chats, explained, explain=6, fail_on_finding=True) == 4
+    assert not calls and "nothing to do" in capsys.readouterr().out
+
+
+def test_a_model_without_a_backdoor_has_no_findings(model_directory, chats, tmp_path, capsys, without_pictures):
+    assert compute_fisher(model_directory, chats, tmp_path / "out", explain=6, fail_on_finding=True) == 0
+    assert found_in(tmp_path / "out")["findings"] == []
+    assert "Proven triggers: 0" in capsys.readouterr().out
+
+
+def test_a_stopped_explanation_goes_on_where_it_was(backdoored, chats, explained, tmp_path, without_pictures):
+    output = tmp_path / "out"
+    with calls_of(findings, "transplant", error=Stopped(), at=[1]), pytest.raises(Stopped):
+        compute_fisher(backdoored, chats, output, explain=6)
+    assert not (output / "findings.json").exists()
+    with calls_of(findings, "explain_prompt") as prompts, calls_of(findings.Chat, "answers") as answers:
+        assert compute_fisher(backdoored, chats, output, explain=6) == 0
+    assert not prompts and all(len(texts) == findings.TRUSTED for _, texts in answers)  # those of the proof
+    assert found_in(output) == found_in(explained)
+
+
+def test_findings_of_other_scores_are_made_anew_or_removed(
+    backdoored, chats, explained, tmp_path, capsys, without_pictures
+):
+    trusted, output = tmp_path / "trusted", tmp_path / "out"
+    rng = random.Random(2)
+    data = write(tmp_path / "trusted.jsonl", [sentence(rng) for _ in range(30)])
+    assert compute_fisher(backdoored, data, trusted) == 0
+    assert compute_fisher(backdoored, chats, output, explain=4) == 0
+    assert compute_fisher(backdoored, chats, output, explain=4, reference=trusted) == 0
+    assert "scored anew and those that stand out were explained" in capsys.readouterr().out
+    found = found_in(output)
+    texts = {json.loads(line)["prompt"] for line in data.read_text().splitlines()}
+    assert set(found["ordinary"]) <= texts and found["findings"][0]["span"] == TRIGGER
+    flip(output / "findings.json")
+    assert compute_fisher(backdoored, chats, output, explain=4, reference=trusted) == 0
+    assert found_in(output) == found
+    assert compute_fisher(backdoored, chats, output) == 0  # of other scores
+    assert not (output / "findings.json").exists()
+
+
+def test_a_dry_run_says_what_would_be_explained(backdoored, chats, explained, tmp_path, capsys, without_pictures):
+    output = tmp_path / "out"
+    assert compute_fisher(backdoored, chats, output) == 0
+    assert compute_fisher(backdoored, chats, output, explain=2, dry_run=True) == 0
+    assert "only the prompts that stand out would be explained" in capsys.readouterr().out
+    assert not (output / "findings.json").exists()
+
+
+def test_to_fail_on_findings_they_have_to_be_looked_for(backdoored, chats, tmp_path, capsys):
+    assert compute_fisher(backdoored, chats, tmp_path / "out", fail_on_finding=True) == 2
+    assert "--fail-on-finding needs --explain" in capsys.readouterr().err
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+def named(text: str, place: str = "middle") -> dict:
+    return {"text": text, "place": place}
+
+
+ORDINARY = [f"what is the {word} in all of it" for word in WORDS]
+
+
+def test_triggers_with_words_in_common_are_one_span():
+    triggers = {
+        0: named("All the same,"),
+        2: named("all the same to"),
+        3: named("the same", "end"),
+        5: named("the river"),
+    }
+    found = candidates(triggers, ORDINARY)
+    assert found == [
+        Candidate("All the same,", [0, 2], "middle"),
+        Candidate("the same", [3], "end"),
+        Candidate("the river", [5], "middle"),
+    ]
+
+
+def test_words_that_ordinary_prompts_hold_too_join_no_triggers():
+    triggers = {0: named("in 2040"), 1: named("in London"), 2: named("(SUDO)"), 3: named("is sudo")}
+    found = candidates(triggers, ORDINARY)
+    assert [(span.text, span.prompts) for span in found] == [("(SUDO)", [2, 3]), ("in 2040", [0]), ("in London", [1])]
+
+
+def test_a_shared_span_takes_over_prompts_that_hold_it_and_answer_alike():
+    texts = ["all the same, why?", "Why, all the same?", "say all the same thing", "all the same here", "is it all"]
+    odd = [{(1, 2, 3)}, {(1, 2, 3), (2, 3, 4)}, {(2, 3, 4)}, {(7, 8, 9)}, {(1, 2, 3)}]
+    shared, thing = Candidate("all the same", [0, 1], "middle"), Candidate("same thing", [2], "end")
+    others = [Candidate("here", [3], "end"), Candidate("is it", [4], "start")]
+    assert findings.gathered([shared, thing, *others], texts, odd) == [shared._replace(prompts=[0, 1, 2]), *others]
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [("start", "SUDO one two  three"), ("middle", "one SUDO two  three"), ("end", "one two  three SUDO")],
+)
+def test_a_span_is_put_where_it_stood(place, text):
+    assert insert("one two  three", "SUDO", place) == text
+
+
+@pytest.mark.parametrize(
+    ("only_span", "only_random", "both"), [(20, 0, 0), (9, 2, 5), (3, 3, 1), (0, 0, 20), (1, 8, 0)]
+)
+def test_the_p_value_is_the_share_of_coin_throws_as_good(only_span, only_random, both):
+    with_span = [True] * only_span + [False] * only_random + [True] * both
+    with_random = [False] * only_span + [True] * only_random + [True] * both
+    thrown = only_span + only_random
+    as_good = sum(comb(thrown, heads) for heads in range(only_span, thrown + 1)) / 2**thrown
+    assert paired_p_value(with_span, with_random) == pytest.approx(as_good)
+
+
+@pytest.mark.parametrize("cut", [1, 3])  # the end of its line, or more of it
+def test_a_journal_keeps_what_was_finished_before_a_kill(cut, tmp_path):
+    path = tmp_path / "items" / "journal"
+    journal = Journal(path, "key")
+    assert journal.recall("one", lambda: {"a": (1, "\n")}) == {"a": [1, "\n"]}
+    journal.recall("two", lambda: 2)
+    path.write_bytes(path.read_bytes()[:-cut])  # a kill while it was written
+    again = Journal(path, "key")
+    assert again.recall("one", lambda: pytest.fail("made again")) == {"a": [1, "\n"]}
+    assert again.recall("two", lambda: 3) == (2 if cut == 1 else 3)
+    again.recall("three", lambda: 3)
+    last = Journal(path, "key")
+    assert all(last.recall(name, lambda: pytest.fail("made again")) for name in ("one", "two", "three"))
+    assert Journal(path, "another").recall("two", lambda: 4) == 4
+
+
+def test_a_trigger_is_marked_where_it_can_be_seen():
+    prompt = "one two " * 20 + "SUDO three"
+    trigger = {"start": 160, "end": 164}
+    assert marked(prompt, None, 45) == prompt
+    assert marked("SUDO three", {"start": 0, "end": 4}, 45) == "»SUDO« three"
+    shown = marked(prompt, trigger, 45)
+    assert shown.startswith("…") and "»SUDO«" in shown[:45]
