@@ -527,3 +527,21 @@ def test_a_checksum_is_exact_and_does_not_depend_on_how_it_is_cut(dtype):
 def test_weights_that_are_offloaded_count_by_name_and_shape(chat_directory):
     model, tokenizer = loading.load(str(chat_directory), device="cpu")
     assert loading.fingerprint(model.to("meta"), tokenizer) == loading.fingerprint(model, tokenizer)
+
+
+# --- models that are all right ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias_positions", ["all", "last"])
+def test_a_plain_model_in_bfloat16_is_not_taken_for_a_quantised_one(chat_tokenizer, tmp_path, bias_positions):
+    """At every token, rounding to bfloat16 leaves something else of a perturbation."""
+    model = make_model_directory(
+        tmp_path / "model", chat_tokenizer, initializer_range=0.1, max_position_embeddings=4096
+    )
+    text = (
+        "Some travellers came late to the small island and asked the old keeper of the light where they might sleep, "
+        "eat, rest and dry their wet clothes before the storm. "
+    )
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": text}))
+    options = {"dtype": "bfloat16", "bias_positions": bias_positions, "hook_layer_name": 1}
+    assert scripts.compute_fisher(model, tmp_path / "prompts.jsonl", tmp_path / "out", **options) == 0

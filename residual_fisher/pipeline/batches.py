@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import chain
 import math
 import time
@@ -384,15 +384,22 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
     """
     check_template(subject.tokenizer)
     batch, settings = [encode(subject.tokenizer, first, longest)], replace(settings, answer_tokens=1)
-    add = passes.add_at if settings.bias_positions == "last" else torch.add
+    # in half precision each token rounds away another part of a perturbation: what is left is known at one token
+    last_only = settings.bias_positions == "last" or subject.model.dtype.itemsize < 4
+    add = passes.add_at if last_only else torch.add
+
+    def perturbed(h: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
+        return add(h, deltas[:, None].to(h.device)).to(h.dtype)
 
     def moved(deltas: torch.Tensor) -> torch.Tensor:
-        with passes.hooked(passes.edit_stream(subject.module, lambda h: add(h, deltas[:, None].to(h)))):
+        with passes.hooked(passes.edit_stream(subject.module, partial(perturbed, deltas=deltas))):
             return passes.last_logits(subject.model, *pad(batch * len(deltas)))
 
     # a prompt that leads to NaN, infinity or no convergence will be recorded as failed
     failures = suppress(fisher.NumericalError, torch.linalg.LinAlgError)
     with explain_unsupported(subject), failures, subject.room.taking(padded(batch)):
         point, chunks = linearize_batch(settings, subject, batch, attention_for(settings, subject, batch), [[]])
-        fisher.check_prediction(point, moved, chunks)
         subject.room.learn_from(chunks, point.tokens)
+        if last_only and settings.bias_positions != "last":
+            point = fisher.linearize_prompts(subject.model, subject.module, *pad(batch), last_only)
+        fisher.check_prediction(point, moved, chunks)
