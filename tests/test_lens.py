@@ -48,8 +48,8 @@ def test_the_jacobian_between_streams_matches_finite_differences(name):
 # --- the audit -----------------------------------------------------------------------------------
 
 
-def audited(lens: JacobianLens, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    point = fisher.linearize(tiny.shared("llama", dtype), tiny.prompt())
+def audited(lens: JacobianLens, layers: list[int] | None = None) -> torch.Tensor:
+    point = fisher.linearize(tiny.shared("llama", torch.float64), tiny.prompt(), layers)
     return audit(point, lens, 0, fisher.Chunks(16)).errors  # (layers, kinds, predictors)
 
 
@@ -58,6 +58,10 @@ def test_the_own_jacobian_predicts_a_small_change_and_another_lens_does_not():
     assert (errors[:2, :, PREDICTORS.index("local")] < 0.05).all()  # what is left is of second order in 1% of |h|
     assert (errors[:2, :, PREDICTORS.index("mean")] > 0.2).all()
     assert errors[2].isnan().all()  # from the last layer nothing is carried anywhere
+
+
+def test_a_layers_errors_do_not_depend_on_the_other_layers():
+    assert torch.allclose(audited(random_lens(), [1, 2])[0], audited(random_lens())[1], rtol=1e-4)
 
 
 def test_a_lens_of_this_very_prompt_predicts_as_well_as_its_own_jacobian():

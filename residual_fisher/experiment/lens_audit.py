@@ -58,7 +58,7 @@ def audit(point: fisher.PromptPoint, lens: JacobianLens, seed: int, chunks: fish
     deltas = units * STEP * point.activations[rows].norm(dim=-1)[:, None, None, None]
 
     signed = torch.stack([deltas, -deltas], dim=1).flatten(1, -2)  # (rows, 2 * kinds * n, d)
-    at = torch.tensor(rows).repeat_interleave(signed.shape[1])
+    at = torch.tensor(numbers).repeat_interleave(signed.shape[1])
 
     def moved(deltas: Tensor, at: Tensor) -> Tensor:  # log p of the top tokens
         return fisher.perturb(point, deltas, at).log_softmax(-1)[:, top.tokens]

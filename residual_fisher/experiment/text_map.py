@@ -160,7 +160,7 @@ def make_map(settings: Settings, model: torch.nn.Module, tokenizer, text: str) -
         ids = torch.tensor(tokenizer(text).input_ids)
         require_known_tokens(model, ids)
         point = fisher.linearize(model, ids, settings.layers)
-        fisher.check_prediction(point, partial(fisher.perturb, point, at=0))
+        fisher.check_prediction(point, partial(fisher.perturb, point, at=point.layers[0]))
         return fisher.map_text(model, tokenizer, text, settings.layers, settings.max_vocab_subset)
     except fisher.UnsupportedModelError as error:
         raise UserError(f"this model is not supported: {error}") from error

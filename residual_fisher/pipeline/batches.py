@@ -399,7 +399,8 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
     failures = suppress(fisher.NumericalError, torch.linalg.LinAlgError)
     with explain_unsupported(subject), failures, subject.room.taking(padded(batch)):
         point, chunks = linearize_batch(settings, subject, batch, attention_for(settings, subject, batch), [[]])
-        subject.room.learn_from(chunks, point.tokens)
+        tokens = point.tokens
         if last_only and settings.bias_positions != "last":
             point = fisher.linearize_prompts(subject.model, subject.module, *pad(batch), last_only)
         fisher.check_prediction(point, moved, chunks)
+        subject.room.learn_from(chunks, tokens)
