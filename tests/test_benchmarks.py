@@ -42,6 +42,7 @@ def run(bench_gpu, tmp_path):
     return run
 
 
+@pytest.mark.long
 def test_every_stage_succeeds_at_a_tiny_shape(bench_gpu, run):
     lines = run()
     assert [line["stage"] for line in lines] == [name for name, *_ in bench_gpu.STAGES]

@@ -76,6 +76,7 @@ def start(model, dataset, output) -> scripts.Running:
     return scripts.start("compute_fisher", pipeline_words(model, dataset, output), output, slow_writes)
 
 
+@pytest.mark.long
 def test_killed_again_and_again_it_ends_as_if_never_stopped(chat_directory, dataset, finished_pipeline, tmp_path):
     output = tmp_path / "out"
     for files in (1, 6, 12):
@@ -457,6 +458,7 @@ def test_two_processes_make_what_one_makes(chat_directory, dataset, finished_pip
     assert_same_results(tmp_path / "out", finished_pipeline)
 
 
+@pytest.mark.long
 def test_a_killed_process_is_started_again_and_all_end_by_themselves(
     chat_directory, dataset, finished_pipeline, tmp_path
 ):
@@ -470,6 +472,7 @@ def test_a_killed_process_is_started_again_and_all_end_by_themselves(
     assert_same_results(tmp_path / "out", finished_pipeline)
 
 
+@pytest.mark.long
 def test_a_process_that_fails_stops_the_others_and_another_number_of_them_finishes(
     chat_directory, dataset, finished_pipeline, tmp_path
 ):

@@ -47,9 +47,9 @@ def shell(line: str, **environment) -> subprocess.CompletedProcess:
     ("script", "ending", "environment"),
     [
         ("compute_fisher", "> /dev/full 2> /dev/full", {}),
-        ("core_experiment", "<&- >&- 2>&-", {}),
+        pytest.param("core_experiment", "<&- >&- 2>&-", {}, marks=pytest.mark.long),
         ("compute_fisher", "| head -1; exit ${PIPESTATUS[0]}", {"LC_ALL": "C", "PYTHONUTF8": "0"}),
-        ("core_experiment", "", {"PYTHONIOENCODING": "cp1252"}),
+        pytest.param("core_experiment", "", {"PYTHONIOENCODING": "cp1252"}, marks=pytest.mark.long),
     ],
     ids=["full", "closed", "head", "cp1252"],
 )
@@ -209,6 +209,7 @@ def slow_finish() -> None:
     Run.finish = slow
 
 
+@pytest.mark.long
 def test_ctrl_c_while_a_run_is_finished_loses_nothing(chat_directory, dataset, finished_pipeline, tmp_path):
     output = tmp_path / "out"
     words = pipeline_words(chat_directory, dataset, output)

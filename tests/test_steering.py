@@ -126,7 +126,7 @@ def steered_at_all_layers(name: str, dtype: torch.dtype = torch.float32) -> tupl
     return point, steer(point, {"fisher": v}, target, 60, 8, 0.003, fisher.Chunks(7), fisher.Chunks(50))
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom", "mamba"])
+@pytest.mark.parametrize("name", ["llama", "bloom", pytest.param("mamba", marks=pytest.mark.long)])
 def test_every_figure_is_what_the_perturbation_does(name):
     point, steered = steered_at_all_layers(name)
     assert steered.names == ["natural", "gradient", "fisher", "natural_steps", "gradient_steps"]
