@@ -88,10 +88,9 @@ class Features(NamedTuple):
     activations: np.ndarray  # (n, d) float64; (n, 1) zeros if they were not recorded
     likeness: np.ndarray  # (n,) of its answer to those of its `Company`, the mean
 
-    # Weights of SCORES in the outlier score, and where the usual half is found. A group of odd prompts may have the
-    # most usual activations, and its likeness has to outweigh that it makes itself usual in the other four.
-    counted = (1, 1, 1, 1, 1, 2)
-    trims = (1, 1, 1, 1, 0, 5)
+    counted = SCORES  # by the outlier score
+    # find the usual half: a group of odd prompts may have the most usual activations
+    trims = tuple(name for name in SCORES if name != "z_activations")
 
     @staticmethod
     def measures(rounding: float) -> tuple:
@@ -110,7 +109,8 @@ class Change(NamedTuple):
     activations: np.ndarray  # (n, d), differences; (n, 1) zeros if they were not recorded
     likeness: np.ndarray  # (n,) in the model itself
 
-    counted = trims = (0, 0, 1, 0, 0, 0)  # a fine-tune changes how certain it is of many prompts, but directions of few
+    # a fine-tune changes how certain a model is of many prompts, but the directions of few
+    counted = trims = ("z_directions",)
 
     @staticmethod
     def measures(rounding: float) -> tuple:
@@ -233,7 +233,7 @@ class Scorer:
                 found[place] = left_out
         self._usual = _logarithms(self.sample)
         z_scores = self._z_scores(self._usual)
-        self._total, self._trimming = (_total(z_scores, weights) for weights in (sample.counted, sample.trims))
+        self._total, self._trimming = (_total(z_scores, names) for names in (sample.counted, sample.trims))
 
     @classmethod
     def of_trusted(cls, sample: Features | Change, rounding: float) -> "Scorer":
@@ -274,9 +274,9 @@ class Scorer:
         return np.stack([robust_z(row, usual, least) for row, usual, least in rows])
 
 
-def _total(z_scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """(n,) the weighted sum of the scores: what is odd in one way is no less odd for being most usual in another."""
-    return np.array(weights) @ np.maximum(z_scores, LEAST_Z)
+def _total(z_scores: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """(n,) the sum of some scores: what is odd in one way is no less odd for being most usual in another."""
+    return np.maximum(z_scores[[SCORES.index(name) for name in names]], LEAST_Z).sum(axis=0)
 
 
 def _robust_total(total: np.ndarray, usual: np.ndarray) -> np.ndarray:
