@@ -28,6 +28,7 @@ def undisturbed(model_directory, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.long
 def test_killed_again_and_again_it_ends_as_if_never_stopped(model_directory, undisturbed, tmp_path):
     output, kept = tmp_path / "out", []
 
