@@ -327,7 +327,7 @@ def run_sentences(experiment: Experiment, run: Run, items: list[Item]) -> int:
             run.finish(len(items), (records.RESULTS, records.EIGENVECTORS))
             draw(run, document)
     print(report.conclusion(document, len(experiment.contexts)))
-    written = (records.RESULTS, records.EIGENVECTORS, *figures.names_of(document))
+    written = (records.RESULTS, records.EIGENVECTORS, *figures.pictures_of(document))
     print(f"Written to {printable(str(run.folder))}: {', '.join(written)}")
     if stopped:
         raise stopped
@@ -389,7 +389,7 @@ def report_finished(run: Run) -> int:
 
 
 def draw(run: Run, document: dict) -> None:
-    run.derive(figures.names_of(document), document["checksum"], lambda: figures.draw(run.folder, document))
+    run.derive(figures.pictures_of(document), document["checksum"], lambda: figures.draw(run.folder, document))
 
 
 def redraw(folder: Path) -> int:
@@ -402,7 +402,7 @@ def redraw(folder: Path) -> int:
         if "checksum" in document:  # it is as this program has written it
             raise
         raise UserError(f"the results in {folder} are of another form: {excerpt(repr(error), 80)}") from error
-    print(f"Drawn in {printable(str(folder))}: {', '.join(figures.names_of(document))}")
+    print(f"Drawn in {printable(str(folder))}: {', '.join(figures.pictures_of(document))}")
     return 0
 
 

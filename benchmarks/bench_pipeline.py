@@ -37,7 +37,7 @@ from residual_fisher.common.archives import Item, write_items
 from residual_fisher.common.files import write_json
 from residual_fisher.model.loading import decoder_layers
 from residual_fisher.model.passes import use_attention
-from residual_fisher.pipeline.batches import pad
+from residual_fisher.pipeline.batches import ids_and_lengths
 from residual_fisher.pipeline.prompts import Encoded, Prompts, encode, plan_batches
 from residual_fisher.pipeline.settings import Settings
 
@@ -56,7 +56,7 @@ def plain(lm, module, ids: list[int], k: int, r: int) -> tuple[torch.Tensor, tor
 
 def shared(lm, module, batch: list[Encoded], k: int) -> None:
     """The same over a padded batch, with one bias for all of its prompts."""
-    ids, lengths = pad(batch)
+    ids, lengths = ids_and_lengths(batch)
     bias = torch.zeros(lm.config.hidden_size, requires_grad=True)
     handle = module.register_forward_hook(lambda module, args, h: h + bias)
     hidden = lm.model(ids, use_cache=False).last_hidden_state[torch.arange(len(ids)), lengths - 1]
@@ -79,7 +79,7 @@ def forward_passes(lm, batches: list[list[Encoded]]) -> None:
     use_attention(lm, "sdpa")
     with torch.no_grad():
         for batch in batches:
-            lm(pad(batch)[0], use_cache=False, logits_to_keep=1)
+            lm(ids_and_lengths(batch)[0], use_cache=False, logits_to_keep=1)
 
 
 def bench(name: str, lm, tokenizer, layer: int, encoded: list[Encoded], settings: Settings) -> dict:

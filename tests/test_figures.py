@@ -181,7 +181,7 @@ def test_there_is_a_picture_of_steering_if_a_target_was_below_a_goal(results):
     for directions, names in (({}, figures.FILES[:2]), ({"natural": {"0.9": entry}}, figures.FILES)):
         layers = dict.fromkeys(("0", "2"), directions)
         results["steering"] = [{"token": " a", "id": 1, "probability": 0.85, "layers": layers}]
-        assert figures.names_of(results) == names
+        assert figures.pictures_of(results) == names
     axes = panel(figures.steering_figure(results), "KL over the least, to probability 0.9")
     assert axes.lines[1].get_ydata().tolist() == [2, 2]
 

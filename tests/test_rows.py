@@ -143,6 +143,12 @@ def test_files_of_a_folder_a_pattern_and_a_list_are_read_in_order(shards):
     assert files_of(str(shards)) == [f"{shards}/part-{number}.jsonl" for number in (1, 2, 10)]
 
 
+def test_numbers_in_names_of_any_script_are_in_order(tmp_path):
+    for name in ("a1٣2", "a1b2", "a1٢2"):
+        write(tmp_path / f"{name}.jsonl", f'{{"a": "{name}"}}')
+    assert len(list(read_rows(str(tmp_path)))) == 3
+
+
 def test_of_a_folder_that_has_splits_one_is_read(tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):

@@ -120,6 +120,12 @@ def write_json(path: Path, value: dict) -> None:
         file.write(json_text(value, indent=1))
 
 
+def document_checksum(document: dict, unchecked: Iterable[str]) -> str:
+    """A hash of a document in JSON's types, but for its entries that may differ between equal runs."""
+    checked = {key: value for key, value in document.items() if key not in unchecked}
+    return hashlib.sha256(json.dumps(checked).encode()).hexdigest()
+
+
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes named arrays as an uncompressed NPZ, the same bytes for the same arrays."""
     write_archive(path, ((f"{name}.npy", array) for name, array in arrays.items()))

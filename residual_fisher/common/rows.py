@@ -24,10 +24,10 @@ from residual_fisher.common.sources import (
     OTHER_KINDS,
     POINTER_SAID,
     Source,
+    ending_of,
     files_of,
     is_pointer,
     is_saved,
-    kind_of,
     name_of,
     names_of,
     opened,
@@ -93,7 +93,7 @@ def _local_rows(source: Source, split: str) -> Iterator[dict]:
             yield from _rows_of(part, lambda folder: _saved_rows(folder, split))
             continue
         for path in files_of(part, split):
-            kind = kind_of(path)
+            kind = ending_of(path)
             if kind not in READERS:
                 raise UserError(f"cannot read {path}: {OTHER_KINDS.get(kind, KNOWN_KINDS)}")
             yield from _rows_of(path, READERS[kind])
@@ -124,7 +124,7 @@ def _saved_rows(folder: str, split: str) -> Iterator[dict]:
 def _arrow_rows(path: str) -> Iterator[dict]:
     if is_pointer(path):
         raise ValueError(POINTER_SAID)
-    kind = kind_of(path)[1:]
+    kind = ending_of(path)[1:]
     options = {"batch_size": PARQUET_ROWS} if kind == "parquet" else {}
     files = glob.escape(os.path.abspath(path))
     rows = _quiet_datasets().load_dataset(kind, data_files=files, split="train", streaming=True, **options)
@@ -142,7 +142,7 @@ def _csv_rows(path: str) -> Iterator[dict]:
         head = list(islice(file, DIALECT_LINES))
         named = re.fullmatch(r"sep=(.)[\r\n]*", head[0], re.IGNORECASE) if head else None  # as Excel writes it
         head = head[1:] if named else head
-        separator = named[1] if named else _separator(head, "\t" if kind_of(path) == ".tsv" else ",")
+        separator = named[1] if named else _separator(head, "\t" if ending_of(path) == ".tsv" else ",")
         lines = csv.reader(chain(head, file), delimiter=separator, strict=True)
         try:
             header = next(lines, [])
@@ -175,7 +175,7 @@ def _json_rows(path: str) -> Iterator[dict]:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         head = list(islice(lines, 2))
         starts = [_start_of_value(line) for _, line in head]
-        several = len(head) == 2 or kind_of(path) in (".jsonl", ".ndjson")
+        several = len(head) == 2 or ending_of(path) in (".jsonl", ".ndjson")
         if starts[:1] == ["["]:
             several = starts == ["[", "["]
         if starts and starts[0] and several:

@@ -43,7 +43,7 @@ def name_of(source: Source) -> str:
     return ", ".join(names_of(source))
 
 
-def kind_of(path: str) -> str:
+def ending_of(path: str) -> str:
     """The ending that tells how to read a file, without that of a packed one."""
     path = path.lower()
     return Path(path.removesuffix(Path(path).suffix) if path.endswith(PACKED_SUFFIXES) else path).suffix
@@ -90,7 +90,7 @@ def files_of(source: Source, split: str = "train") -> list[str] | None:
 
 def _in_order(path: str) -> list:
     """Sorts part-2 before part-10."""
-    return [int(piece) if piece.isdecimal() else piece for piece in re.split("([0-9]+)", path)]
+    return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", path)]
 
 
 def _files_in(folder: str, split: str) -> list[str]:
@@ -98,10 +98,10 @@ def _files_in(folder: str, split: str) -> list[str]:
     paths = sorted((path for path in paths if f"{os.sep}." not in path.removeprefix(folder)), key=_in_order)
     if is_saved(folder):
         return paths
-    paths = [path for path in paths if kind_of(path) in KINDS and not Path(path).name.lower().startswith(NO_DATA)]
+    paths = [path for path in paths if ending_of(path) in KINDS and not Path(path).name.lower().startswith(NO_DATA)]
     if not paths:
         raise UserError(f"cannot read {folder}: the folder holds no {', '.join(KINDS)} file")
-    kinds = Counter(map(kind_of, paths))
+    kinds = Counter(map(ending_of, paths))
     if len(kinds) > 1:
         each = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise UserError(f"cannot read {folder}: it holds files of several kinds ({each}): name them, as {folder}/*.csv")

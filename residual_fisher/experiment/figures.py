@@ -41,7 +41,7 @@ KL_FLOOR = 1e-11  # nats: below it, rounding of the logits
 KL = "KL(original ‖ perturbed), nats"
 
 
-def names_of(document: dict) -> tuple[str, ...]:
+def pictures_of(document: dict) -> tuple[str, ...]:
     """The pictures that there are of these results; of steering, if any target was below any goal."""
     steered = any(any(record["layers"].values()) for record in document.get("steering", ()))
     return FILES if steered else (SIMILARITY, PERTURBATION)
@@ -50,7 +50,7 @@ def names_of(document: dict) -> tuple[str, ...]:
 def draw(folder: Path, document: dict) -> None:
     """Draws the pictures of an experiment_results.json. Raises UserError: the folder cannot be written to."""
     figures = {SIMILARITY: similarity_figure, PERTURBATION: perturbation_figure, STEERING: steering_figure}
-    drawing.save(folder, {name: partial(figures[name], document) for name in names_of(document)})
+    drawing.save(folder, {name: partial(figures[name], document) for name in pictures_of(document)})
 
 
 def _layers(document: dict) -> list[str]:

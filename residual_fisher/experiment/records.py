@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.nn.functional import pad
 
 from fisher import Eigenpairs, most_probable
 from residual_fisher.common.archives import Item
-from residual_fisher.common.files import json_ready, json_text, write_json, write_npz
+from residual_fisher.common.files import document_checksum, json_ready, json_text, write_json, write_npz
 from residual_fisher.common.program import UserError
 from residual_fisher.common.text import first_line
 from residual_fisher.experiment.measurement import SPECTRUM, TOP, Measured
@@ -244,7 +243,7 @@ def write_results(folder: Path, items: Iterable[Item], about: dict, complete: bo
             "timings": {"load": load_seconds} | {stage: sum(parts) for stage, parts in seconds.items()},
         }
     )
-    document["checksum"] = document_checksum(document)
+    document["checksum"] = document_checksum(document, UNCHECKED)
     write_json(folder / RESULTS, document)
     return document
 
@@ -330,12 +329,6 @@ def file_sizes(items: Sequence[Item], sentences: int) -> tuple[float, float]:
 # --- reading them again --------------------------------------------------------------------------
 
 
-def document_checksum(document: dict) -> str:
-    """A hash of all that the sentences gave."""
-    checked = {key: value for key, value in document.items() if key not in UNCHECKED}
-    return hashlib.sha256(json.dumps(checked).encode()).hexdigest()
-
-
 def read_results(folder: Path) -> dict:
     """The contents of experiment_results.json.
 
@@ -346,7 +339,7 @@ def read_results(folder: Path) -> dict:
         document = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         if not isinstance(document, dict) or "perturbation_results" not in document:
             raise ValueError("it is of another form")
-        if document.get("checksum") not in (None, document_checksum(document)):
+        if document.get("checksum") not in (None, document_checksum(document, UNCHECKED)):
             raise ValueError("it is damaged")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"no readable {RESULTS} in {folder}: {first_line(error)}") from error

@@ -13,7 +13,7 @@ import scipy.sparse
 
 from residual_fisher.common.program import UserError
 from residual_fisher.common.rows import open_table, read_rows, text_of
-from residual_fisher.common.sources import Source, files_of, kind_of, name_of
+from residual_fisher.common.sources import Source, ending_of, files_of, name_of
 from residual_fisher.common.text import excerpt
 from residual_fisher.common.trigrams import trigrams
 from residual_fisher.experiment.splitting import split_sentences
@@ -94,7 +94,7 @@ def _sentences(source: Source, word: str, column: str | None, config: str | None
         return
     name, found = table.columns[0], False
     texts = (text for row in table.rows for text in _texts(row.get(name)))
-    if set(map(kind_of, files_of(source, split) or [""])) == {".txt"}:
+    if set(map(ending_of, files_of(source, split) or [""])) == {".txt"}:
         texts = _blocks(row["text"] for row in table.rows)
     for text in texts:
         found = True

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
-import hashlib
 import json
 from pathlib import Path
 import time
@@ -14,7 +13,7 @@ from torch import Tensor
 
 import fisher
 from residual_fisher.common import drawing
-from residual_fisher.common.files import json_ready, write_json, write_npz
+from residual_fisher.common.files import document_checksum, json_ready, write_json, write_npz
 from residual_fisher.common.options import settings_of
 from residual_fisher.common.program import UserError, peak_memory, undisturbed
 from residual_fisher.common.run import Run, State, short_hash, stamps
@@ -270,21 +269,16 @@ def write_map(folder: Path, document: dict, arrays: dict[str, np.ndarray]) -> di
     """Writes both primary files; returns the document as it is read back. Raises UserError: they cannot be written."""
     write_npz(folder / ARRAYS, {**arrays, "run": np.array(document["run"]["id"])})
     document = json_ready(document)
-    document["checksum"] = document_checksum(document)
+    document["checksum"] = document_checksum(document, UNCHECKED)
     write_json(folder / RESULTS, document)
     return document
-
-
-def document_checksum(document: dict) -> str:
-    checked = {key: value for key, value in document.items() if key not in UNCHECKED}
-    return hashlib.sha256(json.dumps(checked).encode()).hexdigest()
 
 
 def read_map(folder: Path) -> dict:
     """The contents of fisher_map.json. Raises UserError: it is missing, damaged, or not of this script."""
     try:
         document = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        if not isinstance(document, dict) or document["checksum"] != document_checksum(document):
+        if not isinstance(document, dict) or document["checksum"] != document_checksum(document, UNCHECKED):
             raise ValueError("it is damaged")
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise UserError(f"no readable {RESULTS} in {folder}: {first_line(error)}") from error

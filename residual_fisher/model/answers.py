@@ -65,7 +65,7 @@ def greedy_answers(
     lengths = [len(prompt) for prompt in prompts]
     padding = len(set(lengths)) > 1 and may_pad(wrapped, max(prompts, key=len), m)
     # those that the model's last position cuts short are not to cut others
-    for group in groups_of(lengths, (longest_prompt(model) or math.inf) - m + 1 if padding else 0):
+    for group in in_passes(lengths, (longest_prompt(model) or math.inf) - m + 1 if padding else 0):
         Chunks(len(group)).map(answer, torch.tensor(group))
     return answers
 
@@ -106,7 +106,7 @@ def answer_log_probs(
             tokens = torch.tensor(answers[i], device=log_probs.device)
             found[i] = log_probs[row, -count:].gather(-1, tokens[:, None])[:, 0].cpu()
 
-    for group in groups_of([len(text) - begin for text in texts], math.inf if padding else 0):
+    for group in in_passes([len(text) - begin for text in texts], math.inf if padding else 0):
         Chunks(len(group)).map(measure, torch.tensor(group))
     return found
 
@@ -121,7 +121,7 @@ def _kind_for(ids: Tensor) -> str:
     return "eager" if ids.shape[1] <= LONGEST_PLAIN else "sdpa"
 
 
-def groups_of(lengths: Sequence[int], most: float) -> list[list[int]]:
+def in_passes(lengths: Sequence[int], most: float) -> list[list[int]]:
     """Indices of prompts that run together: of like length, and where one has more than `most`, of the same length."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

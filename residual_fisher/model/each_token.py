@@ -44,10 +44,8 @@ def each_token_attention(
     places = torch.arange(known, device=mask.device) - (known - tokens)  # -1 and less: before this block
     itself = places == torch.arange(tokens, device=mask.device)[:, None]  # (tokens, known)
     hidden = mask.masked_fill(itself, torch.finfo(mask.dtype).min)
-    mask = torch.cat([hidden, mask.diagonal(known - tokens)[:, None]], dim=1)[
-        :, None, None
-    ]  # (tokens, 1, 1, known + 1)
-    out, _ = last_token_attention(module, rows(query), own_key, own_value, mask, **options)
+    mask = torch.cat([hidden, mask.diagonal(known - tokens)[:, None]], dim=1)  # (tokens, known + 1)
+    out, _ = last_token_attention(module, rows(query), own_key, own_value, mask[:, None, None], **options)
     return out.transpose(0, 1), None  # (1, tokens, heads, value_dim)
 
 

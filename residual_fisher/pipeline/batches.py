@@ -122,7 +122,7 @@ def padded(batch: list[Encoded], answer_tokens: int = 1) -> int:
     return len(batch) * (longest(batch) + answer_tokens - 1)
 
 
-def pad(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+def ids_and_lengths(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (prompts, tokens), each row filled up with its own last token, and lengths (prompts,)."""
     return passes.pad([encoded.ids for encoded in batch])
 
@@ -148,7 +148,7 @@ def explain_unsupported(subject: Subject) -> Iterator[None]:
 def over_prefix(settings: Settings, subject: Subject, batch: list[Encoded]) -> bool:
     """Whether `linearize_prompts` reads the batch's last tokens from prefixes in a cache."""
     last = settings.bias_positions == "last"
-    return last and share_prefixes(subject.model, *pad(batch), settings.answer_tokens - 1)
+    return last and share_prefixes(subject.model, *ids_and_lengths(batch), settings.answer_tokens - 1)
 
 
 def is_pushed(settings: Settings) -> bool:
@@ -362,7 +362,7 @@ def check_once(settings: Settings, subject: Subject, batch: list[Encoded], check
         return False
     passes.use_attention(subject.model, kind)
     by_length = sorted(batch, key=lambda encoded: len(encoded.ids))
-    ids, lengths = pad([by_length[0], by_length[-1]])
+    ids, lengths = ids_and_lengths([by_length[0], by_length[-1]])
     ids = ids if ids.shape[1] > 1 else ids.expand(-1, 2)
     try:
         passes.require_causal(subject.model, ids, (lengths - 1).clamp(min=1))
@@ -393,7 +393,7 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
 
     def moved(deltas: torch.Tensor) -> torch.Tensor:
         with passes.hooked(passes.edit_stream(subject.module, partial(perturbed, deltas=deltas))):
-            return passes.last_logits(subject.model, *pad(batch * len(deltas)))
+            return passes.last_logits(subject.model, *ids_and_lengths(batch * len(deltas)))
 
     # a prompt that leads to NaN, infinity or no convergence will be recorded as failed
     failures = suppress(fisher.NumericalError, torch.linalg.LinAlgError)
@@ -401,6 +401,6 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
         point, chunks = linearize_batch(settings, subject, batch, attention_for(settings, subject, batch), [[]])
         tokens = point.tokens
         if last_only and settings.bias_positions != "last":
-            point = fisher.linearize_prompts(subject.model, subject.module, *pad(batch), last_only)
+            point = fisher.linearize_prompts(subject.model, subject.module, *ids_and_lengths(batch), last_only)
         fisher.check_prediction(point, moved, chunks)
         subject.room.learn_from(chunks, tokens)

@@ -31,6 +31,7 @@ from residual_fisher.pipeline.batches import Subject
 from residual_fisher.pipeline.conversations import Turn
 from residual_fisher.pipeline.derived import FINDINGS, PROMPTS, scored_records
 from residual_fisher.pipeline.explain import (
+    LONGEST,
     OFTEN,
     Phrase,
     Span,
@@ -266,10 +267,9 @@ def gathered(spans: Sequence[Candidate], texts: Sequence[str], odd: Sequence[set
 
 
 def runs_of(words: Sequence[str]) -> list[tuple[str, ...]]:
-    """All words that follow each other."""
+    """All of at most LONGEST words that follow each other."""
     ends = range(len(words) + 1)
-    longest = 8
-    return [tuple(words[first:last]) for first in ends for last in ends[first + 1 : first + longest + 1]]
+    return [tuple(words[first:last]) for first in ends for last in ends[first + 1 : first + LONGEST + 1]]
 
 
 def where(words: Sequence[str], core: Sequence[str]) -> Span | None:
