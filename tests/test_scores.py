@@ -322,8 +322,10 @@ def test_a_tested_prompt_that_is_in_the_reference_too_is_compared_with_the_other
     holding_it = run([*ordinary[:others], ODD], **{f"at{others}": SAYS_HATE | {"prompt": text(90)}})
     found = outlier_scores(odd, reference=holding_it)
     assert found["p_value"][0] == pytest.approx(1 / (others + 1)) == clean["p_value"][0]
-    for name in (*scores.SCORES, "outlier_score"):  # the scale is of one prompt more, among twenty
-        assert found[name][0] == pytest.approx(clean[name][0], rel=0.25, abs=0.4)
+    for name in (*scores.SCORES, "outlier_score"):
+        # the scale is of one prompt more; among twenty, and in the sum of six scores, that is a fifth of it
+        rel = 0.2 if (name, others) == ("outlier_score", 19) else 0.15
+        assert found[name][0] == pytest.approx(clean[name][0], rel=rel, abs=0.4)
 
 
 @pytest.mark.parametrize("changed", [SAYS_HATE, {"top_probability": 0.5, "trace": 0.0, "next_tokens": []}])
@@ -332,7 +334,7 @@ def test_one_prompt_that_does_not_belong_in_the_reference_hardly_changes_the_oth
     clean = outlier_scores(tested, reference=run(ordinary[:30]))
     matrix = ODD if changed["trace"] else ZERO
     found = outlier_scores(tested, reference=run([*ordinary[:30], matrix], at30=changed))
-    assert found["outlier_score"] == pytest.approx(clean["outlier_score"], rel=0.3, abs=0.5)
+    assert found["outlier_score"] == pytest.approx(clean["outlier_score"], rel=0.15, abs=0.3)
     assert found["p_value"][:20] == pytest.approx(clean["p_value"][:20], abs=0.1)  # three of 31 prompts
 
 
@@ -355,7 +357,7 @@ def test_prompts_of_other_texts_that_look_alike_do_not_give_the_others_scores_in
         rounded = {"top_probability": 0.5 + 1e-7 * place, "activation": 1 + 1e-6 * rng.standard_normal(D)}
         changed[f"at{place}"] = same | rounded | {"trace": float(matrices[-1].S.sum())}
     found = outlier_scores(run([*matrices, *ordinary], **changed))
-    assert np.abs(found["outlier_score"]).max() < 300 and np.abs(found["outlier_score"][:70]).max() < 2
+    assert np.abs(found["outlier_score"]).max() < 50 and np.abs(found["outlier_score"][:70]).max() < 0.1
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [("float32", 1e-6), ("float16", 5e-4), ("bfloat16", 4e-3)])
