@@ -12,7 +12,7 @@ from torch import nn
 
 import fisher
 from residual_fisher.common.program import UserError
-from residual_fisher.model import loading
+from residual_fisher.model import loading, points
 from residual_fisher.model.passes import Chunks, hooked, use_attention
 from residual_fisher.pipeline import batches
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
@@ -151,7 +151,7 @@ def test_a_head_that_is_not_linear_is_differentiated_on_gpus_too(gpus):
 def test_gradients_out_of_memory_continue_with_smaller_chunks(gpus):
     point = fisher.linearize(on_gpus(tiny.build("llama"), gpus), tiny.prompt())
     rows, chunks = point.cotangents(torch.arange(K, device=point.log_probs.device)), Chunks(10)
-    expected, gradients = fisher.pull_back(point, rows), fisher.batched_gradients
+    expected, gradients = fisher.pull_back(point, rows), points.batched_gradients
 
     def with_little_room(model, outputs, inputs, cotangents):
         if len(cotangents[0]) > 5:
@@ -159,7 +159,7 @@ def test_gradients_out_of_memory_continue_with_smaller_chunks(gpus):
         return gradients(model, outputs, inputs, cotangents)
 
     with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="going on with batches of 5"):
-        patch.setattr(fisher, "batched_gradients", with_little_room)
+        patch.setattr(points, "batched_gradients", with_little_room)
         found = fisher.pull_back(point, rows, chunks)
     assert chunks.size == 5
     assert (found - expected).abs().max() <= RELATIVE[torch.float32] * expected.abs().max()

@@ -25,7 +25,7 @@ from residual_fisher.common.archives import archives_in, read_records
 from residual_fisher.common.lock import lock_directory
 from residual_fisher.common.program import SOME_FAILED, UserError
 from residual_fisher.common.run import Run, read_manifest
-from residual_fisher.model import loading
+from residual_fisher.model import loading, points
 from residual_fisher.pipeline import batches, derived, figures, matrices
 from residual_fisher.pipeline.processes import Processes
 import scripts
@@ -332,7 +332,7 @@ def test_out_of_memory_halves_a_batch_and_later_ones_fit_from_the_start(
     what, chat_directory, dataset, finished_pipeline, tmp_path, monkeypatch, capsys
 ):
     """Memory for 130 padded tokens, or for 200 times the cotangents of a backward pass; batches have up to 280."""
-    linearize, gradients, failed, tokens = fisher.linearize_prompts, fisher.batched_gradients, [], 0
+    linearize, gradients, failed, tokens = fisher.linearize_prompts, points.batched_gradients, [], 0
 
     def need(size: int, room: int) -> None:
         if size > room:
@@ -352,7 +352,7 @@ def test_out_of_memory_halves_a_batch_and_later_ones_fit_from_the_start(
         return gradients(model, outputs, inputs, cotangents)
 
     monkeypatch.setattr(fisher, "linearize_prompts", small_pass)
-    monkeypatch.setattr(fisher, "batched_gradients", small_backward_pass)
+    monkeypatch.setattr(points, "batched_gradients", small_backward_pass)
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", batch_size=7) == 0
     assert len(failed) == 1
     said = capsys.readouterr()
