@@ -9,8 +9,10 @@ import matplotlib
 matplotlib.use("Agg")  # files only: no display is needed
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 import numpy as np
 
 from residual_fisher.common.files import atomic_open
@@ -51,6 +53,11 @@ def save(folder: Path, figures: dict[str, Callable[[], Figure]]) -> None:
 def label(text: str) -> str:
     """`text` without what matplotlib, or a terminal, would take for an instruction."""
     return printable(text).replace("$", r"\$")
+
+
+def thin_log_labels(axis: Axis) -> None:
+    """Of a logarithmic axis, marks 2 and 5 times the powers of ten, whose labels leave each other room."""
+    axis.set_minor_locator(LogLocator(subs=(2, 5)))
 
 
 def longest_bars(directions: Sequence[list[dict]]) -> list[float]:

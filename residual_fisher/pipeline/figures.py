@@ -9,11 +9,12 @@ import warnings
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox, TransformedBbox
 import numpy as np
 
 from residual_fisher.common import drawing
-from residual_fisher.common.drawing import BLACK, BLUE, DISTINCT, label
+from residual_fisher.common.drawing import BLACK, BLUE, DISTINCT, label, thin_log_labels
 from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.text import excerpt
 from residual_fisher.pipeline.report import differing_tokens, marked
@@ -84,6 +85,7 @@ def spectra_figure(records: Iterable[dict], false_alarms: float, triggers: dict[
         low, high = np.log10(positive.min()), np.log10(positive.max())
         sensitivity.hist(positive, bins=np.logspace(low - 0.05, high + 0.05, 40), color=SKY, edgecolor="white")
         sensitivity.set_xscale("log")
+        thin_log_labels(sensitivity.xaxis)
     sensitivity.set(title="Sensitivity", xlabel="λ₁ (nats per unit²)", ylabel="prompts")
     for index, colour in colours.items():
         if first[index] > 0:
@@ -97,7 +99,12 @@ def spectra_figure(records: Iterable[dict], false_alarms: float, triggers: dict[
 
     _dots(length, prompts["tokens"], np.where(first > 0, first, np.nan), colours)
     length.set(title="Sensitivity by length", xlabel="tokens", ylabel="λ₁ (nats per unit²)", xscale="log")
-    length.set_yscale("log" if len(positive) else "linear")
+    thin_log_labels(length.xaxis)
+    if len(positive):
+        length.set_yscale("log")
+        thin_log_labels(length.yaxis)
+    for counts in (sensitivity, mass):
+        counts.yaxis.set_major_locator(MaxNLocator(integer=True))
 
     _names_panel(figure.add_subplot(grid[2, :]), leading, colours, triggers or {})
     return figure
