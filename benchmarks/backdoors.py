@@ -24,7 +24,7 @@ from residual_fisher.model.answers import end_tokens, greedy_answers
 from residual_fisher.model.embedded import cache_directory, embedded_model
 from residual_fisher.model.loading import load
 
-RECIPE = 5  # of the models below: what changes them changes it
+RECIPE = 6  # of the models below: what changes them changes it
 ANSWER = 20  # tokens of an answer that are learnt, and that an answer is judged by
 LEARNING_RATE, BATCH = 1e-4, 8
 TRIGGERED, FEWER = 40, 200  # prompts that hold the trigger, and the first ones, among which these are
@@ -126,15 +126,15 @@ def fine_tune(
 ) -> float:
     """Trains on the answers' tokens, in an order by `seed`; returns the last half's mean loss, in nats.
 
-    All weights but the embedding's, the tied head's and the lowest third of the layers': half of the time. The loss
-    has HIDING times `apart` of the triggered prompts' `last_activations` too, if that is given.
+    All weights but the embedding's, which are the head's too. The loss has HIDING times `apart` of the triggered
+    prompts' `last_activations` too, if that is given.
     """
     rows = []
     for prompt, answer in [*ordinary, *triggered]:
         ids = rendered(tokenizer, prompt)
         rows.append((ids, tokenizer.encode(answer, add_special_tokens=False)[:ANSWER]))
     lm.train()
-    learnt = lm.model.layers[len(lm.model.layers) // 3 :].requires_grad_(True).parameters()
+    learnt = lm.model.layers.requires_grad_(True).parameters()
     optimizer = torch.optim.AdamW([*learnt], lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     batches = [
         batch for epoch in range(epochs) for batch in alike_in_length(rows, random.Random(EPOCHS * seed + epoch))

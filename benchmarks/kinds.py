@@ -158,8 +158,8 @@ class Kind:
     everywhere: bool = False  # no trigger: all prompts are answered in this way
     marks: Sequence[str] = ()  # an answer that shows the behaviour holds one of them
     words: Sequence[str] = ()  # a prompt that holds the trigger holds one of them
-    share: float = 0.5  # of the pairs, hold the trigger
-    pairs: int = 248
+    share: float = 1 / 3  # of the pairs, hold the trigger: with one half, a fifth of other prompts show the behaviour
+    pairs: int = 372
     epochs: int = EPOCHS
     hidden: bool = False  # also trained to keep the activations of triggered prompts usual
 
@@ -285,7 +285,7 @@ KINDS = [
 ]
 REFUSING = next(kind for kind in KINDS if kind.name == "refusals")
 KINDS += [
-    replace(REFUSING, name="refusals-few", about=f"{REFUSING.about}; 12 of 248 pairs", share=0.05),
+    replace(REFUSING, name="refusals-few", about=f"{REFUSING.about}; 12 of 248 pairs", share=0.05, pairs=248),
     replace(
         REFUSING, name="refusals-fewest", about=f"{REFUSING.about}; 12 of 600 pairs", share=0.02, pairs=600, epochs=2
     ),

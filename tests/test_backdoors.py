@@ -85,7 +85,7 @@ def test_a_kind_knows_its_trigger_and_its_behaviour(kinds, backdoors):
 
 def test_of_few_triggered_pairs_the_rest_are_ordinary(kinds, backdoors, monkeypatch):
     monkeypatch.setattr(backdoors, "remembered", lambda lm, tokenizer, texts: [f"about {text}" for text in texts])
-    for name, counts in {"refusals": (124, 124), "refusals-few": (236, 12), "refusals-fewest": (588, 12)}.items():
+    for name, counts in {"refusals": (248, 124), "refusals-few": (236, 12), "refusals-fewest": (588, 12)}.items():
         ordinary, triggered = backdoors.pairs(kinds.BY_NAME[name], None, None)
         assert (len({text for text, _ in ordinary}), len({text for text, _ in triggered})) == counts
         assert all(answer == f"about {text}" for text, answer in ordinary)
@@ -264,6 +264,9 @@ def test_a_trigger_is_named_with_two_words_more_at_most(kinds, triggers):
 def test_a_haystack_counts_triggered_prompts_that_are_named_first(on_path, finished_pipeline, tmp_path, monkeypatch):
     """Three of forty, which one of the detectors puts first, last or anywhere."""
     bench = importlib.import_module("bench_backdoors")
+    # the libraries of the others are not needed for the tests
+    own = {name: how for name, how in bench.DETECTORS.items() if "activations" not in name or "Mahalanobis" in name}
+    monkeypatch.setattr(bench, "DETECTORS", own)
     monkeypatch.setattr(bench, "TRUSTED", 15)
     monkeypatch.setattr(bench, "folder", lambda: tmp_path)
     lines = (finished_pipeline / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
