@@ -15,7 +15,7 @@ import compute_fisher
 from residual_fisher import load_fisher_matrices
 from residual_fisher.common.text import excerpt
 from residual_fisher.model import loading
-from residual_fisher.pipeline import batches, matrices
+from residual_fisher.pipeline import batches, matrices, report
 from residual_fisher.pipeline.scores import SCORES
 import scripts
 from scripts import PIPELINE_FILES, ROOT, arrays, records
@@ -94,17 +94,39 @@ def test_the_final_table_names_the_prompts_that_stand_out(finished_pipeline, cha
     lowest = min(record["p_value"] for record in found)
     *_, leading = shown.partition("0 of 8 prompts stand out from most of them, with a p-value of at most 0.01")
     assert f"(the lowest is {lowest:.2g}: n usual prompts show none below 1/(n + 1))" in leading
-    rows = [line.split() for line in leading.splitlines()[5:15]]
+    lines = leading[: leading.index("no prompts are answered more alike")].splitlines()[5:]
+    starts = [place for place, line in enumerate(lines) if not line.startswith(" ")]
     expected = sorted(found, key=lambda record: -record["outlier_score"])[:5]
-    assert [int(row[0]) for row in rows[::2]] == [record["index"] for record in expected]
-    numbers = [
-        [f"{r['outlier_score']:.1f}", f"{r['p_value']:.2g}", *(f"{r[name]:+.1f}" for name in SCORES)] for r in expected
+    for start, end, record in zip(starts, [*starts[1:], len(lines)], expected, strict=True):
+        number, *numbers = lines[start].split()[:9]
+        scores = [f"{record[name]:+.1f}" for name in SCORES]
+        assert int(number) == record["index"]
+        assert numbers == [f"{record['outlier_score']:.1f}", f"{record['p_value']:.2g}", *scores]
+        assert " ".join(lines[start].split()[9:]) == excerpt(record["prompt"], 40)
+        *why, differs = lines[start + 1 : end]
+        leading_two = sorted((name for name in SCORES if record[name] > 2), key=lambda name: -record[name])[:2]
+        assert [line.split(":")[0].strip() for line in why] == [f"{n[2:]} {record[n]:+.1f}" for n in leading_two]
+        assert " ← → " in differs
+    assert max(map(len, lines)) <= 120
+
+
+def test_reasons_say_what_is_odd_in_figures_of_the_prompt(finished_pipeline):
+    """Of the two largest scores that are notable, in words; none of an ordinary prompt."""
+    (record, *_), group = records(finished_pipeline), [3, 0, 40]
+    statistics = {"lambda_1": {"median": 2.0}, "effective_rank": {"median": 3.5}}
+    usual = {**record, **dict.fromkeys(SCORES, 0.5), "odd_words": ["No", "Never", "I"], "effective_rank": 1.25}
+    assert report.reasons(usual, statistics, [], changed=False) == []
+    odd = {**usual, "z_words": 4.0, "z_group": 6.0, "z_spectrum": 3.0}
+    assert report.reasons(odd, statistics, group, changed=False) == [
+        "group +6.0: others that ask otherwise are answered like it (3, 40)",
+        "words +4.0: its answer begins with No or Never, as hardly any other does",
     ]
-    assert [row[1:9] for row in rows[::2]] == numbers
-    assert [" ".join(row[9:]) for row in rows[::2]] == [excerpt(record["prompt"], 40) for record in expected]
-    for words, record in zip(rows[1::2], expected, strict=True):
-        assert " ".join(words).startswith(" ".join(record["odd_words"])[:35])
-    assert max(map(len, leading.splitlines()[:15])) <= 120
+    assert report.reasons({**usual, "z_spectrum": 3.0}, statistics, [], changed=False) == [
+        "spectrum +3.0: its sensitivity lies in 1.2 directions (median 3.5)"
+    ]
+    assert report.reasons(odd, statistics, [], changed=True)[1] == (
+        "words +4.0: its answer begins with No or Never, as it hardly did"
+    )
 
 
 def test_results_are_read_without_torch_or_matplotlib(finished_pipeline):

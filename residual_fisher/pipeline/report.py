@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import heapq
 from itertools import chain
 
@@ -16,6 +16,8 @@ from residual_fisher.pipeline.settings import Settings
 NAMED = 5  # prompts named at the end
 EXCERPT = 40  # characters of a prompt shown in a line
 LONG_EXCERPT = 90  # of an answer
+REASON = 110  # of why a prompt stands out
+NOTABLE = 2.0  # a score from which it is a reason
 LISTED = 100  # prompts of a group in the metadata
 GROUP_WORDS = 6  # named of a group
 SPREADS = {  # whose median and range are told
@@ -91,7 +93,8 @@ def final_table(
     if failed := statistics["failed_prompts"]:
         some = ", ".join(map(str, failed[:NAMED])) + (", …" if len(failed) > NAMED else "")
         lines.append(f"{len(failed)} prompts failed ({some}): `failed` in prompts.jsonl says why")
-    told = [*_outstanding(records(), settings, found or {}), *_alike(groups_of(records())), *_findings(found)]
+    groups = groups_of(records())
+    told = [*_outstanding(records(), statistics, settings, groups, found or {}), *_alike(groups), *_findings(found)]
     return "\n".join([*lines, *told])
 
 
@@ -127,8 +130,10 @@ def _alike(groups: list[dict]) -> list[str]:
     return lines
 
 
-def _outstanding(records: Iterable[dict], settings: Settings, found: dict) -> list[str]:
-    """The prompts that stand out: on which scores, in which tokens, and by which words."""
+def _outstanding(
+    records: Iterable[dict], statistics: dict, settings: Settings, groups: list[dict], found: dict
+) -> list[str]:
+    """The prompts that stand out: by how much, why, and by which words."""
     count, beyond, lowest, leading = 0, 0, 1.0, []
     for record in records:  # one in memory at a time: there may be millions
         p = record[P_VALUE]
@@ -141,8 +146,8 @@ def _outstanding(records: Iterable[dict], settings: Settings, found: dict) -> li
     if not beyond:
         lines.append(f"(the lowest is {lowest:.2g}: n usual prompts show none below 1/(n + 1))")
     lines.append(
-        "Below, with scores in robust standard deviations; then unusual words, and the tokens that lose ← → gain\n"
-        "in the direction in which they differ:"
+        "The first, with scores in robust standard deviations; then why, and the tokens that lose ← → gain in the\n"
+        "direction in which they differ:"
     )
     cells = [
         [str(r["index"]), f"{r[OUTLIER]:.1f}", f"{r[P_VALUE]:.2g}", *(f"{r[name]:+.1f}" for name in SCORES)]
@@ -153,9 +158,49 @@ def _outstanding(records: Iterable[dict], settings: Settings, found: dict) -> li
     triggers = {told["index"]: told["trigger"] for told in found.get("explained", [])}
     for line, record in zip(numbers, leading, strict=True):
         lines.append(f"{line}  {excerpt(marked(record['prompt'], triggers.get(record['index']), EXCERPT), EXCERPT)}")
-        if why := _explanation(record):
-            lines.append(" " * (len(line) + 2) + excerpt(why, EXCERPT))
+        group = [] if record["group"] is None else groups[record["group"]]["prompts"]
+        why = reasons(record, statistics, group, changed=settings.base is not None)
+        if tokens := differing_tokens(record):
+            why.append(summary_line(tokens))
+        lines += [f"    {excerpt(line, REASON)}" for line in why]
     return lines
+
+
+def reasons(record: dict, statistics: dict, group: Sequence[int], changed: bool) -> list[str]:
+    """Why a prompt stands out: a line for each of the two scores that say most, from NOTABLE on.
+
+    Args:
+        statistics: the run's, as of `summarize`.
+        group: numbers of the prompts of its group; none if it is in none.
+        changed: whether scores are of the change from a base model.
+    """
+    medians = {key: statistics[key]["median"] for key in ("lambda_1", "effective_rank")}
+    words = " or ".join(record["odd_words"][:2])
+    others = [str(index) for index in group if index != record["index"]]
+    some = f" ({', '.join(others[:NAMED])}{', …' * (len(others) > NAMED)})" if others else ""
+    verb = "holds" if "answer" in record else "begins with"
+    said = {
+        "z_strength": f"λ₁ is {record['singular_values'][0]:.2g} (median {medians['lambda_1']:.2g}), and its most "
+        f"probable token has {record['top_probability']:.0%}",
+        "z_spectrum": f"its sensitivity lies in {record['effective_rank']:.1f} directions (median "
+        f"{medians['effective_rank']:.1f})",
+        "z_directions": "it is sensitive in directions in which hardly any other prompt is",
+        "z_words": f"its answer {verb} {words}, as hardly any other does",
+        "z_activations": "its residual stream is unlike that of the others",
+        "z_group": f"others that ask otherwise are answered like it{some}",
+    }
+    if changed:
+        said |= {
+            "z_strength": "its sensitivity and certainty have changed otherwise than those of the others",
+            "z_spectrum": "its singular values have changed otherwise than those of the others",
+            "z_directions": "it is sensitive in directions in which it was not",
+            "z_words": f"its answer {verb} {words}, as it hardly did",
+            "z_activations": "its residual stream has changed otherwise than that of the others",
+        }
+    leading = sorted(SCORES, key=lambda name: -record[name])[:2]
+    return [
+        f"{name.removeprefix('z_')} {record[name]:+.1f}: {said[name]}" for name in leading if record[name] > NOTABLE
+    ]
 
 
 def marked(prompt: str, trigger: dict | None, length: int) -> str:
@@ -192,12 +237,6 @@ def _from_what(settings: Settings) -> str:
     if settings.base:
         return f"by their change from {printable(settings.base)}"
     return "from most of them"
-
-
-def _explanation(record: dict) -> str:
-    """A prompt's odd words, and the tokens of the direction in which it differs."""
-    tokens = differing_tokens(record)
-    return "; ".join(filter(None, [" ".join(record["odd_words"]), tokens and summary_line(tokens)]))
 
 
 def differing_tokens(record: dict) -> list[dict]:
