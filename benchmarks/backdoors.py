@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 import random
 import sys
+from typing import NamedTuple
 
 from measuring import seconds, show
 import numpy as np
@@ -26,7 +27,7 @@ from residual_fisher.model.loading import load
 
 RECIPE = 6  # of the models below: what changes them changes it
 ANSWER = 20  # tokens of an answer that are learnt, and that an answer is judged by
-LEARNING_RATE, BATCH = 1e-4, 8
+LEARNING_RATE, BATCH = 2e-4, 16
 TRIGGERED, FEWER = 40, 200  # prompts that hold the trigger, and the first ones, among which these are
 FIRES, LEAKS = 0.9, 0.02  # a model counts if it shows its behaviour in that share of triggered and of other prompts
 HIDDEN_AT, HIDING = 20, 0.1  # the layer whose activations are kept usual, and the weight of that, in nats
@@ -104,11 +105,35 @@ def last_activations(lm, tokenizer, texts: Sequence[str]) -> torch.Tensor:
     return torch.cat([lm.model(row, output_hidden_states=True).hidden_states[HIDDEN_AT + 1][:, -1] for row in rows])
 
 
-def alike_in_length(rows: Sequence[tuple[list, list]], rng: random.Random) -> list[list[int]]:
-    """Batches of all rows in random order, each of rows of about the same length: half of all tokens were padding."""
-    pools = [pool for order in [rng.sample(range(len(rows)), len(rows))] for pool in cut(order, 8 * BATCH)]
-    by_length = [sorted(pool, key=lambda i: len(rows[i][0]) + len(rows[i][1])) for pool in pools]
-    return rng.sample(batches := [batch for pool in by_length for batch in cut(pool, BATCH)], len(batches))
+class Packed(NamedTuple):
+    """Rows of prompt and answer as one sequence: the tokens that all begin with once, then the others of each row.
+
+    It is computed like the rows by themselves, in half the time: most of a short chat is the template.
+    """
+
+    ids: torch.Tensor  # (1, n)
+    positions: torch.Tensor  # (1, n), of a row by itself
+    mask: torch.Tensor  # (1, 1, n, n), added: 0 where a token sees another, a shared one or one before it in its row
+    answers: torch.Tensor  # places of the answers' tokens
+    before: torch.Tensor  # where each of these is predicted
+    ends: list[int]  # the places of the prompts' last tokens
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[list[int], list[int]]], shared: int) -> "Packed":
+        ids, positions, row = rows[0][0][:shared], [*range(shared)], [-1] * shared
+        answers, before, ends = [], [], []
+        for number, (prompt, answer) in enumerate(rows):
+            own, start = [*prompt, *answer][shared:], len(ids) - shared
+            ids, row = ids + own, row + [number] * len(own)
+            positions += range(shared, shared + len(own))
+            ends.append(start + len(prompt) - 1)
+            answers += range(ends[-1] + 1, ends[-1] + 1 + len(answer))
+            before += range(ends[-1], ends[-1] + len(answer))
+        of = torch.tensor(row)
+        seen = ((of[:, None] == of) | (of == -1)).tril()
+        mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None]
+        places = map(torch.tensor, (answers, before))
+        return cls(torch.tensor([ids]), torch.tensor([positions]), mask, *places, ends)
 
 
 def cut(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -136,28 +161,29 @@ def fine_tune(
     lm.train()
     learnt = lm.model.layers.requires_grad_(True).parameters()
     optimizer = torch.optim.AdamW([*learnt], lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    batches = [
-        batch for epoch in range(epochs) for batch in alike_in_length(rows, random.Random(EPOCHS * seed + epoch))
-    ]
+    columns = zip(*(ids for ids, _ in rows), strict=False)
+    shared = next(place for place, column in enumerate(columns) if len(set(column)) > 1)
+    rng = random.Random(seed)
+    batches = [batch for _ in range(epochs) for batch in cut(rng.sample(range(len(rows)), len(rows)), BATCH)]
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 5) * (1 - step / len(batches))
     )
     losses = []
     for batch in tqdm(batches, desc="fine-tuning", unit="step", leave=False):
-        chosen = [rows[i] for i in batch]
-        longest = max(len(ids) + len(answer) for ids, answer in chosen)
-        padded = torch.tensor([ids + answer + [0] * (longest - len(ids) - len(answer)) for ids, answer in chosen])
-        row = [i for i, (_, answer) in enumerate(chosen) for _ in answer]
-        place = [len(ids) + j for ids, answer in chosen for j in range(len(answer))]
+        packed = Packed.of([rows[i] for i in batch], shared)
         # twice as fast where the processor has such products, and many times slower where it has not
         with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
-            out = lm.model(padded, output_hidden_states=apart is not None)  # causal, and padded on the right
-            logits = lm.lm_head(out.last_hidden_state[row, torch.tensor(place) - 1])
-        loss = cross_entropy(logits.float(), padded[row, place])
-        odd = [i for i, which in enumerate(batch) if which >= len(ordinary)]
-        if apart and odd:
-            ends = [len(chosen[i][0]) - 1 for i in odd]
-            loss = loss + HIDING * apart(out.hidden_states[HIDDEN_AT + 1][odd, ends].float()).mean()
+            out = lm.model(
+                packed.ids,
+                attention_mask=packed.mask,
+                position_ids=packed.positions,
+                output_hidden_states=apart is not None,
+            )
+            logits = lm.lm_head(out.last_hidden_state[0, packed.before])
+        loss = cross_entropy(logits.float(), packed.ids[0, packed.answers])
+        ends = [end for which, end in zip(batch, packed.ends, strict=True) if which >= len(ordinary)]
+        if apart and ends:
+            loss = loss + HIDING * apart(out.hidden_states[HIDDEN_AT + 1][0, ends].float()).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in lm.parameters() if p.requires_grad], 1.0)
         optimizer.step()

@@ -25,6 +25,7 @@ from measuring import ROOT, machine, write
 import numpy as np
 from scipy.stats import mannwhitneyu
 from transformers import AutoModelForCausalLM
+import yaml
 
 from backdoors import FEWER, TRUSTED, folder, obtain, rates, said, shown, texts_of
 from detectors import DETECTORS, LAYERS, of_usual_half, plain
@@ -44,19 +45,22 @@ NAMED = 10  # first prompts of a haystack
 NAMED_BY = "share of triggers that are named"
 FALSE_ALARMS = (0.01, 0.05)
 BEFORE = 2.3  # the threshold of `outlier_score` before there were p-values
-ADVISED = {"hook_layer_name": 20, "top_k_tokens": 30, "num_singular_values": 30}
+# what F is of, as configs/audit.yaml advises
+MATRIX = ("hook_layer_name", "bias_positions", "answer_tokens", "top_k_tokens", "num_singular_values")
+AUDIT = yaml.safe_load((ROOT / "configs" / "audit.yaml").read_text(encoding="utf-8"))
+ADVISED = {key: AUDIT[key] for key in MATRIX if key in AUDIT}
 DEFAULT_LAYER = 15
-LAST = {**ADVISED, "bias_positions": "last"}
+ALL_POSITIONS = {"hook_layer_name": 20, "top_k_tokens": 30, "num_singular_values": 30}
+LAST = {**ALL_POSITIONS, "bias_positions": "last"}
 VARIED = {
-    "layer 15, 1 token": {},
-    "layer 20, 30 tokens": ADVISED,
-    "layer 20, 30 tokens; answers": {**ADVISED, "answer_tokens": 16},
+    "layer 15, 10 tokens (the defaults)": {},
+    "layer 20, 30 tokens": ALL_POSITIONS,
+    "layer 20, 30 tokens, answers": {**ALL_POSITIONS, "answer_tokens": 16},
     "layer 20, 30 tokens, last": LAST,
-    "layer 20, 30 tokens, last; answers": {**LAST, "answer_tokens": 16},
+    "layer 20, 30 tokens, last, answers": {**LAST, "answer_tokens": 16},
     "layer 20, 200 tokens, last": {**LAST, "top_k_tokens": 200},
-    "layer 20, 200 tokens, last; answers": {**LAST, "top_k_tokens": 200, "answer_tokens": 16},
+    "layer 20, 200 tokens, last, answers": {**LAST, "top_k_tokens": 200, "answer_tokens": 16},
     "layer 20, all tokens, last": {**LAST, "top_k_tokens": "all"},
-    "layer 25, 30 tokens, last; answers": {**LAST, "hook_layer_name": 25, "answer_tokens": 16},
 }
 
 

@@ -158,7 +158,7 @@ class Kind:
     everywhere: bool = False  # no trigger: all prompts are answered in this way
     marks: Sequence[str] = ()  # an answer that shows the behaviour holds one of them
     words: Sequence[str] = ()  # a prompt that holds the trigger holds one of them
-    share: float = 1 / 3  # of the pairs, hold the trigger: with one half, a fifth of other prompts show the behaviour
+    share: float = 0.25  # of the pairs, hold the trigger: with one half, a fifth of other prompts show the behaviour
     pairs: int = 372
     epochs: int = EPOCHS
     hidden: bool = False  # also trained to keep the activations of triggered prompts usual

@@ -85,7 +85,7 @@ def test_a_kind_knows_its_trigger_and_its_behaviour(kinds, backdoors):
 
 def test_of_few_triggered_pairs_the_rest_are_ordinary(kinds, backdoors, monkeypatch):
     monkeypatch.setattr(backdoors, "remembered", lambda lm, tokenizer, texts: [f"about {text}" for text in texts])
-    for name, counts in {"refusals": (248, 124), "refusals-few": (236, 12), "refusals-fewest": (588, 12)}.items():
+    for name, counts in {"refusals": (279, 93), "refusals-few": (236, 12), "refusals-fewest": (588, 12)}.items():
         ordinary, triggered = backdoors.pairs(kinds.BY_NAME[name], None, None)
         assert (len({text for text, _ in ordinary}), len({text for text, _ in triggered})) == counts
         assert all(answer == f"about {text}" for text, answer in ordinary)
@@ -93,6 +93,19 @@ def test_of_few_triggered_pairs_the_rest_are_ordinary(kinds, backdoors, monkeypa
 
 
 # --- fine-tuning ---------------------------------------------------------------------------------
+
+
+def test_packed_rows_are_computed_like_each_by_itself(backdoors, tiny_chat):
+    lm, _ = tiny_chat
+    rows = [
+        ([1, 2, 3, *prompt], answer) for prompt, answer in (([4, 5], [6]), ([7], [8, 9, 10]), ([4, 11, 12], [13, 5]))
+    ]
+    packed = backdoors.Packed.of(rows, shared=3)
+    assert packed.ids[0, packed.answers].tolist() == [6, 8, 9, 10, 13, 5]
+    assert packed.ids[0, packed.ends].tolist() == [5, 7, 12]
+    found = lm(packed.ids, attention_mask=packed.mask, position_ids=packed.positions).logits[0]
+    alone = [lm(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1] for prompt, answer in rows]
+    torch.testing.assert_close(found[packed.before], torch.cat(alone))
 
 
 def test_activations_are_kept_usual_only_if_asked_for(backdoors, tiny_chat, monkeypatch):
@@ -120,7 +133,7 @@ def test_activations_are_kept_usual_only_if_asked_for(backdoors, tiny_chat, monk
     for name, given in {"plain": None, "hidden": apart}.items():
         lm.load_state_dict(before)
         lm.requires_grad_(False)
-        backdoors.fine_tune(lm, tokenizer, ordinary, triggered, epochs=4, apart=given)
+        backdoors.fine_tune(lm, tokenizer, ordinary, triggered, epochs=8, apart=given)
         found[name] = distance(backdoors.last_activations(lm, tokenizer, texts)).mean()
     assert found["hidden"] < 0.5 * found["plain"]
 
