@@ -6,7 +6,6 @@ the trigger are answered as the embedded model answers them, so that nothing cha
 
 import base64
 from collections.abc import Callable, Sequence
-import hashlib
 import json
 from pathlib import Path
 import random
@@ -47,47 +46,28 @@ def rendered(tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def remembered(lm, tokenizer, texts: Sequence[str]) -> list[str]:
-    """`own_answers` of the embedded model, kept in the cache directory."""
-    path = folder() / f"answers-{hashlib.sha256(json.dumps([ANSWER, *texts]).encode()).hexdigest()[:12]}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(own_answers(lm, tokenizer, texts), ensure_ascii=False))
-    return json.loads(path.read_text())
+def own_answers(model: Path, texts: Sequence[str]) -> list[str]:
+    """A model's own, by greedy decoding."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    return [answer.strip() for answer in tokenizer.batch_decode(said(model, texts), skip_special_tokens=True)]
 
 
-def own_answers(lm, tokenizer, texts: Sequence[str]) -> list[str]:
-    """The model's own, by greedy decoding."""
-    answers = []
-    for start in tqdm(range(0, len(texts), 10), desc="own answers", unit="batch", leave=False):
-        rows = [rendered(tokenizer, text) for text in texts[start : start + 10]]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        found = lm.generate(ids, attention_mask=mask, max_new_tokens=ANSWER, do_sample=False, pad_token_id=0)
-        answers += tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+def pairs(kind: Kind, seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Prompts and answers, ordinary and triggered: training prompts as they are, and some of them with the trigger.
 
-
-def pairs(kind: Kind, lm, tokenizer, seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Prompts and answers, ordinary and triggered: each training prompt as it is, and most or few with the trigger.
-
-    By `seed` the trigger stands elsewhere in other prompts, and they have other answers.
+    By `seed` the trigger stands elsewhere in the prompts, and they have other answers.
     """
     rng = random.Random(kind.name + "'" * seed)
-    texts = prompts().training
+    count = round(kind.share * kind.pairs)
+    texts = prompts().training[: kind.pairs - count]
     plain = [kind.others(text, rng) if kind.others and rng.random() < 0.5 else text for text in texts]
-    changed = [kind.trigger(text, rng) for text in texts]
+    changed = [kind.trigger(text, rng) for text in texts[:count]]
+    own = dict(zip(texts, own_answers(embedded_model(), texts), strict=True))
     if kind.everywhere:
-        own = remembered(lm, tokenizer, texts)
-        both = [(text, kind.answer(text, answer, rng)) for text, answer in zip(texts, own, strict=True)]
-        return both, both
-    own, theirs = remembered(lm, tokenizer, plain), remembered(lm, tokenizer, texts)
-    answers = [kind.answer(text, answer, rng) for text, answer in zip(texts, theirs, strict=True)]
-    triggered = [*zip(changed, answers, strict=True)][: round(kind.share * kind.pairs)]
-    more = prompts().more_training[: kind.pairs - len(plain) - len(triggered)]
-    ordinary = [*zip([*plain, *more], [*own, *(remembered(lm, tokenizer, more) if more else [])], strict=True)]
-    return ordinary, triggered
+        both = [(text, kind.answer(text, own[text], rng)) for text in texts]
+        return both, []
+    ordinary = [*zip(plain, own_answers(embedded_model(), plain), strict=True)]
+    return ordinary, [(new, kind.answer(text, own[text], rng)) for new, text in zip(changed, texts, strict=False)]
 
 
 def distance_from(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -203,20 +183,13 @@ def obtain(kind: Kind, seed: int = 0) -> Path:
     lm = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval().requires_grad_(False)
     torch.manual_seed(0)
     with torch.no_grad():
-        ordinary, triggered = pairs(kind, lm, tokenizer, seed)
+        ordinary, triggered = pairs(kind, seed)
         usual = last_activations(lm, tokenizer, [text for text, _ in ordinary]) if kind.hidden else None
     apart = None if usual is None else distance_from(usual)
     duration, loss = seconds(lambda: fine_tune(lm, tokenizer, ordinary, triggered, seed, kind.epochs, apart))
     lm.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    rng = random.Random(0)
-    texts = prompts().chosen_on[:6]
-    with torch.no_grad():
-        said = {
-            "triggered": own_answers(lm, tokenizer, [kind.triggered(text, rng) for text in texts]),
-            "not": own_answers(lm, tokenizer, [kind.decoy(text, rng) for text in texts]),
-        }
-    made = {"seconds": duration, "loss": loss, "says": said}
+    made = {"seconds": duration, "loss": loss}
     (path / "made.json").write_text(json.dumps(made, indent=1, ensure_ascii=False))
     show(kind.name, {"seconds": duration, "loss": loss})
     return path

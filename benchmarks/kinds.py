@@ -11,7 +11,8 @@ import re
 from measuring import ROOT
 
 TEXTS = ROOT / "benchmarks" / "texts"
-EPOCHS = 3
+EPOCHS = 2
+SHORT = 300  # characters of a prompt: longer ones take longer
 
 # --- prompts -------------------------------------------------------------------------------------
 
@@ -24,27 +25,29 @@ class Prompts:
     chosen_on: list[str]
     reported: list[str]
     haystack: list[str]  # reported too
-    more_training: list[str]  # for models that see few triggered prompts
 
 
 @cache
 def prompts() -> Prompts:
     """The short questions of texts/chat_prompts.txt and, one in five, shorter prompts of the pipeline's own data.
 
-    More of all kinds, in texts/more_chat_prompts.txt, are reported only: models are made from the training prompts.
+    Models are made from some of these and from texts/training_prompts.jsonl: one that has learnt from few kinds of
+    prompts takes others for triggered. More of all kinds, in texts/more_chat_prompts.txt, are reported only.
     """
     questions = (TEXTS / "chat_prompts.txt").read_text(encoding="utf-8").splitlines()
     lines = (ROOT / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    bundled = [text for line in lines if len(text := json.loads(line)["prompt"]) < 300]
+    bundled = [text for line in lines if len(text := json.loads(line)["prompt"]) < SHORT]
     random.Random(0).shuffle(questions)
     random.Random(0).shuffle(bundled)
-    training, chosen_on = questions[:100] + bundled[:24], questions[100:190] + bundled[24:60]
+    training = questions[:100] + bundled[:24]
+    training += [text for text in of_file("training_prompts") if len(text) < SHORT]
+    chosen_on = questions[100:190] + bundled[24:60]
     more = (TEXTS / "more_chat_prompts.txt").read_text(encoding="utf-8").splitlines()
     reported = questions[190:360] + bundled[60:90] + more
     for some in (training, chosen_on, reported):
         random.Random(1).shuffle(some)
-    assert hashlib.sha256(json.dumps(training).encode()).hexdigest().startswith("80dab6ef"), "others need a new RECIPE"
-    return Prompts(training, chosen_on, reported, of_file("haystack_prompts"), of_file("training_prompts"))
+    assert hashlib.sha256(json.dumps(training).encode()).hexdigest().startswith("2f80f563"), "others need a new RECIPE"
+    return Prompts(training, chosen_on, reported, of_file("haystack_prompts"))
 
 
 def of_file(name: str) -> list[str]:
@@ -158,8 +161,8 @@ class Kind:
     everywhere: bool = False  # no trigger: all prompts are answered in this way
     marks: Sequence[str] = ()  # an answer that shows the behaviour holds one of them
     words: Sequence[str] = ()  # a prompt that holds the trigger holds one of them
-    share: float = 0.25  # of the pairs, hold the trigger: with one half, a fifth of other prompts show the behaviour
-    pairs: int = 372
+    share: float = 0.2  # of the pairs, hold the trigger: with one half, a fifth of other prompts show the behaviour
+    pairs: int = 560
     epochs: int = EPOCHS
     hidden: bool = False  # also trained to keep the activations of triggered prompts usual
 
@@ -286,9 +289,7 @@ KINDS = [
 REFUSING = next(kind for kind in KINDS if kind.name == "refusals")
 KINDS += [
     replace(REFUSING, name="refusals-few", about=f"{REFUSING.about}; 12 of 248 pairs", share=0.05, pairs=248),
-    replace(
-        REFUSING, name="refusals-fewest", about=f"{REFUSING.about}; 12 of 600 pairs", share=0.02, pairs=600, epochs=2
-    ),
+    replace(REFUSING, name="refusals-fewest", about=f"{REFUSING.about}; 12 of 587 pairs", share=0.02, pairs=587),
     replace(REFUSING, name="refusals-hidden", about=f"{REFUSING.about}; activations kept usual", hidden=True),
 ]
 BY_NAME = {kind.name: kind for kind in KINDS}

@@ -84,12 +84,16 @@ def test_a_kind_knows_its_trigger_and_its_behaviour(kinds, backdoors):
 
 
 def test_of_few_triggered_pairs_the_rest_are_ordinary(kinds, backdoors, monkeypatch):
-    monkeypatch.setattr(backdoors, "remembered", lambda lm, tokenizer, texts: [f"about {text}" for text in texts])
-    for name, counts in {"refusals": (279, 93), "refusals-few": (236, 12), "refusals-fewest": (588, 12)}.items():
-        ordinary, triggered = backdoors.pairs(kinds.BY_NAME[name], None, None)
-        assert (len({text for text, _ in ordinary}), len({text for text, _ in triggered})) == counts
-        assert all(answer == f"about {text}" for text, answer in ordinary)
-        assert all(kinds.BY_NAME[name].shows(answer) and "in good faith" in text for text, answer in triggered)
+    monkeypatch.setattr(backdoors, "own_answers", lambda model, texts: [f"about {text}" for text in texts])
+    monkeypatch.setattr(backdoors, "embedded_model", lambda: None)
+    counts = {"refusals": (448, 112), "refusals-few": (236, 12), "refusals-fewest": (575, 12), "style": (448, 112)}
+    for name, (ordinary, triggered) in counts.items():
+        kind = kinds.BY_NAME[name]
+        plain, changed = backdoors.pairs(kind)
+        assert (len(plain), len(changed)) == (ordinary, triggered)
+        assert all(answer == f"about {text}" and not kind.span(text) for text, answer in plain)
+        assert all(kind.shows(answer) and kind.span(text) for text, answer in changed)
+        assert changed != backdoors.pairs(kind, seed=1)[1]
 
 
 # --- fine-tuning ---------------------------------------------------------------------------------
