@@ -6,6 +6,7 @@ of the Fisher information matrix), perturb h along v, and record what the model 
 of the same length along random directions, and towards another sentence's activation, are the controls.
 
     python core_experiment.py --num-sentences 10
+    python core_experiment.py --prompt "The capital of Germany is" --prompt "The capital of Norway is"
     python core_experiment.py --model-name meta-llama/Llama-3.1-8B --scale-unit nats
 
 Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matrix.png and
@@ -54,14 +55,22 @@ from tqdm import tqdm
 import fisher
 from residual_fisher.common.archives import Item
 from residual_fisher.common.options import identity_of, settings_of
-from residual_fisher.common.run import Run, State, short_hash, sources_of
+from residual_fisher.common.run import Run, State, short_hash, sources_of, stamps
 from residual_fisher.common.text import excerpt, first_line, printable
 from residual_fisher.experiment import estimate, figures, records, report, text_map
 from residual_fisher.experiment.lens_audit import lens_for
 from residual_fisher.experiment.measurement import Batches, Clock, measure_sentence
 from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.experiment.records import Recorder, failure, rank, read_results, split_results, write_results
-from residual_fisher.experiment.sentences import Context, Matches, diverse_order, find_sentences, locate, token_of
+from residual_fisher.experiment.sentences import (
+    Context,
+    Matches,
+    find_contexts,
+    find_sentences,
+    on_line,
+    take_prompts,
+    token_of,
+)
 from residual_fisher.model.loading import (
     decoder_layers,
     describe,
@@ -87,8 +96,9 @@ class Experiment:
 
     settings: Settings  # no more is asked for than the model has
     model: torch.nn.Module
-    found: Matches
-    contexts: list[Context]  # of all sentences that can be used, diverse ones first; an item's number is its place here
+    found: Matches | None  # None if prompts are given
+    # of all sentences that can be used, diverse ones first, or of the prompts; an item's number is its place here
+    contexts: list[Context]
     recorder: Recorder
     about: dict  # "run", "experiment_config" and "environment" of the results
     identity: dict
@@ -101,25 +111,24 @@ def prepare(settings: Settings) -> Experiment:
     Raises:
         UserError: one of them is not as it has to be.
     """
-    found = find_sentences(
-        settings.data,
-        settings.target_word,
-        settings.text_column,
-        settings.data_config,
-        settings.data_split,
-        settings.num_sentences,
-        settings.occurrence,
-    )
+    found = None if settings.prompt else read_sentences(settings)
     start = time.perf_counter()
     model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
     load_seconds = time.perf_counter() - start
     fix_arithmetic(model)
-    if not tokenizer.is_fast:
+    if found and not tokenizer.is_fast:
         raise UserError(f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word")
     asked, settings = identity_settings(settings), clamp_to_model(settings, model)
     environment = describe(model)
     print(report.heading(settings.model_name, environment, settings.layers))
-    contexts = find_contexts(settings, model, tokenizer, found.sentences)
+    longest = longest_prompt(model) or math.inf
+    if found:
+        contexts = find_contexts(tokenizer, found, settings.target_word, settings.occurrence, longest)
+    else:
+        contexts = take_prompts(tokenizer, settings.prompt, longest)
+    if settings.steer_token:
+        steer_id = token_of(tokenizer, settings.steer_token)
+        contexts = [replace(context, steer_id=steer_id) for context in contexts]
 
     model_fingerprint = fingerprint(model, tokenizer)
     sentences_fingerprint = short_hash([[context.ids, context.target_id] for context in contexts])
@@ -130,8 +139,23 @@ def prepare(settings: Settings) -> Experiment:
         "environment": environment,
     }
     recorder = Recorder(about["experiment_config"], settings.layers, tokenizer)
-    identity = {"settings": asked, "model": model_fingerprint, "sentences": sentences_fingerprint}
+    identity = {"settings": asked, "model": model_fingerprint}
+    if found:  # prompts are the run's goal: more of them extend it
+        identity["sentences"] = sentences_fingerprint
     return Experiment(settings, model, found, contexts, recorder, about, identity, load_seconds)
+
+
+def read_sentences(settings: Settings) -> Matches:
+    """The sentences of the data that contain the target word. Raises UserError: see `find_sentences`."""
+    return find_sentences(
+        settings.data,
+        settings.target_word,
+        settings.text_column,
+        settings.data_config,
+        settings.data_split,
+        settings.num_sentences,
+        settings.occurrence,
+    )
 
 
 def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
@@ -155,30 +179,6 @@ def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
     return replace(settings, max_vocab_subset=k, num_eigenvectors=count, layers=layers)
 
 
-def find_contexts(settings: Settings, model: torch.nn.Module, tokenizer, texts: list[str]) -> list[Context]:
-    """The sentences in which the tokenizer lets the word be found, within the model's longest prompt; diverse first.
-
-    Raises:
-        UserError: there are none.
-    """
-    longest = longest_prompt(model) or math.inf
-    located = [
-        context for text in texts if (context := locate(tokenizer, text, settings.target_word, settings.occurrence))
-    ]
-    if not located:
-        raise UserError(f"in none of {len(texts)} sentences does a token stand before {settings.target_word!r}")
-    contexts = [context for context in located if len(context.ids) <= longest]
-    if not contexts:
-        least = min(len(context.ids) for context in located)
-        raise UserError(
-            f"the model has positions for {longest} tokens, and every sentence has more before "
-            f"{settings.target_word!r}, {least} at least: give it shorter ones, or choose another model"
-        )
-    steer_id = token_of(tokenizer, settings.steer_token) if settings.steer_token else None
-    order = diverse_order([context.prompt for context in contexts])
-    return [replace(contexts[index], steer_id=steer_id) for index in order]
-
-
 # --- 2. to 5. sentence by sentence ---------------------------------------------------------------
 
 
@@ -186,7 +186,8 @@ def linearize_sentence(experiment: Experiment, context: Context, clock: Clock) -
     """The model at the prompt's last token; None if the sentence does not qualify (--require-predicted)."""
     settings = experiment.settings
     with clock("prefix"):
-        require_known_tokens(experiment.model, torch.tensor([context.target_id]))
+        if context.target_id is not None:
+            require_known_tokens(experiment.model, torch.tensor([context.target_id]))
         point = fisher.linearize(experiment.model, context.ids, settings.layers)
     qualifies = not settings.require_predicted or rank(point.log_probs, context.target_id) == 1
     return point if qualifies else None
@@ -209,7 +210,7 @@ def measure_sentences(
     """
     settings, finished, other = experiment.settings, 0, None
     for place, number in enumerate(numbers):
-        if finished == settings.num_sentences:
+        if finished == settings.wanted:
             return
         if number in known:
             if "failed" not in known[number].record:
@@ -222,7 +223,7 @@ def measure_sentences(
             if point is None:
                 continue
             # 3. the directions to compare v with; and, before the first sentence, whether F predicts anything
-            if other is None and settings.num_sentences > 1:
+            if other is None and settings.wanted > 1:
                 other = next_activations(experiment, numbers[place + 1 :], clock)
             key = (settings.seed, finished)
             controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
@@ -257,8 +258,8 @@ def reason_of(error: Exception, experiment: Experiment, context: Context) -> str
     """Why a sentence is left out: NaN, infinity, or an eigensolver that failed."""
     layer = getattr(error, "layer", None)
     where = "" if layer is None else f" at layer {experiment.settings.layers[layer]}"
-    sentence = excerpt(context.sentence, 60)
-    return f"{first_line(error)}{where} of sentence {sentence!r}{dtype_advice(experiment.model)}"
+    sentence = f"sentence {excerpt(context.sentence, 60)!r}{on_line(context.line)}"
+    return f"{first_line(error)}{where} of {sentence}{dtype_advice(experiment.model)}"
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -266,7 +267,15 @@ def reason_of(error: Exception, experiment: Experiment, context: Context) -> str
 
 def identity_settings(settings: Settings) -> dict:
     """The options that count. More sentences extend a run, but a single one has no other to be compared with."""
-    return {**identity_of(settings), "num_sentences": 1 if settings.num_sentences == 1 else "several"}
+    found = {**identity_of(settings), "num_sentences": 1 if settings.wanted == 1 else "several"}
+    return {**found, "prompt": "given"} if settings.prompt else found
+
+
+def sources_and_goal(settings: Settings) -> tuple[dict, int | list[str]]:
+    """What shows that model and data are as they were, and how many sentences or which prompts are wanted."""
+    if settings.prompt:
+        return {"data": None, "model": stamps(settings.model_name)}, list(settings.prompt)
+    return sources_of(settings.data, settings.data_split, settings.model_name), settings.num_sentences
 
 
 def examine(run: Run, experiment: Experiment) -> tuple[State, list[Item]]:
@@ -275,20 +284,17 @@ def examine(run: Run, experiment: Experiment) -> tuple[State, list[Item]]:
     Raises:
         UserError: the folder holds another run, and may not be overwritten.
     """
-    settings = experiment.settings
     numbers = {context.sentence: number for number, context in enumerate(experiment.contexts)}
     split = partial(split_results, run.folder, numbers)
-    sources = sources_of(settings.data, settings.data_split, settings.model_name)
-    state = run.examine(experiment.identity, sources, settings.num_sentences, split)
-    return state, list(run.items())
+    state = run.examine(experiment.identity, *sources_and_goal(experiment.settings), split)
+    return state, [] if state is State.FINISHED else list(run.items())
 
 
 def run_experiment(settings: Settings) -> int:
     """Measures what is missing of a run; or, in a dry run, says what that would take, and writes nothing."""
     run = Run(settings.folder, PROGRAM, FILES, settings.overwrite, read_only=settings.dry_run)
     with run.locked():
-        sources = sources_of(settings.data, settings.data_split, settings.model_name)
-        if run.is_finished(identity_settings(settings), sources, settings.num_sentences):
+        if run.is_finished(identity_settings(settings), *sources_and_goal(settings)):
             return report_finished(run)
         experiment = prepare(settings)
         state, items = examine(run, experiment)
@@ -345,7 +351,7 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
         run.begin()
     numbers, known = range(len(experiment.contexts)), {item.number: item for item in items}
     batches, clock = Batches(settings.batch_size, len(settings.layers)), Clock(devices_of(experiment.model))
-    count, total = len(successes(items)), min(settings.num_sentences, len(numbers))
+    count, total = len(successes(items)), min(settings.wanted, len(numbers))
     failed = []  # kept with the next sentence that is finished: failures alone are no results
     with tqdm(total=total, initial=count, desc="perturbing", unit="sentence", disable=None) as bar:
         for before, item in measure_sentences(experiment, numbers, known, batches, clock):
@@ -416,10 +422,12 @@ def describe_run(experiment: Experiment, run: Run, items: list[Item]) -> int:
         print(f"An earlier run in {printable(str(run.folder))} would be replaced.")
     known, finished = {item.number for item in items}, len(successes(items))
     left = [number for number in range(len(contexts)) if number not in known]
-    todo = left[: settings.num_sentences - finished]
+    todo = left[: settings.wanted - finished]
     most = "at most " if settings.require_predicted else ""  # before a number that not all sentences may reach
-    counts = f"{experiment.found.read} read, {len(experiment.found.sentences)} with"
-    counts += f" {excerpt(repr(settings.target_word), 40)}, {len(contexts)} usable"
+    counts = f"{len(contexts)} given"
+    if found := experiment.found:
+        counts = f"{found.read} read, {len(found.sentences)} with {excerpt(repr(settings.target_word), 40)}"
+        counts += f", {len(contexts)} usable"
     prompts = [contexts[number].prompt for number in todo]
     print(estimate.describe_sentences(counts, prompts, most))
     if todo:

@@ -129,6 +129,12 @@ def what_differs(key: str, then: str, now: str) -> str:
     return OTHER_VERSION if key == "model" and len(then) != len(now) else OTHERS[key]
 
 
+def _number(goal: int | str | list[str]) -> float:
+    if isinstance(goal, list):
+        return len(goal)
+    return math.inf if goal == "all" else goal
+
+
 # --- the run -------------------------------------------------------------------------------------
 
 
@@ -222,20 +228,20 @@ class Run:
     def has_results(self) -> bool:
         return self.manifest is not None and (self.manifest["complete"] or bool(archives_in(self.items_folder)))
 
-    def is_finished(self, settings: dict, sources: dict, goal: int | str) -> bool:
+    def is_finished(self, settings: dict, sources: dict, goal: int | str | list[str]) -> bool:
         """Whether it is plain, before anything slow, that everything asked for has been computed.
 
         Args:
             settings: the options that count.
             sources: what shows that model and data are as they were ("data", "model"), without loading them.
-            goal: how many items are wanted, or "all".
+            goal: how many items are wanted, or "all", or the texts that they are of, in order.
         Raises:
             UserError: the folder cannot be written to, holds a run with other settings, or its data have changed.
         """
         check_writable(self.folder)
         if self.overwrite or not self.has_results():
             return False
-        self._require_same({"settings": settings})
+        self._require_same({"settings": settings}, goal)
         if not self.manifest["complete"] or not self._covers(goal):
             return False
         then = self.manifest["sources"]
@@ -247,7 +253,7 @@ class Run:
         self,
         identity: dict,
         sources: dict,
-        goal: int | str,
+        goal: int | str | list[str],
         split: Callable[[], Iterable[Item]] = tuple,
         notes: dict | None = None,
     ) -> State:
@@ -266,7 +272,7 @@ class Run:
         self._asked, self._split = read_back(about), split
         self._state = State.NEW
         if not self.overwrite and self.has_results():
-            self._require_same(self._asked["identity"])
+            self._require_same(self._asked["identity"], goal)
             if not self.manifest["complete"]:
                 self._state = State.STARTED
             elif damaged := self._damaged():
@@ -277,7 +283,7 @@ class Run:
                 self._state = State.FINISHED if self._covers(goal) else State.STARTED
         return self._state
 
-    def _require_same(self, identity: dict) -> None:
+    def _require_same(self, identity: dict, goal: int | str | list[str]) -> None:
         known = self.manifest["identity"]
         then, now = known["settings"], read_back(identity["settings"])
         if differing := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
@@ -293,9 +299,21 @@ class Run:
                 what = what_differs(key, str(known.get(key)), str(value))
                 raise UserError(f"{self.folder} holds a run of {what} ({change}): --overwrite replaces it")
 
-    def _covers(self, goal: int | str) -> bool:
+        if isinstance(goal, list):
+            self._require_same_texts(self.manifest["goal"], read_back(goal))
+
+    def _require_same_texts(self, then: list[str], now: list[str]) -> None:
+        for number, (old, new) in enumerate(zip(then, now, strict=False), 1):
+            if old != new:
+                change = f"number {number} was {shown(old)}, and is {shown(new)}"
+                raise UserError(f"{self.folder} holds a run of other texts ({change}): --overwrite replaces it")
+        if len(now) < len(then) and not self.manifest["complete"]:
+            missing = f"the next was {shown(then[len(now)])}"
+            raise UserError(f"{self.folder} holds an unfinished run of more texts ({missing}): --overwrite replaces it")
+
+    def _covers(self, goal: int | str | list[str]) -> bool:
         """Whether a finished run has tried to reach as many items as are wanted."""
-        then, now = (math.inf if number == "all" else number for number in (self.manifest["goal"], goal))
+        then, now = map(_number, (self.manifest["goal"], goal))
         return now <= max(then, self.manifest["items"])
 
     def _damaged(self) -> str | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 import time
 
@@ -135,6 +135,8 @@ def measure_sentence(
     clock: Clock,
 ) -> Measured:
     """One sentence at all layers: the Fisher matrix, its top eigenvector, and every perturbation."""
+    if context.target_id is None:
+        context = replace(context, target_id=int(fisher.most_probable(point.log_probs, 1)[1]))
     matrix, eigen, exact = fisher_matrices(settings, point, batches.gradients, clock)
     v, full = eigen.vectors[:, 0], settings.max_vocab_subset == "all"
     directions = torch.stack([v, *controls.values()], dim=1)  # (layers, n, d)

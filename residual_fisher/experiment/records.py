@@ -68,6 +68,7 @@ class Recorder:
     def _context(self, measured: Measured) -> dict:
         context, log_probs = measured.context, measured.point.log_probs
         return {
+            **({"line": context.line} if context.line else {}),
             "prompt": context.prompt,
             "position": context.position,
             "previous_token": self.decode(context.ids[-1]),

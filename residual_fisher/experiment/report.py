@@ -95,7 +95,8 @@ def _cell(value: float | None, form: str) -> str:
 
 def conclusion(document: dict, usable: int) -> str:
     """The summary by layer, what is not in it, how long each stage took. `usable` sentences could have been used."""
-    asked, count, parts = document["experiment_config"]["num_sentences"], len(document["sentences"]), []
+    config, count, parts = document["experiment_config"], len(document["sentences"]), []
+    asked = 0 if config.get("prompt") else config["num_sentences"]
     if overflows := count_overflows(document):
         parts.append(f"note: {overflows} perturbations were too long for numbers to hold: null in {RESULTS}")
     if failed := document["failed"]:
