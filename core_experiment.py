@@ -103,6 +103,7 @@ class Experiment:
     about: dict  # "run", "experiment_config" and "environment" of the results
     identity: dict
     load_seconds: float
+    also_nats: bool | None  # whether steps in nats are taken too; None until the first sentence is measured
 
 
 def prepare(settings: Settings) -> Experiment:
@@ -133,16 +134,18 @@ def prepare(settings: Settings) -> Experiment:
     model_fingerprint = fingerprint(model, tokenizer)
     sentences_fingerprint = short_hash([[context.ids, context.target_id] for context in contexts])
     run = {"model_fingerprint": model_fingerprint, "sentences_fingerprint": sentences_fingerprint}
+    recorded = replace(settings, scale_unit=settings.unit)
     about = {
-        "run": {"id": short_hash([run, identity_of(settings)]), **run},
-        "experiment_config": settings_of(settings),
+        "run": {"id": short_hash([run, identity_of(recorded)]), **run},
+        "experiment_config": settings_of(recorded),
         "environment": environment,
     }
     recorder = Recorder(about["experiment_config"], settings.layers, tokenizer)
     identity = {"settings": asked, "model": model_fingerprint}
     if found:  # prompts are the run's goal: more of them extend it
         identity["sentences"] = sentences_fingerprint
-    return Experiment(settings, model, found, contexts, recorder, about, identity, load_seconds)
+    also_nats = None if settings.scale_unit == "auto" else False
+    return Experiment(settings, model, found, contexts, recorder, about, identity, load_seconds, also_nats)
 
 
 def read_sentences(settings: Settings) -> Matches:
@@ -198,7 +201,8 @@ def measure_sentences(
 ) -> Iterator[tuple[int, Item]]:
     """Takes sentences through the protocol, until enough are finished.
 
-    Each depends on those before it: its random directions on how many are finished, its control on the last of them.
+    Each depends on those before it: its random directions on how many are finished, its control on the last of them,
+    and whether it is perturbed in nats too on the first of them.
 
     Args:
         numbers: places in `experiment.contexts`, ascending, of the sentences to take.
@@ -208,7 +212,7 @@ def measure_sentences(
     Raises:
         UserError: the model is not supported.
     """
-    settings, finished, other = experiment.settings, 0, None
+    settings, finished, other, also_nats = experiment.settings, 0, None, experiment.also_nats
     for place, number in enumerate(numbers):
         if finished == settings.wanted:
             return
@@ -229,7 +233,7 @@ def measure_sentences(
             controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
             batches.prepare(point, experiment.contexts)
             # 4. the Fisher matrix, its eigenpairs, and every perturbation
-            measured = measure_sentence(settings, context, point, controls, batches, clock)
+            measured = measure_sentence(settings, context, point, controls, batches, clock, also_nats)
             # 5. record it
             ways = {**ways_of(experiment.model), **batches.halved()}
             item = experiment.recorder.item(number, measured, ways, clock.take())
@@ -239,7 +243,7 @@ def measure_sentences(
         except fisher.UnsupportedModelError as error:
             raise UserError(f"this model is not supported: {error}") from error
         yield finished, item
-        finished, other = finished + 1, point.activations
+        finished, other, also_nats = finished + 1, point.activations, records.NATS in item.record
 
 
 def next_activations(experiment: Experiment, numbers: Sequence[int], clock: Clock) -> torch.Tensor | None:
@@ -267,7 +271,10 @@ def reason_of(error: Exception, experiment: Experiment, context: Context) -> str
 
 def identity_settings(settings: Settings) -> dict:
     """The options that count. More sentences extend a run, but a single one has no other to be compared with."""
-    found = {**identity_of(settings), "num_sentences": 1 if settings.wanted == 1 else "several"}
+    found = {
+        **identity_of(replace(settings, scale_unit=settings.unit)),
+        "num_sentences": 1 if settings.wanted == 1 else "several",
+    }
     return {**found, "prompt": "given"} if settings.prompt else found
 
 
@@ -300,6 +307,8 @@ def run_experiment(settings: Settings) -> int:
         state, items = examine(run, experiment)
         if state is State.FINISHED:
             return report_finished(run)
+        if finished := successes(items):  # those after them are measured alike
+            experiment = replace(experiment, also_nats=records.NATS in finished[0].record)
         if state is State.STARTED:
             print(f"Resuming after the {len(successes(items))} sentences that are finished.")
         return describe_run(experiment, run, items) if settings.dry_run else run_sentences(experiment, run, items)
@@ -311,7 +320,6 @@ def successes(items: list[Item]) -> list[Item]:
 
 def run_sentences(experiment: Experiment, run: Run, items: list[Item]) -> int:
     """Measures what is not in `items` yet. Whatever stops it, finished sentences are written before it is reported."""
-    print(report.block_legend(experiment.about["experiment_config"]))
     stopped = None
     try:
         measure_missing(experiment, run, items)
@@ -353,6 +361,7 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
     batches, clock = Batches(settings.batch_size, len(settings.layers)), Clock(devices_of(experiment.model))
     count, total = len(successes(items)), min(settings.wanted, len(numbers))
     failed = []  # kept with the next sentence that is finished: failures alone are no results
+    told = False  # how to read a sentence's block
     with tqdm(total=total, initial=count, desc="perturbing", unit="sentence", disable=None) as bar:
         for before, item in measure_sentences(experiment, numbers, known, batches, clock):
             if "failed" in item.record:
@@ -363,6 +372,9 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
             run.append([*failed, item])
             items.append(item)  # only now: Ctrl-C must not find it among the results before it is kept
             failed.clear()
+            if not told:
+                tqdm.write(report.block_legend(config, successes(items)[0].record))
+                told = True
             tqdm.write(report.sentence_block(item.record, before, config))
             bar.update()
     if failed and successes(items):

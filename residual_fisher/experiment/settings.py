@@ -27,6 +27,7 @@ from residual_fisher.common.program import EMBEDDED, UserError
 
 BUNDLED = "data/animals.json"
 RESULTS, MAP_RESULTS = "experiment_results", "map_results"  # where they go by default
+PROTOCOL_UNIT = "eigenvalue"  # of the original protocol's steps
 SCALES = (0.0, -0.5, 0.5, -1.0, 1.0, -2.0, 2.0, -5.0, 5.0, -10.0, 10.0)
 
 
@@ -70,10 +71,11 @@ class Settings(CommandOptions):
     )
     scales: tuple = option(SCALES, finite, "A", "how far to perturb, in units (0 ±0.5 ±1 ±2 ±5 ±10)", several=True)
     scale_unit: str = option(
-        "eigenvalue",
-        one_of("eigenvalue", "nats", "norm"),
+        "auto",
+        one_of("eigenvalue", "nats", "norm", "auto"),
         "UNIT",
-        "eigenvalue: lambda; nats: 1/sqrt(lambda), for which A²/2 nats are predicted; norm: |h|/100",
+        "eigenvalue: lambda; nats: 1/sqrt(lambda), for which A²/2 nats are predicted; norm: |h|/100 "
+        "(eigenvalue, and nats too if its steps are too short)",
     )
     max_vocab_subset: int | str = option(
         200, or_all(positive), "K", "most probable tokens that the Fisher matrix counts, or all"
@@ -133,6 +135,11 @@ class Settings(CommandOptions):
     def data(self) -> str | tuple[str, ...]:
         """The dataset's name, or the path of the bundled file, or several paths."""
         return bundled(self.data_file)
+
+    @property
+    def unit(self) -> str:
+        """The unit of the steps that are taken in any case."""
+        return PROTOCOL_UNIT if self.scale_unit == "auto" else self.scale_unit
 
     @property
     def wanted(self) -> int:
