@@ -55,9 +55,11 @@ from tqdm import tqdm
 import fisher
 from residual_fisher.common.archives import Item
 from residual_fisher.common.options import identity_of, settings_of
-from residual_fisher.common.run import Run, State, short_hash, sources_of, stamps
+from residual_fisher.common.progress import progress
+from residual_fisher.common.run import Run, State, short_hash
 from residual_fisher.common.text import excerpt, first_line, printable
 from residual_fisher.experiment import estimate, figures, records, report, text_map
+from residual_fisher.experiment.identity import as_in_run, identity_in, identity_settings, is_alone, sources_and_goal
 from residual_fisher.experiment.lens_audit import lens_for
 from residual_fisher.experiment.measurement import Batches, Clock, measure_sentence
 from residual_fisher.experiment.perturbation import control_directions
@@ -269,22 +271,6 @@ def reason_of(error: Exception, experiment: Experiment, context: Context) -> str
 # --- the run -------------------------------------------------------------------------------------
 
 
-def identity_settings(settings: Settings) -> dict:
-    """The options that count. More sentences extend a run, but a single one has no other to be compared with."""
-    found = {
-        **identity_of(replace(settings, scale_unit=settings.unit)),
-        "num_sentences": 1 if settings.wanted == 1 else "several",
-    }
-    return {**found, "prompt": "given"} if settings.prompt else found
-
-
-def sources_and_goal(settings: Settings) -> tuple[dict, int | list[str]]:
-    """What shows that model and data are as they were, and how many sentences or which prompts are wanted."""
-    if settings.prompt:
-        return {"data": None, "model": stamps(settings.model_name)}, list(settings.prompt)
-    return sources_of(settings.data, settings.data_split, settings.model_name), settings.num_sentences
-
-
 def examine(run: Run, experiment: Experiment) -> tuple[State, list[Item]]:
     """How far the run has come, and its finished items.
 
@@ -299,14 +285,19 @@ def examine(run: Run, experiment: Experiment) -> tuple[State, list[Item]]:
 
 def run_experiment(settings: Settings) -> int:
     """Measures what is missing of a run; or, in a dry run, says what that would take, and writes nothing."""
-    run = Run(settings.folder, PROGRAM, FILES, settings.overwrite, read_only=settings.dry_run)
+    run = Run(settings.folder, PROGRAM, FILES, settings.overwrite, settings.dry_run, "sentences")
     with run.locked():
-        if run.is_finished(identity_settings(settings), *sources_and_goal(settings)):
-            return report_finished(run)
+        asked, settings = settings, as_in_run(run, settings)
+        alone = is_alone(run, settings)
+        if not alone and run.is_finished(identity_in(run, settings), *sources_and_goal(settings)):
+            return report_finished(run, asked)
         experiment = prepare(settings)
+        if alone and run.is_of({**experiment.identity, "settings": run.manifest["identity"]["settings"]}):
+            print("The one sentence that is finished had no other to be compared with: it is measured again.")
+            run.overwrite = True
         state, items = examine(run, experiment)
         if state is State.FINISHED:
-            return report_finished(run)
+            return report_finished(run, asked)
         if finished := successes(items):  # those after them are measured alike
             experiment = replace(experiment, also_nats=records.NATS in finished[0].record)
         if state is State.STARTED:
@@ -338,7 +329,8 @@ def run_sentences(experiment: Experiment, run: Run, items: list[Item]) -> int:
             )
             figures.draw(run.folder, document)
         else:
-            run.finish(len(items), (records.RESULTS, records.EIGENVECTORS))
+            seconds = sum(seconds for stage, seconds in document["timings"].items() if stage != "load")
+            run.finish(len(items), (records.RESULTS, records.EIGENVECTORS), seconds=seconds)
             draw(run, document)
     print(report.conclusion(document, len(experiment.contexts)))
     written = (records.RESULTS, records.EIGENVECTORS, *figures.pictures_of(document))
@@ -362,7 +354,7 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
     count, total = len(successes(items)), min(settings.wanted, len(numbers))
     failed = []  # kept with the next sentence that is finished: failures alone are no results
     told = False  # how to read a sentence's block
-    with tqdm(total=total, initial=count, desc="perturbing", unit="sentence", disable=None) as bar:
+    with progress(total, "perturbing", "sentence", initial=count) as bar:
         for before, item in measure_sentences(experiment, numbers, known, batches, clock):
             if "failed" in item.record:
                 items.append(item)
@@ -397,11 +389,14 @@ def nothing_found(experiment: Experiment, items: list[Item]) -> str:
     return f"in none of {count} sentences is {word!r} the top prediction (--require-predicted)"
 
 
-def report_finished(run: Run) -> int:
-    """Says that nothing is left to do; in a run that may write, draws pictures that are missing or damaged."""
+def report_finished(run: Run, settings: Settings) -> int:
+    """Tells of what is asked for, of a run that has it; if it may write, draws pictures that are missing or damaged."""
     document = read_results(run.folder)
     if not run.read_only:
         draw(run, document)
+    sentences = settings.prompt or document["sentences"][: settings.num_sentences]
+    layers = choose_layers(settings.layers, document["environment"]["depth"])
+    print(report.conclusion(records.part_of(document, sentences, list(map(str, layers)))))
     print(f"{printable(str(run.folder))} is finished: nothing to do (--overwrite starts anew)")
     return SOME_FAILED if document["failed"] else 0
 

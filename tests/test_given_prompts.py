@@ -111,10 +111,16 @@ def test_more_prompts_extend_a_run_and_others_are_refused(model_directory, tmp_p
         assert name.endswith("json") or found == expected
     (found, _), (expected, _) = experiment_results(output), experiment_results(tmp_path / "at once")
     assert found["checksum"] == expected["checksum"]
+    assert run(model_directory, tmp_path / "one", PROMPTS[:1]) == 0  # which had no other to be compared with
+    assert run(model_directory, tmp_path / "one", PROMPTS) == 0
+    assert experiment_results(tmp_path / "one")[0]["checksum"] == expected["checksum"]
+    assert run(model_directory, tmp_path / "two", PROMPTS[:1]) == 0
+    assert run(model_directory, tmp_path / "two", PROMPTS[1:]) == 2
     before = contents(output)
     for prompts, code, said in (
         (PROMPTS, 0, "is finished"),
-        (PROMPTS[:2], 0, "is finished"),
+        (PROMPTS[:2], 0, "Medians over 2 sentences"),
+        (PROMPTS[:1], 0, "Medians over 1 sentences"),
         ([PROMPTS[1], PROMPTS[0]], 2, "a run of other texts (number 1 was 'We like wild', and is 'The zoo has many')"),
         ([*PROMPTS[:2], "Another"], 2, "number 3 was 'In the sea live', and is 'Another'"),
     ):

@@ -329,6 +329,33 @@ def reduced(reduce: Callable[[list], float], records: list[dict], key: str) -> f
     return reduce(known) if known else None
 
 
+def part_of(document: dict, sentences: Sequence[str], layers: Sequence[str]) -> dict:
+    """The results of some of the sentences at some of the layers, with their summary; all other entries are of all."""
+    rows = [row for row, sentence in enumerate(document["sentences"]) if sentence in set(sentences)]
+    if len(rows) == len(document["sentences"]) and list(layers) == list(document["fisher"][0]):
+        return document
+    names = {key: name for key, name in COLUMNS.items() if name in document}
+    records = [{key: _at_layers(document[name][row], layers) for key, name in names.items()} for row in rows]
+    eigenvalues = [[record["fisher"][layer]["eigenvalues"][0] for layer in layers] for record in records]
+    parts = {name: [record[key] for record in records] for key, name in names.items()}
+    config = {**document["experiment_config"], "num_sentences": len(rows)}
+    return {
+        **document,
+        **parts,
+        "experiment_config": config,
+        "summary": summary(records, np.array(eigenvalues), config["scales"]),
+    }
+
+
+def _at_layers(entry: str | dict, layers: Sequence[str]) -> str | dict:
+    """What a sentence's record has under a key, without other layers."""
+    if not isinstance(entry, dict):
+        return entry
+    if "layers" in entry:  # of steering
+        return {**entry, "layers": _at_layers(entry["layers"], layers)}
+    return {name: value for name, value in entry.items() if not name.isdecimal() or name in layers}
+
+
 # --- how much it is, for a dry run ---------------------------------------------------------------
 
 

@@ -111,8 +111,12 @@ def _cell(value: float | None, form: str) -> str:
 # --- at the end ----------------------------------------------------------------------------------
 
 
-def conclusion(document: dict, usable: int) -> str:
-    """The summary by layer, what is not in it, how long each stage took. `usable` sentences could have been used."""
+def conclusion(document: dict, usable: int | None = None) -> str:
+    """The summary by layer, what is not in it, how long each stage took.
+
+    Args:
+        usable: how many sentences could have been used, if it is known.
+    """
     config, count, parts = document["experiment_config"], len(document["sentences"]), []
     asked = 0 if config.get("prompt") else config["num_sentences"]
     if overflows := count_overflows(document):
@@ -122,7 +126,7 @@ def conclusion(document: dict, usable: int) -> str:
     if continuations := document.get("continuations"):
         parts.append(continuation_line(continuations))
     if document["complete"] and count < asked:
-        among = f" among the {usable} that were read" if count < usable else ""
+        among = f" among the {usable} that were read" if usable and count < usable else ""
         parts.append(f"note: {asked} sentences were asked for, only {count} are available{among}")
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in document["timings"].items())
     return "\n".join([summary_tables(document), *parts, f"seconds: {seconds}"])
