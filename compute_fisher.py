@@ -57,6 +57,7 @@ from tqdm import tqdm
 
 from residual_fisher.common.archives import Item
 from residual_fisher.common.options import identity_of, settings_of
+from residual_fisher.common.progress import LogLines, progress
 from residual_fisher.common.run import Run, State, checksum, read_manifest, sources_of
 from residual_fisher.common.text import excerpt, model_line, printable
 from residual_fisher.model.loading import (
@@ -171,7 +172,7 @@ def clamp_to_model(settings: Settings, subject: Subject, tell: Callable[[str], N
 # --- 2. windows and batches of the dataset, 3. Fisher matrices, 4. their singular triplets -------
 
 
-def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Processes, bar: tqdm) -> None:
+def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Processes, bar: tqdm | LogLines) -> None:
     """Takes the windows of this process through `measure`, and keeps every batch as soon as it is finished.
 
     The next window is tokenized meanwhile, and items are completed and written.
@@ -222,7 +223,7 @@ def run_pipeline(settings: Settings, process: Processes) -> int:
     if settings.fail_on_finding and not settings.explain:
         raise UserError("--fail-on-finding needs --explain: without it nothing is looked for")
     files = (*FILES, FINDINGS, matrices.LINES, findings.JOURNAL)
-    run = Run(Path(settings.output_dir), PROGRAM, files, settings.overwrite, read_only=settings.dry_run)
+    run = Run(Path(settings.output_dir), PROGRAM, files, settings.overwrite, settings.dry_run, "prompts")
     against: Reference | None = None
     with ExitStack() as stack:
 
@@ -291,10 +292,10 @@ def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference
     return state
 
 
-def progress_bar(settings: Settings, process: Processes) -> tqdm:
+def progress_bar(settings: Settings, process: Processes) -> tqdm | LogLines:
     """Of all processes' prompts, shown by the first."""
     total = None if settings.num_prompts == "all" else settings.num_prompts
-    return tqdm(total=total, desc="Fisher matrices", unit="prompt", disable=None if process.first else True)
+    return progress(total, "Fisher matrices", "prompt", shown=process.first)
 
 
 def is_scored(run: Run, against: Reference | None) -> bool:

@@ -6,6 +6,7 @@ of the Fisher information matrix), perturb h along v, and record what the model 
 of the same length along random directions, and towards another sentence's activation, are the controls.
 
     python core_experiment.py --num-sentences 10
+    python core_experiment.py --prompt "The capital of Germany is" --prompt "The capital of Norway is"
     python core_experiment.py --model-name meta-llama/Llama-3.1-8B --scale-unit nats
 
 Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matrix.png and
@@ -54,14 +55,24 @@ from tqdm import tqdm
 import fisher
 from residual_fisher.common.archives import Item
 from residual_fisher.common.options import identity_of, settings_of
-from residual_fisher.common.run import Run, State, short_hash, sources_of
+from residual_fisher.common.progress import progress
+from residual_fisher.common.run import Run, State, short_hash
 from residual_fisher.common.text import excerpt, first_line, printable
 from residual_fisher.experiment import estimate, figures, records, report, text_map
+from residual_fisher.experiment.identity import as_in_run, identity_in, identity_settings, is_alone, sources_and_goal
 from residual_fisher.experiment.lens_audit import lens_for
 from residual_fisher.experiment.measurement import Batches, Clock, measure_sentence
 from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.experiment.records import Recorder, failure, rank, read_results, split_results, write_results
-from residual_fisher.experiment.sentences import Context, Matches, diverse_order, find_sentences, locate, token_of
+from residual_fisher.experiment.sentences import (
+    Context,
+    Matches,
+    find_contexts,
+    find_sentences,
+    on_line,
+    take_prompts,
+    token_of,
+)
 from residual_fisher.model.loading import (
     decoder_layers,
     describe,
@@ -87,12 +98,14 @@ class Experiment:
 
     settings: Settings  # no more is asked for than the model has
     model: torch.nn.Module
-    found: Matches
-    contexts: list[Context]  # of all sentences that can be used, diverse ones first; an item's number is its place here
+    found: Matches | None  # None if prompts are given
+    # of all sentences that can be used, diverse ones first, or of the prompts; an item's number is its place here
+    contexts: list[Context]
     recorder: Recorder
     about: dict  # "run", "experiment_config" and "environment" of the results
     identity: dict
     load_seconds: float
+    also_nats: bool | None  # whether steps in nats are taken too; None until the first sentence is measured
 
 
 def prepare(settings: Settings) -> Experiment:
@@ -101,7 +114,45 @@ def prepare(settings: Settings) -> Experiment:
     Raises:
         UserError: one of them is not as it has to be.
     """
-    found = find_sentences(
+    found = None if settings.prompt else read_sentences(settings)
+    start = time.perf_counter()
+    model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
+    load_seconds = time.perf_counter() - start
+    fix_arithmetic(model)
+    if found and not tokenizer.is_fast:
+        raise UserError(f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word")
+    asked, settings = identity_settings(settings), clamp_to_model(settings, model)
+    environment = describe(model)
+    print(report.heading(settings.model_name, environment, settings.layers))
+    longest = longest_prompt(model) or math.inf
+    if found:
+        contexts = find_contexts(tokenizer, found, settings.target_word, settings.occurrence, longest)
+    else:
+        contexts = take_prompts(tokenizer, settings.prompt, longest)
+    if settings.steer_token:
+        steer_id = token_of(tokenizer, settings.steer_token)
+        contexts = [replace(context, steer_id=steer_id) for context in contexts]
+
+    model_fingerprint = fingerprint(model, tokenizer)
+    sentences_fingerprint = short_hash([[context.ids, context.target_id] for context in contexts])
+    run = {"model_fingerprint": model_fingerprint, "sentences_fingerprint": sentences_fingerprint}
+    recorded = replace(settings, scale_unit=settings.unit)
+    about = {
+        "run": {"id": short_hash([run, identity_of(recorded)]), **run},
+        "experiment_config": settings_of(recorded),
+        "environment": environment,
+    }
+    recorder = Recorder(about["experiment_config"], settings.layers, tokenizer)
+    identity = {"settings": asked, "model": model_fingerprint}
+    if found:  # prompts are the run's goal: more of them extend it
+        identity["sentences"] = sentences_fingerprint
+    also_nats = None if settings.scale_unit == "auto" else False
+    return Experiment(settings, model, found, contexts, recorder, about, identity, load_seconds, also_nats)
+
+
+def read_sentences(settings: Settings) -> Matches:
+    """The sentences of the data that contain the target word. Raises UserError: see `find_sentences`."""
+    return find_sentences(
         settings.data,
         settings.target_word,
         settings.text_column,
@@ -110,28 +161,6 @@ def prepare(settings: Settings) -> Experiment:
         settings.num_sentences,
         settings.occurrence,
     )
-    start = time.perf_counter()
-    model, tokenizer = load(settings.model_name, settings.dtype, settings.device, settings.trust_remote_code)
-    load_seconds = time.perf_counter() - start
-    fix_arithmetic(model)
-    if not tokenizer.is_fast:
-        raise UserError(f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word")
-    asked, settings = identity_settings(settings), clamp_to_model(settings, model)
-    environment = describe(model)
-    print(report.heading(settings.model_name, environment, settings.layers))
-    contexts = find_contexts(settings, model, tokenizer, found.sentences)
-
-    model_fingerprint = fingerprint(model, tokenizer)
-    sentences_fingerprint = short_hash([[context.ids, context.target_id] for context in contexts])
-    run = {"model_fingerprint": model_fingerprint, "sentences_fingerprint": sentences_fingerprint}
-    about = {
-        "run": {"id": short_hash([run, identity_of(settings)]), **run},
-        "experiment_config": settings_of(settings),
-        "environment": environment,
-    }
-    recorder = Recorder(about["experiment_config"], settings.layers, tokenizer)
-    identity = {"settings": asked, "model": model_fingerprint, "sentences": sentences_fingerprint}
-    return Experiment(settings, model, found, contexts, recorder, about, identity, load_seconds)
 
 
 def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
@@ -155,30 +184,6 @@ def clamp_to_model(settings: Settings, model: torch.nn.Module) -> Settings:
     return replace(settings, max_vocab_subset=k, num_eigenvectors=count, layers=layers)
 
 
-def find_contexts(settings: Settings, model: torch.nn.Module, tokenizer, texts: list[str]) -> list[Context]:
-    """The sentences in which the tokenizer lets the word be found, within the model's longest prompt; diverse first.
-
-    Raises:
-        UserError: there are none.
-    """
-    longest = longest_prompt(model) or math.inf
-    located = [
-        context for text in texts if (context := locate(tokenizer, text, settings.target_word, settings.occurrence))
-    ]
-    if not located:
-        raise UserError(f"in none of {len(texts)} sentences does a token stand before {settings.target_word!r}")
-    contexts = [context for context in located if len(context.ids) <= longest]
-    if not contexts:
-        least = min(len(context.ids) for context in located)
-        raise UserError(
-            f"the model has positions for {longest} tokens, and every sentence has more before "
-            f"{settings.target_word!r}, {least} at least: give it shorter ones, or choose another model"
-        )
-    steer_id = token_of(tokenizer, settings.steer_token) if settings.steer_token else None
-    order = diverse_order([context.prompt for context in contexts])
-    return [replace(contexts[index], steer_id=steer_id) for index in order]
-
-
 # --- 2. to 5. sentence by sentence ---------------------------------------------------------------
 
 
@@ -186,7 +191,8 @@ def linearize_sentence(experiment: Experiment, context: Context, clock: Clock) -
     """The model at the prompt's last token; None if the sentence does not qualify (--require-predicted)."""
     settings = experiment.settings
     with clock("prefix"):
-        require_known_tokens(experiment.model, torch.tensor([context.target_id]))
+        if context.target_id is not None:
+            require_known_tokens(experiment.model, torch.tensor([context.target_id]))
         point = fisher.linearize(experiment.model, context.ids, settings.layers)
     qualifies = not settings.require_predicted or rank(point.log_probs, context.target_id) == 1
     return point if qualifies else None
@@ -197,7 +203,8 @@ def measure_sentences(
 ) -> Iterator[tuple[int, Item]]:
     """Takes sentences through the protocol, until enough are finished.
 
-    Each depends on those before it: its random directions on how many are finished, its control on the last of them.
+    Each depends on those before it: its random directions on how many are finished, its control on the last of them,
+    and whether it is perturbed in nats too on the first of them.
 
     Args:
         numbers: places in `experiment.contexts`, ascending, of the sentences to take.
@@ -207,9 +214,9 @@ def measure_sentences(
     Raises:
         UserError: the model is not supported.
     """
-    settings, finished, other = experiment.settings, 0, None
+    settings, finished, other, also_nats = experiment.settings, 0, None, experiment.also_nats
     for place, number in enumerate(numbers):
-        if finished == settings.num_sentences:
+        if finished == settings.wanted:
             return
         if number in known:
             if "failed" not in known[number].record:
@@ -222,13 +229,13 @@ def measure_sentences(
             if point is None:
                 continue
             # 3. the directions to compare v with; and, before the first sentence, whether F predicts anything
-            if other is None and settings.num_sentences > 1:
+            if other is None and settings.wanted > 1:
                 other = next_activations(experiment, numbers[place + 1 :], clock)
             key = (settings.seed, finished)
             controls = control_directions(point.activations, other, settings.layers, settings.num_controls, key)
             batches.prepare(point, experiment.contexts)
             # 4. the Fisher matrix, its eigenpairs, and every perturbation
-            measured = measure_sentence(settings, context, point, controls, batches, clock)
+            measured = measure_sentence(settings, context, point, controls, batches, clock, also_nats)
             # 5. record it
             ways = {**ways_of(experiment.model), **batches.halved()}
             item = experiment.recorder.item(number, measured, ways, clock.take())
@@ -238,7 +245,7 @@ def measure_sentences(
         except fisher.UnsupportedModelError as error:
             raise UserError(f"this model is not supported: {error}") from error
         yield finished, item
-        finished, other = finished + 1, point.activations
+        finished, other, also_nats = finished + 1, point.activations, records.NATS in item.record
 
 
 def next_activations(experiment: Experiment, numbers: Sequence[int], clock: Clock) -> torch.Tensor | None:
@@ -257,16 +264,11 @@ def reason_of(error: Exception, experiment: Experiment, context: Context) -> str
     """Why a sentence is left out: NaN, infinity, or an eigensolver that failed."""
     layer = getattr(error, "layer", None)
     where = "" if layer is None else f" at layer {experiment.settings.layers[layer]}"
-    sentence = excerpt(context.sentence, 60)
-    return f"{first_line(error)}{where} of sentence {sentence!r}{dtype_advice(experiment.model)}"
+    sentence = f"sentence {excerpt(context.sentence, 60)!r}{on_line(context.line)}"
+    return f"{first_line(error)}{where} of {sentence}{dtype_advice(experiment.model)}"
 
 
 # --- the run -------------------------------------------------------------------------------------
-
-
-def identity_settings(settings: Settings) -> dict:
-    """The options that count. More sentences extend a run, but a single one has no other to be compared with."""
-    return {**identity_of(settings), "num_sentences": 1 if settings.num_sentences == 1 else "several"}
 
 
 def examine(run: Run, experiment: Experiment) -> tuple[State, list[Item]]:
@@ -275,25 +277,29 @@ def examine(run: Run, experiment: Experiment) -> tuple[State, list[Item]]:
     Raises:
         UserError: the folder holds another run, and may not be overwritten.
     """
-    settings = experiment.settings
     numbers = {context.sentence: number for number, context in enumerate(experiment.contexts)}
     split = partial(split_results, run.folder, numbers)
-    sources = sources_of(settings.data, settings.data_split, settings.model_name)
-    state = run.examine(experiment.identity, sources, settings.num_sentences, split)
-    return state, list(run.items())
+    state = run.examine(experiment.identity, *sources_and_goal(experiment.settings), split)
+    return state, [] if state is State.FINISHED else list(run.items())
 
 
 def run_experiment(settings: Settings) -> int:
     """Measures what is missing of a run; or, in a dry run, says what that would take, and writes nothing."""
-    run = Run(settings.folder, PROGRAM, FILES, settings.overwrite, read_only=settings.dry_run)
+    run = Run(settings.folder, PROGRAM, FILES, settings.overwrite, settings.dry_run, "sentences")
     with run.locked():
-        sources = sources_of(settings.data, settings.data_split, settings.model_name)
-        if run.is_finished(identity_settings(settings), sources, settings.num_sentences):
-            return report_finished(run)
+        asked, settings = settings, as_in_run(run, settings)
+        alone = is_alone(run, settings)
+        if not alone and run.is_finished(identity_in(run, settings), *sources_and_goal(settings)):
+            return report_finished(run, asked)
         experiment = prepare(settings)
+        if alone and run.is_of({**experiment.identity, "settings": run.manifest["identity"]["settings"]}):
+            print("The one sentence that is finished had no other to be compared with: it is measured again.")
+            run.overwrite = True
         state, items = examine(run, experiment)
         if state is State.FINISHED:
-            return report_finished(run)
+            return report_finished(run, asked)
+        if finished := successes(items):  # those after them are measured alike
+            experiment = replace(experiment, also_nats=records.NATS in finished[0].record)
         if state is State.STARTED:
             print(f"Resuming after the {len(successes(items))} sentences that are finished.")
         return describe_run(experiment, run, items) if settings.dry_run else run_sentences(experiment, run, items)
@@ -305,7 +311,6 @@ def successes(items: list[Item]) -> list[Item]:
 
 def run_sentences(experiment: Experiment, run: Run, items: list[Item]) -> int:
     """Measures what is not in `items` yet. Whatever stops it, finished sentences are written before it is reported."""
-    print(report.block_legend(experiment.about["experiment_config"]))
     stopped = None
     try:
         measure_missing(experiment, run, items)
@@ -324,7 +329,8 @@ def run_sentences(experiment: Experiment, run: Run, items: list[Item]) -> int:
             )
             figures.draw(run.folder, document)
         else:
-            run.finish(len(items), (records.RESULTS, records.EIGENVECTORS))
+            seconds = sum(seconds for stage, seconds in document["timings"].items() if stage != "load")
+            run.finish(len(items), (records.RESULTS, records.EIGENVECTORS), seconds=seconds)
             draw(run, document)
     print(report.conclusion(document, len(experiment.contexts)))
     written = (records.RESULTS, records.EIGENVECTORS, *figures.pictures_of(document))
@@ -345,9 +351,10 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
         run.begin()
     numbers, known = range(len(experiment.contexts)), {item.number: item for item in items}
     batches, clock = Batches(settings.batch_size, len(settings.layers)), Clock(devices_of(experiment.model))
-    count, total = len(successes(items)), min(settings.num_sentences, len(numbers))
+    count, total = len(successes(items)), min(settings.wanted, len(numbers))
     failed = []  # kept with the next sentence that is finished: failures alone are no results
-    with tqdm(total=total, initial=count, desc="perturbing", unit="sentence", disable=None) as bar:
+    told = False  # how to read a sentence's block
+    with progress(total, "perturbing", "sentence", initial=count) as bar:
         for before, item in measure_sentences(experiment, numbers, known, batches, clock):
             if "failed" in item.record:
                 items.append(item)
@@ -357,6 +364,9 @@ def measure_missing(experiment: Experiment, run: Run, items: list[Item]) -> None
             run.append([*failed, item])
             items.append(item)  # only now: Ctrl-C must not find it among the results before it is kept
             failed.clear()
+            if not told:
+                tqdm.write(report.block_legend(config, successes(items)[0].record))
+                told = True
             tqdm.write(report.sentence_block(item.record, before, config))
             bar.update()
     if failed and successes(items):
@@ -379,11 +389,14 @@ def nothing_found(experiment: Experiment, items: list[Item]) -> str:
     return f"in none of {count} sentences is {word!r} the top prediction (--require-predicted)"
 
 
-def report_finished(run: Run) -> int:
-    """Says that nothing is left to do; in a run that may write, draws pictures that are missing or damaged."""
+def report_finished(run: Run, settings: Settings) -> int:
+    """Tells of what is asked for, of a run that has it; if it may write, draws pictures that are missing or damaged."""
     document = read_results(run.folder)
     if not run.read_only:
         draw(run, document)
+    sentences = settings.prompt or document["sentences"][: settings.num_sentences]
+    layers = choose_layers(settings.layers, document["environment"]["depth"])
+    print(report.conclusion(records.part_of(document, sentences, list(map(str, layers)))))
     print(f"{printable(str(run.folder))} is finished: nothing to do (--overwrite starts anew)")
     return SOME_FAILED if document["failed"] else 0
 
@@ -416,10 +429,12 @@ def describe_run(experiment: Experiment, run: Run, items: list[Item]) -> int:
         print(f"An earlier run in {printable(str(run.folder))} would be replaced.")
     known, finished = {item.number for item in items}, len(successes(items))
     left = [number for number in range(len(contexts)) if number not in known]
-    todo = left[: settings.num_sentences - finished]
+    todo = left[: settings.wanted - finished]
     most = "at most " if settings.require_predicted else ""  # before a number that not all sentences may reach
-    counts = f"{experiment.found.read} read, {len(experiment.found.sentences)} with"
-    counts += f" {excerpt(repr(settings.target_word), 40)}, {len(contexts)} usable"
+    counts = f"{len(contexts)} given"
+    if found := experiment.found:
+        counts = f"{found.read} read, {len(found.sentences)} with {excerpt(repr(settings.target_word), 40)}"
+        counts += f", {len(contexts)} usable"
     prompts = [contexts[number].prompt for number in todo]
     print(estimate.describe_sentences(counts, prompts, most))
     if todo:

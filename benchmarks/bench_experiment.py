@@ -31,7 +31,7 @@ def check(slow: list[Naive], fast: Measured, scales: list[float]) -> dict[str, f
     value = max(abs(float(v) / s.value - 1) for v, s in zip(values, slow, strict=True))
     cosine = max(1 - abs(float(v @ s.vector)) for v, s in zip(vectors, slow, strict=True))
     expected = torch.tensor([[kl for kl, scale in zip(s.kl, scales, strict=True) if scale] for s in slow])
-    kl = float((fast.sweep.kl[:, 0] / expected - 1).abs().max())
+    kl = float((fast.perturbed.sweep.kl[:, 0] / expected - 1).abs().max())
     if value > 1e-3 or cosine > 1e-4 or kl > 1e-2:
         sys.exit(f"disagreement: lambda {value:.1e}, 1 - |cos| {cosine:.1e}, KL {kl:.1e}")
     return {"difference_lambda": value, "difference_cos": cosine, "difference_kl": kl}

@@ -89,7 +89,8 @@ def run(command: str) -> None:
     module = importlib.import_module(script.removesuffix(".py"))
     settings = module.parse(words)
     if not settings.redraw:
-        settings = module.parse([*words, *SMALLER[script]])
+        smaller = SMALLER[script][2 if getattr(settings, "prompt", None) else 0 :]  # prompts are all taken
+        settings = module.parse([*words, *smaller])
     assert module.main(settings) == 0, command
 
 

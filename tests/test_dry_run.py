@@ -56,9 +56,9 @@ def test_a_dry_experiment_writes_nothing_and_counts_what_the_run_does(model_dire
     assert numbers(said, "sentences: ")[-1] == len(results["sentences"]) == 4
     prompts = [context["prompt"] for context in results["contexts"]]
     assert [line.strip().lstrip("…") for line in said.splitlines()[2:5]] == [prompt[-47:] for prompt in prompts[:3]]
-    by_layer = results["perturbation_results"][0]
-    records = [record for scale, record in by_layer["0"].items() if float(scale)]
-    assert numbers(said, "each: ") == [sum(1 + len(record["controls"]) for record in records), len(by_layer)]
+    swept = [results[f"perturbation_results{unit}"][0] for unit in ("", "_nats")]
+    records = [record for by_layer in swept for scale, record in by_layer["0"].items() if float(scale)]
+    assert numbers(said, "each: ") == [sum(1 + len(record["controls"]) for record in records), len(swept[0])]
     assert "dry_run" not in results["experiment_config"]
 
 

@@ -9,10 +9,11 @@ import pytest
 
 import core_experiment
 from residual_fisher.common.archives import archives_in
+from residual_fisher.common.text import duration
 from residual_fisher.experiment import figures, records
 from residual_fisher.model import loading
 import scripts
-from scripts import EXPERIMENT_FILES, assert_same_experiment, calls_of, contents, experiment_words
+from scripts import EXPERIMENT_FILES, assert_same_experiment, calls_of, contents, experiment_results, experiment_words
 
 WORDS = ["--num-sentences", "6", "--layers", "0", "2", "--scales", "-1", "1", "--scale-unit", "nats"]
 
@@ -79,11 +80,64 @@ def test_a_finished_run_is_extended(first, model_directory, undisturbed, tmp_pat
         assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS, *first) == 0 and len(calls) < 6
 
 
-def test_a_single_sentence_is_not_extended(model_directory, tmp_path, capsys):
-    """It has no other sentence to be compared with."""
-    assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS, "--num-sentences", "1") == 0
-    assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 2
-    assert "num_sentences was 1 and is 'several'" in capsys.readouterr().err
+def test_a_single_sentence_had_no_other_to_be_compared_with_and_is_measured_again(
+    model_directory, undisturbed, tmp_path, capsys
+):
+    output, one = tmp_path / "out", ["--num-sentences", "1"]
+    assert scripts.core_experiment(model_directory, output, *WORDS, *one) == 0
+    before = contents(output)
+    assert scripts.core_experiment(model_directory, output, *WORDS, *one) == 0 and contents(output) == before
+    assert scripts.core_experiment(model_directory, output, *WORDS, "--seed", "1") == 2
+    assert "num_sentences was 1 and is 'several'" in capsys.readouterr().err and contents(output) == before
+    with calls_of(core_experiment, "measure_sentence", KeyboardInterrupt, at=[1]):
+        assert scripts.core_experiment(model_directory, output, *WORDS) == 130
+    assert contents(output) == before
+    assert scripts.core_experiment(model_directory, output, *WORDS) == 0
+    assert "it is measured again" in capsys.readouterr().out
+    assert_same_experiment(output, undisturbed)
+
+
+def shown(capsys) -> list[str]:
+    """The tables at the end of what is printed."""
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.split()[:2] == ["layer", "lambda"])
+    end = next(number for number, line in enumerate(lines) if line.startswith("seconds: "))
+    return lines[start:end]
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize(
+    ("fewer", "more"),
+    [
+        (["--num-sentences", "2"], ["--trust-radius", "--compare-exact", "--continue", "2"]),
+        (["--num-sentences", "1"], []),
+        (["--layers", "2"], ["--steer", "--steer-steps", "2"]),
+        (["--layers", "0", "--num-sentences=3"], []),
+    ],
+)
+def test_of_a_finished_run_what_is_asked_for_is_shown(fewer, more, model_directory, tmp_path, capsys, monkeypatch):
+    """The table of a run of that alone, but for controls that a single sentence lacks."""
+    output, words = tmp_path / "out", [*WORDS, "--num-sentences", "4", *more]
+    assert scripts.core_experiment(model_directory, output, *words) == 0
+    whole = shown(capsys)
+    before = contents(output)
+    with monkeypatch.context() as patch:
+        patch.setattr(core_experiment, "load", None)  # no model is needed
+        assert scripts.core_experiment(model_directory, output, *words) == 0
+        assert shown(capsys) == whole
+        assert scripts.core_experiment(model_directory, output, *words, *fewer) == 0
+        found = shown(capsys)
+    assert contents(output) == before and found != whole
+    if fewer[-1] != "1":
+        assert scripts.core_experiment(model_directory, tmp_path / "alone", *words, *fewer) == 0
+        assert found == shown(capsys)
+
+
+def test_a_run_at_more_layers_is_extended_at_all_of_them(model_directory, undisturbed, tmp_path):
+    output, few = tmp_path / "out", ["--num-sentences", "4"]
+    assert scripts.core_experiment(model_directory, output, *WORDS, *few) == 0
+    assert scripts.core_experiment(model_directory, output, *WORDS, "--layers", "2") == 0
+    assert_same_experiment(output, undisturbed)
 
 
 def test_how_much_is_done_at_once_is_no_other_run(model_directory, undisturbed, capsys):
@@ -161,9 +215,13 @@ def test_another_run_is_refused_and_its_files_stay(model_directory, undisturbed,
         assert contents(output) == before
         return capsys.readouterr().err
 
-    assert "holds a run with other settings (seed was 0 and is 1): --overwrite replaces it" in refused("--seed", "1")
+    said = refused("--seed", "1")
+    assert "holds a run with other settings (seed was 0 and is 1): --overwrite replaces it" in said
+    seconds = [s for stage, s in experiment_results(output)[0]["timings"].items() if stage != "load"]
+    assert f", with its 2 finished sentences (about {duration(sum(seconds))})\n" in said
     data.write_text("The zoo has many animals.\nWe like tame animals.")
-    assert "the data have changed since the run in" in refused()
+    said = refused()
+    assert "the data have changed since the run in" in said and "without its 2 finished sentences (about " in said
     assert "holds a run of other sentences" in refused("--num-sentences", "21")
     data.write_text("The zoo has many animals.\nWe like wild animals.")
     lm, _ = loading.load(str(model), device="cpu")

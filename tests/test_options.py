@@ -13,7 +13,7 @@ import yaml
 
 import compute_fisher
 import core_experiment
-from residual_fisher.common.options import count, finite, identity_of, path, positive, settings_of
+from residual_fisher.common.options import TEXTS, count, finite, identity_of, path, positive, settings_of
 from residual_fisher.common.program import UserError
 import scripts
 from scripts import ROOT
@@ -27,6 +27,14 @@ NEEDED = {  # the options that have no effect before another is set, and that on
     "steer_token": ["--steer"], "steer_steps": ["--steer"], "steer_damping": ["--steer"],
     "continue_nats": ["--continue", "4"],
 }  # fmt: skip
+
+
+# the options that have no effect beside --prompt; and the one beside which that has none
+BESIDE_PROMPT = [
+    "data_file", "text_column", "data_config", "data_split", "target_word", "occurrence", "num_sentences",
+    "require_predicted",
+]  # fmt: skip
+PROMPT, BESIDE_MAP = ["prompt"], ["map"]
 
 
 def parse(script: str, words: list[str]):
@@ -75,7 +83,8 @@ def test_every_option_is_a_flag_and_changes_nothing_else(script, name):
     word = other_value(key)
     value = key.metadata["read"](word)
     needed = NEEDED.get(name, [])
-    expected = {**vars(parse(script, needed)), name: (value,) if key.metadata["several"] is True else value}
+    several = key.metadata["several"] in (True, TEXTS)
+    expected = {**vars(parse(script, needed)), name: (value,) if several else value}
     for words in ([flag(name), word], [f"{flag(name)}={word}"]):
         assert vars(parse(script, [*needed, *words])) == expected
 
@@ -92,6 +101,31 @@ def test_an_option_without_the_one_it_needs_is_an_error(name, tmp_path, capsys):
         "core_experiment", config(tmp_path, f"{name}: {option_of('core_experiment', name).default or 'null'}")
     )
     assert settings == replace(parse("core_experiment", []), config=settings.config)  # as a recorded run has it
+
+
+@pytest.mark.parametrize("name", [*BESIDE_PROMPT, "prompt"])
+def test_an_option_beside_one_that_leaves_it_no_effect_is_an_error(name, tmp_path, capsys):
+    other = "map" if name == "prompt" else "prompt"
+    word, default = (lambda key: (other_value(key), key.default))(option_of("core_experiment", name))
+    for words in ([flag(name), word], config(tmp_path, f"{name}: {word}")):
+        with pytest.raises(SystemExit):
+            parse("core_experiment", [f"--{other}", "a text", *words])
+        said = f"argument {flag(name)}: it has no effect beside --{other}\n"
+        assert capsys.readouterr().err == f"core_experiment.py: error: {said}"
+    words = config(tmp_path, f"{name}: {'null' if default is None else default}")  # as a recorded run has it
+    assert parse("core_experiment", [f"--{other}", "a text", *words])
+
+
+def test_each_prompt_has_a_flag_of_its_own_and_counts_once(tmp_path, capsys):
+    words = ["--prompt", "Hello, world", "--prompt=a  b ", "--prompt", "Hello, world"]
+    assert core_experiment.parse(words).prompt == ("Hello, world", "a  b ")
+    assert core_experiment.parse(config(tmp_path, "prompt: [x, 'y, z']")).prompt == ("x", "y, z")
+    assert core_experiment.parse(config(tmp_path, "prompt: x, y")).prompt == ("x, y",)
+    with pytest.raises(SystemExit):
+        core_experiment.parse(["--prompt", "Hello,", "world"])  # without quotes
+    assert "unrecognized argument world" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"argument --steer: beside --prompt, .* it needs --steer-token"):
+        core_experiment.parse(["--prompt", "x", "--steer"])
 
 
 @pytest.mark.parametrize(
@@ -394,7 +428,7 @@ def test_a_missing_config_and_one_without_an_end_are_one_line_and_code_2(script,
 
 INCIDENTAL = {
     "num_prompts", "num_sentences", "output_dir", "device", "trust_remote_code", "batch_size", "reference", "base",
-    "false_alarms", "explain", "fail_on_finding", "map",
+    "false_alarms", "explain", "fail_on_finding", "map", "prompt",
 }  # fmt: skip
 
 
@@ -411,8 +445,10 @@ def test_two_runs_are_the_same_if_all_options_with_an_effect_on_results_are(scri
 @pytest.mark.parametrize("script", OPTIONS)
 def test_a_run_can_be_repeated_from_the_settings_that_it_recorded(script, tmp_path):
     settable = [name for s, name in EVERY_OPTION if s == script and name not in COMMANDS]
-    settings = parse(script, [word for name in settable for word in (flag(name), other_value(option_of(script, name)))])
-    recorded = json.loads(json.dumps(settings_of(settings)))
-    assert recorded == settings_of(settings) and list(recorded) == settable
-    text = yaml.safe_dump({name.rstrip("_"): value for name, value in recorded.items()})
-    assert settings_of(parse(script, config(tmp_path, text))) == recorded
+    for left_out in (PROMPT, [*BESIDE_PROMPT, *BESIDE_MAP]):  # which have no effect beside each other
+        given = [name for name in settable if name not in left_out]
+        settings = parse(script, [w for name in given for w in (flag(name), other_value(option_of(script, name)))])
+        recorded = json.loads(json.dumps(settings_of(settings)))
+        assert recorded == settings_of(settings) and list(recorded) == settable
+        text = yaml.safe_dump({name.rstrip("_"): value for name, value in recorded.items()})
+        assert settings_of(parse(script, config(tmp_path, text))) == recorded

@@ -223,6 +223,38 @@ def test_another_run_is_refused_unless_nothing_is_finished(about, message, tmp_p
         open_run(tmp_path / "other", about=about)
 
 
+def test_what_overwriting_would_throw_away_is_said(tmp_path):
+    run, _ = open_run(tmp_path)
+    for number, seconds in enumerate((40.0, {"sweep": 30.0, "prefix": 20.0}, 5.0)):
+        run.append([Item(number, {"text": "a", "seconds": seconds}, {})])
+    archives_in(tmp_path / ITEMS)[2][2].write_bytes(b"damaged")  # which holds nothing
+    with pytest.raises(UserError, match=r"--overwrite replaces it, with its 2 finished items \(about 1.5 min\)$"):
+        open_run(tmp_path, about=identity(k=4))
+    finished(tmp_path / "run")
+    with pytest.raises(UserError, match=r"with its 6 finished items$"):  # an earlier version kept no time
+        open_run(tmp_path / "run", about=identity(k=4))
+
+
+def test_texts_that_were_wanted_come_first_among_those_of_an_extended_run(tmp_path):
+    texts, path = ["a", "b", "c"], tmp_path / "run"
+    run, _ = open_run(path, goal=texts[:2])
+    run.append([item(0), item(1)])
+    for _ in range(2):
+        for goal, reason in (
+            (["a"], r"unfinished run of more texts \(the next was 'b'\)"),
+            (["b", "a"], "number 1 was 'a'"),
+        ):
+            with pytest.raises(UserError, match=reason):
+                open_run(path, goal=goal)
+        assert open_run(path, goal=texts)[1] is State.STARTED
+    merge(run)
+    assert [open_run(path, goal=goal)[1] for goal in (["a"], texts[:2], texts)] == [
+        State.FINISHED, State.FINISHED, State.STARTED,
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"of other texts \(number 2 was 'b', and is 'c'\)"):
+        open_run(path, goal=["a", "c"])
+
+
 def test_overwriting_removes_an_earlier_run_with_the_first_item_and_not_before(tmp_path):
     finished(tmp_path)
     before = (tmp_path / "results.json").read_bytes()

@@ -1,6 +1,8 @@
 """Reading sentences from every kind of file, choosing diverse ones, finding the word's token."""
 
+import gzip
 import json
+import textwrap
 import tracemalloc
 
 import numpy as np
@@ -208,10 +210,44 @@ def test_a_text_file_of_wrapped_prose_gives_whole_sentences(tmp_path):
     assert found.sentences == ["The old farmer, as ever, fed his wild animals.", "No animals."] and found.read == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("t.txt", "It rained.\r\n\r\nThe farmer fed\r\nthe wild\r\nanimals. All animals!\n \nNo animals\n", [3, 5, 7]),
+        ("t.txt", "The \x0b\n wild\tanimals. \u3000Some animals\n", [1, 2]),
+        ("t.jsonl", '{"text": "x"}\n\n{"text": "The animals.\\nTwo animals."}\n{"text": "No animals."}\n', [3, 3, 4]),
+        ("t.csv", 'sep=,\ntext\n"The\nanimals"\n\n"Two animals"\n', [3, 6]),
+        ("t.json", '{"animals": ["The animals", "Two animals"]}', [None, None]),
+        ("t.json.gz", '["The animals", "Two animals"]', [None, None]),
+        ("t.txt.gz", "No plants.\n\nThe animals.\nThe animals.", [3]),
+    ],
+)
+def test_each_sentence_has_the_line_on_which_it_begins(name, content, expected, tmp_path):
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    found = sentences.find_sentences(str(tmp_path / name), "animals")
+    assert [found.lines.get(sentence) for sentence in found.sentences] == expected
+    more = tmp_path / "more.txt"
+    more.write_text("Yet more animals")
+    if name.endswith(".txt"):  # of several files a line says nothing
+        assert sentences.find_sentences((str(tmp_path / name), str(more)), "animals").lines == {}
+
+
+def test_every_line_is_where_the_sentence_stands(animals, tmp_path):
+    """Wrapped, in paragraphs: each sentence's first three words are found on its line, or over its end."""
+    wrapped = "\n\n".join(textwrap.fill(" ".join(animals[i : i + 5]), 60) for i in range(0, 60, 5))
+    (tmp_path / "t.txt").write_text(wrapped)
+    found, lines = sentences.find_sentences(str(tmp_path / "t.txt"), "animals"), wrapped.split("\n")
+    assert len(found.lines) == len(found.sentences) > 50
+    for sentence, line in found.lines.items():
+        around, first = " ".join(lines[line - 1 : line + 1]), " ".join(sentence.split()[:3])
+        assert first in around and sentence.split()[0] in lines[line - 1]
+
+
 def test_long_sentences_are_noted(tmp_path):
     (tmp_path / "t.txt").write_text(f"All the animals.\nAnd {'very ' * 100}many animals.")
     with pytest.warns(
-        UserWarning, match="1 of 2 sentences with 'animals' have more than 400 characters, the longest 517"
+        UserWarning, match=r"1 of 2 sentences with 'animals' have more than 400 characters, the longest 517 \(line 2\)"
     ):
         sentences.find_sentences(str(tmp_path / "t.txt"), "animals")
 

@@ -1,6 +1,7 @@
 """Archives of a run's items: NPZ files with the arrays and the records of numbered sentences or prompts."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 import errno
 import heapq
 import json
@@ -66,6 +67,21 @@ def record_lines(path: Path) -> list[tuple[int, dict]]:
     """Number and record of each item in an archive, ascending."""
     with zipfile.ZipFile(path) as archive:
         return sorted(map(json.loads, archive.read(RECORDS).splitlines()), key=lambda line: line[0])
+
+
+def readable_records(folder: Path) -> dict[int, dict]:
+    """The records of all archives in a folder but damaged ones, by number."""
+    found = {}
+    for *_, path in archives_in(folder):
+        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+            found |= dict(record_lines(path))
+    return found
+
+
+def seconds_of(record: dict) -> float:
+    """What an item took: its record has one number, or one for each stage."""
+    seconds = record.get("seconds", 0.0)
+    return sum(seconds.values()) if isinstance(seconds, dict) else seconds
 
 
 def read_items(path: Path) -> Iterator[Item]:

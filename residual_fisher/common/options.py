@@ -19,6 +19,7 @@ from residual_fisher.common.text import excerpt, first_line, printable
 
 IF_SET = "if set"  # `identity` of an option that was added later
 PATHS = "paths"  # `several` of an option whose words may hold commas
+TEXTS = "texts"  # likewise, of one whose words may hold anything: its flag takes one, and is given again for another
 MAX_TEXT = 4000  # characters of a value: a path may have 4096 bytes, and Python reads numbers of 4300 digits
 MAX_NAME = 255  # bytes of a file's name, on every system
 MAX_CONFIG = 100_000  # characters of a YAML file: settings have a thousand
@@ -129,6 +130,7 @@ def option(
     several: bool | str = False,
     identity: bool | str = True,
     needs: str | None = None,
+    unless: str | None = None,
 ):
     """A field of a settings dataclass that is also a flag and a YAML key.
 
@@ -136,15 +138,16 @@ def option(
         read: turns a word into a value, or raises argparse.ArgumentTypeError.
         help: for --help, which adds the default, unless it is None, False, or told in brackets at the end.
         several: the flag takes one or more words, the YAML key one or a list, and the value is a tuple. Words may be
-            joined by commas; but not if this is PATHS: then a single word is the value itself.
+            joined by commas; but not if this is PATHS, where a single word is the value itself, or TEXTS.
         identity: it changes results, so that a run cannot be resumed with another value. IF_SET: its default is what
             runs did before there was the option, and is not told from its absence.
         needs: the field of the option without which this one has no effect.
+        unless: the field of the option beside which this one has no effect.
     """
     if not (default is None or default is False or help.endswith(")")):
         help += f" ({default})"
-    about = {"read": read, "metavar": metavar, "help": help, "several": several, "identity": identity, "needs": needs}
-    return field(default=default, metadata=about)
+    about = {"read": read, "metavar": metavar, "help": help, "several": several, "identity": identity}
+    return field(default=default, metadata={**about, "needs": needs, "unless": unless})
 
 
 @dataclass(frozen=True)
@@ -220,9 +223,13 @@ def parse(kind: type[S], program: str, about: str, argv: list[str], config: Path
     file = flags.get("config", config)
     settings = kind(**{**(_read_yaml(kind, Path(file)) if file else {}), **flags})
     for name, opt in options.items():
-        needed = opt.metadata["needs"]
-        if needed and not getattr(settings, needed) and (name in flags or getattr(settings, name) != opt.default):
+        if name not in flags and getattr(settings, name) == opt.default:
+            continue
+        needed, other = opt.metadata["needs"], opt.metadata["unless"]
+        if needed and not getattr(settings, needed):
             parser.error(f"argument {_flag(opt)}: it has no effect without {_flag(options[needed])}")
+        if other and getattr(settings, other):
+            parser.error(f"argument {_flag(opt)}: it has no effect beside {_flag(options[other])}")
     return settings
 
 
@@ -263,8 +270,9 @@ def _parser(kind: type[S], program: str, about: str, config: Path | None) -> _Pa
         if opt.name == "config" and config:
             help += f" ({config.name})"
         words = {"nargs": "?", "const": True} if read is switch else {}
-        if opt.metadata["several"]:
-            words, read = {"nargs": "+"}, partial(_read_words, opt)
+        if several := opt.metadata["several"]:
+            words = {"action": "append"} if several == TEXTS else {"nargs": "+"}
+            read = partial(_read_words, opt)
         parser.add_argument(_flag(opt), dest=opt.name, type=read, metavar=opt.metadata["metavar"], help=help, **words)
     return parser
 

@@ -6,7 +6,7 @@ in JSON lines a column of dates for timestamps, and half a character ends the ru
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 import csv
 import glob
@@ -43,6 +43,14 @@ MANY_COLUMNS = 50  # texts in an object: so many are not one row's
 
 
 # --- reading -------------------------------------------------------------------------------------
+
+
+class Row(dict):
+    """A row of a file that is read line by line."""
+
+    def __init__(self, cells: Mapping | Iterable[tuple], line: int):
+        super().__init__(cells)
+        self.line = line  # the number of its first line in the file, from 1
 
 
 def read_rows(source: Source, split: str = "train", config: str | None = None, shuffle: int | None = None) -> Iterator:
@@ -133,7 +141,7 @@ def _arrow_rows(path: str) -> Iterator[dict]:
 
 def _text_rows(path: str) -> Iterator[dict]:
     with opened(path) as file:
-        yield from ({"text": line.rstrip("\n")} for line in file)
+        yield from (Row({"text": line.rstrip("\n")}, number) for number, line in enumerate(file, 1))
 
 
 def _csv_rows(path: str) -> Iterator[dict]:
@@ -147,11 +155,14 @@ def _csv_rows(path: str) -> Iterator[dict]:
         try:
             header = next(lines, [])
             _refuse_twice(name for name in header if name)
-            for cells in filter(None, lines):
+            end = lines.line_num
+            for cells in lines:
+                start, end = end + 1 + (named is not None), lines.line_num
                 if len(cells) > len(header):
                     what = "a comma" if separator == "," else repr(separator)
                     raise csv.Error(f"{len(cells)} cells for {len(header)} columns: is {what} not in quotes?")
-                yield dict(zip(header, cells, strict=False))
+                if cells:
+                    yield Row(zip(header, cells, strict=False), start)
         except csv.Error as error:
             raise ValueError(f"{error} (line {lines.line_num + (named is not None)})") from error
 
@@ -180,7 +191,7 @@ def _json_rows(path: str) -> Iterator[dict]:
             several = starts == ["[", "["]
         if starts and starts[0] and several:
             for number, line in chain(head, lines):
-                yield _row(parse_json(COMMA_AT_END.sub("", line), number), f"line {number}")
+                yield Row(_row(parse_json(COMMA_AT_END.sub("", line), number), f"line {number}"), number)
             return
     with opened(path) as file:
         values = list(_values(file.read()))

@@ -41,7 +41,9 @@ from residual_fisher.common.archives import (
     archives_in,
     merged_items,
     read_records,
+    readable_records,
     record_lines,
+    seconds_of,
     write_items,
 )
 from residual_fisher.common.files import (
@@ -54,7 +56,7 @@ from residual_fisher.common.files import (
 from residual_fisher.common.lock import LOCK, lock_directory, require_unlocked
 from residual_fisher.common.program import UserError
 from residual_fisher.common.sources import Source, files_of
-from residual_fisher.common.text import excerpt
+from residual_fisher.common.text import duration, excerpt
 
 ITEMS = "items"
 MANIFEST = "run.json"
@@ -129,6 +131,12 @@ def what_differs(key: str, then: str, now: str) -> str:
     return OTHER_VERSION if key == "model" and len(then) != len(now) else OTHERS[key]
 
 
+def _number(goal: int | str | list[str]) -> float:
+    if isinstance(goal, list):
+        return len(goal)
+    return math.inf if goal == "all" else goal
+
+
 # --- the run -------------------------------------------------------------------------------------
 
 
@@ -142,15 +150,17 @@ class Run:
         files: Sequence[str],
         overwrite: bool = False,
         read_only: bool = False,
+        unit: str = "items",
     ):
         """
         Args:
             files: names of all primary and derived files that the program may write.
             overwrite: replace an earlier run.
             read_only: write nothing, also where something is damaged.
+            unit: what messages call the items.
         """
         self.folder, self.program, self.files = folder, program, tuple(files)
-        self.overwrite, self.read_only = overwrite, read_only
+        self.overwrite, self.read_only, self.unit = overwrite, read_only, unit
         self.manifest: dict | None = None  # of the run in the folder, or of this one once it has begun
         self._asked: dict = {}  # identity, sources and goal of this run, from `examine` on
         self._split: Callable[[], Iterable[Item]] = tuple
@@ -222,32 +232,33 @@ class Run:
     def has_results(self) -> bool:
         return self.manifest is not None and (self.manifest["complete"] or bool(archives_in(self.items_folder)))
 
-    def is_finished(self, settings: dict, sources: dict, goal: int | str) -> bool:
+    def is_finished(self, settings: dict, sources: dict, goal: int | str | list[str]) -> bool:
         """Whether it is plain, before anything slow, that everything asked for has been computed.
 
         Args:
             settings: the options that count.
             sources: what shows that model and data are as they were ("data", "model"), without loading them.
-            goal: how many items are wanted, or "all".
+            goal: how many items are wanted, or "all", or the texts that they are of, in order.
         Raises:
             UserError: the folder cannot be written to, holds a run with other settings, or its data have changed.
         """
         check_writable(self.folder)
         if self.overwrite or not self.has_results():
             return False
-        self._require_same({"settings": settings})
+        self._require_same({"settings": settings}, goal)
         if not self.manifest["complete"] or not self._covers(goal):
             return False
         then = self.manifest["sources"]
         if then["data"] != read_back(sources["data"]):
-            raise UserError(f"the data have changed since the run in {self.folder} ended: --overwrite starts anew")
+            what = f"the data have changed since the run in {self.folder} ended"
+            raise UserError(f"{what}: --overwrite starts anew, without {self._kept()}")
         return then["model"] == read_back(sources["model"]) and self._damaged() is None
 
     def examine(
         self,
         identity: dict,
         sources: dict,
-        goal: int | str,
+        goal: int | str | list[str],
         split: Callable[[], Iterable[Item]] = tuple,
         notes: dict | None = None,
     ) -> State:
@@ -266,7 +277,7 @@ class Run:
         self._asked, self._split = read_back(about), split
         self._state = State.NEW
         if not self.overwrite and self.has_results():
-            self._require_same(self._asked["identity"])
+            self._require_same(self._asked["identity"], goal)
             if not self.manifest["complete"]:
                 self._state = State.STARTED
             elif damaged := self._damaged():
@@ -277,7 +288,7 @@ class Run:
                 self._state = State.FINISHED if self._covers(goal) else State.STARTED
         return self._state
 
-    def _require_same(self, identity: dict) -> None:
+    def _require_same(self, identity: dict, goal: int | str | list[str]) -> None:
         known = self.manifest["identity"]
         then, now = known["settings"], read_back(identity["settings"])
         if differing := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
@@ -286,16 +297,43 @@ class Run:
             changes = ", ".join(
                 f"{key.rstrip('_')} was {shown(then.get(key))} and is {shown(now.get(key))}" for key in named
             )
-            raise UserError(f"{self.folder} holds a run with other settings ({changes}): --overwrite replaces it")
+            raise UserError(f"{self.folder} holds a run with other settings ({changes}): {self._replacing()}")
         for key, value in identity.items():
             if known.get(key) != value and key != "settings":
                 change = f"{shown(known.get(key))} was its {key}, and is {shown(value)}"
                 what = what_differs(key, str(known.get(key)), str(value))
-                raise UserError(f"{self.folder} holds a run of {what} ({change}): --overwrite replaces it")
+                raise UserError(f"{self.folder} holds a run of {what} ({change}): {self._replacing()}")
+        if isinstance(goal, list):
+            self._require_same_texts(self.manifest["goal"], read_back(goal))
 
-    def _covers(self, goal: int | str) -> bool:
+    def _require_same_texts(self, then: list[str], now: list[str]) -> None:
+        for number, (old, new) in enumerate(zip(then, now, strict=False), 1):
+            if old != new:
+                change = f"number {number} was {shown(old)}, and is {shown(new)}"
+                raise UserError(f"{self.folder} holds a run of other texts ({change}): {self._replacing()}")
+        if len(now) < len(then) and not self.manifest["complete"]:
+            missing = f"the next was {shown(then[len(now)])}"
+            raise UserError(f"{self.folder} holds an unfinished run of more texts ({missing}): {self._replacing()}")
+
+    def is_of(self, identity: dict) -> bool:
+        """Whether the run in the folder has this identity."""
+        return self.manifest is not None and self.manifest["identity"] == read_back(identity)
+
+    def _replacing(self) -> str:
+        return f"--overwrite replaces it, with {self._kept()}"
+
+    def _kept(self) -> str:
+        """What overwriting would throw away, in words: how many items, and how long they took where that is known."""
+        if self.manifest["complete"]:
+            items, seconds = self.manifest["items"], self.manifest["notes"].get("seconds")
+        else:
+            found = readable_records(self.items_folder)
+            items, seconds = len(found), sum(map(seconds_of, found.values()))
+        return f"its {items} finished {self.unit}" + (f" (about {duration(seconds)})" if seconds else "")
+
+    def _covers(self, goal: int | str | list[str]) -> bool:
         """Whether a finished run has tried to reach as many items as are wanted."""
-        then, now = (math.inf if number == "all" else number for number in (self.manifest["goal"], goal))
+        then, now = map(_number, (self.manifest["goal"], goal))
         return now <= max(then, self.manifest["items"])
 
     def _damaged(self) -> str | None:

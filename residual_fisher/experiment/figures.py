@@ -15,7 +15,7 @@ import numpy as np
 from residual_fisher.common import drawing
 from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.text import excerpt_end
-from residual_fisher.experiment.records import by_direction, kind_of
+from residual_fisher.experiment.records import COLUMNS, NATS, by_direction, kind_of
 from residual_fisher.experiment.steering import entries_of, least_kl, median_of
 
 SIMILARITY, PERTURBATION, STEERING = "fisher_similarity_matrix.png", "perturbation_analysis.png", "steering.png"
@@ -39,6 +39,7 @@ MAX_PANELS = 8  # layers that get a panel of their own; of more, evenly spaced o
 MAX_TICKS = 12
 KL_FLOOR = 1e-11  # nats: below it, rounding of the logits
 KL = "KL(original ‖ perturbed), nats"
+UNITS = {"eigenvalue": "steps of λ", "nats": "steps of 1/√λ", "norm": "steps of ‖h‖/100"}
 
 
 def pictures_of(document: dict) -> tuple[str, ...]:
@@ -142,8 +143,7 @@ def perturbation_figure(document: dict) -> Figure:
         panel.tick_params(labelbottom=True)  # the panel below it is hidden
     handles, labels = panels[0, 0].get_legend_handles_labels()
     top.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    units = {"eigenvalue": "steps of λ", "nats": "steps of 1/√λ", "norm": "steps of ‖h‖/100"}
-    top.supxlabel(f"scale α ({units[document['experiment_config']['scale_unit']]})", fontsize=13)
+    top.supxlabel(f"scale α {_unit(document)}", fontsize=13)
     top.supylabel(KL, fontsize=13)
 
     kept, changed, *trust, last = middle.subplots(1, 3 + radius, width_ratios=[1] * (2 + radius) + [1.25])
@@ -157,13 +157,25 @@ def perturbation_figure(document: dict) -> Figure:
     return figure
 
 
+def _swept(document: dict) -> list[dict]:
+    """Perturbations by sentence, layer and scale: those in nats where the protocol's steps are too short."""
+    return document.get(COLUMNS[NATS], document[COLUMNS["perturbations"]])
+
+
+def _unit(document: dict) -> str:
+    own = UNITS[document["experiment_config"]["scale_unit"]]
+    if COLUMNS[NATS] not in document:
+        return f"({own})"
+    return f"in nats ({UNITS['nats']}; the protocol's {own} are too short to move predictions)"
+
+
 def _scales(document: dict) -> list[str]:
     return [f"{scale:g}" for scale in document["experiment_config"]["scales"]]
 
 
 def _kl_panel(panel: Axes, document: dict, layer: str) -> None:
     scales = [scale for scale in _scales(document) if float(scale)]
-    sentences = [sentence[layer] for sentence in document["perturbation_results"]]
+    sentences = [sentence[layer] for sentence in _swept(document)]
     for kind, style in PERTURBED.items():
         for sign in (-1, 1):  # two curves: KL is 0 at scale 0, which has no place on a log axis
             side = [scale for scale in scales if sign * float(scale) > 0]
@@ -206,7 +218,7 @@ def _overlap(record: dict, base: list[int]) -> float:
 def _heatmap(panel: Axes, document: dict, statistic: Callable, title: str, cmap: str) -> None:
     """Mean over sentences of statistic(record, unperturbed top ids), layers by scales."""
     layers, scales = _layers(document), _scales(document)
-    sentences = list(zip(document["perturbation_results"], document["contexts"], strict=True))
+    sentences = list(zip(_swept(document), document["contexts"], strict=True))
     values = [
         [[statistic(found[layer][scale], context["top_ids"]) for found, context in sentences] for scale in scales]
         for layer in layers
@@ -250,7 +262,7 @@ def _example_panel(panel: Axes, document: dict, sentence: int) -> None:
     """Next-token probabilities of one sentence across scales, at the middle layer."""
     layers, scales, context = _layers(document), _scales(document), document["contexts"][sentence]
     layer = layers[len(layers) // 2]
-    records = [document["perturbation_results"][sentence][layer][scale] for scale in scales]
+    records = [_swept(document)[sentence][layer][scale] for scale in scales]
     x = list(map(float, scales))
 
     curves: dict[str, np.ndarray] = {}  # a token's probability is known while it is in the top 5

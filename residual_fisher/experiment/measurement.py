@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,22 +25,35 @@ from residual_fisher.model.words import TokenShares, token_shares
 
 SPECTRUM = 10  # leading eigenvalues recorded per sentence and layer
 TOP = 5  # most probable tokens recorded for every perturbation
+FELT_KL = 0.05  # nats: below it a perturbation has hardly moved a prediction
+
+
+class Perturbed(NamedTuple):
+    """What the perturbations of one unit did, at all layers. Directions: the Fisher eigenvector, then the controls."""
+
+    steps: Tensor  # (layers, scales without 0): signed lengths
+    predicted_kl: Tensor  # (layers, directions, scales without 0), nats
+    sweep: Sweep  # of the same shape
+
+    @property
+    def too_short(self) -> bool:
+        """Whether at any layer no step along the eigenvector is predicted to move the prediction."""
+        return bool((self.predicted_kl[:, 0].amax(-1) < FELT_KL).any())
 
 
 @dataclass
 class Measured:
-    """What one sentence gave, at all layers. Directions: the Fisher eigenvector first, then the controls."""
+    """What one sentence gave, at all layers."""
 
     context: Context
     point: fisher.Point
-    controls: list[str]  # names of the directions after the first
+    controls: list[str]  # names of the directions after the eigenvector
     mass: float  # probability that the top-k tokens hold
     eigen: fisher.Eigenpairs
     shares: TokenShares  # of the leading eigenvalues, (layers, m, tokens)
     exact: fisher.Eigenpairs | None  # of the whole vocabulary, if a comparison was asked for
-    steps: Tensor  # (layers, scales without 0): signed lengths
-    predicted_kl: Tensor  # (layers, directions, scales without 0), nats
-    sweep: Sweep  # of the same shape
+    perturbed: Perturbed
+    in_nats: Perturbed | None  # at the same scales, if the steps in `perturbed` are too short
     trust_radii: TrustRadii | None = None  # this and what follows: if asked for
     lens: LensErrors | None = None
     continuations: Continuations | None = None
@@ -133,21 +147,40 @@ def measure_sentence(
     controls: dict[str, Tensor],
     batches: Batches,
     clock: Clock,
+    also_nats: bool | None = None,
 ) -> Measured:
-    """One sentence at all layers: the Fisher matrix, its top eigenvector, and every perturbation."""
+    """One sentence at all layers: the Fisher matrix, its top eigenvector, and every perturbation.
+
+    Args:
+        also_nats: whether steps in nats are taken too; None: if the others are too short, and no unit was asked for.
+    """
+    if context.target_id is None:
+        context = replace(context, target_id=int(fisher.most_probable(point.log_probs, 1)[1]))
     matrix, eigen, exact = fisher_matrices(settings, point, batches.gradients, clock)
     v, full = eigen.vectors[:, 0], settings.max_vocab_subset == "all"
     directions = torch.stack([v, *controls.values()], dim=1)  # (layers, n, d)
     scales = torch.tensor([scale for scale in settings.scales if scale], device=directions.device)
-    steps = step_lengths(settings.scale_unit, scales, eigen.values[:, 0], point.activations.norm(dim=-1))
-    predicted_kl = 0.5 * steps[:, None] ** 2 * matrix.curvature(directions)[:, :, None]  # (layers, n, scales)
-    deltas = directions[:, :, None] * steps[:, None, :, None]  # (layers, n, scales, d)
-    with clock("sweep"):
-        swept = sweep(point, deltas, context.target_id, TOP, batches.perturbations)
+    curvature, norms = matrix.curvature(directions), point.activations.norm(dim=-1)
+
+    def deltas_of(steps: Tensor, count: int | None = None) -> Tensor:
+        """(layers, n, scales, d), along the first of the directions."""
+        return directions[:, :count, None] * steps[:, None, :, None]
+
+    def perturb(unit: str) -> Perturbed:
+        steps = step_lengths(unit, scales, eigen.values[:, 0], norms)
+        predicted_kl = 0.5 * steps[:, None] ** 2 * curvature[:, :, None]  # (layers, n, scales)
+        with clock("sweep"):
+            swept = sweep(point, deltas_of(steps), context.target_id, TOP, batches.perturbations)
+        return Perturbed(steps, predicted_kl, swept)
+
+    perturbed = perturb(settings.unit)
+    if also_nats is None:
+        also_nats = settings.scale_unit == "auto" and perturbed.too_short
+    in_nats = perturb("nats") if also_nats else None
     slopes = matrix.slopes(eigen.vectors[:, : settings.num_eigenvectors])
     shares = token_shares(slopes, matrix.weights, matrix.tokens)
     mass = 1.0 if full else float(matrix.mass)
-    measured = Measured(context, point, list(controls), mass, eigen, shares, exact, steps, predicted_kl, swept)
+    measured = Measured(context, point, list(controls), mass, eigen, shares, exact, perturbed, in_nats)
     if settings.trust_radius:
         with clock("trust radius"):
             measured.trust_radii = trust_radii_along(point, eigen, full, batches.perturbations)
@@ -158,8 +191,8 @@ def measure_sentence(
             measured.lens = audit(point, lens, settings.seed, batches.perturbations)
     if settings.continue_:
         with clock("continuation"):
-            chosen = choose_scales(scales.tolist(), predicted_kl[:, 0], settings.continue_nats)
-            deltas = deltas[:, : 1 + min(1, settings.num_controls)]  # along v, and the first random one
+            chosen = choose_scales(scales.tolist(), perturbed.predicted_kl[:, 0], settings.continue_nats)
+            deltas = deltas_of(perturbed.steps, 1 + min(1, settings.num_controls))  # along v, and the first random one
             measured.continuations = continuations(
                 point, len(context.ids), deltas, chosen, settings.continue_, batches.perturbations
             )

@@ -16,7 +16,7 @@ from residual_fisher.common.archives import Item
 from residual_fisher.common.files import document_checksum, json_ready, json_text, write_json, write_npz
 from residual_fisher.common.program import UserError
 from residual_fisher.common.text import first_line
-from residual_fisher.experiment.measurement import SPECTRUM, TOP, Measured
+from residual_fisher.experiment.measurement import SPECTRUM, TOP, Measured, Perturbed
 from residual_fisher.experiment.perturbation import number_or_none
 from residual_fisher.experiment.steering import GOALS, steering_record, steering_summary
 from residual_fisher.model.words import token_writer
@@ -27,10 +27,12 @@ COSINE_BYTES = 14  # of a number of it there, on a line of its own
 # of a layer, whose medians are in the summary
 NUMBERS = ("trace", "captured_mass", "effective_rank", "activation_norm")
 UNCHECKED = ("experiment_config", "environment", "timings", "checksum")  # what the document's checksum leaves out
+NATS = "perturbations_nats"  # in the record of a sentence that was also perturbed in nats
+TOLD_NATS = 2  # predicted for the steps in nats that tables tell of, at most: longer ones say little of F
 # the lists of the document with an entry a sentence, by the key of that entry in a sentence's record
 COLUMNS = {
     "sentence": "sentences", "context": "contexts", "fisher": "fisher", "perturbations": "perturbation_results",
-    "continuation": "continuations", "steering": "steering",
+    NATS: "perturbation_results_nats", "continuation": "continuations", "steering": "steering",
 }  # fmt: skip
 
 
@@ -57,8 +59,10 @@ class Recorder:
             "sentence": measured.context.sentence,
             "context": {**self._context(measured), "top_ids": top_ids},
             "fisher": {layer: self._fisher(measured, eigen, row) for row, layer in enumerate(self.layers)},
-            "perturbations": self._perturbations(measured, unperturbed),
+            "perturbations": self._perturbations(measured.perturbed, measured.controls, unperturbed),
         }
+        if measured.in_nats is not None:
+            record[NATS] = self._perturbations(measured.in_nats, measured.controls, unperturbed)
         if measured.continuations is not None:
             record["continuation"] = self._continuation(measured)
         if measured.steered is not None:
@@ -68,6 +72,7 @@ class Recorder:
     def _context(self, measured: Measured) -> dict:
         context, log_probs = measured.context, measured.point.log_probs
         return {
+            **({"line": context.line} if context.line else {}),
             "prompt": context.prompt,
             "position": context.position,
             "previous_token": self.decode(context.ids[-1]),
@@ -94,10 +99,10 @@ class Recorder:
             entry["lens"] = measured.lens.record(row)
         return entry
 
-    def _perturbations(self, measured: Measured, unperturbed: tuple) -> dict:
+    def _perturbations(self, perturbed: Perturbed, names: list[str], unperturbed: tuple) -> dict:
         """What each perturbation did, and none, which has no place in the sweep: `unperturbed` is its prediction."""
-        steps = measured.steps[:, None].expand_as(measured.predicted_kl)
-        columns = [part.tolist() for part in (steps, measured.predicted_kl, *measured.sweep)]
+        steps = perturbed.steps[:, None].expand_as(perturbed.predicted_kl)
+        columns = [part.tolist() for part in (steps, perturbed.predicted_kl, *perturbed.sweep)]
 
         def along(row: int, direction: int) -> dict[str, dict]:  # by scale
             swept = zip(*(column[row][direction] for column in columns), strict=True)
@@ -106,8 +111,8 @@ class Recorder:
 
         layers = {}
         for row, layer in enumerate(self.layers):
-            along_v, *others = (along(row, direction) for direction in range(1 + len(measured.controls)))
-            controls = dict(zip(measured.controls, others, strict=True))
+            along_v, *others = (along(row, direction) for direction in range(1 + len(names)))
+            controls = dict(zip(names, others, strict=True))
             layers[layer] = {
                 scale: {**prediction, "controls": {name: found[scale] for name, found in controls.items()}}
                 for scale, prediction in along_v.items()
@@ -144,8 +149,8 @@ class Recorder:
         for row, column, direction, ids in measured.continuations.perturbed:
             at_scale = entries.setdefault(self.layers[row], {}).setdefault(scales[column], {})
             at_scale[names[direction]] = {
-                "step": number_or_none(measured.steps[row, column].item()),
-                "predicted_kl": number_or_none(measured.predicted_kl[row, direction, column].item()),
+                "step": number_or_none(measured.perturbed.steps[row, column].item()),
+                "predicted_kl": number_or_none(measured.perturbed.predicted_kl[row, direction, column].item()),
                 **text(ids),
             }
         return entries
@@ -159,6 +164,10 @@ class Recorder:
         if (count := self.num_eigenvectors) > 1:
             arrays["leading_eigenvectors"] = eigen.vectors[:, :count]  # (layers, m, d)
             arrays["leading_eigenvalues"] = eigen.values[:, :count]  # (layers, m)
+        if (nats := measured.in_nats) is not None:
+            arrays["nats_steps"] = nats.steps.cpu()  # (layers, scales without 0)
+            arrays["nats_kl"] = nats.sweep.kl.cpu()  # (layers, directions, scales without 0)
+            arrays["nats_predicted_kl"] = nats.predicted_kl.cpu()  # of the same shape
         if measured.steered is not None:
             exceeded = len(GOALS) - len(measured.steered.goals)  # the lowest goals, without any perturbation
             deltas = pad(measured.steered.deltas.cpu(), (0, 0, exceeded, 0), value=math.nan)
@@ -274,22 +283,33 @@ def similarity(eigenvectors: np.ndarray, layers: Sequence[str]) -> tuple[list[st
     return labels, np.minimum(np.abs(flat @ flat.T), 1)
 
 
+def told_scale(key: str, scales: list[float]) -> float:
+    """The scale whose perturbations, of those under a record's key, are told of: the longest, or long ones in nats."""
+    if key != NATS:
+        return max(scales, key=abs)
+    some = sorted((scale for scale in scales if scale), key=abs)
+    return max((scale for scale in some if scale**2 / 2 <= TOLD_NATS), key=abs, default=some[0])
+
+
 def summary(records: list[dict], eigenvalues: np.ndarray, scales: list[float]) -> dict:
-    """By layer: medians over sentences, and what the longest perturbations of either sign did."""
-    far, layers = max(map(abs, scales)), {}
+    """By layer: medians over sentences, and what perturbations of either sign did, at the scales that are told of."""
+    swept = {"perturbations": "", NATS: "_nats"} if NATS in records[0] else {"perturbations": ""}
+    told, layers = {key: abs(told_scale(key, scales)) for key in swept}, {}
     for row, layer in enumerate(records[0]["fisher"]):
         numbers = by_key(pair for record in records for pair in numbers_of(record["fisher"][layer]).items())
-        by_scale = [record["perturbations"][layer] for record in records]
-        farthest = [found[scale] for found in by_scale for scale in {f"{far:g}", f"{-far:g}"} & set(found)]
-        kinds = by_key((kind_of(name), found) for along_v in farthest for name, found in by_direction(along_v).items())
         layers[layer] = {
             "eigenvalue_median": float(np.median(eigenvalues[:, row])),
             **{f"{key}_median": statistics.median(values) for key, values in numbers.items()},
-            "kl_median": {name: reduced(statistics.median, found, "kl") for name, found in kinds.items()},
-            "flips": {name: reduced(statistics.fmean, found, "top_changed") for name, found in kinds.items()},
         }
+        for key, unit in swept.items():
+            by_scale, far = [record[key][layer] for record in records], told[key]
+            ends = [found[scale] for found in by_scale for scale in {f"{far:g}", f"{-far:g}"} & set(found)]
+            kinds = by_key((kind_of(name), found) for along_v in ends for name, found in by_direction(along_v).items())
+            medians = {name: reduced(statistics.median, found, "kl") for name, found in kinds.items()}
+            flips = {name: reduced(statistics.fmean, found, "top_changed") for name, found in kinds.items()}
+            layers[layer] |= {f"kl_median{unit}": medians, f"flips{unit}": flips}
     steering = [record["steering"] for record in records if "steering" in record]
-    found = {"at_scale": far, "layers": layers}
+    found = {**{f"at_scale{unit}": told[key] for key, unit in swept.items()}, "layers": layers}
     return {**found, "steering": steering_summary(steering, list(layers))} if steering else found
 
 
@@ -309,13 +329,40 @@ def reduced(reduce: Callable[[list], float], records: list[dict], key: str) -> f
     return reduce(known) if known else None
 
 
+def part_of(document: dict, sentences: Sequence[str], layers: Sequence[str]) -> dict:
+    """The results of some of the sentences at some of the layers, with their summary; all other entries are of all."""
+    rows = [row for row, sentence in enumerate(document["sentences"]) if sentence in set(sentences)]
+    if len(rows) == len(document["sentences"]) and list(layers) == list(document["fisher"][0]):
+        return document
+    names = {key: name for key, name in COLUMNS.items() if name in document}
+    records = [{key: _at_layers(document[name][row], layers) for key, name in names.items()} for row in rows]
+    eigenvalues = [[record["fisher"][layer]["eigenvalues"][0] for layer in layers] for record in records]
+    parts = {name: [record[key] for record in records] for key, name in names.items()}
+    config = {**document["experiment_config"], "num_sentences": len(rows)}
+    return {
+        **document,
+        **parts,
+        "experiment_config": config,
+        "summary": summary(records, np.array(eigenvalues), config["scales"]),
+    }
+
+
+def _at_layers(entry: str | dict, layers: Sequence[str]) -> str | dict:
+    """What a sentence's record has under a key, without other layers."""
+    if not isinstance(entry, dict):
+        return entry
+    if "layers" in entry:  # of steering
+        return {**entry, "layers": _at_layers(entry["layers"], layers)}
+    return {name: value for name, value in entry.items() if not name.isdecimal() or name in layers}
+
+
 # --- how much it is, for a dry run ---------------------------------------------------------------
 
 
 def perturbations(record: dict) -> int:
     """How many there are of a sentence at a layer."""
-    by_scale = next(iter(record["perturbations"].values()))
-    return sum(1 + len(entry["controls"]) for scale, entry in by_scale.items() if float(scale))
+    by_scale = [next(iter(record[key].values())) for key in ("perturbations", NATS) if key in record]
+    return sum(1 + len(entry["controls"]) for found in by_scale for scale, entry in found.items() if float(scale))
 
 
 def file_sizes(items: Sequence[Item], sentences: int) -> tuple[float, float]:

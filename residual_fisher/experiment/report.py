@@ -7,10 +7,11 @@ import textwrap
 
 from residual_fisher.common.text import excerpt_end, model_line, printable, table
 from residual_fisher.experiment.lens_audit import KINDS, PREDICTORS
-from residual_fisher.experiment.records import RESULTS, by_direction, by_key
+from residual_fisher.experiment.measurement import FELT_KL
+from residual_fisher.experiment.records import COLUMNS, NATS, RESULTS, by_direction, by_key, told_scale
+from residual_fisher.experiment.settings import PROTOCOL_UNIT
 from residual_fisher.model.words import summary_line
 
-FELT_KL = 0.05  # nats: below it a perturbation has hardly moved a prediction
 CONTINUED = 3  # sentences whose continuations are shown: the first
 MIN_WIDTH, MAX_WIDTH = 60, 120  # characters of a line: in any terminal, and where there is none
 EXCERPT = 48  # characters of a prompt's end shown in a line
@@ -24,10 +25,11 @@ def heading(name: str, environment: dict, layers: tuple[int, ...]) -> str:
 # --- sentence by sentence ------------------------------------------------------------------------
 
 
-def block_legend(config: dict) -> str:
-    """How to read a `sentence_block`."""
+def block_legend(config: dict, record: dict) -> str:
+    """How to read a `sentence_block`, for the first sentence's record."""
+    scale = f"{told_scale(_swept(record), config['scales']):g}{' in nats' * (NATS in record)}"
     legend = (
-        f"By sentence, KL in nats after the perturbation at scale {_farthest(config)}; * the top token changed. By "
+        f"By sentence, KL in nats after the perturbation at scale {scale}; * the top token changed. By "
         "layer, the tokens with the largest shares of lambda: those that lose probability along v ← → that gain it"
     )
     if tokens := config["continue_"]:
@@ -36,12 +38,27 @@ def block_legend(config: dict) -> str:
             "ones): as it is, and after a perturbation along v, with the KL in nats that is predicted for it. It is "
             "added once, at the prompt's last token; the tokens after it are run unperturbed."
         )
-    return textwrap.fill(legend if tokens else legend + ":", 110)
+    legend = textwrap.fill(legend if tokens else legend + ":", 110)
+    return legend if NATS not in record else f"{nats_note(record, config)}\n{legend}"
 
 
-def _farthest(config: dict) -> str:
-    """The scale farthest from 0, as the records name it."""
-    return f"{max(config['scales'], key=abs):g}"
+def nats_note(record: dict, config: dict) -> str:
+    """Why a run is also swept in nats, by its first sentence."""
+    farthest = f"{told_scale('perturbations', config['scales']):g}"
+    ends = [found[farthest]["predicted_kl"] for found in record["perturbations"].values()]
+    short = sum(nats is not None and nats < FELT_KL for nats in ends)
+    note = (
+        f"note: at {short} of {len(ends)} layers the protocol's steps, of lambda, are too short: the longest is "
+        f"predicted to cost less than {FELT_KL:g} nats. So the same scales are swept in nats too, by steps of "
+        f"1/sqrt(lambda). Those are shown here and in the picture; {RESULTS} has both ({COLUMNS['perturbations']}, "
+        f"{COLUMNS[NATS]})."
+    )
+    return textwrap.fill(note, 110)
+
+
+def _swept(record: dict) -> str:
+    """The key of the perturbations in a sentence's record that are told of."""
+    return NATS if NATS in record else "perturbations"
 
 
 def sentence_block(record: dict, number: int, config: dict) -> str:
@@ -50,7 +67,8 @@ def sentence_block(record: dict, number: int, config: dict) -> str:
     target = f"{printable(context['target_token'])}: {context['target_probability']:.3f}, rank {context['target_rank']}"
     title = f"S{number}  {excerpt_end(context['prompt'], EXCERPT)}  ({target.strip()})"
     rows = [["  lambda", *(f"{fisher[layer]['eigenvalues'][0]:.2g}" for layer in layers)]]
-    farthest = [by_direction(record["perturbations"][layer][_farthest(config)]) for layer in layers]
+    key = _swept(record)
+    farthest = [by_direction(record[key][layer][f"{told_scale(key, config['scales']):g}"]) for layer in layers]
     for name in farthest[0]:
         cells = [_cell(at[name]["kl"], ".2g") + "*" * bool(at[name]["top_changed"]) for at in farthest]
         rows.append([f"  KL {name}", *cells])
@@ -93,9 +111,14 @@ def _cell(value: float | None, form: str) -> str:
 # --- at the end ----------------------------------------------------------------------------------
 
 
-def conclusion(document: dict, usable: int) -> str:
-    """The summary by layer, what is not in it, how long each stage took. `usable` sentences could have been used."""
-    asked, count, parts = document["experiment_config"]["num_sentences"], len(document["sentences"]), []
+def conclusion(document: dict, usable: int | None = None) -> str:
+    """The summary by layer, what is not in it, how long each stage took.
+
+    Args:
+        usable: how many sentences could have been used, if it is known.
+    """
+    config, count, parts = document["experiment_config"], len(document["sentences"]), []
+    asked = 0 if config.get("prompt") else config["num_sentences"]
     if overflows := count_overflows(document):
         parts.append(f"note: {overflows} perturbations were too long for numbers to hold: null in {RESULTS}")
     if failed := document["failed"]:
@@ -103,7 +126,7 @@ def conclusion(document: dict, usable: int) -> str:
     if continuations := document.get("continuations"):
         parts.append(continuation_line(continuations))
     if document["complete"] and count < asked:
-        among = f" among the {usable} that were read" if count < usable else ""
+        among = f" among the {usable} that were read" if usable and count < usable else ""
         parts.append(f"note: {asked} sentences were asked for, only {count} are available{among}")
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in document["timings"].items())
     return "\n".join([summary_tables(document), *parts, f"seconds: {seconds}"])
@@ -111,7 +134,8 @@ def conclusion(document: dict, usable: int) -> str:
 
 def count_overflows(document: dict) -> int:
     """How many perturbations were so long that the logits, or the prediction of KL, overflowed."""
-    layers = (layer for sentence in document["perturbation_results"] for layer in sentence.values())
+    swept = [document.get(COLUMNS[key], ()) for key in ("perturbations", NATS)]
+    layers = (layer for sentences in swept for sentence in sentences for layer in sentence.values())
     records = (found for layer in layers for record in layer.values() for found in by_direction(record).values())
     return sum(record["kl"] is None or record["predicted_kl"] is None for record in records)
 
@@ -121,19 +145,27 @@ def summary_tables(document: dict) -> str:
     config, summary = document["experiment_config"], document["summary"]
     layers, count = summary["layers"], len(document["sentences"])
     kinds = next(iter(layers.values()))["kl_median"]
+
+    def swept(unit: str) -> dict[str, tuple[str, ...]]:
+        kl = {f"KL {kind}": (".2g", f"kl_median{unit}", kind) for kind in kinds}
+        return {**kl, **{f"flips {kind}": (".0%", f"flips{unit}", kind) for kind in kinds}}
+
     columns = {
         "lambda": (".3g", "eigenvalue_median"),
         "mass": (".3f", "captured_mass_median"),
         "eff. rank": (".2f", "effective_rank_median"),
-        **{f"KL {kind}": (".2g", "kl_median", kind) for kind in kinds},
-        **{f"flips {kind}": (".0%", "flips", kind) for kind in kinds},
+        **swept(""),
     }
     note = f"Medians over {count} sentences; KL in nats and share of changed top tokens at ±{summary['at_scale']:g}."
+    in_nats = COLUMNS[NATS] in document
     medians = [entry["kl_median"]["fisher"] for entry in layers.values() if entry["kl_median"]["fisher"] is not None]
-    if medians and statistics.median(medians) < FELT_KL and config["scale_unit"] == "eigenvalue":
+    if medians and statistics.median(medians) < FELT_KL and config["scale_unit"] == PROTOCOL_UNIT and not in_nats:
         note += " At half of the layers or more, steps of lambda are too short to move a prediction: --scale-unit nats"
         note += " makes them long enough."
     parts = [_table_by_layer(layers, columns), textwrap.fill(note, 100)]
+    if in_nats:
+        note = f"In nats, by steps of 1/sqrt(lambda), at ±{summary['at_scale_nats']:g}:"
+        parts += [note, _table_by_layer(layers, swept("_nats"))]
     if config["compare_exact"]:
         names = {"lambda_K/lambda": "eigenvalue_share", "trace_K/trace": "trace_share", "|cos|": "cosine"}
         columns = {title: (".4f", f"exact_{name}_median") for title, name in names.items()}

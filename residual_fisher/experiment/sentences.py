@@ -1,9 +1,11 @@
 """Sentences that contain the target word: reads them, chooses diverse ones, finds the token of the word."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import difflib
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
+import math
 import re
 from typing import NamedTuple
 import warnings
@@ -17,7 +19,7 @@ from residual_fisher.common.sources import Source, ending_of, files_of, name_of
 from residual_fisher.common.text import excerpt
 from residual_fisher.common.trigrams import trigrams
 from residual_fisher.experiment.splitting import split_sentences
-from residual_fisher.model.words import token_writer
+from residual_fisher.model.words import prompt_tokens, token_writer
 
 TEXT_COLUMNS = ("text", "sentence", "content", "sentences", "document", "article", "passage")  # in this order
 CANDIDATES = 2000  # sentences with the word after which reading stops, unless more are wanted: enough to choose from
@@ -36,6 +38,7 @@ class Matches(NamedTuple):
 
     sentences: list[str]  # in the order of the source, without duplicates
     read: int  # number of sentences read to find them
+    lines: dict[str, int]  # by sentence, the line of the source on which it begins, from 1, where it is known
 
 
 def find_sentences(
@@ -58,10 +61,10 @@ def find_sentences(
         UserError: unreadable, malformed or empty source, or no sentence with the word.
     """
     found, words, read, least = {}, set(), 0, 1 if occurrence == "last" else occurrence
-    for text in _sentences(source, word, text_column, config, split):
+    for text, line in _sentences(source, word, text_column, config, split):
         read += 1
         if sum(1 for _ in islice(find_word(text, word), least)) == least:
-            found[" ".join(text.split())] = None
+            found.setdefault(" ".join(text.split()), line)
         elif not found and len(words) < MOST_WORDS:
             words.update(re.findall(r"\w+", text.lower()))
         if len(found) == max(CANDIDATES, num):
@@ -76,14 +79,22 @@ def find_sentences(
         what = f"{word!r} as a whole word after another word{times}"
         raise UserError(f"none of the {read} sentences of {name} has {what}{excerpt(hint, 200)}")
     if long := sum(len(text) > LONG for text in found):
-        longest = max(map(len, found))
-        what = f"{long} of {len(found)} sentences with {word!r} have more than {LONG} characters, the longest {longest}"
+        longest = max(found, key=len)
+        what = f"{long} of {len(found)} sentences with {word!r} have more than {LONG} characters, the longest "
+        what += f"{len(longest)}{on_line(found[longest])}"
         warnings.warn(f"{what}: is each a single sentence?", stacklevel=2)
-    return Matches(list(found), read)
+    return Matches(list(found), read, {text: line for text, line in found.items() if line})
 
 
-def _sentences(source: Source, word: str, column: str | None, config: str | None, split: str) -> Iterator[str]:
-    """The sentences of a source, without blank ones."""
+def on_line(line: int | None) -> str:
+    """Where a sentence is, as messages say it behind the sentence; nothing if it is not known."""
+    return f" (line {line})" if line else ""
+
+
+def _sentences(
+    source: Source, word: str, column: str | None, config: str | None, split: str
+) -> Iterator[tuple[str, int | None]]:
+    """The sentences of a source, without blank ones, and of a single file the line on which each begins."""
     rows, asked = read_rows(source, split, config), [column] if column else []
 
     def readable(name: str, row: dict) -> bool:
@@ -92,16 +103,16 @@ def _sentences(source: Source, word: str, column: str | None, config: str | None
     table = open_table(source, rows, asked, (word.lower(), *TEXT_COLUMNS), "--text-column", readable)
     if not table.columns:
         return
-    name, found = table.columns[0], False
-    texts = (text for row in table.rows for text in _texts(row.get(name)))
-    if set(map(ending_of, files_of(source, split) or [""])) == {".txt"}:
-        texts = _blocks(row["text"] for row in table.rows)
-    for text in texts:
+    name, found, files = table.columns[0], False, files_of(source, split) or [""]
+    texts = (([row], text) for row in table.rows for text in _texts(row.get(name)))
+    if set(map(ending_of, files)) == {".txt"}:
+        texts = _blocks(table.rows)
+    as_it_is = str(name).lower() == word.lower()  # a list of sentences
+    for rows, text in texts:
         found = True
-        if str(name).lower() == word.lower():  # a list of sentences, as they are
-            yield text
-        else:
-            yield from split_sentences(text)
+        for sentence, place in [(text, 0)] if as_it_is else _placed(text, split_sentences(text)):
+            row = rows[min(place, len(rows) - 1)]
+            yield sentence, getattr(row, "line", None) if len(files) == 1 else None
     if not found:
         raise UserError(f"{name_of(source)} holds no sentences: no text in the column {excerpt(repr(name), 100)}")
 
@@ -111,11 +122,27 @@ def _texts(cell) -> Iterator[str]:
     return filter(None, map(text_of, cell if isinstance(cell, list) else [cell]))
 
 
-def _blocks(lines: Iterator[str]) -> Iterator[str]:
-    """Lines without a blank one between them, together."""
-    for is_text, block in groupby(lines, key=lambda line: bool(line.strip())):
+def _blocks(rows: Iterator[dict]) -> Iterator[tuple[list[dict], str]]:
+    """Lines without a blank one between them, together: the rows that they are, and their text."""
+    for is_text, block in groupby(rows, key=lambda row: bool(row["text"].strip())):
         while is_text and (some := list(islice(block, LINES))):
-            yield "\n".join(some)
+            yield some, "\n".join(row["text"] for row in some)
+
+
+def _placed(text: str, sentences: Iterator[str]) -> Iterator[tuple[str, int]]:
+    """The sentences of a text, and the number of the line on which each begins, from 0.
+
+    Sentences are all of the text but for white space, so what counts are the other characters before a sentence.
+    """
+    ends, before = list(accumulate(map(_inked, text.split("\n")))), 0
+    for sentence in sentences:
+        yield sentence, bisect_right(ends, before)
+        before += _inked(sentence)
+
+
+def _inked(text: str) -> int:
+    """How many characters of a text are no white space."""
+    return sum(map(len, text.split()))
 
 
 # --- choosing ------------------------------------------------------------------------------------
@@ -177,8 +204,9 @@ class Context:
     sentence: str
     prompt: str  # the sentence up to the target word
     ids: list[int]  # the prompt's tokens, cut from those of the sentence
-    target_id: int  # the next token: the first one of the target word
+    target_id: int | None  # the next token: the first one of the target word; None for the model's own prediction
     steer_id: int | None = None  # token that steering raises; None for target_id
+    line: int | None = None  # on which the sentence begins in its file, where it is known
 
     @property
     def position(self) -> int:
@@ -210,6 +238,49 @@ def locate(tokenizer, sentence: str, word: str, occurrence: int | str = 1) -> Co
             occurrence -= 1
             found = None
     return found
+
+
+def find_contexts(
+    tokenizer, found: Matches, word: str, occurrence: int | str = 1, longest: float = math.inf
+) -> list[Context]:
+    """The sentences in which the tokenizer lets the word be found, their prompts of at most `longest` tokens.
+
+    Diverse ones come first.
+
+    Raises:
+        UserError: there are none.
+    """
+    located = []
+    for text in found.sentences:
+        if context := locate(tokenizer, text, word, occurrence):
+            located.append(replace(context, line=found.lines.get(text)))
+    if not located:
+        raise UserError(f"in none of {len(found.sentences)} sentences does a token stand before {word!r}")
+    contexts = [context for context in located if len(context.ids) <= longest]
+    if not contexts:
+        least = min(len(context.ids) for context in located)
+        raise UserError(
+            f"the model has positions for {longest} tokens, and every sentence has more before {word!r}, {least} at "
+            "least: give it shorter ones, or choose another model"
+        )
+    return [contexts[index] for index in diverse_order([context.prompt for context in contexts])]
+
+
+def take_prompts(tokenizer, prompts: Sequence[str], longest: float = math.inf) -> list[Context]:
+    """The contexts of prompts that are taken as they are, in their order, without a target word.
+
+    Raises:
+        UserError: one of them has no token, or more than `longest`.
+    """
+    contexts = []
+    for prompt in prompts:
+        ids, said = prompt_tokens(tokenizer, prompt), f"--prompt {excerpt(repr(prompt), 60)}"
+        if not ids:
+            raise UserError(f"the tokenizer makes no token of {said}")
+        if len(ids) > longest:
+            raise UserError(f"the model has positions for {longest} tokens, and {said} has {len(ids)}: shorten it")
+        contexts.append(Context(prompt, prompt, ids, None))
+    return contexts
 
 
 def token_of(tokenizer, text: str) -> int:

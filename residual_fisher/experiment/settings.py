@@ -7,6 +7,7 @@ from residual_fisher.common import options
 from residual_fisher.common.options import (
     IF_SET,
     PATHS,
+    TEXTS,
     CommandOptions,
     bundled,
     count,
@@ -26,6 +27,7 @@ from residual_fisher.common.program import EMBEDDED, UserError
 
 BUNDLED = "data/animals.json"
 RESULTS, MAP_RESULTS = "experiment_results", "map_results"  # where they go by default
+PROTOCOL_UNIT = "eigenvalue"  # of the original protocol's steps
 SCALES = (0.0, -0.5, 0.5, -1.0, 1.0, -2.0, 2.0, -5.0, 5.0, -10.0, 10.0)
 
 
@@ -40,23 +42,40 @@ class Settings(CommandOptions):
         "FILE",
         ".json {word: [sentences]}, .txt, .jsonl, .csv ..., a folder, or a hub dataset",
         several=PATHS,
+        unless="prompt",
     )
-    text_column: str | None = option(None, nonempty, "NAME", "column of a table or dataset that holds the text")
-    data_config: str | None = option(None, nonempty, "NAME", "configuration of a hub dataset")
-    data_split: str = option("train", nonempty, "NAME", "split of a hub dataset, or of a folder")
-    target_word: str = option("animals", word, "WORD", "perturb at the token just before this word")
-    occurrence: int | str = option(1, or_all(positive, "last"), "N", "which of a sentence's, or last", identity=IF_SET)
-    num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse", identity=False)
-    require_predicted: bool = option(False, switch, "true", "only where the model's top prediction starts the word")
+    text_column: str | None = option(
+        None, nonempty, "NAME", "column of a table or dataset that holds the text", unless="prompt"
+    )
+    data_config: str | None = option(None, nonempty, "NAME", "configuration of a hub dataset", unless="prompt")
+    data_split: str = option("train", nonempty, "NAME", "split of a hub dataset, or of a folder", unless="prompt")
+    target_word: str = option("animals", word, "WORD", "perturb at the token just before this word", unless="prompt")
+    occurrence: int | str = option(
+        1, or_all(positive, "last"), "N", "which of a sentence's, or last", identity=IF_SET, unless="prompt"
+    )
+    num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse", identity=False, unless="prompt")
+    require_predicted: bool = option(
+        False, switch, "true", "only where the model's top prediction starts the word", unless="prompt"
+    )
+    prompt: tuple | None = option(
+        None,
+        nonempty,
+        "TEXT",
+        "perturb at this text's last token, in place of sentences; once for each text",
+        several=TEXTS,
+        identity=False,
+        unless="map",
+    )
     layers: tuple | None = option(
         None, or_all(count), "L", "decoder layers, or all (every fifth and the last)", several=True
     )
     scales: tuple = option(SCALES, finite, "A", "how far to perturb, in units (0 ±0.5 ±1 ±2 ±5 ±10)", several=True)
     scale_unit: str = option(
-        "eigenvalue",
-        one_of("eigenvalue", "nats", "norm"),
+        "auto",
+        one_of("eigenvalue", "nats", "norm", "auto"),
         "UNIT",
-        "eigenvalue: lambda; nats: 1/sqrt(lambda), for which A²/2 nats are predicted; norm: |h|/100",
+        "eigenvalue: lambda; nats: 1/sqrt(lambda), for which A²/2 nats are predicted; norm: |h|/100 "
+        "(eigenvalue, and nats too if its steps are too short)",
     )
     max_vocab_subset: int | str = option(
         200, or_all(positive), "K", "most probable tokens that the Fisher matrix counts, or all"
@@ -118,6 +137,16 @@ class Settings(CommandOptions):
         return bundled(self.data_file)
 
     @property
+    def unit(self) -> str:
+        """The unit of the steps that are taken in any case."""
+        return PROTOCOL_UNIT if self.scale_unit == "auto" else self.scale_unit
+
+    @property
+    def wanted(self) -> int:
+        """How many sentences to take: of prompts, all."""
+        return len(self.prompt) if self.prompt else self.num_sentences
+
+    @property
     def folder(self) -> Path:
         """Where the results go."""
         return Path(MAP_RESULTS if self.map and self.output_dir == RESULTS else self.output_dir)
@@ -127,14 +156,17 @@ def parse(argv: list[str]) -> Settings:
     """The settings of a command line. Bad flags end the program, with exit code 2.
 
     Raises:
-        UserError: see `options.parse`; or no scale is other than 0.
+        UserError: see `options.parse`; or no scale is other than 0, or there is nothing to steer towards.
     """
     about = "Perturb a model's residual stream along its sensitive direction."
     settings = options.parse(Settings, "core_experiment.py", about, argv, config=None)
     scales = tuple(sorted({float(f"{scale:g}") for scale in settings.scales}))  # six digits, as results name a scale
     if not any(scales):
         raise UserError("argument --scales: at least one must not be 0")
-    return replace(settings, scales=scales)
+    if settings.prompt and settings.steer and not settings.steer_token:
+        raise UserError("argument --steer: beside --prompt, where no word is the target, it needs --steer-token")
+    prompts = settings.prompt and tuple(dict.fromkeys(settings.prompt))
+    return replace(settings, scales=scales, prompt=prompts)
 
 
 def choose_layers(asked: tuple | None, depth: int) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ def run_map(settings: Settings, program: str, files: Sequence[str]) -> int:
     """
     text, settings = read_text(settings.map), replace(settings, layers=settings.layers or ("all",))
     asked = {**{name: settings_of(settings)[name] for name in IDENTITY}, "map": short_hash(text)}
-    run = Run(settings.folder, program, files, settings.overwrite, read_only=settings.dry_run)
+    run = Run(settings.folder, program, files, settings.overwrite, settings.dry_run, "text")
     sources = {"data": short_hash(text), "model": stamps(settings.model_name)}
     with run.locked():
         if run.is_finished(asked, sources, 1):
@@ -130,6 +130,7 @@ def report_finished(run: Run) -> int:
     document = read_map(run.folder)
     if not run.read_only:
         draw(run, document)
+    print(summary(document))
     print(f"{printable(str(run.folder))} is finished: nothing to do (--overwrite starts anew)")
     return 0
 

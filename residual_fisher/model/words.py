@@ -16,6 +16,8 @@ import unicodedata
 import torch
 from torch import Tensor
 
+from residual_fisher.common.program import UserError
+
 TOKENS_RECORDED = 8  # of each direction
 
 # How byte-level tokenizers (GPT-2's, and most since) write bytes: printable ones as they are, the others from 256 on.
@@ -162,3 +164,21 @@ def summary_line(tokens: list[dict], num: int = 3) -> str:
     """The tokens that a direction moves most, "lost ← → gained" along +v, from its record."""
     sides = ([t["token"] for t in tokens if sign * t["slope"] > 0][:num] for sign in (-1, 1))
     return " ← → ".join(" ".join(side) or "-" for side in sides)
+
+
+def prompt_tokens(tokenizer, text: str) -> list[int]:
+    """The tokens of a text, with the special tokens that the tokenizer puts in front.
+
+    Those that it puts behind (end of sequence) are left out: the next token would begin another text.
+
+    Raises:
+        UserError: it puts special tokens into a text.
+    """
+    special, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not bare:
+        return []
+    starts = range(len(special) - len(bare) + 1)
+    start = next((start for start in starts if special[start : start + len(bare)] == bare), None)
+    if start is None:
+        raise UserError(f"{tokenizer.name_or_path} is not supported: its tokenizer puts special tokens into a text")
+    return special[: start + len(bare)]

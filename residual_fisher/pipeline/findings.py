@@ -21,9 +21,9 @@ import re
 from typing import NamedTuple
 
 from scipy.stats import binomtest
-from tqdm import tqdm
 
 from residual_fisher.common.files import json_text, write_json
+from residual_fisher.common.progress import tracked
 from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.run import ITEMS, Run, checksum, read_back, short_hash
 from residual_fisher.model.answers import answer_log_probs, end_tokens, greedy_answers
@@ -389,7 +389,7 @@ def explain(records: Sequence[dict], ordinary: Sequence[Prompt], chat: Chat, rec
     odd = odd_phrases(own, usual)
     all_odd = set().union(*odd)
     explained = []
-    for number, prompt in enumerate(tqdm(prompts, desc="Explaining", unit="prompt", disable=None)):
+    for number, prompt in enumerate(tracked(prompts, "Explaining", "prompt")):
         step = partial(explain_prompt, chat, prompt, own[number], odd[number], all_odd)
         explained.append(recall(f"prompt {number}", step))
     spans = candidates(
@@ -406,7 +406,7 @@ def explain(records: Sequence[dict], ordinary: Sequence[Prompt], chat: Chat, rec
     chosen = evenly_spaced(len(ordinary), TRUSTED)
     trusted, before = [ordinary[i] for i in chosen], [usual[i] for i in chosen]
     tested = []
-    for number, span in enumerate(tqdm(spans, desc="Proving", unit="span", disable=None)):
+    for number, span in enumerate(tracked(spans, "Proving", "span")):
         theirs = set().union(*(odd[place] for place in span.prompts))
         proof = recall(f"span {number}", partial(transplant, chat, span, theirs, trusted, before, len(spans)))
         says = Counter(explained[place]["odd_part"] for place in span.prompts).most_common(1)[0][0]

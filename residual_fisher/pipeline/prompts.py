@@ -13,6 +13,7 @@ from residual_fisher.common.program import UserError
 from residual_fisher.common.rows import open_table, read_rows, text_of
 from residual_fisher.common.sources import Source, name_of
 from residual_fisher.common.text import excerpt, first_line
+from residual_fisher.model.words import prompt_tokens
 from residual_fisher.pipeline.conversations import TURNS, Turn, conversation, speaker
 
 # Columns that are recognised, in this order
@@ -153,7 +154,7 @@ def encode(tokenizer, prompt: Prompt, max_length: int) -> Encoded:
 
     def ids(text: str) -> list[int]:
         if not tokenizer.chat_template:
-            return _bare(tokenizer, "\n\n".join([*(turn.text for turn in prompt.before), text]))
+            return prompt_tokens(tokenizer, "\n\n".join([*(turn.text for turn in prompt.before), text]))
         rendered = render(tokenizer, text, prompt.before)
         return tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template has its own special tokens
 
@@ -167,21 +168,6 @@ def encode(tokenizer, prompt: Prompt, max_length: int) -> Encoded:
     if not found:
         raise UserError(f"the tokenizer makes no token of {excerpt(repr(prompt.text), 60)} (row {prompt.row})")
     return Encoded(prompt, found, kept < len(prompt.text))
-
-
-def _bare(tokenizer, text: str) -> list[int]:
-    """The tokens of a text, with the special tokens that the tokenizer puts in front.
-
-    Those that it puts behind (end of sequence) are left out: the next token would begin another text.
-    """
-    special, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not bare:
-        return []
-    starts = range(len(special) - len(bare) + 1)
-    start = next((start for start in starts if special[start : start + len(bare)] == bare), None)
-    if start is None:
-        raise UserError(f"{tokenizer.name_or_path} is not supported: its tokenizer puts special tokens into a text")
-    return special[: start + len(bare)]
 
 
 def render(tokenizer, text: str, before: Sequence[Turn] = ()) -> str:
