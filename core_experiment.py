@@ -61,7 +61,7 @@ from residual_fisher.experiment.lens_audit import lens_for
 from residual_fisher.experiment.measurement import Batches, Clock, measure_sentence
 from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.experiment.records import Recorder, failure, rank, read_results, split_results, write_results
-from residual_fisher.experiment.sentences import Context, Matches, diverse_order, find_sentences, locate, token_of
+from residual_fisher.experiment.sentences import Context, Matches, diverse_order, find_sentences, locate
 from residual_fisher.model.loading import (
     decoder_layers,
     describe,
@@ -73,6 +73,7 @@ from residual_fisher.model.loading import (
     vocabulary_size,
 )
 from residual_fisher.model.passes import devices_of, require_known_tokens, ways_of
+from residual_fisher.model.words import token_of
 
 FILES = (records.RESULTS, records.EIGENVECTORS, *figures.FILES, *text_map.FILES)
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
@@ -174,7 +175,7 @@ def find_contexts(settings: Settings, model: torch.nn.Module, tokenizer, texts: 
             f"the model has positions for {longest} tokens, and every sentence has more before "
             f"{settings.target_word!r}, {least} at least: give it shorter ones, or choose another model"
         )
-    steer_id = token_of(tokenizer, settings.steer_token) if settings.steer_token else None
+    steer_id = token_of(tokenizer, settings.steer_token, "--steer-token ") if settings.steer_token else None
     order = diverse_order([context.prompt for context in contexts])
     return [replace(contexts[index], steer_id=steer_id) for index in order]
 

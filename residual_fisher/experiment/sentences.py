@@ -17,7 +17,6 @@ from residual_fisher.common.sources import Source, ending_of, files_of, name_of
 from residual_fisher.common.text import excerpt
 from residual_fisher.common.trigrams import trigrams
 from residual_fisher.experiment.splitting import split_sentences
-from residual_fisher.model.words import token_writer
 
 TEXT_COLUMNS = ("text", "sentence", "content", "sentences", "document", "article", "passage")  # in this order
 CANDIDATES = 2000  # sentences with the word after which reading stops, unless more are wanted: enough to choose from
@@ -210,17 +209,3 @@ def locate(tokenizer, sentence: str, word: str, occurrence: int | str = 1) -> Co
             occurrence -= 1
             found = None
     return found
-
-
-def token_of(tokenizer, text: str) -> int:
-    """The one token of `text`, preferably after a space, as a word of its own.
-
-    Raises:
-        UserError: `text` is no token, or several.
-    """
-    # a tokenizer that adds a space itself makes two tokens of the first
-    found = [tokenizer(spelling, add_special_tokens=False)["input_ids"] for spelling in (f" {text}", text)]
-    if single := [ids[0] for ids in found if len(ids) == 1]:
-        return single[0]
-    pieces = " ".join(map(token_writer(tokenizer), found[0]))
-    raise UserError(f"--steer-token {text!r} has to be one token, and is {len(found[0])}: {pieces}")
