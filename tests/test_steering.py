@@ -234,7 +234,7 @@ def test_a_run_with_steering_is_as_it_is_without(model_directory, tmp_path):
 
 @pytest.mark.usefixtures("without_pictures")
 def test_with_continuations_the_steered_text_goes_on_as_full_passes_say(model_directory, tmp_path, capsys):
-    assert scripts.core_experiment(model_directory, tmp_path, *WORDS, "--continue", "4") == 0
+    assert scripts.core_experiment(model_directory, tmp_path, *WORDS, "--steer-steps", "8", "--continue", "4") == 0
     document, arrays = experiment_results(tmp_path)
     model, tokenizer = load(str(model_directory), "float32", "cpu")
     found = 0
