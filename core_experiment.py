@@ -57,6 +57,7 @@ from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.run import Run, State, short_hash, sources_of
 from residual_fisher.common.text import excerpt, first_line, printable
 from residual_fisher.experiment import estimate, figures, records, report, text_map
+from residual_fisher.experiment.comparison import compare_runs
 from residual_fisher.experiment.lens_audit import lens_for
 from residual_fisher.experiment.measurement import Batches, Clock, measure_sentence
 from residual_fisher.experiment.perturbation import control_directions
@@ -461,6 +462,8 @@ def main(settings: Settings) -> int:
     def task() -> int:
         if settings.redraw:
             return redraw(Path(settings.redraw))
+        if settings.compare:
+            return compare_runs(settings.compare, settings.comparison_folder)
         if settings.map:
             return text_map.run_map(settings, PROGRAM, FILES)
         return run_experiment(settings)

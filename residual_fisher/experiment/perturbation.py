@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fisher
 from fisher import Chunks, Eigenpairs, Point
+from residual_fisher.common.files import number_or_none
 from residual_fisher.model.predictions import sweep
 
 DEPARTURE = 0.1  # relative difference of KL from its quadratic prediction that ends the trust radius
@@ -45,11 +46,6 @@ def step_lengths(unit: str, scales: Tensor, eigenvalues: Tensor, norms: Tensor) 
     """Signed step lengths (layers, scales) from scales (scales,), lambda (layers,) and |h| (layers,)."""
     length = {"eigenvalue": eigenvalues, "nats": eigenvalues.rsqrt(), "norm": norms / 100}[unit]
     return length[:, None] * scales
-
-
-def number_or_none(value: float) -> float | None:
-    """None for what JSON has no number for: infinity, or NaN."""
-    return value if math.isfinite(value) else None
 
 
 # --- trust radius --------------------------------------------------------------------------------

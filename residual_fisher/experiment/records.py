@@ -13,11 +13,10 @@ from torch.nn.functional import pad
 
 from fisher import Eigenpairs, most_probable
 from residual_fisher.common.archives import Item
-from residual_fisher.common.files import document_checksum, json_ready, json_text, write_json, write_npz
+from residual_fisher.common.files import document_checksum, json_ready, json_text, number_or_none, write_json, write_npz
 from residual_fisher.common.program import UserError
 from residual_fisher.common.text import first_line
 from residual_fisher.experiment.measurement import SPECTRUM, TOP, Measured
-from residual_fisher.experiment.perturbation import number_or_none
 from residual_fisher.experiment.steering import steering_record, steering_summary
 from residual_fisher.model.steering import GOALS
 from residual_fisher.model.words import token_writer

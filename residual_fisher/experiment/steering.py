@@ -4,7 +4,7 @@ from collections.abc import Callable
 import math
 import statistics
 
-from residual_fisher.experiment.perturbation import number_or_none
+from residual_fisher.common.files import number_or_none
 from residual_fisher.model.steering import GOALS, Steered, least_kl
 
 
