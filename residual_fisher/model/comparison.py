@@ -232,6 +232,8 @@ def comparison_figure(document: dict) -> Figure:
     _dots(ratios, document, {"lambda_ratio": "λ₁", "trace_ratio": "trace"})
     ratios.axhline(1, color=drawing.BLACK, linewidth=1)
     ratios.set_yscale("log")
+    for axis in (ratios.yaxis.set_major_formatter, ratios.yaxis.set_minor_formatter):
+        axis("{x:.3g}")
     ratios.set(title="How sensitive: b over a", xlabel="layer")
     _dots(shares, document, {"overlap": "overlap of leading subspaces", "similarity": "tr(FF′)/‖F‖‖F′‖"})
     shares.set(title="In which directions", xlabel="layer", ylim=(-0.02, 1.02))
@@ -273,6 +275,7 @@ def _words(panel: Axes, items: list[dict]) -> None:
     pairs = [(drawing.PINK, drawing.GREEN) if row % 2 else (drawing.GREY, drawing.BLUE) for row in range(len(tokens))]
     drawing.token_bars(panel, tokens, pairs, character=0.013 * longest)
     panel.set_yticks(range(len(names)), names)
+    panel.set_xticks([])
     panel.set_ylim(len(names) - 0.4, -0.6)
     panel.spines[:].set_visible(False)
     panel.tick_params(length=0)
