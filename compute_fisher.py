@@ -73,6 +73,7 @@ from residual_fisher.model.loading import (
 from residual_fisher.model.passes import ways_of
 from residual_fisher.pipeline import figures, findings, matrices, processes, report
 from residual_fisher.pipeline.batches import Subject, check_once, measure, try_first, write_tokens
+from residual_fisher.pipeline.comparison import compare_runs
 from residual_fisher.pipeline.derived import (
     FINDINGS,
     METADATA,
@@ -369,6 +370,8 @@ def main(settings: Settings) -> int:
     def task() -> int:
         if settings.redraw:
             return redraw(Path(settings.redraw), settings.false_alarms)
+        if settings.compare:
+            return compare_runs(settings.compare, settings.comparison_folder)
         return run_pipeline(settings, processes.join())
 
     return exit_code(PROGRAM, task, advice)

@@ -59,6 +59,7 @@ from residual_fisher.common.progress import progress
 from residual_fisher.common.run import Run, State, short_hash
 from residual_fisher.common.text import excerpt, first_line, printable
 from residual_fisher.experiment import estimate, figures, records, report, text_map
+from residual_fisher.experiment.comparison import compare_runs
 from residual_fisher.experiment.identity import as_in_run, identity_in, identity_settings, is_alone, sources_and_goal
 from residual_fisher.experiment.lens_audit import lens_for
 from residual_fisher.experiment.measurement import Batches, Clock, measure_sentence
@@ -71,7 +72,6 @@ from residual_fisher.experiment.sentences import (
     find_sentences,
     on_line,
     take_prompts,
-    token_of,
 )
 from residual_fisher.model.loading import (
     decoder_layers,
@@ -84,6 +84,7 @@ from residual_fisher.model.loading import (
     vocabulary_size,
 )
 from residual_fisher.model.passes import devices_of, require_known_tokens, ways_of
+from residual_fisher.model.words import token_of
 
 FILES = (records.RESULTS, records.EIGENVECTORS, *figures.FILES, *text_map.FILES)
 FAILURES = (fisher.NumericalError, torch.linalg.LinAlgError)  # a sentence that leads to one of them is left out
@@ -130,7 +131,7 @@ def prepare(settings: Settings) -> Experiment:
     else:
         contexts = take_prompts(tokenizer, settings.prompt, longest)
     if settings.steer_token:
-        steer_id = token_of(tokenizer, settings.steer_token)
+        steer_id = token_of(tokenizer, settings.steer_token, "--steer-token ")
         contexts = [replace(context, steer_id=steer_id) for context in contexts]
 
     model_fingerprint = fingerprint(model, tokenizer)
@@ -475,6 +476,8 @@ def main(settings: Settings) -> int:
     def task() -> int:
         if settings.redraw:
             return redraw(Path(settings.redraw))
+        if settings.compare:
+            return compare_runs(settings.compare, settings.comparison_folder)
         if settings.map:
             return text_map.run_map(settings, PROGRAM, FILES)
         return run_experiment(settings)

@@ -43,6 +43,7 @@ from residual_fisher.model.loading import (
     text_config,
     vocabulary_size,
 )
+from residual_fisher.model.overlap import cosine, matrix_similarity, subspace_overlap
 from residual_fisher.model.passes import (
     Chunks,
     UnsupportedModelError,
@@ -63,14 +64,24 @@ from residual_fisher.model.points import (
     pull_back,
     stream_jacobians,
 )
-from residual_fisher.model.words import TokenShares, token_shares
+from residual_fisher.model.predictions import (
+    DOUBLE_PRECISION,
+    FULL_PRECISION,
+    HALF_PRECISION,
+    kl_divergence,
+    most_probable,
+)
+from residual_fisher.model.steering import Steering, steer
+from residual_fisher.model.vectors import Vectors, added, load_vectors, save_vectors
+from residual_fisher.model.words import TokenShares, token_shares, token_writer
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PromptPoint", "PushForward",
-    "TextMap", "TopK", "TopKOfAnswers", "UnsupportedModelError", "check_prediction", "eigenpairs", "fisher_matrix",
-    "fix_signs", "full_vocabulary", "kl_divergence", "linearize", "linearize_each", "linearize_perturbed",
-    "linearize_prompts", "load", "map_text", "most_probable", "perturb", "pull_back", "stream_jacobians", "top_k",
-    "top_k_of_answers",
+    "Steering", "TextMap", "TopK", "TopKOfAnswers", "UnsupportedModelError", "Vectors", "added", "check_prediction",
+    "cosine", "eigenpairs", "fisher_matrix", "fix_signs", "full_vocabulary", "kl_divergence", "linearize",
+    "linearize_each", "linearize_perturbed", "linearize_prompts", "load", "load_vectors", "map_text",
+    "matrix_similarity", "most_probable", "perturb", "pull_back", "save_vectors", "steer", "stream_jacobians",
+    "subspace_overlap", "top_k", "top_k_of_answers", "words",
 ]  # fmt: skip
 
 # Widest matrix that is formed: `eigh` of seven takes 0.05 s, and of 576 x 576 0.35 s (iteration: 0.03).
@@ -82,7 +93,6 @@ ANSWER_PROBES = 2  # directions pushed forward, to find what counts in an answer
 TEXT_MEMORY = 1 << 26
 TEXT_ROWS = 1024  # cotangents times tokens in one of its backward passes
 PREDICTED = 5  # most probable tokens kept at each token of a text
-LARGE_KL = 0.1  # nats; above it the rounding of a plain log-sum-exp, 1e-6 nats, no longer matters
 
 
 # --- F and its eigenpairs -------------------------------------------------------------------------
@@ -159,19 +169,6 @@ def eigenpairs(gradients: Tensor, weights: Tensor, num: int = 1, allow_zero: boo
     return Eigenpairs(*(t.to(gradients.device, torch.float32) for t in (values, v, trace, rank)))
 
 
-def most_probable(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of logits or log-probabilities (..., V) in descending order, and their tokens; both (..., k).
-
-    Of equal ones, which half precision often has, the lower token comes first. `topk` orders them as it likes.
-    """
-    values, tokens = logits.topk(min(k + 1, logits.shape[-1]))  # one more: it may equal the last
-    tied = (values[..., 1:] == values[..., :-1]).any(-1)
-    if tied.any():
-        ordered = logits[tied].sort(descending=True, stable=True)
-        values[tied], tokens[tied] = (part[..., : values.shape[-1]] for part in ordered)
-    return values[..., :k], tokens[..., :k]
-
-
 @dataclass(frozen=True)
 class TopK:
     """F over the k most probable tokens, F = G^T diag(p) G, at each layer. p is not renormalised."""
@@ -222,6 +219,22 @@ class TopKOfAnswers(TopK):
 
     positions: Tensor  # (prompts, 1 + rows) int64: `tokens` are at these; 0 for row 0
     share: Tensor  # (prompts,) float32: about how much of the trace the pairs hold that are counted
+
+
+def words(
+    point: PromptPoint, directions: Tensor, tokenizer, k: int | str = 200, chunks: Chunks | None = None
+) -> dict[int, list[list[dict]]]:
+    """The tokens that directions u (layers, n, d) move most, as the experiment's results have them.
+
+    Args:
+        k: the most probable tokens that are counted, or "all"; their shares of u^T F u sum to 1.
+    Returns:
+        By number of the layer, for each direction: at most 8 tokens, the largest share first, each with its `token`
+        written so that it can be read, `id`, `share`, and `slope`, d log p per unit along u.
+    """
+    found = full_vocabulary(point, chunks) if k == "all" else top_k(point, k, chunks)
+    shares, write = token_shares(found.slopes(directions), found.weights, found.tokens), token_writer(tokenizer)
+    return {layer: shares.records((row,), write) for row, layer in enumerate(point.layers)}
 
 
 def top_k_of_answers(
@@ -341,26 +354,6 @@ def _largest_eigenpairs(matrix: Tensor, num: int) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-# --- what a perturbation does ---------------------------------------------------------------------
-
-
-def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
-    """KL(p || q) in nats (rows,) of p = exp(log_p) (V,) and q = softmax(logits) (rows, V).
-
-    With u = logits - log_p, KL = log E_p[exp(u)] - E_p[u], whatever constant is added to u. With u shifted to
-    E_p[u] = 0, and with expm1 and log1p, only terms of second order in u remain. So 1e-10 nats is right in float32,
-    where the sum of p (log p - log q) is noise below 1e-7. Large KL, whose exp(u) would overflow, needs none of this.
-    """
-    p = log_p.exp()
-    u = logits - log_p
-    mean = u @ p
-    far = logits.logsumexp(-1) - mean
-    u -= mean[..., None]
-    left = u @ p  # what rounding left of the mean
-    near = torch.log1p(u.clamp_(max=80).expm1_() @ p) - left
-    return torch.where(far > LARGE_KL, far, near.clamp(min=0))
-
-
 # --- a text, token by token -----------------------------------------------------------------------
 
 
@@ -455,12 +448,6 @@ def _cells(points: Iterable[Point], ids: Tensor, k: int | str, chunks: Chunks) -
 
 # --- does F predict what a small perturbation does? -----------------------------------------------
 
-# The predicted nats of each perturbation (the next term of KL may be too large for the first, not for the last), the
-# nats that rounding hides, and the largest ratio allowed between the changes and their prediction.
-FULL_PRECISION = (1e-4, 1e-6, 1e-7), 1e-8, 1.2
-DOUBLE_PRECISION = (1e-4, 1e-6, 1e-8, 1e-10), 1e-11, 1.2  # logits are float32 in the end
-# A logit of 20 is rounded to 0.06, and 0.1 nats change logits by about 0.4. A token may also switch experts.
-HALF_PRECISION = (0.1, 0.03), 0.02, 2.0
 CHECKED_TOKENS = 20  # the most probable ones
 LONGEST_CHECK = 0.1  # length of the longest perturbation, as a share of |h|
 

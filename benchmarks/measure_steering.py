@@ -18,7 +18,7 @@ from tqdm import tqdm
 import fisher
 from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.experiment.settings import Settings
-from residual_fisher.experiment.steering import GOALS, Linearised, least_kl, steer
+from residual_fisher.model.steering import GOALS, Linearised, least_kl, steer_along
 
 PROBABILITIES = (0.001, 0.3)
 GOAL = 0.5
@@ -46,7 +46,7 @@ def main() -> None:
         for damping in DAMPINGS:
             controls[f"natural, {damping:g}"] = here.solve(here.rise, damping)
         start = time.perf_counter()
-        steered = steer(
+        steered = steer_along(
             point, controls, context.target_id, settings.max_vocab_subset, settings.steer_steps,
             settings.steer_damping, fisher.Chunks(128), fisher.Chunks(settings.batch_size),
         )  # fmt: skip

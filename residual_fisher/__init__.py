@@ -1,15 +1,19 @@
-"""What stands behind `core_experiment.py`, `compute_fisher.py` and `fisher.py`. It reads the pipeline's results:
+"""What stands behind `core_experiment.py`, `compute_fisher.py` and `fisher.py`. It reads what the two have written:
 
-from residual_fisher import load_fisher_matrices
+from residual_fisher import load_fisher_matrices, load_results
 """
 
 import runpy
 
-__all__ = ["FisherMatrices", "Triplets", "load_fisher_matrices"]
+__all__ = ["FisherMatrices", "Triplets", "load_fisher_matrices", "load_results"]
 
 
 def __getattr__(name: str):
     """Imports what is asked for, and no earlier: the scripts import parts of the package before slow libraries."""
+    if name == "load_results":
+        from residual_fisher.experiment.frame import load_results
+
+        return load_results
     if name in __all__:
         from residual_fisher.pipeline import matrices
 

@@ -13,7 +13,7 @@ BELOW = {
     "compute_fisher": {"pipeline", "fisher", "model", "common"},
     "experiment": {"fisher", "model", "common"},
     "pipeline": {"fisher", "model", "common"},
-    "residual_fisher": {"pipeline"},  # the package itself: what reads results
+    "residual_fisher": {"experiment", "pipeline"},  # the package itself: what reads results
     "fisher": {"model", "common"},
     "model": {"common"},
     "common": set(),

@@ -11,22 +11,15 @@ from torch import Tensor
 import families
 import fisher
 from residual_fisher.common.program import UserError
-from residual_fisher.experiment.sentences import token_of
-from residual_fisher.experiment.steering import (
-    GOALS,
-    Linearised,
-    Steered,
-    least_kl,
-    steer,
-    steering_record,
-    steering_summary,
-    waypoints,
-)
+from residual_fisher.experiment.steering import steering_record, steering_summary
 from residual_fisher.model.embedded import EMBEDDED
 from residual_fisher.model.loading import decoder_layers, load
 from residual_fisher.model.reading import PrefixMode
+from residual_fisher.model.steering import GOALS, Linearised, Steered, least_kl, steer_along, waypoints
+from residual_fisher.model.words import token_of
 import scripts
 from scripts import experiment_results
+from test_continuation import the_long_way
 import tiny
 
 TARGET = 11
@@ -123,7 +116,7 @@ def steered_at_all_layers(name: str, dtype: torch.dtype = torch.float32) -> tupl
     point = fisher.linearize(families.shared(name, dtype), tiny.prompt())
     v = fisher.top_k(point, 30).eigenpairs().vectors[:, 0]
     target = int(point.log_probs.argsort(descending=True)[12])
-    return point, steer(point, {"fisher": v}, target, 60, 8, 0.003, fisher.Chunks(7), fisher.Chunks(50))
+    return point, steer_along(point, {"fisher": v}, target, 60, 8, 0.003, fisher.Chunks(7), fisher.Chunks(50))
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", pytest.param("mamba", marks=pytest.mark.long)])
@@ -191,7 +184,7 @@ def test_in_steps_the_natural_gradient_costs_less_than_the_gradient():
 def test_a_certain_token_has_no_goals():
     point = fisher.linearize(tiny.shared("llama"), tiny.prompt())
     point.log_probs[TARGET] = math.log(0.95)
-    steered = steer(point, {}, TARGET, 20, 8, 0.003, fisher.Chunks(), fisher.Chunks())
+    steered = steer_along(point, {}, TARGET, 20, 8, 0.003, fisher.Chunks(), fisher.Chunks())
     record = steering_record(steered, ["0", "1", "2"], str)
     assert steered.goals == [] and record["layers"] == {"0": {}, "1": {}, "2": {}}
 
@@ -237,6 +230,27 @@ def test_a_run_with_steering_is_as_it_is_without(model_directory, tmp_path):
     for key in ("fisher", "perturbation_results", "contexts"):
         assert documents[0][key] == documents[1][key]
     assert all((arrays[0][name] == arrays[1][name]).all() for name in arrays[1] if name != "run")
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_with_continuations_the_steered_text_goes_on_as_full_passes_say(model_directory, tmp_path, capsys):
+    assert scripts.core_experiment(model_directory, tmp_path, *WORDS, "--steer-steps", "8", "--continue", "4") == 0
+    document, arrays = experiment_results(tmp_path)
+    model, tokenizer = load(str(model_directory), "float32", "cpu")
+    found = 0
+    for sentence, record in enumerate(document["steering"]):
+        ids = torch.tensor(tokenizer(document["contexts"][sentence]["prompt"]).input_ids)
+        for row, layer in enumerate(("0", "2")):
+            for name, goals in record["layers"][layer].items():
+                for goal, entry in goals.items():
+                    assert entry is None or ("text" in entry) == (name == "natural_steps")
+                    if entry is None or name != "natural_steps":
+                        continue
+                    delta = torch.from_numpy(arrays["steering_deltas"][sentence, row, GOALS.index(float(goal))])
+                    said = the_long_way(model, ids, tiny.layers_of(model)[int(layer)], delta, 4)
+                    assert (entry["ids"], entry["text"]) == (said, tokenizer.decode(said))
+                    found += float(goal) < 0.5 or said[0] == record["id"]  # a likely token is what comes next
+    assert found >= 2 and " raised " in capsys.readouterr().out
 
 
 def test_a_text_that_is_no_token_is_a_one_line_error(model_directory, tmp_path, capsys):

@@ -107,6 +107,11 @@ def json_ready(value):
     return value
 
 
+def number_or_none(value: float) -> float | None:
+    """None for what JSON has no number for: infinity, or NaN."""
+    return value if math.isfinite(value) else None
+
+
 def json_text(value, indent: int | None = None) -> bytes:
     """A line, or with `indent` lines, of JSON in UTF-8."""
     text = json.dumps(json_ready(value), ensure_ascii=False, indent=indent) + "\n"

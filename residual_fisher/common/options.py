@@ -18,6 +18,7 @@ from residual_fisher.common.program import UserError
 from residual_fisher.common.text import excerpt, first_line, printable
 
 IF_SET = "if set"  # `identity` of an option that was added later
+COMPARISON = "comparison"  # where --compare writes by default
 PATHS = "paths"  # `several` of an option whose words may hold commas
 TEXTS = "texts"  # likewise, of one whose words may hold anything: its flag takes one, and is given again for another
 MAX_TEXT = 4000  # characters of a value: a path may have 4096 bytes, and Python reads numbers of 4300 digits
@@ -158,6 +159,19 @@ class CommandOptions:
     overwrite: bool = option(False, switch, "true", "replace what an earlier run left in --output-dir")
     dry_run: bool = option(False, switch, "true", "only say what a run would do, and in what time and memory")
     redraw: str | None = option(None, path, "DIR", "only draw the pictures of the results in DIR again")
+    compare: tuple | None = option(
+        None,
+        path,
+        "DIR",
+        f"only compare two finished runs of the same texts, into --output-dir ({COMPARISON})",
+        several=PATHS,
+    )
+
+    @property
+    def comparison_folder(self) -> Path:
+        """Where a comparison goes."""
+        default = next(opt.default for opt in fields(self) if opt.name == "output_dir")
+        return Path(COMPARISON if self.output_dir == default else self.output_dir)
 
 
 S = TypeVar("S", bound=CommandOptions)
@@ -218,8 +232,12 @@ def parse(kind: type[S], program: str, about: str, argv: list[str], config: Path
         parser.error(f"unrecognized argument {excerpt(flag, 40)}" + (f": did you mean {near[0]}?" if near else ""))
     options = {opt.name: opt for opt in fields(kind)}
     flags = {name: _value(options[name], found) for name, found in vars(parsed).items()}
-    if flags.get("dry_run") and flags.get("redraw"):
-        parser.error("argument --dry-run: it writes nothing, and --redraw does")
+    if flags.get("dry_run") and (writes := [name for name in ("redraw", "compare") if flags.get(name)]):
+        parser.error(f"argument --dry-run: it writes nothing, and --{writes[0]} does")
+    if flags.get("compare") and flags.get("redraw"):
+        parser.error("argument --compare: it is another task than --redraw")
+    if "compare" in flags and (isinstance(flags["compare"], str) or len(flags["compare"]) != 2):
+        parser.error("argument --compare: it takes the directories of two runs")
     file = flags.get("config", config)
     settings = kind(**{**(_read_yaml(kind, Path(file)) if file else {}), **flags})
     for name, opt in options.items():

@@ -16,7 +16,8 @@ from residual_fisher.common import drawing
 from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.text import excerpt_end
 from residual_fisher.experiment.records import COLUMNS, NATS, by_direction, kind_of
-from residual_fisher.experiment.steering import entries_of, least_kl, median_of
+from residual_fisher.experiment.steering import entries_of, median_of
+from residual_fisher.model.steering import least_kl
 
 SIMILARITY, PERTURBATION, STEERING = "fisher_similarity_matrix.png", "perturbation_analysis.png", "steering.png"
 FILES = SIMILARITY, PERTURBATION, STEERING

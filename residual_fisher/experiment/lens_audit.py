@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import fisher
+from residual_fisher.common.files import number_or_none
 from residual_fisher.common.program import UserError
-from residual_fisher.experiment.perturbation import control_directions, number_or_none
+from residual_fisher.experiment.perturbation import control_directions
 from residual_fisher.model.lens import JacobianLens, read_lens
 
 TOKENS = 50  # the most probable ones, whose log-probabilities are predicted

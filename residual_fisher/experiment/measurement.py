@@ -14,13 +14,14 @@ from tqdm import tqdm
 import fisher
 from residual_fisher.experiment.continuation import Continuations, choose_scales, continuations
 from residual_fisher.experiment.lens_audit import LensErrors, audit, lens_for
-from residual_fisher.experiment.perturbation import Sweep, TrustRadii, step_lengths, sweep, trust_radii_along
+from residual_fisher.experiment.perturbation import TrustRadii, step_lengths, trust_radii_along
 from residual_fisher.experiment.sentences import Context
 from residual_fisher.experiment.settings import Settings
-from residual_fisher.experiment.steering import STEERING_TOKENS, Steered, steer
 from residual_fisher.model.loading import decoder_layers
 from residual_fisher.model.passes import ways_of
+from residual_fisher.model.predictions import Sweep, sweep
 from residual_fisher.model.reading import PrefixMode
+from residual_fisher.model.steering import STEERING_TOKENS, Steered, steer_along
 from residual_fisher.model.words import TokenShares, token_shares
 
 SPECTRUM = 10  # leading eigenvalues recorded per sentence and layer
@@ -58,6 +59,7 @@ class Measured:
     lens: LensErrors | None = None
     continuations: Continuations | None = None
     steered: Steered | None = None
+    said_steered: Continuations | None = None  # after the perturbations of `steered`, one direction; goals are scales
 
 
 class Clock:
@@ -201,8 +203,20 @@ def measure_sentence(
             others = {name: controls[name] for name in controls if name == "difference"} | {"fisher": v}
             target = context.target_id if context.steer_id is None else context.steer_id
             tokens = STEERING_TOKENS if full else settings.max_vocab_subset
-            measured.steered = steer(
+            measured.steered = steer_along(
                 point, others, target, tokens, settings.steer_steps, settings.steer_damping, batches.steering,
                 batches.perturbations,
             )  # fmt: skip
+            measured.said_steered = continue_steered(settings, context, measured.steered, point, batches)
     return measured
+
+
+def continue_steered(
+    settings: Settings, context: Context, steered: Steered, point: fisher.Point, batches: Batches
+) -> Continuations | None:
+    """What the model goes on to say where steering has reached a goal, if continuations are asked for."""
+    reached = steered.deltas.isfinite().all(-1).nonzero().tolist()
+    if not settings.continue_ or not reached:
+        return None
+    chosen, deltas = [(row, goal) for row, goal in reached], steered.deltas[:, None]  # (layers, 1, goals, d)
+    return continuations(point, len(context.ids), deltas, chosen, settings.continue_, batches.perturbations)

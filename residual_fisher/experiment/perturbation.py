@@ -10,6 +10,8 @@ from torch import Tensor
 
 import fisher
 from fisher import Chunks, Eigenpairs, Point
+from residual_fisher.common.files import number_or_none
+from residual_fisher.model.predictions import sweep
 
 DEPARTURE = 0.1  # relative difference of KL from its quadratic prediction that ends the trust radius
 SEARCH_NATS = (1e-5, 1e2)  # predicted KL between which a trust radius is searched
@@ -44,45 +46,6 @@ def step_lengths(unit: str, scales: Tensor, eigenvalues: Tensor, norms: Tensor) 
     """Signed step lengths (layers, scales) from scales (scales,), lambda (layers,) and |h| (layers,)."""
     length = {"eigenvalue": eigenvalues, "nats": eigenvalues.rsqrt(), "norm": norms / 100}[unit]
     return length[:, None] * scales
-
-
-# --- effects -------------------------------------------------------------------------------------
-
-
-class Sweep(NamedTuple):
-    """The next-token distribution after each perturbation. KL is not finite where the model overflowed."""
-
-    kl: Tensor  # (...) float32, KL(unperturbed || perturbed) in nats
-    top_ids: Tensor  # (..., top) int64, the most probable tokens, descending
-    top_log_probs: Tensor  # (..., top) float32, nats
-    target_log_prob: Tensor  # (...) float32, nats, of one chosen token
-
-
-def sweep(point: Point, deltas: Tensor, target: int = 0, top: int = 5, chunks: Chunks | None = None) -> Sweep:
-    """Perturbs the prompt's last token and returns the predictions. Every perturbation is a row of a batch.
-
-    Args:
-        deltas: (layers, ..., d) float32, each added to the residual stream at its own layer.
-        target: the token for `target_log_prob`.
-        top: number of most probable tokens to return.
-    """
-    shape, rows = deltas.shape[:-1], deltas.flatten(0, -2)
-    at = torch.tensor(point.layers).repeat_interleave(deltas[0, ..., 0].numel())
-
-    def chunk(deltas: Tensor, at: Tensor) -> Sweep:
-        logits = fisher.perturb(point, deltas, at)
-        normalizer = logits.logsumexp(-1)
-        top_logits, top_ids = fisher.most_probable(logits, top)
-        kl = fisher.kl_divergence(point.log_probs, logits)
-        return Sweep(kl, top_ids, top_logits - normalizer[:, None], logits[:, target] - normalizer)
-
-    parts = (chunks or Chunks()).map(chunk, rows, at)
-    return Sweep(*(torch.cat(column).unflatten(0, shape) for column in zip(*parts, strict=True)))
-
-
-def number_or_none(value: float) -> float | None:
-    """None for what JSON has no number for: infinity, or NaN."""
-    return value if math.isfinite(value) else None
 
 
 # --- trust radius --------------------------------------------------------------------------------

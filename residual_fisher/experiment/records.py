@@ -13,12 +13,12 @@ from torch.nn.functional import pad
 
 from fisher import Eigenpairs, most_probable
 from residual_fisher.common.archives import Item
-from residual_fisher.common.files import document_checksum, json_ready, json_text, write_json, write_npz
+from residual_fisher.common.files import document_checksum, json_ready, json_text, number_or_none, write_json, write_npz
 from residual_fisher.common.program import UserError
 from residual_fisher.common.text import first_line
 from residual_fisher.experiment.measurement import SPECTRUM, TOP, Measured, Perturbed
-from residual_fisher.experiment.perturbation import number_or_none
-from residual_fisher.experiment.steering import GOALS, steering_record, steering_summary
+from residual_fisher.experiment.steering import steering_record, steering_summary
+from residual_fisher.model.steering import GOALS
 from residual_fisher.model.words import token_writer
 
 RESULTS, EIGENVECTORS = "experiment_results.json", "fisher_eigenvectors.npz"
@@ -66,7 +66,7 @@ class Recorder:
         if measured.continuations is not None:
             record["continuation"] = self._continuation(measured)
         if measured.steered is not None:
-            record["steering"] = steering_record(measured.steered, self.layers, self.show)
+            record["steering"] = self._steering(measured)
         return Item(number, json_ready({**record, "ways": ways, "seconds": seconds}), self._arrays(measured, eigen))
 
     def _context(self, measured: Measured) -> dict:
@@ -141,19 +141,25 @@ class Recorder:
 
     def _continuation(self, measured: Measured) -> dict:
         names, scales = ["fisher", *measured.controls], [f"{scale:g}" for scale in self.scales if scale]
-
-        def text(ids: list[int]) -> dict:
-            return {"ids": ids, "text": self.decode_all(ids)}
-
-        entries = {"none": text(measured.continuations.unperturbed)}
+        entries = {"none": self._text(measured.continuations.unperturbed)}
         for row, column, direction, ids in measured.continuations.perturbed:
             at_scale = entries.setdefault(self.layers[row], {}).setdefault(scales[column], {})
             at_scale[names[direction]] = {
                 "step": number_or_none(measured.perturbed.steps[row, column].item()),
                 "predicted_kl": number_or_none(measured.perturbed.predicted_kl[row, direction, column].item()),
-                **text(ids),
+                **self._text(ids),
             }
         return entries
+
+    def _text(self, ids: list[int]) -> dict:
+        return {"ids": ids, "text": self.decode_all(ids)}
+
+    def _steering(self, measured: Measured) -> dict:
+        record = steering_record(measured.steered, self.layers, self.show)
+        for row, column, _, ids in measured.said_steered.perturbed if measured.said_steered else ():
+            reached = record["layers"][self.layers[row]]["natural_steps"][f"{measured.steered.goals[column]:g}"]
+            reached |= self._text(ids)
+        return record
 
     def _arrays(self, measured: Measured, eigen: Eigenpairs) -> dict[str, np.ndarray]:
         arrays = {

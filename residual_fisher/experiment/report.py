@@ -77,31 +77,54 @@ def sentence_block(record: dict, number: int, config: dict) -> str:
     parts = [title, table(["  layer", *layers], rows), *tokens]
     if "continuation" in record and number < CONTINUED:
         parts.append(continuation_block(record["continuation"], layers, config["continue_"]))
+        if "steering" in record:
+            parts.append(steered_block(record["steering"], config["continue_"]))
     return "\n".join(parts)
 
 
 def continuation_block(continuation: dict, layers: list[str], asked: int) -> str:
     """How the model continues: as it is, and by layer and sign after a perturbation along v."""
 
-    def text(entry: dict) -> str:
-        """After a bar, since it may begin with a space."""
-        return "|" + printable(entry["text"]) + (" [end]" if len(entry["ids"]) < asked else "")
-
     usual, random_same = continuation["none"]["ids"], []
-    rows = [("  none", "", "", text(continuation["none"]))]
+    rows = [("  none", "", "", _said(continuation["none"], asked))]
     for layer in layers:
         for scale, entries in continuation[layer].items():
             same = {name: entry["ids"] == usual for name, entry in entries.items()}
-            said = "(the same)" if same["fisher"] else text(entries["fisher"])
+            said = "(the same)" if same["fisher"] else _said(entries["fisher"], asked)
             rows.append((f"  {layer}", scale, _cell(entries["fisher"]["predicted_kl"], ".2g"), said))
             random_same += [same["random_0"]] if "random_0" in same else []
-    longest = max(len(text) for *_, text in rows)
-    aligned = [[*cells, text.ljust(longest)] for *cells, text in rows]  # texts to the left
-    lines = table(["  layer", "scale", "nats", ""], aligned).splitlines()
+    lines = _texts(["  layer", "scale", "nats", ""], rows)
     if random_same:
         lines.append(f"  random_0 of the same lengths: {sum(random_same)} of {len(random_same)} the same")
+    return "\n".join(lines)
+
+
+def steered_block(steering: dict, asked: int) -> str:
+    """How the model continues where steering has made a token as probable as not, or as near to it as was a goal."""
+    goals = [goal for layer in steering["layers"].values() for goal in layer.get("natural_steps", ())]
+    goal = min(goals, key=lambda goal: abs(float(goal) - 0.5), default=None)
+    rows = [
+        (f"  {layer}", f"{entry['kl']:.2g}", _said(entry, asked))
+        for layer, directions in steering["layers"].items()
+        if (entry := directions.get("natural_steps", {}).get(goal)) and "text" in entry
+    ]
+    if not rows:
+        return f"  {printable(steering['token'])} was not raised to {goal or 'more'} at any layer"
+    title = f"  {printable(steering['token'])} raised from {steering['probability']:.2g} to {goal}:"
+    return "\n".join([title, *_texts(["  layer", "nats", ""], rows)])
+
+
+def _said(entry: dict, asked: int) -> str:
+    """A continuation after a bar, since it may begin with a space."""
+    return "|" + printable(entry["text"]) + (" [end]" if len(entry["ids"]) < asked else "")
+
+
+def _texts(header: list[str], rows: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a table whose last column holds texts: they begin on the left, and end where the terminal does."""
+    longest = max(len(text) for *_, text in rows)
+    lines = table(header, [[*cells, text.ljust(longest)] for *cells, text in rows]).splitlines()
     width = max(MIN_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 0)).columns)
-    return "\n".join(line if len(line) <= width else line[: width - 1] + "…" for line in lines)
+    return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 
 
 def _cell(value: float | None, form: str) -> str:

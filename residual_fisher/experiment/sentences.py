@@ -19,7 +19,7 @@ from residual_fisher.common.sources import Source, ending_of, files_of, name_of
 from residual_fisher.common.text import excerpt
 from residual_fisher.common.trigrams import trigrams
 from residual_fisher.experiment.splitting import split_sentences
-from residual_fisher.model.words import prompt_tokens, token_writer
+from residual_fisher.model.words import prompt_tokens
 
 TEXT_COLUMNS = ("text", "sentence", "content", "sentences", "document", "article", "passage")  # in this order
 CANDIDATES = 2000  # sentences with the word after which reading stops, unless more are wanted: enough to choose from
@@ -281,17 +281,3 @@ def take_prompts(tokenizer, prompts: Sequence[str], longest: float = math.inf) -
             raise UserError(f"the model has positions for {longest} tokens, and {said} has {len(ids)}: shorten it")
         contexts.append(Context(prompt, prompt, ids, None))
     return contexts
-
-
-def token_of(tokenizer, text: str) -> int:
-    """The one token of `text`, preferably after a space, as a word of its own.
-
-    Raises:
-        UserError: `text` is no token, or several.
-    """
-    # a tokenizer that adds a space itself makes two tokens of the first
-    found = [tokenizer(spelling, add_special_tokens=False)["input_ids"] for spelling in (f" {text}", text)]
-    if single := [ids[0] for ids in found if len(ids) == 1]:
-        return single[0]
-    pieces = " ".join(map(token_writer(tokenizer), found[0]))
-    raise UserError(f"--steer-token {text!r} has to be one token, and is {len(found[0])}: {pieces}")

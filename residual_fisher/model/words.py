@@ -96,6 +96,20 @@ def token_writer(tokenizer) -> Callable[[int], str]:
     return write
 
 
+def token_of(tokenizer, text: str, option: str = "") -> int:
+    """The one token of `text`, preferably after a space, as a word of its own. `option` names it in the error.
+
+    Raises:
+        UserError: `text` is no token, or several.
+    """
+    # a tokenizer that adds a space itself makes two tokens of the first
+    found = [tokenizer(spelling, add_special_tokens=False)["input_ids"] for spelling in (f" {text}", text)]
+    if single := [ids[0] for ids in found if len(ids) == 1]:
+        return single[0]
+    pieces = " ".join(map(token_writer(tokenizer), found[0]))
+    raise UserError(f"{option}{text!r} has to be one token, and is {len(found[0])}: {pieces}")
+
+
 def _written(character: str) -> str:
     if character == " ":
         return SPACE
