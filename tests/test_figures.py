@@ -4,6 +4,9 @@ import copy
 from pathlib import Path
 import warnings
 
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
@@ -129,6 +132,97 @@ def test_the_example_shows_the_target_of_the_sentence_that_predicts_it_best(resu
     assert found[:, 0].tolist() == [-1, 0, 0.1, 1]
     assert found[:, 1] == pytest.approx([records[scale]["target_prob"] for scale in ("-1", "0", "0.1", "1")])
     assert len(axes.lines) >= 2
+
+
+def of_layers(results: dict, layers: list[str], scales: list[float] | None = None) -> dict:
+    """The results at layers that are copies of the two there are, and at some scales."""
+    old, count = list(results["fisher"][0]), len(results["sentences"])
+    source = [old[i % len(old)] for i in range(len(layers))]
+    for key in ("fisher", "perturbation_results"):
+        results[key] = [{to: found[of] for to, of in zip(layers, source, strict=True)} for found in results[key]]
+    rows = [old.index(of) * count + i for of in source for i in range(count)]
+    results["similarity_matrix"] = np.array(results["similarity_matrix"])[np.ix_(rows, rows)].tolist()
+    results["experiment_config"]["scales"] = scales or results["experiment_config"]["scales"]
+    return results
+
+
+def test_of_many_layers_some_are_named_at_their_blocks(results):
+    layers = [str(layer) for layer in range(30)]
+    all_pairs, means, _ = figures.similarity_figure(of_layers(results, layers)).axes
+    for panel, size in ((all_pairs, 4), (means, 1)):
+        for axis in (panel.xaxis, panel.yaxis):
+            named = {
+                label.get_text(): place for label, place in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True)
+            }
+            assert 8 <= len(named) <= 12 and {"0", "29"} <= set(named)
+            assert all(place == size * int(layer) + (size - 1) / 2 for layer, place in named.items())
+
+
+def test_a_single_layer_has_bars_in_place_of_heatmaps(results):
+    results = of_layers(results, ["0"])
+    figure, bases = figures.perturbation_figure(results), [set(c["top_ids"]) for c in results["contexts"]]
+    for title, statistic in (
+        ("Top-5 tokens kept", lambda record, base: len(base & set(record["top_ids"])) / 5),
+        ("Top token changed", lambda record, base: record["top_changed"]),
+    ):
+        for bar, scale in zip(panel(figure, title).patches, ("-1", "0", "0.1", "1"), strict=True):
+            records = [s["0"][scale] for s in results["perturbation_results"]]
+            assert bar.get_height() == pytest.approx(np.mean([*map(statistic, records, bases)]))
+    similarity, matrix = figures.similarity_figure(results), np.array(results["similarity_matrix"])
+    assert [label.get_text() for label in similarity.axes[0].get_xticklabels()] == ["S0", "S1", "S2", "S3"]
+    for i, bar in enumerate(panel(similarity, "Mean: within a layer").patches):
+        assert bar.get_width() == pytest.approx(np.mean(np.delete(matrix[i], i)))
+
+
+LEGEND = ["Fisher eigenvector", "predicted for it, ½ δᵀFδ", "towards another sentence", "random"]
+
+
+@pytest.mark.parametrize("scales", [[-1.0, 1.0], [-1.0], [-1.0, 0.0], [0.1, 1.0]])
+def test_whatever_the_scales_the_prediction_is_seen_and_the_legend_is_there(scales, results):
+    figure = figures.perturbation_figure(of_layers(results, ["0", "2"], scales))
+    (legend,) = [legend for part in figure.subfigs for legend in part.legends]
+    assert [text.get_text() for text in legend.get_texts()] == LEGEND
+    predicted = [line for line in panel(figure, "layer 0").lines if line.get_linestyle() == "--"]
+    assert len(predicted) == len({np.sign(scale) for scale in scales if scale})
+    assert all(len(line.get_xdata()) > 1 or line.get_marker() == "_" for line in predicted)
+
+
+def square_font(path: Path, family: str, character: str) -> None:
+    """A font in which a character is a square, and no other is there."""
+    builder, pen = FontBuilder(1000, isTTF=True), TTGlyphPen(None)
+    for number, corner in enumerate(((0, 0), (0, 700), (700, 700), (700, 0))):
+        (pen.lineTo if number else pen.moveTo)(corner)
+    pen.closePath()
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord(character): "square"})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (500, 0), "square": (800, 0)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": family, "styleName": "Regular"})
+    builder.setupOS2(sTypoAscender=800, usWinAscent=800, usWinDescent=200)
+    builder.setupPost()
+    builder.save(path)
+
+
+def test_what_the_font_lacks_is_drawn_by_one_that_is_installed_and_without_a_word(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    known = drawing.font_families()
+    assert known[0] == "DejaVu Sans" and set(known[1:]) <= {font.name for font in font_manager.fontManager.ttflist}
+    square_font(tmp_path / "font.ttf", "Noto Sans CJK SC", "動")
+    font_manager.fontManager.addfont(tmp_path / "font.ttf")
+    monkeypatch.setitem(drawing.STYLE, "font.family", drawing.font_families())
+
+    def page(text: str) -> Figure:
+        figure = plt.figure(figsize=(1, 1), layout="none")
+        figure.text(0.1, 0.3, text, fontsize=40)
+        return figure
+
+    drawing.save(tmp_path, {"a.png": lambda: page("動"), "b.png": lambda: page("物")})  # the other one is in no font
+    with Image.open(tmp_path / "a.png") as drawn, Image.open(tmp_path / "b.png") as box:
+        dark = [np.asarray(image.convert("L")) < 128 for image in (drawn, box)]
+    rows, columns = (np.flatnonzero(dark[0].any(axis=axis)) for axis in (1, 0))
+    assert dark[0][rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean() > 0.95  # the square
+    assert dark[1].any() and not np.array_equal(*dark) and caplog.records == []
 
 
 RADIUS = {"step": 2.0, "nats": 0.5, "norms": 0.01, "steps": [2.0, 3.0]}

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only: no display is needed
 
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -18,8 +19,26 @@ import numpy as np
 from residual_fisher.common.files import atomic_open
 from residual_fisher.common.text import printable
 
+# Fonts with the scripts and symbols that matplotlib's own font, DejaVu Sans, lacks: Chinese, Japanese and Korean,
+# Devanagari, emoji, and whatever else there is. Those that are installed are asked for a missing character, in order.
+FALLBACK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Source Han Sans SC", "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Malgun Gothic",
+    "Droid Sans Fallback", "Noto Sans Devanagari", "Lohit Devanagari", "Nirmala UI", "Mangal", "Devanagari Sangam MN",
+    "Noto Emoji", "Segoe UI Emoji", "Symbola", "Noto Sans Thai", "Noto Sans Bengali", "Noto Sans Tamil",
+    "Arial Unicode MS", "FreeSans", "Unifont",
+)  # fmt: skip
+
+
+def font_families() -> list[str]:
+    """DejaVu Sans, and the fallback fonts that are installed: matplotlib complains of every other at each text."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)]
+
+
 DPI = 150
 STYLE = {
+    "font.family": font_families(),
     "font.size": 13,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -31,7 +50,7 @@ BLACK, ORANGE, BLUE, GREEN, PINK, YELLOW, GREY = (
     "#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#7A7A7A",
 )  # fmt: skip
 DISTINCT = [BLACK, ORANGE, BLUE, GREEN, PINK, YELLOW]
-# Glyph: a token in a script that the font lacks is drawn as a box. The others: NaN, which leaves a gap in the picture.
+# Glyph: a token of a script that no font has is drawn as a box. The others: NaN, which leaves a gap in the picture.
 EXPECTED_WARNINGS = "Glyph|All-NaN|Mean of empty"
 
 

@@ -37,7 +37,7 @@ STEERED = {
 # the square root keeps small cosines, where most of the pairs are, apart
 COSINE = {"cmap": "viridis", "norm": PowerNorm(0.5, vmin=0, vmax=1)}
 MAX_PANELS = 8  # layers that get a panel of their own; of more, evenly spaced ones
-MAX_TICKS = 12
+MAX_TICKS, FEW_TICKS = 12, 7  # the latter along a narrow panel
 KL_FLOOR = 1e-11  # nats: below it, rounding of the logits
 KL = "KL(original ‖ perturbed), nats"
 UNITS = {"eigenvalue": "steps of λ", "nats": "steps of 1/√λ", "norm": "steps of ‖h‖/100"}
@@ -59,11 +59,11 @@ def _layers(document: dict) -> list[str]:
     return list(document["fisher"][0])
 
 
-def _layer_axis(axis: Axis, layers: list[str]) -> None:
-    """Labels the places 0, 1, ... with layers; of many, evenly spaced ones."""
-    shown = evenly_spaced(len(layers), MAX_TICKS)
-    axis.set_ticks(shown, [layers[i] for i in shown])
-    axis.set_label_text("layer")
+def _layer_axis(axis: Axis, layers: list[str], size: int = 1, most: int = MAX_TICKS) -> None:
+    """Labels the middles of blocks of `size` places 0, 1, ... with layers; of many layers, evenly spaced ones."""
+    shown = evenly_spaced(len(layers), most)
+    axis.set_ticks(shown * size + (size - 1) / 2, [layers[i] for i in shown])
+    axis.set_label_text(f"layer ({size} sentences in each block)" if size > 1 else "layer")
 
 
 def _log_axis(panel: Axes, multiples: tuple[float, ...]) -> None:
@@ -78,7 +78,7 @@ def _log_axis(panel: Axes, multiples: tuple[float, ...]) -> None:
 
 
 def similarity_figure(document: dict) -> Figure:
-    """|cosine| of top eigenvectors, all pairs grouped by layer, beside its mean by pair of layers."""
+    """|cosine| of top eigenvectors: all pairs by layer, and the mean by pair of layers (of one layer: by sentence)."""
     layers, matrix = _layers(document), np.array(document["similarity_matrix"])
     count = len(matrix) // len(layers)  # sentences
     figure, (all_pairs, means) = plt.subplots(1, 2, figsize=(15, 7.4), width_ratios=[1.6, 1])
@@ -87,29 +87,44 @@ def similarity_figure(document: dict) -> Figure:
     for edge in np.arange(1, len(layers)) * count - 0.5:
         all_pairs.axhline(edge, color="white", linewidth=1)
         all_pairs.axvline(edge, color="white", linewidth=1)
-    block = f"layer ({count} sentence{'s' * (count > 1)} in each block)"
-    all_pairs.set(title="Top Fisher eigenvectors, every pair", xlabel=block, ylabel="layer")
+    all_pairs.set_title("Top Fisher eigenvectors, every pair")
 
     blocks = _block_means(matrix, len(layers), count)
-    means.imshow(blocks, **COSINE)
-    for (row, column), value in np.ndenumerate(blocks):
-        if len(layers) <= MAX_TICKS and np.isfinite(value):
-            colour = "white" if value < 0.4 else "black"
-            means.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=11)
+    chance = np.sqrt(2 / (np.pi * document["environment"]["hidden_size"]))
+    if len(layers) > 1:
+        means.imshow(blocks, **COSINE)
+        for (row, column), value in np.ndenumerate(blocks):
+            if len(layers) <= MAX_TICKS and np.isfinite(value):
+                colour = "white" if value < 0.4 else "black"
+                means.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=11)
+        for panel, size in ((all_pairs, count), (means, 1)):  # rows of a layer
+            for axis in (panel.xaxis, panel.yaxis):
+                _layer_axis(axis, layers, size)
+            panel.tick_params(length=0)
+    else:
+        for axis in (all_pairs.xaxis, all_pairs.yaxis, means.yaxis):
+            shown = evenly_spaced(count, MAX_TICKS)
+            axis.set_ticks(shown, [f"S{i}" for i in shown])
+        all_pairs.set(xlabel=f"sentence, layer {layers[0]}", ylabel="sentence")
+        all_pairs.tick_params(length=0)
+        _means_of_sentences(means, matrix, chance)
     same = np.eye(len(layers), dtype=bool)
     parts = {"within a layer": blocks[same], "between layers": blocks[~same]}
     found = ", ".join(f"{name} {values.mean():.2f}" for name, values in parts.items() if np.isfinite(values).any())
-    means.set(title="Mean" + (found and f": {found}"), xlabel="layer", ylabel="layer")
+    means.set_title("Mean" + (found and f": {found}"))
 
-    places = np.arange(len(layers))
-    for panel, centres in ((all_pairs, places * count + (count - 1) / 2), (means, places)):
-        panel.set_xticks(centres, layers)
-        panel.set_yticks(centres, layers)
-        panel.tick_params(length=0)
-    chance = np.sqrt(2 / (np.pi * document["environment"]["hidden_size"]))
     scale = f"|cosine|   (random directions: {chance:.2f} on average)"
     figure.colorbar(image, ax=[all_pairs, means], shrink=0.8, label=scale)
     return figure
+
+
+def _means_of_sentences(panel: Axes, matrix: np.ndarray, chance: float) -> None:
+    """Mean |cosine| of each sentence with the others, and that of random directions; nothing of a single one."""
+    count = len(matrix)
+    panel.set_visible(count > 1)
+    panel.barh(range(count), (matrix.sum(axis=1) - 1) / max(1, count - 1), color=drawing.ORANGE)
+    panel.axvline(chance, color=drawing.BLACK, linewidth=1, linestyle="--")
+    panel.set(ylim=(count - 0.5, -0.5), xlabel="mean |cosine| with the others (dashed: random directions)")
 
 
 def _block_means(matrix: np.ndarray, layers: int, count: int) -> np.ndarray:
@@ -145,7 +160,7 @@ def perturbation_figure(document: dict) -> Figure:
     handles, labels = panels[0, 0].get_legend_handles_labels()
     top.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     top.supxlabel(f"scale α {_unit(document)}", fontsize=13)
-    top.supylabel(KL, fontsize=13)
+    top.supylabel(KL if rows > 1 else "KL, nats", fontsize=13)  # a single row is not as high as the words are long
 
     kept, changed, *trust, last = middle.subplots(1, 3 + radius, width_ratios=[1] * (2 + radius) + [1.25])
     _heatmap(kept, document, _overlap, "Top-5 tokens kept (Fisher)", "viridis")
@@ -177,6 +192,7 @@ def _scales(document: dict) -> list[str]:
 def _kl_panel(panel: Axes, document: dict, layer: str) -> None:
     scales = [scale for scale in _scales(document) if float(scale)]
     sentences = [sentence[layer] for sentence in _swept(document)]
+    told = 1 if max(map(float, scales)) > 0 else -1  # the side whose curves are named in the legend
     for kind, style in PERTURBED.items():
         for sign in (-1, 1):  # two curves: KL is 0 at scale 0, which has no place on a log axis
             side = [scale for scale in scales if sign * float(scale) > 0]
@@ -186,12 +202,13 @@ def _kl_panel(panel: Axes, document: dict, layer: str) -> None:
             records = [[record for name, record in pairs if kind_of(name) == kind] for pairs in by_name]
             if not any(records):
                 continue
-            label, expected = (style["label"], "predicted for it, ½ δᵀFδ") if sign > 0 else (None, None)
+            label, expected = (style["label"], "predicted for it, ½ δᵀFδ") if sign == told else (None, None)
             x, kl = list(map(float, side)), [_column(at, "kl") for at in records]
             drawing.median_band(panel, x, kl, KL_FLOOR, markersize=4, **{**style, "label": label})
             if kind == "fisher":
                 predicted = np.maximum([np.nanmedian(_column(at, "predicted_kl")) for at in records], KL_FLOOR)
-                panel.plot(x, predicted, "--", color=drawing.BLACK, linewidth=1.3, label=expected)
+                point = {"marker": "_", "markersize": 22} if len(x) == 1 else {}  # a line of one point is none
+                panel.plot(x, predicted, "--", color=drawing.BLACK, linewidth=1.3, label=expected, **point)
     panel.set_yscale("log")
     _scale_axis(panel, scales)
     panel.set_title(f"layer {layer}")
@@ -217,7 +234,7 @@ def _overlap(record: dict, base: list[int]) -> float:
 
 
 def _heatmap(panel: Axes, document: dict, statistic: Callable, title: str, cmap: str) -> None:
-    """Mean over sentences of statistic(record, unperturbed top ids), layers by scales."""
+    """Mean over sentences of statistic(record, unperturbed top ids), layers by scales; of one layer, bars."""
     layers, scales = _layers(document), _scales(document)
     sentences = list(zip(_swept(document), document["contexts"], strict=True))
     values = [
@@ -225,10 +242,16 @@ def _heatmap(panel: Axes, document: dict, statistic: Callable, title: str, cmap:
         for layer in layers
     ]
     means = np.nanmean(np.array(values, dtype=float), axis=-1)
+    ticks = np.arange(0, len(scales), -(-len(scales) // MAX_TICKS))
+    crowded = {"rotation": 45, "fontsize": 11} if len(scales) > 7 else {}
+    panel.set_xticks(ticks, [scales[i].replace("-", "−") for i in ticks], **crowded)
+    if len(layers) == 1:
+        panel.bar(range(len(scales)), means[0], width=0.8, color=drawing.ORANGE)
+        panel.set(title=title, xlabel="scale α", xlim=(-0.6, len(scales) - 0.4), ylim=(0, 1))
+        panel.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+        return
     image = panel.imshow(means, cmap=cmap, vmin=0, vmax=1, aspect="auto")
     _layer_axis(panel.yaxis, layers)
-    ticks = np.arange(0, len(scales), -(-len(scales) // MAX_TICKS))
-    panel.set_xticks(ticks, [scales[i].replace("-", "−") for i in ticks], rotation=45 if len(scales) > 7 else 0)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
     panel.set(title=title, xlabel="scale α")
@@ -256,7 +279,7 @@ def _trust_panel(panel: Axes, document: dict) -> None:
         axes.set_ylabel(name, color=colour)
         axes.tick_params(axis="y", which="both", colors=colour)
     norms.spines["right"].set_visible(True)
-    _layer_axis(panel.xaxis, layers)
+    _layer_axis(panel.xaxis, layers, most=FEW_TICKS)
 
 
 def _example_panel(panel: Axes, document: dict, sentence: int) -> None:
