@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers as hf
 
-from residual_fisher.model.comparison import named_kl
+from residual_fisher.model.comparison import Matrix, Pair, named_kl
+from residual_fisher.model.comparison import compare as compare_pairs
 import scripts
 from scripts import experiment_results
 
@@ -117,6 +118,23 @@ def test_every_number_is_that_of_dense_matrices(experiments, tmp_path):
                 "shift": np.linalg.norm(h[1] - h[0]) / np.linalg.norm(h[0]),
             }
             assert numbers == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_words_are_on_the_same_side_in_both_runs():
+    token, vectors = {"token": "a", "id": 1, "share": 0.5, "slope": 2.0}, torch.eye(3)
+    a, b = (Matrix(torch.ones(1), sign * vectors[:1], 1.0, [token], None) for sign in (1, -1))
+    for first, second, slope in ((a, a, 2.0), (a, b, -2.0), (b, a, -2.0)):
+        items = compare_pairs([Pair({"prompt": "p"}, ({"a": 0.5}, {"a": 0.5}), {"0": (first, second)})], {})["items"]
+        assert items[0]["tokens"]["0"] == {"a": [token], "b": [{**token, "slope": slope}]}
+
+
+def test_a_matrix_that_is_zero_has_no_ratio():
+    zero, one = (Matrix(x * torch.ones(1), x * torch.eye(3)[:1], x, [], torch.ones(3)) for x in (0.0, 1.0))
+    for first, second, change in ((zero, one, 1.0), (one, zero, 1.0), (zero, zero, None)):
+        pair = Pair({"prompt": "p"}, ({}, {}), {"0": (first, second)})
+        numbers = compare_pairs([pair], {})["items"][0]["layers"]["0"]
+        assert numbers["change"] == change and numbers["similarity"] is None and numbers["shift"] == 0
+        assert numbers["lambda_ratio"] == (0.0 if first is one else None)
 
 
 def test_the_recorded_kl_is_at_most_the_whole_one():

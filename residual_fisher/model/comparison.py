@@ -138,9 +138,14 @@ def _compared(pair: Pair) -> dict:
 
 
 def _details(pair: Pair) -> dict:
-    predictions = dict(zip("ab", pair.predictions, strict=True))
-    tokens = {place: {run: m.tokens for run, m in zip("ab", both, strict=True)} for place, both in pair.places.items()}
-    return {"predictions": predictions, "tokens": tokens}
+    tokens = {place: dict(zip("ab", _words(*both), strict=True)) for place, both in pair.places.items()}
+    return {"predictions": dict(zip("ab", pair.predictions, strict=True)), "tokens": tokens}
+
+
+def _words(a: Matrix, b: Matrix) -> tuple[list[dict], list[dict]]:
+    """The tokens that the first eigenvector moves in both runs; b's is turned to a's side, since its sign is free."""
+    sign = -1 if float(a.vectors[0].double() @ b.vectors[0].double()) < 0 else 1
+    return a.tokens, [{**token, "slope": sign * token["slope"]} for token in b.tokens]
 
 
 def compare(pairs: Sequence[Pair], about: dict) -> dict:
@@ -237,7 +242,7 @@ def comparison_figure(document: dict) -> Figure:
     ratios.set(title="How sensitive: b over a", xlabel="layer")
     _dots(shares, document, {"overlap": "overlap of leading subspaces", "similarity": "tr(FF′)/‖F‖‖F′‖"})
     shares.set(title="In which directions", xlabel="layer", ylim=(-0.02, 1.02))
-    _words(bottom.subplots(), items)
+    _words_panel(bottom.subplots(), items)
     return figure
 
 
@@ -258,7 +263,7 @@ def _dots(panel: Axes, document: dict, names: dict[str, str]) -> None:
     panel.legend(frameon=False, fontsize=11)
 
 
-def _words(panel: Axes, items: list[dict]) -> None:
+def _words_panel(panel: Axes, items: list[dict]) -> None:
     """Of each item two bars, the tokens that the first eigenvector lowers and raises in a and in b."""
     tokens, names = [], []
     for item in items:
