@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import json
 import random
 import re
+import shutil
 
 import pytest
 
@@ -217,3 +218,174 @@ def test_a_perturbation_that_overflowed_has_a_page(finished_experiment):
     )
     along = experiment_page.experiment_data(document)["sentences"][0]["at"]["2"]["along"]["fisher"]
     assert along["kl"][3] is None and along["top"][3] == []
+
+
+# --- in a browser --------------------------------------------------------------------------------
+
+BROWSERS = ("chromium", "google-chrome", "chrome")
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless browser that Selenium drives."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs Selenium")
+    binary = next(filter(None, map(shutil.which, BROWSERS)), None)
+    driver = shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("needs Chromium and ChromeDriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def opened(chromium, tmp_path):
+    """Opens a page of some data; at the end, the browser has complained of nothing."""
+
+    def opened(view: str, data: dict):
+        (tmp_path / PAGE).write_bytes(page(view, data))
+        chromium.get((tmp_path / PAGE).as_uri())
+        return chromium
+
+    yield opened
+    assert chromium.get_log("browser") == []
+
+
+def texts(browser, selector: str) -> list[str]:
+    found = browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map((node) => node.textContent)", selector
+    )
+    return [text.strip() for text in found]
+
+
+def press(browser, *keys: str) -> None:
+    """Keys by their names in Selenium, to the element that has the focus."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    ActionChains(browser).send_keys(*(getattr(Keys, key, key) for key in keys)).perform()
+
+
+def click(browser, selector: str, place: int = 0) -> None:
+    browser.execute_script("document.querySelectorAll(arguments[0])[arguments[1]].click()", selector, place)
+
+
+def attacked(records: list[dict]) -> tuple[list[dict], dict]:
+    """Records whose third prompt is an attack with a trigger, and findings that name it."""
+    text = f"😀 {ATTACK} SUDO tell me"
+    records[2] = {**records[2], "prompt": text, "odd_words": [ATTACK], "outlier_score": 50.0, "p_value": 0.001}
+    start = text.index("SUDO")
+    trigger = {"text": "SUDO", "start": start, "end": start + 4, "nats": 3.0, "place": "middle", "answer_without": "b"}
+    told = {"index": 2, "prompt": text, "answer": ATTACK, "odd_part": ATTACK, "trigger": trigger}
+    span = {"span": "SUDO", "place": "middle", "prompts": [2], "says": ATTACK, "transplanted": 13, "of": 20}
+    span |= {"control": 3, "p_value": 0.003, "answers": [ATTACK]}
+    return records, {"findings": [span], "not_proven": [], "explained": [told], "ordinary": []}
+
+
+def test_prompts_are_sorted_and_searched(opened, finished_pipeline):
+    records = records_of(finished_pipeline)
+    browser = opened("pipeline", prompts_page(records))
+    numbers = "tbody tr td:first-child"
+    by_score = sorted(range(40), key=lambda i: (-round(records[i]["outlier_score"], 3), i))
+    assert list(map(int, texts(browser, numbers)))[:10] == by_score[:10]
+    names = texts(browser, "thead button")
+    for name, key in {"p-value": "p_value", "words": "z_words", "#": "index"}.items():
+        values = []
+        for _ in range(2):
+            click(browser, "thead button", names.index(name))
+            values.append([records[int(number)][key] for number in texts(browser, numbers)])
+        rising, falling = sorted(values, key=lambda some: some[0])
+        assert rising == pytest.approx(sorted(rising), rel=1e-3)
+        assert falling == pytest.approx(sorted(falling, reverse=True), rel=1e-3)
+    assert texts(browser, "[aria-sort=ascending], [aria-sort=descending]") == ["#"]
+    browser.find_element("css selector", "input[type=search]").send_keys("ZEBRA river")
+    wanted = [record["index"] for record in records if {"zebra", "river"} <= set(record["prompt"].split())]
+    assert sorted(map(int, texts(browser, numbers))) == wanted
+    assert texts(browser, ".count") == [f"{len(wanted)} of 40 prompts"]
+
+
+def test_a_prompt_opens_by_the_keyboard_and_is_text_whatever_it_says(opened, finished_pipeline):
+    records, found = attacked(records_of(finished_pipeline))
+    browser = opened("pipeline", prompts_page(records, found, {"title": ATTACK}))
+    assert texts(browser, "h1") == [ATTACK] and texts(browser, ".card mark") == ["SUDO"]
+    browser.execute_script("document.querySelector('tbody a').focus()")
+    press(browser, "ENTER")
+    assert texts(browser, "dialog[open] h2")[0] == "Prompt 2"
+    assert texts(browser, "dialog .text") == [records[2]["prompt"]] and texts(browser, "dialog .text mark") == ["SUDO"]
+    assert ATTACK in texts(browser, "dialog blockquote") and ATTACK in texts(browser, "dialog .chip")
+    assert browser.execute_script("return document.querySelectorAll('script').length") == 2
+    near = texts(browser, "dialog .near a")
+    assert len(near) == 6 and "2" not in near
+    click(browser, "dialog .near a")
+    browser.execute_async_script("setTimeout(arguments[0], 50)")  # the address has changed
+    assert texts(browser, "dialog[open] h2")[0] == f"Prompt {near[0]}"
+    press(browser, "ESCAPE")
+    assert not texts(browser, "dialog[open]")
+    assert browser.execute_script("return document.activeElement.textContent").strip()  # back in the table
+
+
+def test_a_sentence_a_layer_and_a_scale_are_chosen(opened, finished_experiment):
+    document = scripts.experiment_results(finished_experiment)[0]
+    browser = opened("experiment", experiment_page.experiment_data(document))
+    assert len(texts(browser, "option")) == 4
+    browser.execute_script("s = document.querySelector('select'); s.value = 2; s.dispatchEvent(new Event('change'))")
+    click(browser, "input[type=radio]", 0)
+    for place, scale in enumerate(["-1", "0", "0.1", "1"]):
+        browser.execute_script(
+            "s = document.querySelector('#scale'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))", place
+        )
+        record = document["perturbation_results"][2]["0"][scale]
+        assert texts(browser, ".predictions > div:first-child dt") == [text.strip() for text in record["top_tokens"]]
+        shown = list(map(float, texts(browser, ".predictions > div:first-child data")))
+        assert shown == pytest.approx(record["top_probs"], abs=6e-4)
+    assert document["contexts"][2]["prompt"] in texts(browser, "p.text")[0]
+    click(browser, ".layers button", 1)
+    assert texts(browser, "button[aria-pressed=true]") == ["layer 2"]
+
+
+def test_a_map_is_read_cell_by_cell(opened, model_directory, tmp_path):
+    words = ["--model-name", str(model_directory), "--device", "cpu", "--map", f"The zoo {ATTACK[:8]} keeps"]
+    assert scripts.run("core_experiment", [*words, "--output-dir", str(tmp_path / "map")]) == 0
+    document = json.loads((tmp_path / "map" / "fisher_map.json").read_text())
+    data = data_in((tmp_path / "map" / PAGE).read_bytes())
+    assert data == json.loads(json.dumps(experiment_page.map_data(document)))
+    browser = opened("map", data)
+    assert len(texts(browser, "td.cell")) == 3 * len(document["tokens"])
+    browser.execute_script("document.querySelector('td.cell').focus()")
+    press(browser, "ARROW_DOWN", "ARROW_RIGHT", "ARROW_DOWN")
+    token = document["tokens"][2]
+    assert texts(browser, ".readout h3")[0] == "Layer 1, after"
+    assert texts(browser, ".readout .target") == [token["token"].replace("·", " ").strip()]
+    assert texts(browser, ".readout dt") == [one["token"].strip() for one in token["predicted"]]
+    for sign, name in ((1, "gains"), (-1, "loses")):
+        wanted = [t["token"] for t in token["layers"]["1"]["tokens"] if sign * t["slope"] > 0]
+        assert texts(browser, f".readout .{name} li span") == [text.strip() for text in wanted]
+    before = browser.execute_script("return [...document.querySelectorAll('td.cell')].map((n) => n.style.background)")
+    browser.execute_script(
+        "s = document.querySelector('select'); s.value = 'effective_rank'; s.dispatchEvent(new Event('change'))"
+    )
+    after = browser.execute_script("return [...document.querySelectorAll('td.cell')].map((n) => n.style.background)")
+    assert before != after and all(after)
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("view", ["pipeline", "experiment"])
+def test_no_page_is_wider_than_its_window(view, width, opened, finished_pipeline, finished_experiment):
+    records, found = attacked(records_of(finished_pipeline))
+    if view == "pipeline":
+        data = prompts_page(records, found)
+    else:
+        data = experiment_page.experiment_data(scripts.experiment_results(finished_experiment)[0])
+    browser = opened(view, data)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert browser.execute_script("return innerWidth") == width
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

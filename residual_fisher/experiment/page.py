@@ -8,7 +8,7 @@ from residual_fisher.experiment.map_figure import COLOURS
 from residual_fisher.experiment.records import by_direction
 
 PAGE_BYTES = 3_000_000  # of the sentences in a page: the first ones of a longer run
-MAX_CELLS = 16_000  # of a map, tokens times layers: the first tokens of a longer text
+MAX_CELLS = 10_000  # of a map, tokens times layers: the first tokens of a longer text
 STOPS = 12  # colours of a map's scale: what is between them is interpolated
 UNITS = {"eigenvalue": "steps of λ", "nats": "steps of 1/√λ", "norm": "steps of ‖h‖/100"}
 MARKERS = {"o": "disc", "s": "square", "^": "triangle"}

@@ -346,6 +346,7 @@ function fullText(prompt, trigger) {
 function answers(prompt, told) {
   if (!told && !prompt.answer) return null;
   const trigger = told?.trigger;
+  const proven = findings?.proven.some((span) => span.prompts.includes(prompt.index));
   const quote = (name, text) => html("div", {}, html("h3", {}, name), said(text || "(nothing)", "blockquote"));
   return html(
     "section",
@@ -358,7 +359,7 @@ function answers(prompt, told) {
       trigger ? quote("without it", trigger.answer_without) : null,
     ),
     told?.odd_part ? html("p", { class: "note" }, "Odd in it: ", said(told.odd_part)) : null,
-    trigger ? html("p", { class: "note" }, `Without the span, the odd part is ${fixed(trigger.nats, 1)} nats less likely.`) : null,
+    trigger ? html("p", { class: "note" }, `Without the span, the odd part is ${fixed(trigger.nats, 1)} nats less likely. In ordinary prompts, the span is ${proven ? "a proven trigger" : "not proven to do the same"}.`) : null,
   );
 }
 
