@@ -13,6 +13,7 @@ import pytest
 
 from residual_fisher.common import drawing
 from residual_fisher.common.page import PAGE, PARTS, page
+from residual_fisher.common.text import printable
 from residual_fisher.experiment import page as experiment_page
 from residual_fisher.pipeline import page as pipeline_page
 from residual_fisher.pipeline.scores import SCORES
@@ -120,7 +121,7 @@ def many(records: list[dict], count: int) -> list[dict]:
     rng, texts = random.Random(0), ["word <b> ", 'a "quote"\n', "日本語の文", "Ψυχή "]
     token = {"token": "·civilizations", "id": 40000, "share": 0.123456, "slope": -0.987654}
     more = {
-        "singular_values": [0.0012345678] * 10, "directions": [[token] * 6] * 3,
+        "singular_values": [0.0012345678] * 40, "directions": [[token] * 6] * 3,
         "next_tokens": [{"token": "·civilizations", "id": 1, "probability": 0.0123456, "in_prompt": False}] * 10,
     }  # fmt: skip
     return [
@@ -273,6 +274,16 @@ def press(browser, *keys: str) -> None:
     ActionChains(browser).send_keys(*(getattr(Keys, key, key) for key in keys)).perform()
 
 
+def await_text(browser, selector: str, wanted: str) -> None:
+    """Until the first of some elements says so: a change of the address takes effect a moment later."""
+    script = """
+        const [selector, wanted, done] = arguments;
+        const look = () => document.querySelector(selector)?.textContent === wanted ? done() : setTimeout(look, 10);
+        look();
+    """
+    browser.execute_async_script(script, selector, wanted)
+
+
 def click(browser, selector: str, place: int = 0) -> None:
     browser.execute_script("document.querySelectorAll(arguments[0])[arguments[1]].click()", selector, place)
 
@@ -314,18 +325,19 @@ def test_prompts_are_sorted_and_searched(opened, finished_pipeline):
 def test_a_prompt_opens_by_the_keyboard_and_is_text_whatever_it_says(opened, finished_pipeline):
     records, found = attacked(records_of(finished_pipeline))
     browser = opened("pipeline", prompts_page(records, found, {"title": ATTACK}))
-    assert texts(browser, "h1") == [ATTACK] and texts(browser, ".card mark") == ["SUDO"]
+    shown = printable(ATTACK)  # nothing of it is hidden: not the escape character, not the line separator
+    assert texts(browser, "h1") == [shown] and texts(browser, ".card mark") == ["SUDO"]
     browser.execute_script("document.querySelector('tbody a').focus()")
     press(browser, "ENTER")
-    assert texts(browser, "dialog[open] h2")[0] == "Prompt 2"
-    assert texts(browser, "dialog .text") == [records[2]["prompt"]] and texts(browser, "dialog .text mark") == ["SUDO"]
-    assert ATTACK in texts(browser, "dialog blockquote") and ATTACK in texts(browser, "dialog .chip")
+    await_text(browser, "dialog[open] h2", "Prompt 2")
+    assert texts(browser, "dialog .text") == [f"😀 {shown} SUDO tell me"]
+    assert texts(browser, "dialog .text mark") == ["SUDO"]
+    assert shown in texts(browser, "dialog blockquote") and shown in texts(browser, "dialog .chip")
     assert browser.execute_script("return document.querySelectorAll('script').length") == 2
     near = texts(browser, "dialog .near a")
     assert len(near) == 6 and "2" not in near
     click(browser, "dialog .near a")
-    browser.execute_async_script("setTimeout(arguments[0], 50)")  # the address has changed
-    assert texts(browser, "dialog[open] h2")[0] == f"Prompt {near[0]}"
+    await_text(browser, "dialog[open] h2", f"Prompt {near[0]}")
     press(browser, "ESCAPE")
     assert not texts(browser, "dialog[open]")
     assert browser.execute_script("return document.activeElement.textContent").strip()  # back in the table
@@ -342,10 +354,11 @@ def test_a_sentence_a_layer_and_a_scale_are_chosen(opened, finished_experiment):
             "s = document.querySelector('#scale'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))", place
         )
         record = document["perturbation_results"][2]["0"][scale]
-        assert texts(browser, ".predictions > div:first-child dt") == [text.strip() for text in record["top_tokens"]]
+        wanted = [printable(text).strip() for text in record["top_tokens"]]
+        assert texts(browser, ".predictions > div:first-child dt") == wanted
         shown = list(map(float, texts(browser, ".predictions > div:first-child data")))
         assert shown == pytest.approx(record["top_probs"], abs=6e-4)
-    assert document["contexts"][2]["prompt"] in texts(browser, "p.text")[0]
+    assert printable(document["contexts"][2]["prompt"]) in texts(browser, "p.text")[0]
     click(browser, ".layers button", 1)
     assert texts(browser, "button[aria-pressed=true]") == ["layer 2"]
 

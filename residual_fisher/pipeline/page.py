@@ -14,6 +14,7 @@ from residual_fisher.pipeline.report import groups_of
 from residual_fisher.pipeline.scores import OUTLIER, P_VALUE, SCORES
 
 MAX_PROMPTS = 1000  # on a page: of more, the oddest half, and others evenly spaced
+MAX_VALUES = 30  # singular values of a prompt
 TEXT_BYTES = 1_200_000  # of all prompts' texts in the page; the longest ones are cut
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # bands of what is usual
 COLUMNS = {  # of the table: name, and what it says
@@ -55,7 +56,7 @@ def page_data(
     for record in records():
         for name, column in numbers.items():
             column.append(record[name])
-        spectra.extend(record["singular_values"])
+        spectra.extend(record["singular_values"][:MAX_VALUES])
         count += 1
     if not count:
         raise ValueError("no prompts")
@@ -117,7 +118,7 @@ def prompt_entry(record: dict) -> dict:
         "truncated": record["truncated"],
         "group": record["group"],
         "coordinates": short(record["principal_coordinates"]),
-        "values": short(record["singular_values"]),
+        "values": short(record["singular_values"][:MAX_VALUES]),
         "directions": [signed_shares(tokens) for tokens in record.get("directions", [])],
         "along": record["differs_along"],
         "words": record["odd_words"],

@@ -298,7 +298,7 @@ function steering() {
       const goals = [...new Set(Object.values(at).flatMap(Object.keys))];
       const about = html("p", { class: "note" }, "KL in nats to bring “", said(token.trim()), `” from ${number(probability)} to a probability, and over the least that any perturbation costs.`);
       if (!goals.length) return [about, html("p", {}, "It is more probable already.")];
-      const cell = (entry) => html("td", {}, entry ? [number(entry[1], 2), html("span", { class: "muted" }, ` × ${number(entry[3])}`)] : "not reached");
+      const cell = (entry) => html("td", {}, entry ? [number(entry[1], 2), html("span", { class: "muted" }, ` (${number(entry[3])} ×)`)] : "not reached");
       return [
         about,
         html(

@@ -7,6 +7,15 @@ const main = document.getElementById("main");
 
 // --- elements ---
 
+// Characters that nobody sees, or that turn the order of others round: a prompt may hang on them, so they are shown as
+// escapes. Lines and tabs are not, nor what joins letters or parts of an emoji.
+const UNSEEN = /(?![\n\t\u200c\u200d])[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]/gu;
+const escape = (character) => {
+  const code = character.codePointAt(0).toString(16);
+  return code.length <= 2 ? `\\x${code.padStart(2, "0")}` : code.length <= 4 ? `\\u${code.padStart(4, "0")}` : `\\U${code.padStart(8, "0")}`;
+};
+const visible = (value) => (typeof value === "string" ? value.replace(UNSEEN, escape) : value);
+
 // A function that makes elements: name, attributes ("onclick" is a listener, "style" an object), then children.
 const maker = (namespace) => (name, attributes = {}, ...children) => {
   const node = document.createElementNS(namespace, name);
@@ -14,9 +23,9 @@ const maker = (namespace) => (name, attributes = {}, ...children) => {
     if (value === null || value === undefined || value === false) continue;
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
     else if (key === "style") Object.assign(node.style, value);
-    else node.setAttribute(key, value === true ? "" : value);
+    else node.setAttribute(key, value === true ? "" : visible(value));
   }
-  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false).map(visible));
   return node;
 };
 const html = maker("http://www.w3.org/1999/xhtml");

@@ -113,7 +113,7 @@ function mapOf(width) {
     .map((prompt) => {
       const [cx, cy] = at.get(prompt);
       const colour = colourOf.get(prompt.index);
-      if (!colour) return svg("circle", { cx, cy, r: 4, fill: "var(--link)", opacity: 0.5 });
+      if (!colour) return svg("circle", { cx, cy, r: 4, fill: "var(--link)", opacity: 0.6 });
       return [
         svg("circle", { cx, cy, r: 5.5, fill: colour, stroke: "var(--paper)" }),
         svg("text", { x: cx + 8, y: cy - 6, class: "strong" }, prompt.index),
