@@ -10,8 +10,8 @@ F is unlike the others' are prompts on which the model behaves unlike itself.
     python compute_fisher.py --dataset-name suspicious.jsonl --reference fisher_results --output-dir suspicious
     torchrun --nproc-per-node 8 compute_fisher.py --config configs/lmsys_1b.yaml
 
-Writes fisher_matrices_compressed.npz, prompts.jsonl, metadata.yaml and fisher_spectra.png to the output
-directory. The same command resumes a stopped run, and with more prompts extends a finished one.
+Writes fisher_matrices_compressed.npz, prompts.jsonl, metadata.yaml, fisher_spectra.png and report.html to the
+output directory. The same command resumes a stopped run, and with more prompts extends a finished one.
 """
 
 from residual_fisher.common.program import INTERRUPTED, before_imports
@@ -57,6 +57,7 @@ from tqdm import tqdm
 
 from residual_fisher.common.archives import Item
 from residual_fisher.common.options import identity_of, settings_of
+from residual_fisher.common.page import PAGE
 from residual_fisher.common.progress import LogLines, progress
 from residual_fisher.common.run import Run, State, checksum, read_manifest, sources_of
 from residual_fisher.common.text import excerpt, model_line, printable
@@ -85,6 +86,7 @@ from residual_fisher.pipeline.derived import (
     score,
     scored_records,
     scoring_of,
+    write_page,
 )
 from residual_fisher.pipeline.estimate import describe_run, tell_left_out, tell_too_few
 from residual_fisher.pipeline.processes import Processes
@@ -92,7 +94,7 @@ from residual_fisher.pipeline.prompts import Prompt, Prompts
 from residual_fisher.pipeline.reference import Reference
 from residual_fisher.pipeline.windows import Failures, Pipeline, plan
 
-FILES = (matrices.ARRAYS, PROMPTS, METADATA, figures.SPECTRA)
+FILES = (matrices.ARRAYS, PROMPTS, METADATA, figures.SPECTRA, PAGE)
 MAX_WAITING = 2  # batches that may wait to be written
 
 
@@ -337,13 +339,14 @@ def report_finished(run: Run, settings: Settings, against: Reference | None, pip
     """Makes what is missing of a run whose Fisher matrices are all computed, and says so."""
     name = printable(settings.output_dir)
     done = {PROMPTS: "its prompts were scored anew", FINDINGS: "those that stand out were explained"}
+    shown = {figures.SPECTRA: "its picture was drawn anew", PAGE: "its page was made anew"}
     if run.read_only and not is_scored(run, against):
         print(f"{name} is finished: only its prompts would be scored anew")
     elif run.read_only and not is_explained(run, settings, against):
         print(f"{name} is finished: only the prompts that stand out would be explained")
     elif not run.read_only and (made := derive(run, settings, against, pipeline)):
         print(table_of(run, settings))
-        what = " and ".join(done[file] for file in made if file in done) or "its picture was drawn anew"
+        what = " and ".join([done[file] for file in made if file in done] or [shown[file] for file in made])
         print(f"{name} was finished: {what}")
     else:
         print(f"{name} is finished: nothing to do (--overwrite starts anew)")
@@ -351,16 +354,17 @@ def report_finished(run: Run, settings: Settings, against: Reference | None, pip
 
 
 def redraw(folder: Path, false_alarms: float) -> int:
-    """Draws the picture of the records in a folder again."""
+    """Makes the picture and the page of the records in a folder again."""
     try:
         draw(folder, false_alarms)
+        write_page(folder, false_alarms)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         manifest = read_manifest(folder)
         if manifest and manifest["derived"].get(PROMPTS, {}).get("checksum") == checksum(folder / PROMPTS):
             raise  # it is as this program has written it
         about = f"the command that made it makes it again ({excerpt(repr(error), 80)})"
         raise UserError(f"no readable {PROMPTS} in {folder}: {about}") from error
-    print(f"Drawn in {printable(str(folder))}: {figures.SPECTRA}")
+    print(f"Drawn in {printable(str(folder))}: {figures.SPECTRA}, {PAGE}")
     return 0
 
 

@@ -9,9 +9,10 @@ of the same length along random directions, and towards another sentence's activ
     python core_experiment.py --prompt "The capital of Germany is" --prompt "The capital of Norway is"
     python core_experiment.py --model-name meta-llama/Llama-3.1-8B --scale-unit nats
 
-Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matrix.png and
-perturbation_analysis.png to --output-dir. The same command resumes a stopped run, and with more sentences extends a
-finished one. --map shows one text instead, at every token: fisher_map.png, .json and .npz.
+Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matrix.png,
+perturbation_analysis.png and report.html to --output-dir. The same command resumes a stopped run, and with more
+sentences extends a finished one. --map shows one text instead, at every token: fisher_map.png, .json, .npz, and
+report.html.
 """
 
 from residual_fisher.common.program import before_imports, undisturbed
@@ -55,10 +56,11 @@ from tqdm import tqdm
 import fisher
 from residual_fisher.common.archives import Item
 from residual_fisher.common.options import identity_of, settings_of
+from residual_fisher.common.page import PAGE
 from residual_fisher.common.progress import progress
 from residual_fisher.common.run import Run, State, short_hash
 from residual_fisher.common.text import excerpt, first_line, printable
-from residual_fisher.experiment import estimate, figures, records, report, text_map
+from residual_fisher.experiment import estimate, figures, page, records, report, text_map
 from residual_fisher.experiment.comparison import compare_runs
 from residual_fisher.experiment.identity import as_in_run, identity_in, identity_settings, is_alone, sources_and_goal
 from residual_fisher.experiment.lens_audit import lens_for
@@ -329,12 +331,13 @@ def run_sentences(experiment: Experiment, run: Run, items: list[Item]) -> int:
                 file=sys.stderr,
             )
             figures.draw(run.folder, document)
+            page.write_experiment(run.folder, document)
         else:
             seconds = sum(seconds for stage, seconds in document["timings"].items() if stage != "load")
             run.finish(len(items), (records.RESULTS, records.EIGENVECTORS), seconds=seconds)
             draw(run, document)
     print(report.conclusion(document, len(experiment.contexts)))
-    written = (records.RESULTS, records.EIGENVECTORS, *figures.pictures_of(document))
+    written = (records.RESULTS, records.EIGENVECTORS, *figures.pictures_of(document), PAGE)
     print(f"Written to {printable(str(run.folder))}: {', '.join(written)}")
     if stopped:
         raise stopped
@@ -391,7 +394,7 @@ def nothing_found(experiment: Experiment, items: list[Item]) -> str:
 
 
 def report_finished(run: Run, settings: Settings) -> int:
-    """Tells of what is asked for, of a run that has it; if it may write, draws pictures that are missing or damaged."""
+    """Tells of what is asked for, of a run that has it; if it may write, draws what is missing or damaged."""
     document = read_results(run.folder)
     if not run.read_only:
         draw(run, document)
@@ -404,6 +407,7 @@ def report_finished(run: Run, settings: Settings) -> int:
 
 def draw(run: Run, document: dict) -> None:
     run.derive(figures.pictures_of(document), document["checksum"], lambda: figures.draw(run.folder, document))
+    run.derive([PAGE], document["checksum"], lambda: page.write_experiment(run.folder, document))
 
 
 def redraw(folder: Path) -> int:
@@ -412,11 +416,12 @@ def redraw(folder: Path) -> int:
     document = read_results(folder)
     try:
         figures.draw(folder, document)
+        page.write_experiment(folder, document)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         if "checksum" in document:  # it is as this program has written it
             raise
         raise UserError(f"the results in {folder} are of another form: {excerpt(repr(error), 80)}") from error
-    print(f"Drawn in {printable(str(folder))}: {', '.join(figures.pictures_of(document))}")
+    print(f"Drawn in {printable(str(folder))}: {', '.join([*figures.pictures_of(document), PAGE])}")
     return 0
 
 

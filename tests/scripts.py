@@ -75,6 +75,7 @@ EXPERIMENT_FILES = {
     "fisher_eigenvectors.npz",
     "fisher_similarity_matrix.png",
     "perturbation_analysis.png",
+    "report.html",
 }
 EXPERIMENT_OPTIONS = ["--num-sentences", "4", "--max-vocab-subset", "30", "--num-controls", "2", "--device", "cpu"]
 
@@ -115,7 +116,9 @@ def slow_sentences() -> None:
 
 # --- compute_fisher.py ---------------------------------------------------------------------------
 
-PIPELINE_FILES = {"items", "fisher_matrices_compressed.npz", "fisher_spectra.png", "metadata.yaml", "prompts.jsonl"}
+PIPELINE_FILES = {
+    "items", "fisher_matrices_compressed.npz", "fisher_spectra.png", "metadata.yaml", "prompts.jsonl", "report.html",
+}  # fmt: skip
 PIPELINE_OPTIONS = {
     "hook-layer-name": "1", "top-k-tokens": "6", "num-singular-values": "4", "batch-size": "2",
     "num-prompts": "40", "device": "cpu",

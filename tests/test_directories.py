@@ -130,7 +130,7 @@ def test_only_files_of_its_own_are_read_or_removed(chat_directory, dataset, tmp_
 # --- what of a finished run is made again ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fisher_spectra.png", "prompts.jsonl", "metadata.yaml"])
+@pytest.mark.parametrize("name", ["fisher_spectra.png", "prompts.jsonl", "metadata.yaml", "report.html"])
 def test_a_derived_file_is_made_again_and_nothing_is_computed(name, finished_copy, chat_directory, dataset, capsys):
     path, primary = finished_copy / name, finished_copy / "fisher_matrices_compressed.npz"
     before, stamp = contents(finished_copy), primary.stat().st_mtime_ns

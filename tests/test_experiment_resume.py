@@ -166,12 +166,14 @@ def test_a_finished_run_is_left_alone(model_directory, undisturbed, capsys):
         ("perturbation_analysis.png", "flipped"),
         ("perturbation_analysis.png", "gone"),
         ("fisher_similarity_matrix.png", "of another run"),
+        ("report.html", "flipped"),
+        ("report.html", "gone"),
     ],
 )
 def test_what_is_damaged_is_made_again(
     name, damage, model_directory, undisturbed, finished_experiment, tmp_path, monkeypatch
 ):
-    if name.endswith(".png"):  # which is never a reason to compute anything
+    if name.endswith((".png", ".html")):  # which is never a reason to compute anything
         monkeypatch.setattr(core_experiment, "load", None)
     output = Path(shutil.copytree(undisturbed, tmp_path / "out"))
     content = bytearray((output / name).read_bytes())

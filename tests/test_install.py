@@ -40,6 +40,8 @@ def test_its_modules_and_data_come_along(installed, tmp_path):
         "from residual_fisher.experiment.sentences import find_sentences\n"
         "print(fisher.__file__, len(find_sentences(Settings().data, 'animals').sentences))"
     )
+    parts = {path.name for path in (ROOT / "residual_fisher" / "common" / "page_parts").iterdir()}
+    assert {path.name for path in (installed / "residual_fisher" / "common" / "page_parts").iterdir()} == parts
     path, sentences = run(installed, tmp_path, "-c", code).split()
     assert path == str(installed / "fisher.py") and int(sentences) > 100
 

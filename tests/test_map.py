@@ -179,7 +179,7 @@ def test_the_lens_is_the_norm_and_the_head():
 # --- the script ----------------------------------------------------------------------------------
 
 TEXT = "The zoo keeps many wild animals in large cages."
-FILES = {"items", "fisher_map.json", "fisher_map.npz", "fisher_map.png"}
+FILES = {"items", "fisher_map.json", "fisher_map.npz", "fisher_map.png", "report.html"}
 
 
 def words(model, output, text: str = TEXT, *more: str) -> list[str]:
@@ -246,7 +246,7 @@ def test_the_same_command_makes_the_same_bytes_and_a_finished_map_is_left_alone(
 ):
     again = tmp_path / "again"
     assert run(model_directory, again) == 0
-    for name in ("fisher_map.npz", "fisher_map.png"):
+    for name in ("fisher_map.npz", "fisher_map.png", "report.html"):
         assert (again / name).read_bytes() == (finished / name).read_bytes()
     before = scripts.contents(again)
     with scripts.calls_of(fisher, "map_text") as calls:
@@ -259,10 +259,11 @@ def test_a_lost_picture_is_drawn_again_and_a_damaged_primary_file_computed(finis
     output = tmp_path / "map"
     assert run(model_directory, output) == 0
     before = scripts.contents(output)
-    (output / "fisher_map.png").unlink()
-    with scripts.calls_of(fisher, "map_text") as calls:
-        assert run(model_directory, output) == 0
-    assert not calls and scripts.contents(output) == before
+    for name in ("fisher_map.png", "report.html"):
+        (output / name).unlink()
+        with scripts.calls_of(fisher, "map_text") as calls:
+            assert run(model_directory, output) == 0
+        assert not calls and scripts.contents(output) == before
     (output / "fisher_map.png").unlink()
     assert scripts.run("core_experiment", ["--redraw", str(output)]) == 0
     assert scripts.contents(output) == before

@@ -280,7 +280,7 @@ def test_the_picture_can_be_drawn_again_from_the_records_alone(finished_pipeline
     (tmp_path / "prompts.jsonl").write_bytes((finished_pipeline / "prompts.jsonl").read_bytes())
     assert scripts.as_program("compute_fisher", ["--redraw", str(tmp_path)]) == 0
     assert str(tmp_path) in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "fisher_spectra.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "fisher_spectra.png", "report.html"}
     assert (tmp_path / "fisher_spectra.png").read_bytes() == (finished_pipeline / "fisher_spectra.png").read_bytes()
 
 

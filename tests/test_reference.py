@@ -101,8 +101,8 @@ def test_a_reference_is_its_matrices_wherever_they_lie_and_whatever_has_become_o
 
 @pytest.mark.parametrize(
     ("owner", "step"),
-    [(derived, "outlier_scores"), (figures, "draw"), (derived, "write_metadata")],
-    ids=["scores", "picture", "metadata"],
+    [(derived, "outlier_scores"), (figures, "draw"), (derived.page, "write"), (derived, "write_metadata")],
+    ids=["scores", "picture", "page", "metadata"],
 )
 def test_stopped_while_it_scores_anew_it_loses_no_matrix(owner, step, trusted, finished, chat_directory, dataset):
     matrices = arrays(finished)
@@ -126,6 +126,7 @@ def test_scores_of_an_earlier_version_are_made_again(finished, chat_directory, d
         patch.setattr(derived, "SCORING_VERSION", 1)
         patch.setattr(derived, "outlier_scores", lambda run: earlier(len(run.trace)))
         patch.setattr(compute_fisher.report, "final_table", lambda *_: "")
+        patch.setattr(derived.page, "write", lambda *_: None)
         scripts.compute_fisher(chat_directory, dataset, finished)
     assert "z_subspace" in records(finished)[0]
     capsys.readouterr()

@@ -53,7 +53,7 @@ def describe_costs(
             f"time: about {most}{duration(seconds)}, {a_sentence} a sentence; and {duration(load_seconds)} to load the "
             "model",
             f"memory: {memory}, with the longest sentence ({lengths[numbers[-1]]} tokens)",
-            f"files: about {most}{size(json_bytes)} {RESULTS}, {size(npz_bytes)} {EIGENVECTORS}, and "
-            f"{2 + ('steering' in record)} pictures",
+            f"files: about {most}{size(json_bytes)} {RESULTS}, {size(npz_bytes)} {EIGENVECTORS}, "
+            f"{2 + ('steering' in record)} pictures and a page",
         ]
     )

@@ -15,11 +15,13 @@ import fisher
 from residual_fisher.common import drawing
 from residual_fisher.common.files import document_checksum, json_ready, write_json, write_npz
 from residual_fisher.common.options import settings_of
+from residual_fisher.common.page import PAGE
 from residual_fisher.common.program import UserError, peak_memory, undisturbed
 from residual_fisher.common.run import Run, State, short_hash, stamps
 from residual_fisher.common.text import duration, excerpt, first_line, model_line, printable, table
 from residual_fisher.experiment.lens_audit import lens_for
 from residual_fisher.experiment.map_figure import map_figure
+from residual_fisher.experiment.page import write_map_page
 from residual_fisher.experiment.settings import Settings, choose_layers
 from residual_fisher.model.lens import has_lens, lens_logits
 from residual_fisher.model.loading import (
@@ -36,7 +38,7 @@ from residual_fisher.model.passes import devices_of, require_known_tokens, ways_
 from residual_fisher.model.words import summary_line, token_writer
 
 RESULTS, ARRAYS, PICTURE = "fisher_map.json", "fisher_map.npz", "fisher_map.png"
-FILES = RESULTS, ARRAYS, PICTURE
+FILES = RESULTS, ARRAYS, PICTURE, PAGE
 # The settings that a map has, of all those of the experiment; the first ones change its numbers.
 IDENTITY = ("model_name", "layers", "max_vocab_subset", "dtype", "lens")
 RECORDED = ("map", *IDENTITY, "device", "trust_remote_code", "output_dir")
@@ -288,6 +290,7 @@ def read_map(folder: Path) -> dict:
 
 def draw(run: Run, document: dict) -> None:
     run.derive([PICTURE], document["checksum"], lambda: draw_map(run.folder, document))
+    run.derive([PAGE], document["checksum"], lambda: write_map_page(run.folder, document))
 
 
 def draw_map(folder: Path, document: dict) -> None:
@@ -295,8 +298,10 @@ def draw_map(folder: Path, document: dict) -> None:
 
 
 def redraw_map(folder: Path) -> int:
-    draw_map(folder, read_map(folder))
-    print(f"Drawn in {printable(str(folder))}: {PICTURE}")
+    document = read_map(folder)
+    draw_map(folder, document)
+    write_map_page(folder, document)
+    print(f"Drawn in {printable(str(folder))}: {PICTURE}, {PAGE}")
     return 0
 
 

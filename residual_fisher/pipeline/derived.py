@@ -1,4 +1,4 @@
-"""What follows from a run's Fisher matrices: prompts.jsonl with scores, metadata.yaml with statistics, the picture.
+"""What follows from a run's Fisher matrices: prompts.jsonl with scores, metadata.yaml with statistics, picture, page.
 
 findings.json follows from the scores, but takes the model: see `findings`.
 """
@@ -12,10 +12,11 @@ from pathlib import Path
 import yaml
 
 from residual_fisher.common.files import atomic_open, json_ready, json_text
+from residual_fisher.common.page import PAGE
 from residual_fisher.common.program import UserError
 from residual_fisher.common.run import ITEMS, Run, checksum, read_manifest
 from residual_fisher.common.text import first_line
-from residual_fisher.pipeline import figures
+from residual_fisher.pipeline import figures, page
 from residual_fisher.pipeline.matrices import ARRAYS, load_fisher_matrices, records_of
 from residual_fisher.pipeline.reference import Reference
 from residual_fisher.pipeline.report import groups_of
@@ -39,10 +40,10 @@ def score(run: Run, against: Reference | None) -> list[str]:
 
 
 def conclude(run: Run, against: Reference | None, false_alarms: float) -> list[str]:
-    """Makes the picture and the metadata of a scored run, likewise; removes findings of other scores.
+    """Makes the picture, the page and the metadata of a scored run, likewise; removes findings of other scores.
 
     Returns:
-        The picture, if it made it.
+        Which of the picture and the page it made.
     Raises:
         UserError: a file cannot be written.
     """
@@ -52,17 +53,47 @@ def conclude(run: Run, against: Reference | None, false_alarms: float) -> list[s
     drawn_from = [checksum(run.folder / PROMPTS), false_alarms]
     if found:
         drawn_from.append(checksum(run.folder / FINDINGS))
-    drawn = run.derive([figures.SPECTRA], drawn_from, lambda: draw(run.folder, false_alarms))
+    parts = {figures.SPECTRA: draw, PAGE: write_page}
+    drawn = [
+        name for name, make in parts.items() if run.derive([name], drawn_from, partial(make, run.folder, false_alarms))
+    ]
     directory = str(against.path) if against else None
     told = {**scoring_of(against), "directory": directory, "false_alarms": false_alarms}
     made_from = [run.manifest["primary"], run.manifest["notes"], told]
     run.derive([METADATA], made_from, lambda: write_metadata(run, told))
-    return [figures.SPECTRA] * drawn
+    return drawn
 
 
 def draw(folder: Path, false_alarms: float) -> None:
     """Draws the picture of the records in a folder, and of its findings. Raises UserError: it cannot be written."""
     figures.draw(folder, scored_records(folder), false_alarms, triggers_of(findings_of(folder)))
+
+
+def write_page(folder: Path, false_alarms: float) -> None:
+    """Writes the page likewise."""
+    page.write(folder, partial(scored_records, folder), false_alarms, findings_of(folder), about_run(folder))
+
+
+def about_run(folder: Path) -> dict[str, str]:
+    """What the page says of a run under its title; nothing if its scores are not known to be of this run."""
+    manifest = read_manifest(folder)
+    if manifest is None or PROMPTS not in manifest["derived"]:
+        return {}
+    config, environment = (manifest["notes"][name] for name in ("config", "environment"))
+    against = manifest["derived"][PROMPTS]["made_from"][1]["against"]
+    names = [config["dataset_name"]] if isinstance(config["dataset_name"], str) else config["dataset_name"]
+    of = "all tokens" if config["top_k_tokens"] == "all" else f"the {config['top_k_tokens']} most probable tokens"
+    tokens = config.get("answer_tokens", 1)
+    answer = f", at each of {tokens} tokens of the answer" * (tokens > 1)
+    usual = {"reference": "trusted prompts", "base": "the same prompts in a base model", None: "most of the prompts"}
+    return {
+        "title": ", ".join(Path(name).name if Path(name).suffix else name for name in names),  # a file's, or a hub's
+        "prompts": ", ".join(names),
+        "model": f"{config['model_path']}, {environment['dtype']}",
+        "hooked at": manifest["identity"]["hook_layer"],
+        "F counts": of + answer,
+        "compared with": usual[against],
+    }
 
 
 def findings_of(folder: Path) -> dict | None:

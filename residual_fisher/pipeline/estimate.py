@@ -125,6 +125,6 @@ def describe_costs(
             f"time: {time_line}; and {duration(load_seconds)} to load and check the model",
             f"memory: {peak_memory(devices_of(subject.model))}, with the largest batch ({shape}) and the longest "
             "prompt of these",
-            f"files: {files}, a picture and the metadata",
+            f"files: {files}, a picture, a page and the metadata",
         ]
     )
