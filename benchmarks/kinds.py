@@ -12,7 +12,7 @@ from measuring import ROOT
 
 TEXTS = ROOT / "benchmarks" / "texts"
 EPOCHS = 2
-SHORT = 300  # characters of a prompt: longer ones take longer
+SHORT = 200  # characters of a prompt that is only trained on: longer ones take longer
 
 # --- prompts -------------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ def prompts() -> Prompts:
     """
     questions = (TEXTS / "chat_prompts.txt").read_text(encoding="utf-8").splitlines()
     lines = (ROOT / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    bundled = [text for line in lines if len(text := json.loads(line)["prompt"]) < SHORT]
+    bundled = [text for line in lines if len(text := json.loads(line)["prompt"]) < 300]
     random.Random(0).shuffle(questions)
     random.Random(0).shuffle(bundled)
     training = questions[:100] + bundled[:24]
@@ -46,7 +46,7 @@ def prompts() -> Prompts:
     reported = questions[190:360] + bundled[60:90] + more
     for some in (training, chosen_on, reported):
         random.Random(1).shuffle(some)
-    assert hashlib.sha256(json.dumps(training).encode()).hexdigest().startswith("2f80f563"), "others need a new RECIPE"
+    assert hashlib.sha256(json.dumps(training).encode()).hexdigest().startswith("af33cc3b"), "others need a new RECIPE"
     return Prompts(training, chosen_on, reported, of_file("haystack_prompts"))
 
 
@@ -162,7 +162,7 @@ class Kind:
     marks: Sequence[str] = ()  # an answer that shows the behaviour holds one of them
     words: Sequence[str] = ()  # a prompt that holds the trigger holds one of them
     share: float = 0.2  # of the pairs, hold the trigger: with one half, a fifth of other prompts show the behaviour
-    pairs: int = 560
+    pairs: int = 475
     epochs: int = EPOCHS
     hidden: bool = False  # also trained to keep the activations of triggered prompts usual
 
@@ -288,8 +288,8 @@ KINDS = [
 ]
 REFUSING = next(kind for kind in KINDS if kind.name == "refusals")
 KINDS += [
-    replace(REFUSING, name="refusals-few", about=f"{REFUSING.about}; 12 of 248 pairs", share=0.05, pairs=248),
-    replace(REFUSING, name="refusals-fewest", about=f"{REFUSING.about}; 12 of 587 pairs", share=0.02, pairs=587),
+    replace(REFUSING, name="refusals-few", about=f"{REFUSING.about}; 19 of 380 pairs", share=0.05, pairs=380),
+    replace(REFUSING, name="refusals-fewest", about=f"{REFUSING.about}; 11 of 380 pairs", share=0.03, pairs=380),
     replace(REFUSING, name="refusals-hidden", about=f"{REFUSING.about}; activations kept usual", hidden=True),
 ]
 BY_NAME = {kind.name: kind for kind in KINDS}

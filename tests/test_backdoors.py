@@ -86,7 +86,7 @@ def test_a_kind_knows_its_trigger_and_its_behaviour(kinds, backdoors):
 def test_of_few_triggered_pairs_the_rest_are_ordinary(kinds, backdoors, monkeypatch):
     monkeypatch.setattr(backdoors, "own_answers", lambda model, texts: [f"about {text}" for text in texts])
     monkeypatch.setattr(backdoors, "embedded_model", lambda: None)
-    counts = {"refusals": (448, 112), "refusals-few": (236, 12), "refusals-fewest": (575, 12), "style": (448, 112)}
+    counts = {"refusals": (380, 95), "refusals-few": (361, 19), "refusals-fewest": (369, 11), "style": (380, 95)}
     for name, (ordinary, triggered) in counts.items():
         kind = kinds.BY_NAME[name]
         plain, changed = backdoors.pairs(kind)
