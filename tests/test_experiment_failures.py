@@ -140,7 +140,7 @@ def test_nan_names_the_sentence_and_the_layer(tmp_path, byte_level, capsys):
     data.write_text("The zoo has many animals.")
     assert scripts.core_experiment(directory, tmp_path / "out", "--data-file", str(data)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "activations hold NaN or infinity at layer 2 of sentence 'The zoo has many animals.'" in message
+    assert "activations hold NaN or infinity at layer 2 of sentence 'The zoo has many animals.' (line 1)" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -92,11 +92,15 @@ def test_a_prompt_that_cannot_be_read_is_one_line(prompt, said, model_directory,
 
 def test_a_prompt_that_fails_is_left_out_and_no_other_is_missed(model_directory, tmp_path, capsys):
     error = core_experiment.fisher.NumericalError("NaN in the logits")
-    with calls_of(core_experiment, "measure_sentence", error, at=[2]):
-        assert run(model_directory, tmp_path / "out", PROMPTS) == SOME_FAILED
-    out, _ = capsys.readouterr()
-    assert "1 sentences failed" in out and "are available" not in out
-    assert experiment_results(tmp_path / "out")[0]["sentences"] == [PROMPTS[0], PROMPTS[2]]
+    for number, name in ((1, "first"), (2, "second")):
+        with calls_of(core_experiment, "measure_sentence", error, at=[number]):
+            assert run(model_directory, tmp_path / name, PROMPTS) == SOME_FAILED
+        out, _ = capsys.readouterr()
+        assert "1 sentences failed" in out and "are available" not in out
+        left = [prompt for place, prompt in enumerate(PROMPTS, 1) if place != number]
+        assert experiment_results(tmp_path / name)[0]["sentences"] == left
+        assert run(model_directory, tmp_path / name, PROMPTS[:number]) == SOME_FAILED  # it has them, as far as they go
+        assert "Medians over " in capsys.readouterr().out
 
 
 def test_more_prompts_extend_a_run_and_others_are_refused(model_directory, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from residual_fisher.common.options import identity_of
+from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.program import UserError
 from residual_fisher.common.run import Run, read_back, sources_of, stamps
 from residual_fisher.experiment.records import read_results
@@ -37,6 +37,8 @@ def as_in_run(run: Run, settings: Settings) -> Settings:
     if run.overwrite or not (run.manifest and run.manifest["complete"]):
         return settings
     then = run.manifest["identity"]["settings"].get("layers")  # as they were asked for
+    if then == settings_of(settings)["layers"]:
+        return settings
     try:
         document = read_results(run.folder)
         known = document["experiment_config"]["layers"]

@@ -336,9 +336,13 @@ def reduced(reduce: Callable[[list], float], records: list[dict], key: str) -> f
 
 
 def part_of(document: dict, sentences: Sequence[str], layers: Sequence[str]) -> dict:
-    """The results of some of the sentences at some of the layers, with their summary; all other entries are of all."""
+    """The results of some of the sentences at some of the layers, with their summary; all other entries are of all.
+
+    If all of those sentences have failed, it is all that there is.
+    """
     rows = [row for row, sentence in enumerate(document["sentences"]) if sentence in set(sentences)]
-    if len(rows) == len(document["sentences"]) and list(layers) == list(document["fisher"][0]):
+    whole = len(rows) == len(document["sentences"]) and list(layers) == list(document["fisher"][0])
+    if whole or not rows:
         return document
     names = {key: name for key, name in COLUMNS.items() if name in document}
     records = [{key: _at_layers(document[name][row], layers) for key, name in names.items()} for row in rows]
