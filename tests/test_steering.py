@@ -12,6 +12,7 @@ import families
 import fisher
 from residual_fisher.common.program import UserError
 from residual_fisher.experiment.steering import steering_record, steering_summary
+from residual_fisher.model import steering
 from residual_fisher.model.embedded import EMBEDDED
 from residual_fisher.model.loading import decoder_layers, load
 from residual_fisher.model.reading import PrefixMode
@@ -148,6 +149,35 @@ def test_every_figure_is_what_the_perturbation_does(name):
             assert math.isclose(kl(log_p, log_q), entry["others_kl"], rel_tol=1e-2, abs_tol=1e-4)
             assert math.isclose(delta.norm() / point.activations[row].norm(), entry["norms"], rel_tol=1e-4)
     assert found >= 4
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_later_step_pulls_back_the_part_of_f_that_counts_most(name, monkeypatch):
+    """At the same point it is the best approximation of that rank; in x, before J is known, it would not be."""
+    monkeypatch.setattr(steering, "RANK", 6)
+    point = fisher.linearize(families.shared(name), tiny.prompt())
+    deltas = random_deltas(point, tiny.DEPTH)
+    whole = Linearised(point, deltas, TARGET, 20, fisher.Chunks())
+    part = Linearised(point, deltas, TARGET, 20, fisher.Chunks(), whole.metric())
+    assert whole.root.shape[1] == 21 and part.root.shape[1] == 6 and part.metric() is None
+    for ours, all_rows in zip(part.root, whole.root, strict=True):
+        values, vectors = torch.linalg.eigh(all_rows.mT @ all_rows)
+        best = vectors[:, -6:] @ (values[-6:, None] * vectors[:, -6:].mT)
+        assert (ours.mT @ ours - best).norm() <= 1e-4 * best.norm()
+    assert torch.allclose(part.kl_gradient, whole.kl_gradient, atol=1e-5)
+    other = Linearised(point, 0.5 * deltas, TARGET, 20, fisher.Chunks(), whole.metric())  # elsewhere, nearly so
+    exact = Linearised(point, 0.5 * deltas, TARGET, 20, fisher.Chunks())
+    kept = other.root.square().sum((1, 2)) / exact.values[:, -6:].sum(-1)
+    assert (kept > 0.9).all() and (kept <= 1 + 1e-4).all()
+
+
+def test_steps_with_a_part_of_f_cost_hardly_more(monkeypatch):
+    _, whole = steered_at_all_layers("llama")
+    monkeypatch.setattr(steering, "RANK", 16)
+    _, part = steered_at_all_layers("llama")
+    costs, expected = (s.kl[:, s.names.index("natural_steps")] for s in (part, whole))
+    both = costs.isfinite() & expected.isfinite()
+    assert both.sum() >= 6 and (costs[both] / expected[both]).median() < 1.03  # half of all rows
 
 
 def test_what_has_reached_a_goal_in_half_precision_is_not_below_it():

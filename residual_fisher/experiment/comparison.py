@@ -12,7 +12,7 @@ from residual_fisher.common.text import first_line
 from residual_fisher.experiment.records import EIGENVECTORS, read_results
 from residual_fisher.model.comparison import Matrix, Pair, compare, differing, matched, require_common, told, write
 
-WHATEVER = ("model_name", "output_dir", "data_file", "num_sentences", "dtype", "device", "batch_size", "layers")
+MAY_DIFFER = ("model_name", "output_dir", "data_file", "num_sentences", "dtype", "device", "batch_size", "layers")
 
 
 class Results(NamedTuple):
@@ -94,7 +94,7 @@ def compare_runs(folders: tuple[str, str], output: Path) -> int:
     ]
     about = {run: found.about(path) for run, found, path in zip("ab", (a, b), paths, strict=True)}
     configs = (a.document["experiment_config"], b.document["experiment_config"])
-    document = compare(pairs, {**about, "settings": differing(*configs, WHATEVER)})
+    document = compare(pairs, {**about, "settings": differing(*configs, MAY_DIFFER)})
     write(output, document)
     print(told(document, output))
     return 0

@@ -89,9 +89,9 @@ def require_common(folders: Sequence[Path], widths: tuple[int, int], items: Sequ
             )
 
 
-def differing(a: dict, b: dict, whatever: Sequence[str]) -> dict[str, list]:
-    """The settings in which two runs differ, but for those that they may differ in, `whatever` they are."""
-    keys = [key for key in {**a, **b} if key not in whatever]
+def differing(a: dict, b: dict, may_differ: Sequence[str]) -> dict[str, list]:
+    """The settings in which two runs differ, but for those in which they may."""
+    keys = [key for key in {**a, **b} if key not in may_differ]
     return {key: [a.get(key), b.get(key)] for key in keys if a.get(key) != b.get(key)}
 
 

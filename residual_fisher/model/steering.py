@@ -36,6 +36,8 @@ GOALS = (0.1, 0.25, 0.5, 0.9)  # probabilities to which the target is raised
 PACED_GOAL = 0.5  # reached in the number of steps asked for; higher goals continue at the same pace
 STEPPED = ("natural_steps", "gradient_steps")  # directions followed in several steps
 STEERING_TOKENS = 200  # counted by F unless a run counts fewer or more: measured as good as all tokens
+RANK = 48  # rows that most steps pull back for F, in place of one for each token: measured as good
+ALL_ROWS = 4  # every so many steps all rows are pulled back, to know which count
 DAMPINGS = (0.1, 0.02, 0.005, 0.001)  # in units of lambda_1; each of several steps takes the cheapest
 LENGTHS = (3e-3, 1e1, 17)  # lengths tried along a straight direction: shortest and longest (norms of h), count
 MULTIPLES = (0.6, 0.85, 1.0, 1.25, 1.8)  # of a step, tried because its gradient holds only nearby
@@ -104,8 +106,9 @@ def steer_along(
 
     norms, route = h.norm(dim=-1)[:, None, None], waypoints(probability, goals, steps)
     at_once = _at_once(along, norms, goals, move)
-    *natural, deltas = _in_steps(partial(linearised, tokens=tokens), Linearised.natural_steps, route, goals, zero, move)
-    *gradient, _ = _in_steps(partial(linearised, tokens=1), Linearised.gradient_step, route, goals, zero, move)
+    several, one = (partial(linearised, tokens=count) for count in (tokens, 1))
+    *natural, deltas = _in_steps(here, several, Linearised.natural_steps, route, goals, zero, move)
+    *gradient, _ = _in_steps(here, one, Linearised.gradient_step, route, goals, zero, move)
     log_prob, kl, length = (torch.cat(part, dim=1) for part in zip(at_once, natural, gradient, strict=True))
     return Steered(
         target, probability, [*straight, *STEPPED], goals, log_prob, kl, length / norms, deltas[:, 0], hidden
@@ -164,7 +167,8 @@ def steer(
     linearised = partial(Linearised, point, target=target, tokens=tokens, chunks=None)
     route, zero = waypoints(before, [to], steps), torch.zeros_like(point.activations)
     move = partial(_move, point, target, None)
-    log_prob, kl, _, deltas = _in_steps(linearised, Linearised.natural_steps, route, [to], zero, move)
+    first, step = linearised(zero), Linearised.natural_steps
+    log_prob, kl, _, deltas = _in_steps(first, linearised, step, route, [to], zero, move)
     if not kl.isfinite().all():
         raise NumericalError(f"steps at layer {layer} do not raise the token to {to}: try more steps, or another layer")
     after = log_prob.exp().item()
@@ -271,10 +275,19 @@ class Linearised:
     """The model linearised at perturbed points, one perturbation (layers, d) a layer.
 
     `log_odds` (layers,) are the target's, `rise` (layers, d) their gradient, `kl_gradient` (layers, d) that of
-    KL(unperturbed || here). F is root^T root at each layer, over `tokens` tokens and all others as one.
+    KL(unperturbed || here). F is root^T root at each layer, over `tokens` tokens and all others as one, of
+    which, if the `metric` of an earlier step is given, only the leading part is pulled back.
     """
 
-    def __init__(self, point: PromptPoint, deltas: Tensor, target: int, tokens: int, chunks: Chunks | None):
+    def __init__(
+        self,
+        point: PromptPoint,
+        deltas: Tensor,
+        target: int,
+        tokens: int,
+        chunks: Chunks | None,
+        metric: "Metric | None" = None,
+    ):
         layers = len(deltas)
         here = linearize_perturbed(point, deltas, torch.tensor(point.layers))
         head, (log_p, ids) = here.output_head(), most_probable(here.log_probs, tokens)
@@ -286,9 +299,11 @@ class Linearised:
         rest = (1 - weights.sum(-1, keepdim=True)).clamp(min=1e-9)
         others = -(weights[..., None] * rows).sum(1, keepdim=True) / rest[..., None]
         rows = torch.cat([rows, others], dim=1) * torch.cat([weights, rest], dim=1).sqrt()[..., None]
+        rows = rows if metric is None else metric.leading_part(rows)
         rows = torch.cat([rows, head.cotangents(target_ids), -head.combine(unperturbed)], dim=1)
-        gradients = float64(pull_back(here, rows, chunks)[0])  # (layers, tokens + 3, d)
+        gradients = float64(pull_back(here, rows, chunks)[0])  # (layers, rank + 2, d)
         self.root, target_gradient, self.kl_gradient = gradients[:, :-2], gradients[:, -2], gradients[:, -1]
+        self.rows = rows[:, :-2]  # that were pulled back to the root
         self.values, self.vectors = eigh(self.root @ self.root.mT)
         log_prob = here.log_probs[:, target].to(gradients)
         self.log_odds = log_odds(log_prob)
@@ -297,6 +312,16 @@ class Linearised:
         # F weighs it with their present probability instead. (F also differs along `rise`, where the step is given.)
         self.correction_factor = (remainder / (1 - point.log_probs[target].exp().to(remainder)))[:, None]
         self.rise = target_gradient / remainder[:, None]
+
+    def metric(self) -> "Metric | None":
+        """What pulls back the leading part alone at points nearby; None if there are no more rows than RANK."""
+        if self.rows.shape[1] <= RANK:
+            return None
+        rows = float64(self.rows)
+        values, u = eigh(rows @ rows.mT)
+        u = u * values.clamp(min=ROUNDING**2 * values[:, -1:]).rsqrt()[:, None]
+        basis, pulled = u.mT @ rows, u.mT @ self.root
+        return Metric(basis, pulled @ pulled.mT)
 
     def solve(self, b: Tensor, damping: float) -> Tensor:
         """(F + damping lambda_1)^-1 b (layers, d), through the Gram matrix of F's factor."""
@@ -321,7 +346,23 @@ class Linearised:
         return torch.zeros_like(advance)[:, None], advance[:, None]
 
 
+class Metric(NamedTuple):
+    """How a direction z at x, the head's input, counts at h, |J^T z|^2: on the span of rows that were pulled back."""
+
+    basis: Tensor  # (layers, rows, d_head) float64, orthonormal
+    gram: Tensor  # (layers, rows, rows) float64, inner products of the basis pulled back
+
+    def leading_part(self, rows: Tensor) -> Tensor:
+        """The RANK combinations of `rows` R (layers, k, d_head) that hold most of J^T R^T R J, as far as is known."""
+        if rows.shape[1] <= RANK:
+            return rows
+        r = float64(rows)
+        inside = r @ self.basis.mT  # (layers, k, rows)
+        return (eigh(inside @ self.gram @ inside.mT)[1][..., -RANK:].mT @ r).to(rows)
+
+
 def _in_steps(
+    first: Linearised,
     linearised: Callable[[Tensor], Linearised],
     step: Callable,
     route: list[float],
@@ -332,14 +373,20 @@ def _in_steps(
     """Log-probability, KL, length (layers, 1, goals) and perturbation (layers, 1, goals, d) that reach each goal.
 
     Args:
-        linearised: the model at perturbations (layers, d): each step is linearised where the last one led.
+        first: the model where the steps begin.
+        linearised: the model at perturbations (layers, d): each later step is linearised where the last one led.
         step: a method of Linearised that gives the correction and the advance to given log-odds.
         route: probabilities to aim at in turn, the goals among them.
         deltas: (layers, d), where to begin.
     """
     layers, multiples, found = torch.arange(len(deltas)), torch.tensor(MULTIPLES, device=deltas.device), []
-    for goal in route:
-        here, wanted = linearised(deltas), _log_odds_of(goal)
+    here, metric = first, None
+    for place, goal in enumerate(route):
+        fresh, wanted = place % ALL_ROWS == 0, _log_odds_of(goal)
+        if place:
+            here = linearised(deltas, metric=None if fresh else metric)
+        if fresh:
+            metric = here.metric()
         correction, advance = (part.to(deltas) for part in step(here, wanted))  # (layers, n, d)
         start = deltas[:, None] + correction
         swept = move(start, advance, multiples)
@@ -352,10 +399,12 @@ def _in_steps(
         odds, wanted, index, reached, start, advance = (
             part[layers, best] for part in (odds, wanted, index, reached, start, advance)
         )
-        end = reach(partial(move, start, advance), multiples.expand(odds.shape), wanted, index)
-        reached = reached & end.reached
-        deltas = start + advance * torch.where(reached, end.length, multiples[odds.argmax(-1)])[:, None]
-        if goal in goals:
+        length, exact = at_crossing(multiples.expand(odds.shape), odds, wanted, index), goal in goals
+        if exact:
+            end = reach(partial(move, start, advance), multiples.expand(odds.shape), wanted, index)
+            length, reached = end.length, reached & end.reached
+        deltas = start + advance * torch.where(reached, length, multiples[odds.argmax(-1)])[:, None]
+        if exact:
             column = (end.log_prob, end.kl, deltas.norm(dim=-1))
             column = [part.masked_fill(~reached, math.nan) for part in column]
             found.append((*column, deltas.masked_fill(~reached[:, None], math.nan)))

@@ -166,7 +166,7 @@ def load_vectors(path: str | Path, model: nn.Module | None = None, tokenizer=Non
     """The vectors of a file of `save_vectors`, or of a GGUF control vector from elsewhere.
 
     Args:
-        model, tokenizer: if they are given, the vectors have to be of this model.
+        model, tokenizer: if they are given, the vectors have to be of this model in this dtype, by its fingerprint.
     Raises:
         UserError: there is no such file, it is of another form, or of another model.
     """
@@ -177,7 +177,7 @@ def load_vectors(path: str | Path, model: nn.Module | None = None, tokenizer=Non
         raise UserError(f"cannot read vectors from {path}: {excerpt(first_line(error), 100)}") from error
     if model is not None:
         if about.get("model") not in (None, fingerprint(unwrapped(model), tokenizer)):
-            raise UserError(f"the vectors in {path} are of another model, or of other weights of it")
+            raise UserError(f"the vectors in {path} are of another model, dtype or weights: without a model they load")
         deltas = _fitting(unwrapped(model), deltas)
     return Vectors(deltas, about)
 

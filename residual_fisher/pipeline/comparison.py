@@ -11,7 +11,7 @@ from residual_fisher.common.run import checksum, read_manifest
 from residual_fisher.model.comparison import Matrix, Pair, compare, differing, matched, require_common, told, write
 from residual_fisher.pipeline.matrices import FisherMatrices, load_fisher_matrices, records_of
 
-WHATEVER = ("dtype", "store", "model_path", "dataset_name", "max_length", "seed")
+MAY_DIFFER = ("dtype", "store", "model_path", "dataset_name", "max_length", "seed")
 
 
 def read(folder: Path) -> tuple[dict, list[dict]]:
@@ -64,7 +64,7 @@ def compare_runs(folders: tuple[str, str], output: Path) -> int:
             for i, j in both
         ]
     runs = {run: about(*some) for run, some in zip("ab", zip(paths, manifests, strict=True), strict=True)}
-    settings = differing(*(manifest["identity"]["settings"] for manifest in manifests), WHATEVER)
+    settings = differing(*(manifest["identity"]["settings"] for manifest in manifests), MAY_DIFFER)
     document = compare(pairs, {**runs, "settings": settings})
     write(output, document)
     print(told(document, output))
