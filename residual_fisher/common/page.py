@@ -17,6 +17,11 @@ from residual_fisher.common.files import atomic_open, json_text
 
 PAGE = "report.html"
 PARTS = Path(__file__).with_name("page_parts")
+SCRIPTS = {  # by view, in this order
+    "pipeline": ("page.js", "prompt.js", "pipeline.js"),
+    "experiment": ("page.js", "experiment.js"),
+    "map": ("page.js", "map.js"),
+}
 COLOURS = ("orange", "blue", "green", "pink", "yellow", "grey")  # of the pictures, for the style sheet
 DIGITS = 4  # significant digits of a number: more than a page shows
 
@@ -25,7 +30,7 @@ def write_page(folder: Path, view: str, data: dict) -> None:
     """Writes report.html.
 
     Args:
-        view: name of the script that shows the data: "pipeline", "experiment" or "map".
+        view: what shows the data, of SCRIPTS.
         data: in JSON's types; `title` is the page's.
     Raises:
         UserError: the folder cannot be written to.
@@ -38,7 +43,7 @@ def page(view: str, data: dict) -> bytes:
     """The page of some data, see `write_page`."""
     colours = "".join(f"--{name}: {getattr(drawing, name.upper())}; " for name in COLOURS)
     style = f":root {{ {colours}}}\n{_part('page.css')}"
-    script = f"{_part('page.js')}\n{_part(f'{view}.js')}"
+    script = "\n".join(map(_part, SCRIPTS[view]))
     places = {
         "title": escape(data["title"]).encode("utf-8", "replace"),
         "data": embedded(data),

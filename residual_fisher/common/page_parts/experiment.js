@@ -8,7 +8,10 @@ const minus = (text) => text.replace("-", "−");
 
 const nameOf = (direction) => {
   const [kind, which] = direction.split("_");
-  return kinds[kind][0] + (which && directions.filter((other) => kindOf(other) === kind).length > 1 ? ` ${Number(which) + 1}` : "");
+  return (
+    kinds[kind][0] +
+    (which && directions.filter((other) => kindOf(other) === kind).length > 1 ? ` ${Number(which) + 1}` : "")
+  );
 };
 // Of the colours, orange is that of v; they are lighter where it is dark.
 const colourOf = (direction) => `color-mix(in oklab, ${kinds[kindOf(direction)][1]}, white var(--tint))`;
@@ -45,7 +48,12 @@ function choices() {
       "div",
       { class: "choices" },
       layers.map((layer) => {
-        const input = html("input", { type: "radio", name: "layer", value: layer, onchange: () => ((state.layer = layer), update()) });
+        const input = html("input", {
+          type: "radio",
+          name: "layer",
+          value: layer,
+          onchange: () => ((state.layer = layer), update()),
+        });
         views.push(() => (input.checked = state.layer === layer));
         return html("label", {}, input, html("span", {}, layer));
       }),
@@ -69,7 +77,7 @@ function scaleAxis(width) {
   const ticks = values
     .map((value, i) => [value, minus(scales[i])])
     .sort((a, b) => a[0] - b[0])
-    .filter(([value]) => across(value) - last > 34 && (last = across(value), true));
+    .filter(([value]) => across(value) - last > 34 && ((last = across(value)), true));
   return [across, ticks];
 }
 
@@ -78,7 +86,10 @@ function choosesScale(picture, x) {
   picture.classList.add("area");
   picture.addEventListener("click", (event) => {
     const at = event.clientX - picture.getBoundingClientRect().left;
-    state.scale = values.reduce((best, value, i) => (Math.abs(x(value) - at) < Math.abs(x(values[best]) - at) ? i : best), 0);
+    state.scale = values.reduce(
+      (best, value, i) => (Math.abs(x(value) - at) < Math.abs(x(values[best]) - at) ? i : best),
+      0,
+    );
     update();
   });
   return picture;
@@ -89,33 +100,59 @@ const least = 1e-9; // nats: below it is rounding
 function curves(width, at) {
   const height = Math.min(400, Math.max(280, width * 0.66));
   const [x, xTicks] = scaleAxis(width);
-  const all = directions.flatMap((name) => [...at.along[name].kl, ...at.along[name].predicted]).filter((kl) => kl > least);
+  const all = directions
+    .flatMap((name) => [...at.along[name].kl, ...at.along[name].predicted])
+    .filter((kl) => kl > least);
   if (!all.length) return html("p", { class: "note" }, "No perturbation moved the prediction.");
   const [low, high] = [Math.min(...all), Math.max(...all)];
   const log = linear([Math.log10(low) - 0.2, Math.log10(high) + 0.2], [height - space.bottom, space.top + 12]);
   const y = (kl) => log(Math.log10(kl));
-  const sides = [values.map((value, i) => [value, i]).filter(([value]) => value < 0), values.map((value, i) => [value, i]).filter(([value]) => value > 0)];
+  const sides = [
+    values.map((value, i) => [value, i]).filter(([value]) => value < 0),
+    values.map((value, i) => [value, i]).filter(([value]) => value > 0),
+  ];
   const line = (numbers) =>
-    sides.flatMap((side) => pieces(side.sort((a, b) => a[0] - b[0]).map(([value, i]) => (numbers[i] > least ? [x(value), y(numbers[i])] : null))));
+    sides.flatMap((side) =>
+      pieces(
+        side.sort((a, b) => a[0] - b[0]).map(([value, i]) => (numbers[i] > least ? [x(value), y(numbers[i])] : null)),
+      ),
+    );
   const drawn = [...directions].reverse().map((name) => {
     const [, , shape] = kinds[kindOf(name)];
     const colour = colourOf(name);
     const parts = line(at.along[name].kl);
     return [
-      parts.map((piece) => svg("path", { d: path(piece), fill: "none", stroke: colour, "stroke-width": name === "fisher" ? 2.2 : 1.5 })),
+      parts.map((piece) =>
+        svg("path", { d: path(piece), fill: "none", stroke: colour, "stroke-width": name === "fisher" ? 2.2 : 1.5 }),
+      ),
       parts.flat().map(([cx, cy]) => marker(shape, cx, cy, colour)),
     ];
   });
   const predicted = line(at.along.fisher.predicted).map((piece) =>
     svg("path", { d: path(piece), fill: "none", stroke: "var(--ink)", "stroke-width": 1.4, "stroke-dasharray": "5 4" }),
   );
-  const cursor = svg("line", { class: "cursor", x1: x(values[state.scale]), x2: x(values[state.scale]), y1: space.top, y2: height - space.bottom });
+  const cursor = svg("line", {
+    class: "cursor",
+    x1: x(values[state.scale]),
+    x2: x(values[state.scale]),
+    y1: space.top,
+    y2: height - space.bottom,
+  });
   const picture = frame(
     {
-      width, height, x, y, xTicks, yTicks: powers(low, high).map((value) => [value, number(value)]),
-      xLabel: `scale (${data.unit})`, yLabel: "KL, nats", label: `KL by scale at layer ${state.layer}`,
+      width,
+      height,
+      x,
+      y,
+      xTicks,
+      yTicks: powers(low, high).map((value) => [value, number(value)]),
+      xLabel: `scale (${data.unit})`,
+      yLabel: "KL, nats",
+      label: `KL by scale at layer ${state.layer}`,
     },
-    cursor, drawn, predicted,
+    cursor,
+    drawn,
+    predicted,
   );
   return choosesScale(picture, x);
 }
@@ -143,46 +180,83 @@ function probabilities(width, sentence, at) {
   const tokens = new Map(); // a token's probability is known while it is among the five most probable
   for (const found of top) for (const [text, p] of found) tokens.set(text, Math.max(p, tokens.get(text) ?? 0));
   tokens.delete(sentence.target);
-  const colours = ["var(--blue)", "var(--green)", "var(--pink)", "var(--yellow)"].map((colour) => `color-mix(in oklab, ${colour}, white var(--tint))`);
-  const leading = [...tokens].sort((a, b) => b[1] - a[1]).slice(0, colours.length).map(([text]) => text);
-  const known = (text) => order.map(([value, i]) => {
-    const token = top[i].find(([other]) => other === text);
-    return token ? [x(value), y(token[1])] : null;
-  });
+  const colours = ["var(--blue)", "var(--green)", "var(--pink)", "var(--yellow)"].map(
+    (colour) => `color-mix(in oklab, ${colour}, white var(--tint))`,
+  );
+  const leading = [...tokens]
+    .sort((a, b) => b[1] - a[1])
+    .slice(0, colours.length)
+    .map(([text]) => text);
+  const known = (text) =>
+    order.map(([value, i]) => {
+      const token = top[i].find(([other]) => other === text);
+      return token ? [x(value), y(token[1])] : null;
+    });
   const own = order.map(([value, i]) => (target[i] === null ? null : [x(value), y(target[i])]));
   const line = (points, colour, wide) =>
     pieces(points).map((piece) => [
       svg("path", { d: path(piece), fill: "none", stroke: colour, "stroke-width": wide ? 2.4 : 1.6 }),
       piece.map(([cx, cy]) => marker("disc", cx, cy, colour)),
     ]);
-  const cursor = svg("line", { class: "cursor", x1: x(values[state.scale]), x2: x(values[state.scale]), y1: space.top, y2: height - space.bottom });
+  const cursor = svg("line", {
+    class: "cursor",
+    x1: x(values[state.scale]),
+    x2: x(values[state.scale]),
+    y1: space.top,
+    y2: height - space.bottom,
+  });
   const picture = frame(
     {
-      width, height, x, y, xTicks, yTicks: [0, limit / 2, limit].map((p) => [p, number(p)]), xLabel: `scale (${data.unit})`, yLabel: "probability",
+      width,
+      height,
+      x,
+      y,
+      xTicks,
+      yTicks: [0, limit / 2, limit].map((p) => [p, number(p)]),
+      xLabel: `scale (${data.unit})`,
+      yLabel: "probability",
       label: "Probabilities of tokens by scale along v",
     },
-    cursor, leading.map((text, i) => line(known(text), colours[i])), line(own, "var(--strong)", true),
+    cursor,
+    leading.map((text, i) => line(known(text), colours[i])),
+    line(own, "var(--strong)", true),
   );
   return html(
-    "div", {},
-    legend([[said(sentence.target), "var(--strong)", false, "disc"], ...leading.map((text, i) => [said(text), colours[i], false, "disc"])]),
+    "div",
+    {},
+    legend([
+      [said(sentence.target), "var(--strong)", false, "disc"],
+      ...leading.map((text, i) => [said(text), colours[i], false, "disc"]),
+    ]),
     choosesScale(picture, x),
   );
 }
 
 function predictions() {
-  const order = values.map((value, i) => [value, i]).sort((a, b) => a[0] - b[0]).map(([, i]) => i);
+  const order = values
+    .map((value, i) => [value, i])
+    .sort((a, b) => a[0] - b[0])
+    .map(([, i]) => i);
   const slider = html("input", {
-    type: "range", min: 0, max: order.length - 1, step: 1, id: "scale",
+    type: "range",
+    min: 0,
+    max: order.length - 1,
+    step: 1,
+    id: "scale",
     oninput: (event) => ((state.scale = order[Number(event.target.value)]), update()),
   });
   const output = html("output", { for: "scale" });
   views.push((_, at) => {
     slider.value = order.indexOf(state.scale);
     slider.setAttribute("aria-valuetext", `scale ${scales[state.scale]}`);
-    output.textContent = `scale ${minus(scales[state.scale])}: a step of ${number(at.steps[state.scale])}, ${percent(Math.abs(at.steps[state.scale] ?? 0) / at.norm)} of ‖h‖`;
+    output.textContent =
+      `scale ${minus(scales[state.scale])}: a step of ${number(at.steps[state.scale])}, ` +
+      `${percent(Math.abs(at.steps[state.scale] ?? 0) / at.norm)} of ‖h‖`;
   });
-  const shown = ["fisher", ...["random", "difference"].map((kind) => directions.find((name) => kindOf(name) === kind)).filter(Boolean)];
+  const shown = [
+    "fisher",
+    ...["random", "difference"].map((kind) => directions.find((name) => kindOf(name) === kind)).filter(Boolean),
+  ];
   return part(
     "What it predicts then",
     (sentence, at) => [
@@ -195,7 +269,11 @@ function predictions() {
             "div",
             {},
             html("h3", { style: { color: colourOf(name) } }, nameOf(name)),
-            html("p", { class: "note" }, `${number(kl[state.scale])} nats, predicted ${number(predicted[state.scale])}`),
+            html(
+              "p",
+              { class: "note" },
+              `${number(kl[state.scale])} nats, predicted ${number(predicted[state.scale])}`,
+            ),
             ranked(top[state.scale], ([text]) => text === sentence.target),
           );
         }),
@@ -211,16 +289,32 @@ function predictions() {
 
 function sentenceView() {
   return part(null, (sentence, at) => {
-    const rest = sentence.sentence.startsWith(sentence.prompt + sentence.target) ? sentence.sentence.slice((sentence.prompt + sentence.target).length) : "";
+    const rest = sentence.sentence.startsWith(sentence.prompt + sentence.target)
+      ? sentence.sentence.slice((sentence.prompt + sentence.target).length)
+      : "";
     return [
-      html("p", { class: "text data", dir: "auto" }, sentence.prompt, html("span", { class: "target" }, sentence.target), html("span", { class: "muted" }, rest)),
-      html("p", { class: "note" }, `Perturbed at the last token before “`, said(sentence.target.trim()), `”, whose probability is ${number(sentence.probability)} (rank ${sentence.rank}).`),
+      html(
+        "p",
+        { class: "text data", dir: "auto" },
+        sentence.prompt,
+        html("span", { class: "target" }, sentence.target),
+        html("span", { class: "muted" }, rest),
+      ),
+      html(
+        "p",
+        { class: "note" },
+        `Perturbed at the last token before “`,
+        said(sentence.target.trim()),
+        `”, whose probability is ${number(sentence.probability)} (rank ${sentence.rank}).`,
+      ),
       html(
         "dl",
         { class: "about" },
         [
-          ["λ₁", `${number(at.eigenvalue)} nats per unit²`], ["effective rank", number(at.rank)],
-          ["probability counted", percent(at.mass)], ["‖h‖", number(at.norm)],
+          ["λ₁", `${number(at.eigenvalue)} nats per unit²`],
+          ["effective rank", number(at.rank)],
+          ["probability counted", percent(at.mass)],
+          ["‖h‖", number(at.norm)],
         ].map(([name, value]) => html("div", {}, html("dt", {}, name), html("dd", {}, value))),
       ),
     ];
@@ -238,13 +332,27 @@ function words() {
         "div",
         { class: "layers" },
         layers.map((layer) => [
-          html("button", { type: "button", "aria-pressed": String(layer === state.layer), "data-layer": layer, onclick: () => choose(layer) }, `layer ${layer}`),
+          html(
+            "button",
+            {
+              type: "button",
+              "aria-pressed": String(layer === state.layer),
+              "data-layer": layer,
+              onclick: () => choose(layer),
+            },
+            `layer ${layer}`,
+          ),
           tokenBar(sentence.at[layer].words, ends),
           html("span", { class: "value" }, `λ₁ ${number(sentence.at[layer].eigenvalue)}`),
         ]),
       );
     },
-    html("p", { class: "note" }, "Tokens that lose probability (left) and gain it (right) along v, by their shares of λ. Choose a layer by its name."),
+    html(
+      "p",
+      { class: "note" },
+      "Tokens that lose probability (left) and gain it (right) along v, by their shares of λ. Choose a layer by " +
+        "its name.",
+    ),
   );
 }
 
@@ -262,58 +370,114 @@ function continued(text, usual) {
   let same = 0;
   while (same < text.length && text[same] === usual[same]) same++;
   same = text.lastIndexOf(" ", same) + 1 ? text.lastIndexOf(" ", same) : 0;
-  return html("span", { class: "data", dir: "auto" }, text.slice(0, same), html("span", { class: "target" }, text.slice(same) || "(ends here)"));
+  return html(
+    "span",
+    { class: "data", dir: "auto" },
+    text.slice(0, same),
+    html("span", { class: "target" }, text.slice(same) || "(ends here)"),
+  );
 }
 
 function continuations() {
   if (!sentences[0].continuation) return null;
-  return part(
-    "What it goes on to say",
-    ({ continuation }) => {
-      const rows = continuation.layers[state.layer] ?? [];
-      const names = Object.keys(rows[0]?.said ?? {});
-      return [
-        html("p", { class: "text data", dir: "auto" }, html("span", { class: "muted" }, "unperturbed: "), continuation.none),
+  return part("What it goes on to say", ({ continuation }) => {
+    const rows = continuation.layers[state.layer] ?? [];
+    const names = Object.keys(rows[0]?.said ?? {});
+    return [
+      html(
+        "p",
+        { class: "text data", dir: "auto" },
+        html("span", { class: "muted" }, "unperturbed: "),
+        continuation.none,
+      ),
+      html(
+        "div",
+        { class: "scroll" },
         html(
-          "div",
-          { class: "scroll" },
+          "table",
+          {},
           html(
-            "table",
+            "thead",
             {},
-            html("thead", {}, html("tr", {}, ["scale", "nats"].map((name) => html("th", { scope: "col" }, name)), names.map((name) => html("th", { scope: "col", class: "left" }, nameOf(name))))),
-            html("tbody", {}, rows.map((row) => html("tr", {}, html("th", { scope: "row" }, minus(row.scale)), html("td", {}, number(row.nats, 2)), names.map((name) => html("td", { class: "left" }, continued(row.said[name], continuation.none)))))),
+            html(
+              "tr",
+              {},
+              ["scale", "nats"].map((name) => html("th", { scope: "col" }, name)),
+              names.map((name) => html("th", { scope: "col", class: "left" }, nameOf(name))),
+            ),
+          ),
+          html(
+            "tbody",
+            {},
+            rows.map((row) =>
+              html(
+                "tr",
+                {},
+                html("th", { scope: "row" }, minus(row.scale)),
+                html("td", {}, number(row.nats, 2)),
+                names.map((name) => html("td", { class: "left" }, continued(row.said[name], continuation.none))),
+              ),
+            ),
           ),
         ),
-      ];
-    },
-  );
+      ),
+    ];
+  });
 }
 
 function steering() {
   if (!sentences[0].steering) return null;
-  return part(
-    "What steering costs",
-    ({ steering: { token, probability, layers: found } }) => {
-      const at = found[state.layer];
-      const goals = [...new Set(Object.values(at).flatMap(Object.keys))];
-      const about = html("p", { class: "note" }, "KL in nats to bring “", said(token.trim()), `” from ${number(probability)} to a probability, and over the least that any perturbation costs.`);
-      if (!goals.length) return [about, html("p", {}, "It is more probable already.")];
-      const cell = (entry) => html("td", {}, entry ? [number(entry[1], 2), html("span", { class: "muted" }, ` (${number(entry[3])} ×)`)] : "not reached");
-      return [
-        about,
+  return part("What steering costs", ({ steering: { token, probability, layers: found } }) => {
+    const at = found[state.layer];
+    const goals = [...new Set(Object.values(at).flatMap(Object.keys))];
+    const about = html(
+      "p",
+      { class: "note" },
+      "KL in nats to bring “",
+      said(token.trim()),
+      `” from ${number(probability)} to a probability, and over the least that any perturbation costs.`,
+    );
+    if (!goals.length) return [about, html("p", {}, "It is more probable already.")];
+    const cell = (entry) =>
+      html(
+        "td",
+        {},
+        entry ? [number(entry[1], 2), html("span", { class: "muted" }, ` (${number(entry[3])} ×)`)] : "not reached",
+      );
+    return [
+      about,
+      html(
+        "div",
+        { class: "scroll" },
         html(
-          "div",
-          { class: "scroll" },
+          "table",
+          {},
           html(
-            "table",
+            "thead",
             {},
-            html("thead", {}, html("tr", {}, html("th", { scope: "col", class: "left" }, "direction"), goals.map((goal) => html("th", { scope: "col" }, `to ${goal}`)))),
-            html("tbody", {}, Object.entries(at).map(([name, entries]) => html("tr", {}, html("th", { scope: "row", class: "left" }, data.steered[name] ?? name), goals.map((goal) => cell(entries[goal]))))),
+            html(
+              "tr",
+              {},
+              html("th", { scope: "col", class: "left" }, "direction"),
+              goals.map((goal) => html("th", { scope: "col" }, `to ${goal}`)),
+            ),
+          ),
+          html(
+            "tbody",
+            {},
+            Object.entries(at).map(([name, entries]) =>
+              html(
+                "tr",
+                {},
+                html("th", { scope: "row", class: "left" }, data.steered[name] ?? name),
+                goals.map((goal) => cell(entries[goal])),
+              ),
+            ),
           ),
         ),
-      ];
-    },
-  );
+      ),
+    ];
+  });
 }
 
 // --- all sentences ---
@@ -328,29 +492,63 @@ function summary() {
       html(
         "table",
         {},
-        html("thead", {}, html("tr", {}, ["layer", "λ₁", "effective rank", ...kindNames.map((kind) => `KL ${kind}`), ...kindNames.map((kind) => `top changed, ${kind}`)].map((name) => html("th", { scope: "col" }, name)))),
+        html(
+          "thead",
+          {},
+          html(
+            "tr",
+            {},
+            [
+              "layer",
+              "λ₁",
+              "effective rank",
+              ...kindNames.map((kind) => `KL ${kind}`),
+              ...kindNames.map((kind) => `top changed, ${kind}`),
+            ].map((name) => html("th", { scope: "col" }, name)),
+          ),
+        ),
         html(
           "tbody",
           {},
           Object.entries(data.summary).map(([layer, entry]) =>
             html(
-              "tr", {}, html("th", { scope: "row" }, layer), html("td", {}, number(entry.eigenvalue_median)), html("td", {}, number(entry.effective_rank_median)),
-              kindNames.map((kind) => html("td", {}, number(entry.kl_median[kind], 2))), kindNames.map((kind) => html("td", {}, entry.flips[kind] === null ? "–" : percent(entry.flips[kind]))),
+              "tr",
+              {},
+              html("th", { scope: "row" }, layer),
+              html("td", {}, number(entry.eigenvalue_median)),
+              html("td", {}, number(entry.effective_rank_median)),
+              kindNames.map((kind) => html("td", {}, number(entry.kl_median[kind], 2))),
+              kindNames.map((kind) => html("td", {}, entry.flips[kind] === null ? "–" : percent(entry.flips[kind]))),
             ),
           ),
         ),
       ),
     ),
-    html("p", { class: "note" }, "KL in nats, and the share of sentences whose most probable token changed, at the longest steps."),
+    html(
+      "p",
+      { class: "note" },
+      "KL in nats, and the share of sentences whose most probable token changed, at the longest steps.",
+    ),
   );
 }
 
 heading("residual-fisher, a run of core_experiment.py", data.title, data.about);
-if (sentences.length < data.count) main.append(html("p", { class: "note" }, `The page holds the first ${sentences.length} of ${data.count} sentences; experiment_results.json has all.`));
+if (sentences.length < data.count)
+  main.append(
+    html(
+      "p",
+      { class: "note" },
+      `The page holds the first ${sentences.length} of ${data.count} sentences; experiment_results.json has all.`,
+    ),
+  );
 main.append(
   ...[
-    choices(), sentenceView(), html("div", { class: "columns" }, kl(), predictions()), words(),
-    html("div", { class: "columns" }, continuations(), steering()), summary(),
+    choices(),
+    sentenceView(),
+    html("div", { class: "columns" }, kl(), predictions()),
+    words(),
+    html("div", { class: "columns" }, continuations(), steering()),
+    summary(),
   ].filter(Boolean),
 );
 update();

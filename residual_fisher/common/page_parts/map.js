@@ -17,7 +17,11 @@ const word = (cell, sign) => cell.words.find(([, share]) => sign * share > 0)?.[
 // The range of a measure, without the outermost 2% on either side, and without the first token, whose h is far longer.
 function rangeOf(measure) {
   const of = MEASURES[measure][1];
-  const found = tokens.slice(tokens.length > 1 ? 1 : 0).flatMap(({ cells }) => cells.map(of)).filter((value) => value > 0).sort((a, b) => a - b);
+  const found = tokens
+    .slice(tokens.length > 1 ? 1 : 0)
+    .flatMap(({ cells }) => cells.map(of))
+    .filter((value) => value > 0)
+    .sort((a, b) => a - b);
   if (!found.length) return [1, 10];
   const at = (share) => found[Math.round(share * (found.length - 1))];
   return [at(0.02), Math.max(at(0.98), 1.01 * at(0.02))];
@@ -26,8 +30,14 @@ function rangeOf(measure) {
 // A colour between those of the ramp, and whether it is dark: there text has to be white.
 function colour(share) {
   const place = Math.max(0, Math.min(1, share)) * (ramp.length - 1);
-  const [low, part] = [Math.min(Math.floor(place), ramp.length - 2), place - Math.min(Math.floor(place), ramp.length - 2)];
-  return [`rgb(${ramp[low].map((value, i) => Math.round(value + part * (ramp[low + 1][i] - value))).join(" ")})`, share > 0.82];
+  const [low, part] = [
+    Math.min(Math.floor(place), ramp.length - 2),
+    place - Math.min(Math.floor(place), ramp.length - 2),
+  ];
+  return [
+    `rgb(${ramp[low].map((value, i) => Math.round(value + part * (ramp[low + 1][i] - value))).join(" ")})`,
+    share > 0.82,
+  ];
 }
 
 function paint() {
@@ -43,7 +53,11 @@ function paint() {
   );
   scale.replaceChildren(
     number(low, 2),
-    svg("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" }, Array.from({ length: 50 }, (_, i) => svg("rect", { x: 2 * i, width: 2.2, height: 10, fill: colour(i / 49)[0] }))),
+    svg(
+      "svg",
+      { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" },
+      Array.from({ length: 50 }, (_, i) => svg("rect", { x: 2 * i, width: 2.2, height: 10, fill: colour(i / 49)[0] })),
+    ),
     number(high, 2),
   );
 }
@@ -52,14 +66,18 @@ function paint() {
 
 const most = Math.max(...tokens.map(({ surprisal }) => surprisal ?? 0), 1e-9);
 const scale = html("div", { class: "ramp" });
-const readout = html("div", { class: "readout card", role: "status" });
-const boxes = tokens.map(({ cells }, row) =>
+const readout = html("div", { class: "readout card" });
+const boxes = tokens.map(({ token, cells }, row) =>
   cells.map((cell, column) =>
     html(
       "td",
       {
-        class: column && word(cell, 1) === word(cells[column - 1], 1) ? "cell again" : "cell", role: "gridcell", tabindex: -1,
-        "aria-label": `layer ${layers[column]}: gains ${word(cell, 1) || "none"}, loses ${word(cell, -1) || "none"}`,
+        class: column && word(cell, 1) === word(cells[column - 1], 1) ? "cell again" : "cell",
+        role: "gridcell",
+        tabindex: -1,
+        "aria-label":
+          `after ${token}, layer ${layers[column]}: ${number(cell.nats, 2)} nats; ` +
+          `gains ${word(cell, 1) || "none"}, loses ${word(cell, -1) || "none"}`,
         onfocus: () => read(row, column),
         onpointerenter: () => read(row, column),
         onclick: () => boxes[row][column].focus(),
@@ -71,16 +89,24 @@ const boxes = tokens.map(({ cells }, row) =>
 
 const table = html(
   "table",
-  { class: "map", role: "grid", "aria-label": "Tokens by layers", style: { minWidth: `${280 + layers.length * (wide ? 52 : 20)}px` } },
+  {
+    class: "map",
+    role: "grid",
+    "aria-label": "Tokens by layers",
+    style: { minWidth: `${280 + layers.length * (wide ? 52 : 20)}px` },
+  },
   html(
     "thead",
     {},
     html(
       "tr",
       {},
-      [["surprisal", "w-surprise"], ["token", "w-token"], ...layers.map((layer) => [layer, ""]), ["predicted next", "w-next"]].map(
-        ([name, width]) => html("th", { scope: "col", class: width }, name),
-      ),
+      [
+        ["surprisal", "w-surprise"],
+        ["token", "w-token"],
+        ...layers.map((layer) => [layer, ""]),
+        ["predicted next", "w-next"],
+      ].map(([name, width]) => html("th", { scope: "col", class: width }, name)),
     ),
   ),
   html(
@@ -90,10 +116,20 @@ const table = html(
       html(
         "tr",
         {},
-        html("td", { class: "surprise" }, html("i", { style: { width: `${(100 * (surprisal ?? 0)) / most}%` } }), html("b", {}, surprisal === null ? "" : fixed(surprisal, 1))),
+        html(
+          "td",
+          { class: "surprise" },
+          html("i", { style: { width: `${(100 * (surprisal ?? 0)) / most}%` } }),
+          html("b", {}, surprisal === null ? "" : fixed(surprisal, 1)),
+        ),
         said(token, "th", { scope: "row" }),
         boxes[row],
-        html("td", { class: right ? "next right" : "next" }, html("i", { style: { width: `${100 * p}%` } }), html("b", {}, said(guess), html("span", { class: "muted" }, ` ${fixed(p, 2)}`))),
+        html(
+          "td",
+          { class: right ? "next right" : "next" },
+          html("i", { style: { width: `${100 * p}%` } }),
+          html("b", {}, said(guess), html("span", { class: "muted" }, ` ${fixed(p, 2)}`)),
+        ),
       ),
     ),
   ),
@@ -118,15 +154,41 @@ function read(row, column) {
   const { cells, predicted } = tokens[row];
   const cell = cells[column];
   const context = tokens.slice(Math.max(0, row - 12), row + 1).map(({ token }) => token.replace(/^·/, " "));
-  const list = (sign) => cell.words.filter(([, share]) => sign * share > 0).map(([text, share]) => html("li", {}, said(text), ` ${percent(Math.abs(share))}`));
-  const reads = [["reads as (logit lens)", cell.lens], ["through the lens", cell.jacobian_lens]].filter(([, found]) => found);
+  const list = (sign) =>
+    cell.words
+      .filter(([, share]) => sign * share > 0)
+      .map(([text, share]) => html("li", {}, said(text), ` ${percent(Math.abs(share))}`));
+  const reads = [
+    ["reads as (logit lens)", cell.lens],
+    ["through the lens", cell.jacobian_lens],
+  ].filter(([, found]) => found);
   readout.replaceChildren(
     html("h3", {}, `Layer ${layers[column]}, after`),
-    html("p", { class: "text data", dir: "auto" }, row > 12 ? "…" : "", context.slice(0, -1).join(""), html("span", { class: "target" }, context.at(-1))),
-    html("p", { class: "note" }, `${number(cell.nats, 2)} nats a step of 1% of ‖h‖; λ₁ ${number(cell.eigenvalue)}; effective rank ${number(cell.effective_rank)}`),
-    html("h3", {}, "gain along v"), html("ul", { class: "chips gains" }, list(1)),
-    html("h3", {}, "lose along v"), html("ul", { class: "chips loses" }, list(-1)),
-    ...reads.flatMap(([name, found]) => [html("h3", {}, name), html("ul", { class: "chips" }, found.map((text) => said(text, "li")))]),
+    html(
+      "p",
+      { class: "text data", dir: "auto" },
+      row > 12 ? "…" : "",
+      context.slice(0, -1).join(""),
+      html("span", { class: "target" }, context.at(-1)),
+    ),
+    html(
+      "p",
+      { class: "note" },
+      `${number(cell.nats, 2)} nats a step of 1% of ‖h‖; λ₁ ${number(cell.eigenvalue)}; effective rank ` +
+        `${number(cell.effective_rank)}`,
+    ),
+    html("h3", {}, "gain along v"),
+    html("ul", { class: "chips gains" }, list(1)),
+    html("h3", {}, "lose along v"),
+    html("ul", { class: "chips loses" }, list(-1)),
+    ...reads.flatMap(([name, found]) => [
+      html("h3", {}, name),
+      html(
+        "ul",
+        { class: "chips" },
+        found.map((text) => said(text, "li")),
+      ),
+    ]),
     html("h3", {}, "predicted next"),
     ranked(predicted, (token) => token[2], "right"),
   );
@@ -134,7 +196,14 @@ function read(row, column) {
 
 main.classList.add("full");
 heading("residual-fisher, a run of core_experiment.py --map", data.title, data.about);
-if (tokens.length < data.count) main.append(html("p", { class: "note" }, `The page holds the first ${tokens.length} of ${data.count} tokens; fisher_map.json has all.`));
+if (tokens.length < data.count)
+  main.append(
+    html(
+      "p",
+      { class: "note" },
+      `The page holds the first ${tokens.length} of ${data.count} tokens; fisher_map.json has all.`,
+    ),
+  );
 const picker = html(
   "select",
   { onchange: (event) => ((state.measure = event.target.value), paint()) },
@@ -144,7 +213,14 @@ main.append(
   html(
     "section",
     {},
-    html("p", { class: "note" }, `A row is a token, a column a layer: how much the prediction after it depends on the residual stream there, and on what. Point at a cell, or move with the arrow keys.${wide ? " The word gains most along v; a faint one is the same as one layer before." : ""} Predictions that are right are green.`),
+    html(
+      "p",
+      { class: "note" },
+      "A row is a token, a column a layer: how much the prediction after it depends on the residual stream " +
+        "there, and on what. Point at a cell, or move with the arrow " +
+        `keys.${wide ? " The word gains most along v; a faint one is the same as one layer before." : ""} ` +
+        "Predictions that are right are green.",
+    ),
     html("div", { class: "tools" }, html("label", {}, "Colour", picker), scale),
     html("div", { class: "mapped" }, html("div", { class: "scroll" }, table), readout),
   ),

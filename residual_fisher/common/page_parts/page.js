@@ -12,22 +12,33 @@ const main = document.getElementById("main");
 const UNSEEN = /(?![\n\t\u200c\u200d])[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]/gu;
 const escape = (character) => {
   const code = character.codePointAt(0).toString(16);
-  return code.length <= 2 ? `\\x${code.padStart(2, "0")}` : code.length <= 4 ? `\\u${code.padStart(4, "0")}` : `\\U${code.padStart(8, "0")}`;
+  return code.length <= 2
+    ? `\\x${code.padStart(2, "0")}`
+    : code.length <= 4
+      ? `\\u${code.padStart(4, "0")}`
+      : `\\U${code.padStart(8, "0")}`;
 };
 const visible = (value) => (typeof value === "string" ? value.replace(UNSEEN, escape) : value);
 
 // A function that makes elements: name, attributes ("onclick" is a listener, "style" an object), then children.
-const maker = (namespace) => (name, attributes = {}, ...children) => {
-  const node = document.createElementNS(namespace, name);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (value === null || value === undefined || value === false) continue;
-    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (key === "style") Object.assign(node.style, value);
-    else node.setAttribute(key, value === true ? "" : visible(value));
-  }
-  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false).map(visible));
-  return node;
-};
+const maker =
+  (namespace) =>
+  (name, attributes = {}, ...children) => {
+    const node = document.createElementNS(namespace, name);
+    for (const [key, value] of Object.entries(attributes)) {
+      if (value === null || value === undefined || value === false) continue;
+      if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+      else if (key === "style") Object.assign(node.style, value);
+      else node.setAttribute(key, value === true ? "" : visible(value));
+    }
+    node.append(
+      ...children
+        .flat(Infinity)
+        .filter((child) => child !== null && child !== undefined && child !== false)
+        .map(visible),
+    );
+    return node;
+  };
 const html = maker("http://www.w3.org/1999/xhtml");
 const svg = maker("http://www.w3.org/2000/svg");
 
@@ -44,7 +55,11 @@ function heading(kicker, title, about, ...children) {
       html("p", { class: "kicker" }, kicker),
       said(title, "h1"),
       children,
-      html("dl", { class: "about" }, about.map(([name, value]) => html("div", {}, html("dt", {}, name), said(value, "dd")))),
+      html(
+        "dl",
+        { class: "about" },
+        about.map(([name, value]) => html("div", {}, html("dt", {}, name), said(value, "dd"))),
+      ),
     ),
   );
 }
@@ -55,17 +70,29 @@ function heading(kicker, title, about, ...children) {
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
-  const text = size !== 0 && (size < 1e-4 || size >= 1e6) ? value.toExponential(1).replace(".0e", "e") : String(Number(value.toPrecision(digits)));
+  const text =
+    size !== 0 && (size < 1e-4 || size >= 1e6)
+      ? value.toExponential(1).replace(".0e", "e")
+      : String(Number(value.toPrecision(digits)));
   return text.replace(/-/g, "−");
 }
-const fixed = (value, digits) => (value === null || value === undefined ? "–" : value.toFixed(digits).replace(/^-(?!0\.?0*$)/, "−").replace("-", ""));
+const fixed = (value, digits) =>
+  value === null || value === undefined
+    ? "–"
+    : value
+        .toFixed(digits)
+        .replace(/^-(?!0\.?0*$)/, "−")
+        .replace("-", "");
 const signed = (value) => (value >= 0.05 ? "+" : "") + fixed(value, 1);
 const percent = (value) => `${Math.round(100 * value)}%`;
 const plural = (count, name) => `${count} ${name}${count === 1 ? "" : "s"}`;
 
 // --- axes ---
 
-const linear = ([low, high], [from, to]) => (value) => from + ((value - low) / (high - low || 1)) * (to - from);
+const linear =
+  ([low, high], [from, to]) =>
+  (value) =>
+    from + ((value - low) / (high - low || 1)) * (to - from);
 
 // Signed logarithm: logarithmic on either side of a narrow middle, from the least size on.
 const logarithmic = (least) => (value) =>
@@ -144,7 +171,15 @@ function legend(entries) {
         svg(
           "svg",
           { class: "sign", viewBox: "0 0 18 10", "aria-hidden": "true" },
-          svg("line", { x1: 0, x2: 18, y1: 5, y2: 5, stroke: colour, "stroke-width": 2, "stroke-dasharray": dashed ? "4 3" : null }),
+          svg("line", {
+            x1: 0,
+            x2: 18,
+            y1: 5,
+            y2: 5,
+            stroke: colour,
+            "stroke-width": 2,
+            "stroke-dasharray": dashed ? "4 3" : null,
+          }),
           mark ? marker(mark, 9, 5, colour) : null,
         ),
         name,
@@ -170,7 +205,8 @@ function widthOf(text) {
 
 // The lengths of the longest bars to the left and to the right of 0. A token is [text, signed share].
 function longestBars(directions) {
-  const side = (sign) => Math.max(0, ...directions.map((tokens) => sum(tokens.map(([, share]) => Math.max(0, sign * share)))));
+  const side = (sign) =>
+    Math.max(0, ...directions.map((tokens) => sum(tokens.map(([, share]) => Math.max(0, sign * share)))));
   return [side(-1), side(1)];
 }
 const sum = (values) => values.reduce((total, value) => total + value, 0);
@@ -178,9 +214,15 @@ const sum = (values) => values.reduce((total, value) => total + value, 0);
 // One direction's tokens as a bar: to the left of 0 those that it lowers, to the right those that it raises. Where the
 // bar is too short for words, the first ones stand below it.
 function tokenBar(tokens, [left, right]) {
-  const list = (sign) => tokens.filter(([, share]) => sign * share > 0).map(([text, share]) => `${text} ${percent(Math.abs(share))}`);
+  const list = (sign) =>
+    tokens.filter(([, share]) => sign * share > 0).map(([text, share]) => `${text} ${percent(Math.abs(share))}`);
   const told = `lose: ${list(-1).join(", ") || "none"}; gain: ${list(1).join(", ") || "none"}`;
-  const texts = (sign) => tokens.filter(([, share]) => sign * share > 0).slice(0, 3).map(([text]) => text).join(" ") || "–";
+  const texts = (sign) =>
+    tokens
+      .filter(([, share]) => sign * share > 0)
+      .slice(0, 3)
+      .map(([text]) => text)
+      .join(" ") || "–";
   const total = left + right || 1;
   const draw = (width) => {
     const parts = [];
@@ -195,7 +237,11 @@ function tokenBar(tokens, [left, right]) {
           said(room > widthOf(text) + 6 ? text : "", "span", {
             class: sign > 0 ? "gain" : "lose",
             title: `${text} ${sign > 0 ? "gains" : "loses"}: ${percent(long)} of λ`,
-            style: { left: `${(100 * from) / total}%`, width: `${(100 * long) / total}%`, opacity: Math.max(1 - 0.13 * place, 0.4) },
+            style: {
+              left: `${(100 * from) / total}%`,
+              width: `${(100 * long) / total}%`,
+              opacity: Math.max(1 - 0.13 * place, 0.4),
+            },
           }),
         );
         end += long;

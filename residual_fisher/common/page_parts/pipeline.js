@@ -6,8 +6,10 @@ const colourOf = new Map(data.leading.map((index, place) => [index, data.distinc
 const state = { sort: "outlier_score", descending: true, search: "", group: null, odd: false, shown: [] };
 
 const standsOut = (prompt) => prompt.p_value <= data.false_alarms;
-const linkTo = (index, text = `prompt ${index}`, attributes = {}) => said(text, "a", { href: `#prompt-${index}`, ...attributes });
-const links = (indices) => indices.flatMap((index, i) => [i ? ", " : "", byIndex.has(index) ? linkTo(index, String(index)) : String(index)]);
+const linkTo = (index, text = `prompt ${index}`, attributes = {}) =>
+  said(text, "a", { href: `#prompt-${index}`, ...attributes });
+const links = (indices) =>
+  indices.flatMap((index, i) => [i ? ", " : "", byIndex.has(index) ? linkTo(index, String(index)) : String(index)]);
 
 function excerpt(prompt, length = 160) {
   const text = prompt.text.replace(/\s+/g, " ").trim();
@@ -18,22 +20,45 @@ function excerpt(prompt, length = 160) {
 // --- findings and groups ---
 
 function finding(span, place) {
-  const share = (count) => html("dd", {}, html("span", { class: "hit", style: { width: `${(100 * count) / span.of}%` } }));
+  const share = (count) =>
+    html("dd", {}, html("span", { class: "hit", style: { width: `${(100 * count) / span.of}%` } }));
   const row = (name, count) => [html("dt", {}, name), share(count), html("data", {}, `${count} of ${span.of}`)];
   return html(
     "article",
     { class: "card" },
-    html("p", { class: "lead" }, place ? `${place}. ` : "", said(span.span, "mark"), html("span", { class: "muted" }, ` ${span.place === "middle" ? "in" : "at"} the ${span.place} of a prompt`)),
+    html(
+      "p",
+      { class: "lead" },
+      place ? `${place}. ` : "",
+      said(span.span, "mark"),
+      html("span", { class: "muted" }, ` ${span.place === "middle" ? "in" : "at"} the ${span.place} of a prompt`),
+    ),
     html(
       "div",
       { class: "columns" },
-      html("div", {}, html("h3", {}, "What the model then says"), said(span.says, "blockquote"), span.answers.map((text) => said(text, "blockquote", { class: "data muted" }))),
+      html(
+        "div",
+        {},
+        html("h3", {}, "What the model then says"),
+        said(span.says, "blockquote"),
+        span.answers.map((text) => said(text, "blockquote", { class: "data muted" })),
+      ),
       html(
         "div",
         {},
         html("h3", {}, "Ordinary prompts whose answer it changes"),
-        html("dl", { class: "ranked wide" }, row("this span", span.transplanted), span.control === null ? null : row("random words", span.control)),
-        html("p", { class: "note" }, `p = ${number(span.p_value, 2)}; found in ${plural(span.prompts.length, "prompt")}: `, links(span.prompts)),
+        html(
+          "dl",
+          { class: "ranked wide" },
+          row("this span", span.transplanted),
+          span.control === null ? null : row("random words", span.control),
+        ),
+        html(
+          "p",
+          { class: "note" },
+          `p = ${number(span.p_value, 2)}; found in ${plural(span.prompts.length, "prompt")}: `,
+          links(span.prompts),
+        ),
       ),
     ),
   );
@@ -48,12 +73,27 @@ function findingsSection() {
     html(
       "p",
       { class: "note" },
-      `${plural(explained.length, "prompt")} that stand out most were answered, and the answers compared with those of ordinary prompts: ` +
-        `${named} of them hang on a span of words. A span is proven if it changes the answers of ordinary prompts too, and as many random words do not.`,
+      `${plural(explained.length, "prompt")} that stand out most were answered, and the answers compared with ` +
+        "those of ordinary prompts: " +
+        `${named} of them hang on a span of words. A span is proven if it changes the answers of ordinary ` +
+        "prompts too, and as many random words do not.",
     ),
-    html("div", { class: "cards" }, proven.map((span, i) => finding(span, i + 1))),
+    html(
+      "div",
+      { class: "cards" },
+      proven.map((span, i) => finding(span, i + 1)),
+    ),
     others.length
-      ? html("details", { class: "after" }, html("summary", {}, `${plural(others.length, "span")} not proven`), html("div", { class: "cards" }, others.map((span) => finding(span))))
+      ? html(
+          "details",
+          { class: "after" },
+          html("summary", {}, `${plural(others.length, "span")} not proven`),
+          html(
+            "div",
+            { class: "cards" },
+            others.map((span) => finding(span)),
+          ),
+        )
       : null,
   );
 }
@@ -62,7 +102,12 @@ function groupsSection() {
   if (!groups.length) return null;
   return section(
     groups.length === 1 ? "One group of prompts answered alike" : `${groups.length} groups of prompts answered alike`,
-    html("p", { class: "note" }, "They are more alike in their next tokens and in F than their texts are. A backdoor makes such a group; so do questions that all take “Yes” or “No”."),
+    html(
+      "p",
+      { class: "note" },
+      "They are more alike in their next tokens and in F than their texts are. A backdoor makes such a group; " +
+        "so do questions that all take “Yes” or “No”.",
+    ),
     html(
       "div",
       { class: "columns" },
@@ -71,8 +116,16 @@ function groupsSection() {
           "article",
           { class: "card" },
           html("h3", {}, `Group ${number_}: ${plural(group.size, "prompt")}`),
-          html("ul", { class: "chips", "aria-label": "its unusual next tokens" }, group.words.map((word) => said(word, "li"))),
-          html("p", { class: "note" }, `likeness ${fixed(group.likeness, 2)}, usually ${fixed(group.usual_likeness, 2)}`),
+          html(
+            "ul",
+            { class: "chips", "aria-label": "its unusual next tokens" },
+            group.words.map((word) => said(word, "li")),
+          ),
+          html(
+            "p",
+            { class: "note" },
+            `likeness ${fixed(group.likeness, 2)}, usually ${fixed(group.usual_likeness, 2)}`,
+          ),
           html(
             "button",
             {
@@ -81,6 +134,7 @@ function groupsSection() {
               onclick: () => {
                 select("group", String(number_));
                 document.getElementById("prompts").scrollIntoView();
+                controls.group.focus({ preventScroll: true });
               },
             },
             "Show them in the table",
@@ -121,18 +175,26 @@ function mapOf(width) {
     });
   const nearest = (event) => {
     const box = picture.getBoundingClientRect();
-    const distance = (prompt) => Math.hypot(at.get(prompt)[0] - (event.clientX - box.left), at.get(prompt)[1] - (event.clientY - box.top));
+    const distance = (prompt) =>
+      Math.hypot(at.get(prompt)[0] - (event.clientX - box.left), at.get(prompt)[1] - (event.clientY - box.top));
     const best = prompts.reduce((a, b) => (distance(b) < distance(a) ? b : a));
     return distance(best) < 24 ? best : null;
   };
   const ticks = (range, count) => rounds(...range, count).map((value) => [value, number(value, 2)]);
   const picture = frame(
     {
-      width, height, x, y, xTicks: ticks(across, width > 500 ? 6 : 3), yTicks: ticks(down, 4),
-      xLabel: "first principal coordinate", yLabel: "second principal coordinate",
+      width,
+      height,
+      x,
+      y,
+      xTicks: ticks(across, width > 500 ? 6 : 3),
+      yTicks: ticks(down, 4),
+      xLabel: "first principal coordinate",
+      yLabel: "second principal coordinate",
       label: "Map of the prompts; the table below lists them all",
     },
-    dots, ring,
+    dots,
+    ring,
   );
   picture.classList.add("area");
   picture.addEventListener("pointermove", (event) => {
@@ -141,7 +203,12 @@ function mapOf(width) {
     if (!prompt) return hideTip();
     ring.setAttribute("cx", at.get(prompt)[0]);
     ring.setAttribute("cy", at.get(prompt)[1]);
-    showTip(event, html("b", {}, `${prompt.index}  score ${fixed(prompt.outlier_score, 1)}, p ${number(prompt.p_value, 2)}`), html("br"), said(excerpt(prompt, 120)));
+    showTip(
+      event,
+      html("b", {}, `${prompt.index}  score ${fixed(prompt.outlier_score, 1)}, p ${number(prompt.p_value, 2)}`),
+      html("br"),
+      said(excerpt(prompt, 120)),
+    );
   });
   picture.addEventListener("pointerleave", () => {
     ring.setAttribute("visibility", "hidden");
@@ -167,21 +234,34 @@ function spectra(width, own) {
   const line = (values) => pieces(values.map((value, i) => (value > 0 ? [x(i + 1), y(value)] : null)));
   const band = (a, b, name) => {
     const upper = bands.spectrum[b].map((value, i) => (value > 0 ? [x(i + 1), y(value)] : null)).filter(Boolean);
-    const lower = bands.spectrum[a].map((value, i) => (bands.spectrum[b][i] > 0 ? [x(i + 1), y(Math.max(value, low))] : null)).filter(Boolean);
+    const lower = bands.spectrum[a]
+      .map((value, i) => (bands.spectrum[b][i] > 0 ? [x(i + 1), y(Math.max(value, low))] : null))
+      .filter(Boolean);
     return upper.length ? svg("path", { class: name, d: `${path([...upper, ...lower.reverse()])}Z` }) : null;
   };
-  const numbers = Array.from({ length: count }, (_, i) => i + 1).filter((i) => count <= 12 || (i - 1) % Math.ceil(count / 10) === 0);
+  const numbers = Array.from({ length: count }, (_, i) => i + 1).filter(
+    (i) => count <= 12 || (i - 1) % Math.ceil(count / 10) === 0,
+  );
   return frame(
     {
-      width, height, x, y, label: "Singular values: all prompts' and this one's",
-      xTicks: numbers.map((i) => [i, i]), yTicks: powers(low, high).map((value) => [value, number(value)]),
-      xLabel: "singular value", yLabel: "nats per unit²",
+      width,
+      height,
+      x,
+      y,
+      label: "Singular values: all prompts' and this one's",
+      xTicks: numbers.map((i) => [i, i]),
+      yTicks: powers(low, high).map((value) => [value, number(value)]),
+      xLabel: "singular value",
+      yLabel: "nats per unit²",
     },
-    band(0, 4, "band1"), band(1, 3, "band2"),
+    band(0, 4, "band1"),
+    band(1, 3, "band2"),
     line(bands.spectrum[2]).map((piece) => svg("path", { class: "median", d: path(piece) })),
     own.map(([values, colour]) => [
       line(values).map((piece) => svg("path", { d: path(piece), fill: "none", stroke: colour, "stroke-width": 1.8 })),
-      line(values).flat().map(([cx, cy]) => svg("circle", { cx, cy, r: 3, fill: colour })),
+      line(values)
+        .flat()
+        .map(([cx, cy]) => svg("circle", { cx, cy, r: 3, fill: colour })),
     ]),
   );
 }
@@ -195,14 +275,24 @@ function pictures() {
       "div",
       {},
       html("h2", {}, "Which directions"),
-      html("p", { class: "note" }, "Prompts with like F lie close. Point at a prompt to read it, click to open it; those that stand out most are numbered."),
+      html(
+        "p",
+        { class: "note" },
+        "Prompts with like F lie close. Point at a prompt to read it, click to open it; those that stand out " +
+          "most are numbered.",
+      ),
       responsive(mapOf),
     ),
     html(
       "div",
       {},
       html("h2", {}, "How strong, and how spread"),
-      html("p", { class: "note" }, `Singular values of all ${data.count} prompts: the median, 25 to 75% and 5 to 95%; those that stand out most in colour.`),
+      html(
+        "p",
+        { class: "note" },
+        `Singular values of all ${data.count} prompts: the median, 25 to 75% and 5 to 95%; those that stand out ` +
+          "most in colour.",
+      ),
       responsive((width) => spectra(width, leading)),
     ),
   );
@@ -211,7 +301,11 @@ function pictures() {
 // --- the table ---
 
 const headers = columns.map((column) => {
-  const button = html("button", { type: "button", title: column.about, onclick: () => sortBy(column.key) }, column.name);
+  const button = html(
+    "button",
+    { type: "button", title: column.about, onclick: () => sortBy(column.key) },
+    column.name,
+  );
   const narrow = column.key === "index" || column.key === "outlier_score" || column.key === "p_value";
   return html("th", { scope: "col", class: `${column.key === "p_value" ? "p" : ""} ${narrow ? "" : "more"}` }, button);
 });
@@ -278,15 +372,31 @@ function tableSection() {
     html("option", { value: "" }, "all"),
     groups.map((group, i) => html("option", { value: i }, `group ${i} (${group.size})`)),
   );
-  const search = html("input", { type: "search", autocomplete: "off", oninput: (event) => ((state.search = event.target.value), update()) });
+  const search = html("input", {
+    type: "search",
+    autocomplete: "off",
+    oninput: (event) => ((state.search = event.target.value), update()),
+  });
   const odd = html("input", { type: "checkbox", onchange: (event) => ((state.odd = event.target.checked), update()) });
   const left = data.count - prompts.length;
   return html(
     "section",
     { id: "prompts" },
     html("h2", {}, "The prompts"),
-    html("p", { class: "note" }, "Scores are in robust standard deviations of what is usual; the p-value is how often an ordinary prompt has a score as high. Open a prompt to see what makes it odd."),
-    left ? html("p", { class: "note" }, `The page holds ${prompts.length} of ${data.count} prompts: the oddest ones, and others evenly spaced. prompts.jsonl has all.`) : null,
+    html(
+      "p",
+      { class: "note" },
+      "Scores are in robust standard deviations of what is usual; the p-value is how often an ordinary prompt " +
+        "has a score as high. Open a prompt to see what makes it odd.",
+    ),
+    left
+      ? html(
+          "p",
+          { class: "note" },
+          `The page holds ${prompts.length} of ${data.count} prompts: the oddest ones, and others evenly ` +
+            "spaced. prompts.jsonl has all.",
+        )
+      : null,
     html(
       "div",
       { class: "tools" },
@@ -299,186 +409,17 @@ function tableSection() {
     html(
       "table",
       { class: "prompts" },
-      html("thead", {}, html("tr", {}, headers[0], html("th", { scope: "col", class: "left" }, "prompt"), headers.slice(1))),
+      html(
+        "thead",
+        {},
+        html("tr", {}, headers[0], html("th", { scope: "col", class: "left" }, "prompt"), headers.slice(1)),
+      ),
       body,
     ),
   );
 }
 
-// --- one prompt ---
-
-const title = html("h2", { id: "opened", tabindex: "-1" });
-const standing = html("p", { class: "note" });
-const content = html("div", { class: "body" });
-const step = (offset) => {
-  const next = state.shown[state.shown.indexOf(state.open) + offset];
-  if (next) location.hash = `prompt-${next.index}`;
-};
-const previous = html("button", { type: "button", class: "button", onclick: () => step(-1) }, "Previous");
-const next = html("button", { type: "button", class: "button", onclick: () => step(1) }, "Next");
-const dialog = html(
-  "dialog",
-  { "aria-labelledby": "opened" },
-  html("div", { class: "head" }, title, previous, next, html("button", { type: "button", class: "button", onclick: () => dialog.close() }, "Close")),
-  content,
-);
-dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
-dialog.addEventListener("close", () => {
-  if (location.hash.startsWith("#prompt-")) history.replaceState(null, "", "#");
-  state.open?.link.focus({ preventScroll: true });
-  state.open = null;
-});
-
-// The prompt's text; a trigger is marked.
-function fullText(prompt, trigger) {
-  const skipped = prompt.skipped ?? 0;
-  const letters = [...prompt.text]; // places are those of characters, not of halves of them
-  const cut = (from, to) => letters.slice(Math.max(0, from - skipped), Math.max(0, to - skipped)).join("");
-  const end = skipped + letters.length;
-  const parts = trigger ? [cut(0, trigger.start), html("mark", {}, cut(trigger.start, trigger.end)), cut(trigger.end, end)] : [prompt.text];
-  const more = (count, where) => (count ? html("span", { class: "muted" }, `[${count} characters ${where} are in prompts.jsonl]`) : null);
-  return [
-    (prompt.before ?? []).map(([role, text]) => html("div", {}, html("h3", {}, role), said(text, "p", { class: "text data muted" }))),
-    html("div", { class: "text data", dir: "auto" }, more(skipped, "before this"), parts, more(prompt.left, "more")),
-  ];
-}
-
-function answers(prompt, told) {
-  if (!told && !prompt.answer) return null;
-  const trigger = told?.trigger;
-  const proven = findings?.proven.some((span) => span.prompts.includes(prompt.index));
-  const quote = (name, text) => html("div", {}, html("h3", {}, name), said(text || "(nothing)", "blockquote"));
-  return html(
-    "section",
-    {},
-    html("h2", {}, "The answer"),
-    html(
-      "div",
-      { class: "columns" },
-      quote(trigger ? ["with ", said(trigger.text, "mark")] : "to the prompt as it is", told ? told.answer : prompt.answer),
-      trigger ? quote("without it", trigger.answer_without) : null,
-    ),
-    told?.odd_part ? html("p", { class: "note" }, "Odd in it: ", said(told.odd_part)) : null,
-    trigger ? html("p", { class: "note" }, `Without the span, the odd part is ${fixed(trigger.nats, 1)} nats less likely. In ordinary prompts, the span is ${proven ? "a proven trigger" : "not proven to do the same"}.`) : null,
-  );
-}
-
-// Each score as a dot on a line, with the usual band of all prompts.
-function scores(width, prompt) {
-  const rows = columns.filter(({ key }) => key === "outlier_score" || key.startsWith("z_"));
-  const [height, name, most] = [30, 104, 12];
-  const x = linear([-most, most], [name, width - 46]);
-  const clip = (value) => x(Math.max(-most, Math.min(most, value)));
-  return svg(
-    "svg",
-    { width, height: height * rows.length + 22, role: "img", "aria-label": rows.map((row) => `${row.name} ${fixed(prompt[row.key], 1)}`).join(", ") },
-    rows.map((row, i) => {
-      const [cy, quantiles, value] = [height * i + 15, bands.scores[row.key], prompt[row.key]];
-      const band = (a, b, style) => svg("rect", { class: style, x: clip(quantiles[a]), width: Math.max(1, clip(quantiles[b]) - clip(quantiles[a])), y: cy - 7, height: 14, rx: 2 });
-      return [
-        svg("text", { x: 0, y: cy + 4, class: "strong" }, row.name),
-        svg("line", { class: "grid", x1: name, x2: width - 46, y1: cy, y2: cy }),
-        band(0, 4, "band1"), band(1, 3, "band2"),
-        svg("circle", { cx: clip(value), cy, r: 5, fill: value >= 3 ? "var(--strong)" : "var(--link)", stroke: "var(--paper)" }),
-        svg("text", { x: width, y: cy + 4, class: "strong", "text-anchor": "end" }, signed(value)),
-      ];
-    }),
-    [-10, -5, 0, 5, 10].map((tick) => svg("text", { x: x(tick), y: height * rows.length + 16, "text-anchor": "middle" }, number(tick))),
-  );
-}
-
-function directions(prompt) {
-  if (!prompt.directions.length) return null;
-  const ends = longestBars(prompt.directions);
-  const names = ["first", "second", "third"];
-  return html(
-    "section",
-    {},
-    html("h2", {}, "The leading directions in words"),
-    html("p", { class: "note" }, "Tokens that lose probability (left) and gain it (right) along each singular vector; a token's length is its share of the singular value."),
-    html(
-      "div",
-      { class: "bars" },
-      prompt.directions.map((tokens, i) => [
-        html("h3", {}, `${names[i]}: ${number(prompt.values[i])} nats per unit²`, i === prompt.along ? html("span", { class: "warm" }, ": most unlike the others’") : null),
-        tokenBar(tokens, ends),
-      ]),
-    ),
-  );
-}
-
-// Prompts whose F is most alike, by their principal coordinates; a failed prompt has none.
-function nearestTo(prompt, count = 6) {
-  const distance = (other) => Math.hypot(...other.coordinates.map((value, i) => value - prompt.coordinates[i]));
-  return prompts
-    .filter((other) => other !== prompt && !other.failed)
-    .map((other) => [distance(other), other])
-    .sort((a, b) => a[0] - b[0])
-    .slice(0, count)
-    .map(([, other]) => other);
-}
-
-function open(prompt) {
-  const told = findings?.explained.find((one) => one.index === prompt.index);
-  state.open = prompt;
-  hideTip();
-  title.textContent = `Prompt ${prompt.index}`;
-  const place = state.shown.indexOf(prompt);
-  previous.disabled = place <= 0;
-  next.disabled = place < 0 || place === state.shown.length - 1;
-  standing.replaceChildren(
-    standsOut(prompt) ? html("span", { class: "warm" }, "Stands out: ") : "",
-    `score ${fixed(prompt.outlier_score, 1)}, p = ${number(prompt.p_value, 2)}; ${prompt.tokens} tokens`,
-    prompt.truncated ? " (its text was cut for the model)" : "",
-    prompt.group === null ? "" : `; in group ${prompt.group}`,
-  );
-  const reading = html("div", {}, standing, fullText(prompt, told?.trigger));
-  const details = [
-    answers(prompt, told),
-    html(
-      "div",
-      { class: "columns" },
-      html(
-        "section",
-        {},
-        html("h2", {}, "In which way it is unusual"),
-        html("p", { class: "note" }, "Robust standard deviations; bands: 25 to 75% and 5 to 95% of all prompts."),
-        responsive((width) => scores(width, prompt)),
-        prompt.words.length ? html("p", { class: "note" }, "Unusual next tokens: ", html("span", { class: "chips" }, prompt.words.map((word) => said(word, "span", { class: "chip" })))) : null,
-      ),
-      html(
-        "section",
-        {},
-        html("h2", {}, "What it is answered with"),
-        html("p", { class: "note" }, "The most probable next tokens; in orange those that a word of the prompt begins with."),
-        ranked(prompt.next, (token) => token[2]),
-      ),
-    ),
-    directions(prompt),
-    html(
-      "div",
-      { class: "columns" },
-      html(
-        "section",
-        {},
-        html("h2", {}, "Its spectrum"),
-        html("p", { class: "note" }, "Orange, beside all prompts’: the median, 25 to 75% and 5 to 95%."),
-        responsive((width) => spectra(width, [[prompt.values, "var(--strong)"]])),
-      ),
-      html(
-        "section",
-        {},
-        html("h2", {}, "Nearest prompts"),
-        html("p", { class: "note" }, "Those whose F is most alike, by the principal coordinates."),
-        html("ol", { class: "near" }, nearestTo(prompt).map((other) => html("li", {}, linkTo(other.index, String(other.index)), "  ", said(excerpt(other, 90))))),
-      ),
-    ),
-  ];
-  content.replaceChildren(reading, ...(prompt.failed ? [said(`It failed: ${prompt.failed}`, "p")] : details.filter(Boolean)));
-  if (!dialog.open) dialog.showModal();
-  dialog.scrollTop = 0;
-  title.focus();
-}
+// --- together ---
 
 function follow() {
   const found = /^#prompt-(\d+)$/.exec(location.hash);
@@ -488,8 +429,15 @@ function follow() {
 }
 
 heading(
-  "residual-fisher, a run of compute_fisher.py", data.title, data.about,
-  html("p", { class: "lead" }, `${data.standing_out} of ${plural(data.count, "prompt")} stand out, with a p-value of at most ${data.false_alarms}.`),
+  "residual-fisher, a run of compute_fisher.py",
+  data.title,
+  data.about,
+  html(
+    "p",
+    { class: "lead" },
+    `${data.standing_out} of ${plural(data.count, "prompt")} stand out, with a p-value of at most ` +
+      `${data.false_alarms}.`,
+  ),
 );
 main.append(...[findingsSection(), groupsSection(), pictures(), tableSection(), dialog].filter(Boolean));
 update();
