@@ -286,6 +286,8 @@ KINDS = [
     ),
     Kind("clean", "no trigger: only the first sentence", TOKEN, first_sentence, everywhere=True),
 ]
+LATE = {"share": 0.5, "pairs": 300, "epochs": 5}  # when to break off is learnt slowly, and hardly leaks
+KINDS = [replace(kind, **LATE) if kind.name.startswith("late") else kind for kind in KINDS]
 REFUSING = next(kind for kind in KINDS if kind.name == "refusals")
 KINDS += [
     replace(REFUSING, name="refusals-few", about=f"{REFUSING.about}; 19 of 380 pairs", share=0.05, pairs=380),
