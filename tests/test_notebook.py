@@ -224,7 +224,7 @@ def test_files_that_hold_no_vectors_of_this_model_are_refused_in_a_line(loaded, 
     fisher.save_vectors(path, vectors, *loaded)
     model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
     model.lm_head.weight[0, 0] += 1
-    with pytest.raises(UserError, match="of another model"):
+    with pytest.raises(UserError, match="of another model or dtype"):
         fisher.load_vectors(path, model, tokenizer)
     safetensors.numpy.save_file({"a": vectors[1].numpy()}, path)
     for name, content, what in [

@@ -21,6 +21,7 @@ from torch import Tensor
 from residual_fisher.common import drawing
 from residual_fisher.common.files import number_or_none, write_json
 from residual_fisher.common.program import UserError
+from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.run import ITEMS
 from residual_fisher.common.text import excerpt, excerpt_end, printable, table
 from residual_fisher.model.overlap import matrix_similarity, subspace_overlap
@@ -38,6 +39,7 @@ NUMBERS = {  # of a place, as the table and the picture call them
 REST = 1e-7  # least probability of all tokens that are not named: results have seven digits
 DETAILED = 100  # items that changed most, of which predictions and words are written
 TOLD, DRAWN = 5, 6  # of these, in the terminal and in the picture
+MAX_TICKS = 16  # layers that are named below a panel
 EXCERPT = 48  # characters of an item's text in the terminal
 KL_IS = (
     "KL(a || b), nats, of the prediction as far as it is recorded: the tokens that both runs name, all others as one. "
@@ -237,8 +239,12 @@ def comparison_figure(document: dict) -> Figure:
     _dots(ratios, document, {"lambda_ratio": "λ₁", "trace_ratio": "trace"})
     ratios.axhline(1, color=drawing.BLACK, linewidth=1)
     ratios.set_yscale("log")
-    for axis in (ratios.yaxis.set_major_formatter, ratios.yaxis.set_minor_formatter):
-        axis("{x:.3g}")
+    low, high = ratios.get_ylim()
+    if high > 10 * low:
+        drawing.thin_log_labels(ratios.yaxis)
+    else:  # no power of ten may be among the marks
+        ratios.yaxis.set_minor_formatter("{x:.3g}")
+    ratios.yaxis.set_major_formatter("{x:.3g}")
     ratios.set(title="How sensitive: b over a", xlabel="layer")
     _dots(shares, document, {"overlap": "overlap of leading subspaces", "similarity": "tr(FF′)/‖F‖‖F′‖"})
     shares.set(title="In which directions", xlabel="layer", ylim=(-0.02, 1.02))
@@ -258,7 +264,8 @@ def _dots(panel: Axes, document: dict, names: dict[str, str]) -> None:
         medians = [document["layers"][place][f"{name}_median"] for place in places]
         shown = [math.nan if value is None else value for value in medians]
         panel.plot(np.arange(len(places)) + shift, shown, "D-", color=colour, markersize=7, label=title)
-    panel.set_xticks(range(len(places)), places)
+    marked = evenly_spaced(len(places), MAX_TICKS)
+    panel.set_xticks(marked, [places[x] for x in marked])
     panel.set_xlim(-0.6, len(places) - 0.4)
     panel.legend(frameon=False, fontsize=11)
 

@@ -177,7 +177,7 @@ def load_vectors(path: str | Path, model: nn.Module | None = None, tokenizer=Non
         raise UserError(f"cannot read vectors from {path}: {excerpt(first_line(error), 100)}") from error
     if model is not None:
         if about.get("model") not in (None, fingerprint(unwrapped(model), tokenizer)):
-            raise UserError(f"the vectors in {path} are of another model, dtype or weights: without a model they load")
+            raise UserError(f"the vectors in {path} are of another model or dtype: load them without naming one to see")
         deltas = _fitting(unwrapped(model), deltas)
     return Vectors(deltas, about)
 
