@@ -231,11 +231,11 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "-
 @pytest.fixture(scope="module")
 def chromium():
     """A headless browser that Selenium drives."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs Selenium")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs Selenium, from the package index")
     binary = next(filter(None, map(shutil.which, BROWSERS)), None)
     driver = shutil.which("chromedriver")
     if not (binary and driver):
-        pytest.skip("needs Chromium and ChromeDriver")
+        pytest.skip("needs Chromium and ChromeDriver, as packages of the system")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for flag in FLAGS:

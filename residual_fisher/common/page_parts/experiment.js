@@ -37,7 +37,11 @@ function choices() {
     { onchange: (event) => ((state.sentence = Number(event.target.value)), update()) },
     sentences.map(({ prompt, target }, i) => {
       const text = `${prompt}${target}`.replace(/\s+/g, " ");
-      return html("option", { value: i }, `S${i}  ${text.length > 70 ? `…${text.slice(-69)}` : text}`);
+      return html(
+        "option",
+        { value: i },
+        `S${i}  ${text.length > 70 ? `…${text.slice(-69).replace(HALVES, "")}` : text}`,
+      );
     }),
   );
   const buttons = html(

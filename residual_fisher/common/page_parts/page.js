@@ -20,6 +20,8 @@ const escape = (character) => {
 };
 const visible = (value) => (typeof value === "string" ? value.replace(UNSEEN, escape) : value);
 
+const HALVES = /^[\udc00-\udfff]|[\ud800-\udbff]$/g; // what is left of a character where a text was cut within it
+
 // A function that makes elements: name, attributes ("onclick" is a listener, "style" an object), then children.
 const maker =
   (namespace) =>
@@ -233,14 +235,15 @@ function tokenBar(tokens, [left, right]) {
         const long = Math.abs(share);
         const from = sign > 0 ? left + end : left - end - long;
         const room = (long / total) * width;
+        const [kind, does] = sign > 0 ? ["gain", "gains"] : ["lose", "loses"];
         parts.push(
           said(room > widthOf(text) + 6 ? text : "", "span", {
-            class: sign > 0 ? "gain" : "lose",
-            title: `${text} ${sign > 0 ? "gains" : "loses"}: ${percent(long)} of λ`,
+            class: kind,
+            title: `${text} ${does}: ${percent(long)} of λ`,
             style: {
               left: `${(100 * from) / total}%`,
               width: `${(100 * long) / total}%`,
-              opacity: Math.max(1 - 0.13 * place, 0.4),
+              background: `color-mix(in oklab, var(--${kind}) ${Math.max(100 - 13 * place, 40)}%, var(--paper))`,
             },
           }),
         );

@@ -14,7 +14,7 @@ const links = (indices) =>
 function excerpt(prompt, length = 160) {
   const text = prompt.text.replace(/\s+/g, " ").trim();
   const begin = prompt.before ? "… " : "";
-  return begin + (text.length > length ? `${text.slice(0, length)}…` : text);
+  return begin + (text.length > length ? `${text.slice(0, length).replace(HALVES, "")}…` : text);
 }
 
 // --- findings and groups ---
