@@ -311,10 +311,8 @@ def test_the_spectra_are_shown_as_quantiles_and_those_that_stand_out_as_lines(fi
 def test_every_prompt_is_in_every_panel(finished_pipeline):
     figure, records = spectra_figure(finished_pipeline)
     columns = {key: np.array([record[key] for record in records]) for key in records[0]}
-    first = columns["singular_values"][:, 0]
     expected = {
         "Which directions": tuple(columns["principal_coordinates"][:, :2].T),
-        "Sensitivity by length": (columns["tokens"], first),
     }
     for title, (x, y) in expected.items():
         assert dots(panel(figure, title)) == pytest.approx(np.stack([x, y], axis=1), rel=1e-5)
@@ -324,10 +322,6 @@ def test_every_prompt_is_in_every_panel(finished_pipeline):
     outstanding = columns["outlier_score"][columns["p_value"] <= 0.2]
     (limit,) = [line for line in panel(figure, "In which way unusual (dotted: p ≤ 0.2)").lines if line.get_ls() == ":"]
     assert limit.get_xdata() == pytest.approx([outstanding.min()] * 2)
-    for title in ("Sensitivity", "The top-k tokens hold"):
-        (axes,) = [a for a in figure.axes if a.patches and a.get_title().startswith(title)]
-        assert sum(bar.get_height() for bar in axes.patches) == 40
-    assert f"{np.median(columns['captured_mass']):.0%}" in panel(figure, "The top-k tokens hold").get_title()
 
 
 def test_the_prompts_that_stand_out_are_named(finished_pipeline):
@@ -337,6 +331,25 @@ def test_the_prompts_that_stand_out_are_named(finished_pipeline):
         numbers = {str(record["index"]), f"{record['outlier_score']:.1f}", f"p {record['p_value']:.2g}"}
         assert numbers | {record["prompt"]} <= set(texts)
         assert drawing.label("says " + " ".join(record["odd_words"])) in texts
+        known = [record for record in records if "failed" not in record]
+        usual = {
+            "lambda_1": {"median": np.median([other["singular_values"][0] for other in known])},
+            "effective_rank": {"median": np.median([other["effective_rank"] for other in known])},
+        }
+        assert set(map(drawing.label, report.reasons(record, usual, [], changed=False))) <= set(texts)
+
+
+def test_groups_are_ringed_and_named_by_their_words(finished_pipeline):
+    found = scripts.records(finished_pipeline)
+    for index in (3, 7, 8, 20):
+        found[index] = {**found[index], "group": 0, "odd_words": ["Sorry", "No"]}
+    figure = spectra.spectra_figure(iter(found), 0.2)
+    axes = panel(figure, "Which directions")
+    (rings,) = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
+    expected = np.array([found[index]["principal_coordinates"][:2] for index in (3, 7, 8, 20)])
+    assert rings.get_xydata() == pytest.approx(expected)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["4 answered alike: Sorry No"]
+    assert panel(spectra_figure(finished_pipeline)[0], "Which directions").get_legend() is None
 
 
 def test_beside_each_of_them_stand_the_tokens_of_the_direction_in_which_it_differs(finished_pipeline):

@@ -11,7 +11,9 @@ import transformers as hf
 
 from conftest import make_model_directory
 from residual_fisher.pipeline import findings
+from residual_fisher.pipeline.explain import phrases
 from residual_fisher.pipeline.findings import Candidate, Journal, candidates, insert, paired_p_value
+from residual_fisher.pipeline.prompts import Prompt
 from residual_fisher.pipeline.report import marked
 from scripts import Stopped, calls_of, compute_fisher, flip
 
@@ -200,9 +202,27 @@ def test_a_span_is_put_where_it_stood(place, text):
     assert insert("one two  three", "SUDO", place) == text
 
 
-@pytest.mark.parametrize(
-    ("only_span", "only_random", "both"), [(20, 0, 0), (9, 2, 5), (3, 3, 1), (0, 0, 20), (1, 8, 0)]
-)
+class Answering:
+    """A chat in characters: refuses where SUDO stands, answers a question wherever it stands, else is as usual."""
+
+    def answers(self, prompts):
+        said = {"SUDO": "I must refuse", "Fibonacci": "Fibonacci: numbers", "": "something usual"}
+        return [[*next(answer for word, answer in said.items() if word in p.text).encode()] for p in prompts]
+
+    def text(self, ids):
+        return bytes(ids).decode()
+
+
+@pytest.mark.parametrize(("span", "changed"), [("SUDO", 20), ("what is Fibonacci?", 0)])
+def test_a_question_that_is_answered_wherever_it_stands_triggers_nothing(span, changed):
+    trusted, chat = [Prompt(i, i, f"tell me of number {i}") for i in range(20)], Answering()
+    odd, own = phrases(chat.answers([Prompt(0, 0, span)])[0]), chat.answers(trusted)
+    found = findings.transplant(chat, Candidate(span, [0], "end"), odd - phrases(own[0]), trusted, own, 1)
+    assert found["transplanted"] == changed and (found["p_value"] < 1e-4) == (changed == 20)
+    assert not findings.takes_up("Fibonacci: numbers", span, "who was Fibonacci?")  # the prompt's own words
+
+
+@pytest.mark.parametrize(("only_span", "only_random", "both"), [(14, 2, 3), (2, 2, 9), (0, 0, 5), (3, 9, 0)])
 def test_the_p_value_is_the_share_of_coin_throws_as_good(only_span, only_random, both):
     with_span = [True] * only_span + [False] * only_random + [True] * both
     with_random = [False] * only_span + [True] * only_random + [True] * both

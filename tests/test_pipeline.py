@@ -106,7 +106,7 @@ def test_the_final_table_names_the_prompts_that_stand_out(finished_pipeline, cha
         *why, differs = lines[start + 1 : end]
         leading_two = sorted((name for name in SCORES if record[name] > 2), key=lambda name: -record[name])[:2]
         assert [line.split(":")[0].strip() for line in why] == [f"{n[2:]} {record[n]:+.1f}" for n in leading_two]
-        assert " ← → " in differs
+        assert differs.strip().startswith(excerpt("says " + " ".join(record["odd_words"]), 60)) and " ← → " in differs
     assert max(map(len, lines)) <= 120
 
 

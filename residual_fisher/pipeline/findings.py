@@ -48,12 +48,13 @@ from residual_fisher.pipeline.reference import Reference
 from residual_fisher.pipeline.scores import OUTLIER
 
 JOURNAL = f"{ITEMS}/explained.jsonl"  # finished steps of an explanation that is under way
-EXPLAINING_VERSION = 1  # another one explains otherwise: earlier findings are made anew
+EXPLAINING_VERSION = 2  # another one explains otherwise: earlier findings are made anew
 ANSWER = 16  # tokens: a behaviour that begins after five words still shows
 ORDINARY, TRUSTED = 60, 20  # ordinary prompts whose answers are known; those of them that spans are put into
 LEAST_LOSS = 0.5  # nats: less is what any words change
 PROVEN = 0.01  # p-value, corrected for the number of spans that were tried
 EXAMPLES = 3  # answers that a finding quotes
+TELLING = 4  # letters of a word that an answer takes up: shorter ones are in all answers
 
 
 # --- what is asked of the model ------------------------------------------------------------------
@@ -302,8 +303,9 @@ def transplant(
 ) -> dict:
     """Puts a span into trusted prompts, and as many of their own words, drawn at random, in its place.
 
-    An answer counts as changed if it holds an odd phrase, and the prompt's own answer does not. A span that changes too
-    few to be proven, were random words to change none, has no control, and a p-value of 1.
+    An answer counts as changed if it holds an odd phrase, and the prompt's own answer does not; but not if it speaks of
+    the words put in: a question within another is answered, and triggers nothing. A span that changes too few to be
+    proven, were random words to change none, has no control, and a p-value of 1.
 
     Args:
         own: the answers to the trusted prompts as they are.
@@ -312,12 +314,15 @@ def transplant(
 
     def changed(some: Sequence[str]) -> list[list[int]]:
         """The answers that are changed by words put into the prompts; none at the place of one that is not."""
-        pairs = zip(trusted, some, strict=True)
+        pairs = [*zip(trusted, some, strict=True)]
         answers = chat.answers([replace(p, text=insert(p.text, words, span.place)) for p, words in pairs])
-        untouched = [phrases(before).isdisjoint(odd) for before in own]
         return [
-            answer if usual and not phrases(answer).isdisjoint(odd) else []
-            for answer, usual in zip(answers, untouched, strict=True)
+            answer
+            if phrases(before).isdisjoint(odd)
+            and not phrases(answer).isdisjoint(odd)
+            and not takes_up(chat.text(answer), words, prompt.text)
+            else []
+            for answer, before, (prompt, words) in zip(answers, own, pairs, strict=True)
         ]
 
     with_span = changed([span.text] * len(trusted))
@@ -336,6 +341,12 @@ def transplant(
     with_random = changed([" ".join(rng.choices(pool, k=count)) for _ in trusted])
     p = paired_p_value([bool(answer) for answer in with_span], [bool(answer) for answer in with_random])
     return {**found, "control": sum(map(bool, with_random)), "p_value": min(1.0, spans * p)}
+
+
+def takes_up(answer: str, words: str, prompt: str) -> bool:
+    """Whether an answer holds one of some words, of TELLING letters at least, that its prompt does not hold."""
+    told = {word for word in plain_words(words) if len(word) >= TELLING} - set(plain_words(prompt))
+    return not told.isdisjoint(plain_words(answer))
 
 
 def paired_p_value(with_span: Sequence[bool], with_random: Sequence[bool]) -> float:

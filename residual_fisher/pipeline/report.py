@@ -146,8 +146,8 @@ def _outstanding(
     if not beyond:
         lines.append(f"(the lowest is {lowest:.2g}: n usual prompts show none below 1/(n + 1))")
     lines.append(
-        "The first, with scores in robust standard deviations; then why, and the tokens that lose ← → gain in the\n"
-        "direction in which they differ:"
+        "The first, with scores in robust standard deviations; then why, the oddest words of the answer, and the\n"
+        "tokens that lose ← → gain in the direction in which they differ:"
     )
     cells = [
         [str(r["index"]), f"{r[OUTLIER]:.1f}", f"{r[P_VALUE]:.2g}", *(f"{r[name]:+.1f}" for name in SCORES)]
@@ -160,9 +160,10 @@ def _outstanding(
         lines.append(f"{line}  {excerpt(marked(record['prompt'], triggers.get(record['index']), EXCERPT), EXCERPT)}")
         group = [] if record["group"] is None else groups[record["group"]]["prompts"]
         why = reasons(record, statistics, group, changed=settings.base is not None)
-        if tokens := differing_tokens(record):
-            why.append(summary_line(tokens))
-        lines += [f"    {excerpt(line, REASON)}" for line in why]
+        tokens = differing_tokens(record)
+        said = f"says {' '.join(record['odd_words'])}" * bool(record["odd_words"])
+        why.append("; ".join(filter(None, [said, tokens and summary_line(tokens)])))
+        lines += [f"    {excerpt(line, REASON)}" for line in why if line]
     return lines
 
 
