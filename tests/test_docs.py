@@ -12,6 +12,7 @@ import pytest
 from scripts import ROOT
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")), "benchmarks/README.md"]
+LONG = ("docs/cookbook.md",)  # its blocks run with `pytest -m long`
 SCRIPTS = ("core_experiment.py", "compute_fisher.py")
 # What is added to each command, so that it takes seconds: the later of two flags counts.
 SMALLER = {
@@ -104,7 +105,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 # README comes first: it says how the results are made that the other pages read.
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.long] if p in LONG else []) for p in PAGES])
 def test_a_page_runs_from_top_to_bottom_as_it_stands(page, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     names = {"__name__": page}

@@ -1,6 +1,6 @@
 """Random faults, several in a row, and then the same command: it ends as if nothing had happened.
 
-Each seed is a story of one to three faults. One of each script is told here; `python tests/faults.py` tells hundreds.
+Each seed is a story of one to three faults. `pytest -m long` tells one of each script; `python tests/faults.py` tells hundreds.
 """
 
 from collections.abc import Callable
@@ -185,6 +185,7 @@ def ascii_console() -> None:
 # --- the stories ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("script", LONGEST)
 def test_after_any_faults_the_same_command_ends_as_if_nothing_had_happened(script, seed, tmp_path, request):

@@ -48,7 +48,12 @@ def shell(line: str, **environment) -> subprocess.CompletedProcess:
     [
         ("compute_fisher", "> /dev/full 2> /dev/full", {}),
         pytest.param("core_experiment", "<&- >&- 2>&-", {}, marks=pytest.mark.long),
-        ("compute_fisher", "| head -1; exit ${PIPESTATUS[0]}", {"LC_ALL": "C", "PYTHONUTF8": "0"}),
+        pytest.param(
+            "compute_fisher",
+            "| head -1; exit ${PIPESTATUS[0]}",
+            {"LC_ALL": "C", "PYTHONUTF8": "0"},
+            marks=pytest.mark.long,
+        ),
         pytest.param("core_experiment", "", {"PYTHONIOENCODING": "cp1252"}, marks=pytest.mark.long),
     ],
     ids=["full", "closed", "head", "cp1252"],
