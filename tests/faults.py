@@ -17,7 +17,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         os.environ.update(FAULT_SEEDS=sys.argv[1] if len(sys.argv) > 1 else "30", FAULT_LOG=str(log))
-        code = pytest.main(["-q", "-m", "long", "-n", "2", "--dist", "load", str(Path(__file__).with_name("test_faults.py"))])
+        stories = str(Path(__file__).with_name("test_faults.py"))
+        code = pytest.main(["-q", "-m", "long", "-n", "2", "--dist", "load", stories])
         seen = Counter()
         for line in log.read_text().splitlines():
             record = json.loads(line)

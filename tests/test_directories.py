@@ -228,7 +228,7 @@ def redraw(folder: Path, changes: dict, capsys) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"tokens": "3"}, {"odd_words": [1]}, dict.fromkeys(SCORES), {"outlier_score": 10**400},
+    [{"effective_rank": "3"}, {"odd_words": [1]}, dict.fromkeys(SCORES), {"outlier_score": 10**400},
      {"singular_values": [1.0]}, {"principal_coordinates": 1}, {"prompt": None}, {"directions": "three"},
      {"directions": [[{"token": "a", "share": 0.5}]] * 3}],
     ids=str,

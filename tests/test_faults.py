@@ -1,6 +1,7 @@
 """Random faults, several in a row, and then the same command: it ends as if nothing had happened.
 
-Each seed is a story of one to three faults. `pytest -m long` tells one of each script; `python tests/faults.py` tells hundreds.
+Each seed is a story of one to three faults. `pytest -m long` tells one of each script; `python tests/faults.py` tells
+hundreds.
 """
 
 from collections.abc import Callable

@@ -146,8 +146,8 @@ def _outstanding(
     if not beyond:
         lines.append(f"(the lowest is {lowest:.2g}: n usual prompts show none below 1/(n + 1))")
     lines.append(
-        "The first, with scores in robust standard deviations; then why, the oddest words of the answer, and the\n"
-        "tokens that lose ← → gain in the direction in which they differ:"
+        "The first, with scores in robust standard deviations; then why, the oddest words of their answers, and\n"
+        "the tokens that lose ← → gain in the direction in which they differ:"
     )
     cells = [
         [str(r["index"]), f"{r[OUTLIER]:.1f}", f"{r[P_VALUE]:.2g}", *(f"{r[name]:+.1f}" for name in SCORES)]
