@@ -180,13 +180,33 @@ def test_records_of_an_earlier_version_and_prompts_that_failed_have_a_page(chang
 # --- the experiment's ----------------------------------------------------------------------------
 
 
+def shown_of(document: dict) -> list[dict]:
+    return document.get("perturbation_results_nats", document["perturbation_results"])
+
+
+def test_of_two_sweeps_the_page_shows_the_one_in_nats(finished_experiment):
+    document = scripts.experiment_results(finished_experiment)[0]
+    alone = experiment_page.experiment_data(document)
+    summary = document["summary"]
+    for layer in summary["layers"].values():
+        layer.update(kl_median_nats=dict.fromkeys(layer["kl_median"], 7.0), flips_nats=layer["flips"])
+    summary["at_scale_nats"], document["perturbation_results_nats"] = 2.0, document["perturbation_results"][::-1]
+    both = experiment_page.experiment_data(document)
+    assert both["unit"] == "steps of 1/√λ" and both["summary_at"] == 2.0
+    assert {kl for layer in both["summary"].values() for kl in layer["kl_median"].values()} == {7.0}
+    swept = [[entry["at"]["0"]["along"] for entry in data["sentences"]] for data in (alone, both)]
+    assert swept[0] == swept[1][::-1] != swept[1]
+    document["experiment_config"]["prompt"] = ["a"]
+    assert experiment_page.experiment_data(document)["prompts"] and not both["prompts"]
+
+
 def test_the_experiments_page_holds_every_perturbation(finished_experiment):
     document = scripts.experiment_results(finished_experiment)[0]
     data = data_in((finished_experiment / PAGE).read_bytes())
     assert data["layers"] == ["0", "2"] and data["scales"] == ["-1", "0", "0.1", "1"]
     assert data["directions"] == ["fisher", "random_0", "random_1", "difference"]
     for entry, context, swept, fisher in zip(
-        data["sentences"], document["contexts"], document["perturbation_results"], document["fisher"], strict=True
+        data["sentences"], document["contexts"], shown_of(document), document["fisher"], strict=True
     ):
         assert entry["prompt"] == context["prompt"] and entry["target"] == context["target_token"]
         for layer, at in entry["at"].items():
@@ -213,7 +233,7 @@ def test_a_page_of_many_sentences_holds_the_first_ones(finished_experiment, monk
 
 def test_a_perturbation_that_overflowed_has_a_page(finished_experiment):
     document = scripts.experiment_results(finished_experiment)[0]
-    record = document["perturbation_results"][0]["2"]["1"]
+    record = shown_of(document)[0]["2"]["1"]
     record.update(
         kl=None, predicted_kl=None, target_prob=None, top_changed=None, top_tokens=[], top_ids=[], top_probs=[]
     )
@@ -353,7 +373,7 @@ def test_a_sentence_a_layer_and_a_scale_are_chosen(opened, finished_experiment):
         browser.execute_script(
             "s = document.querySelector('#scale'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))", place
         )
-        record = document["perturbation_results"][2]["0"][scale]
+        record = shown_of(document)[2]["0"][scale]
         wanted = [printable(text).strip() for text in record["top_tokens"]]
         assert texts(browser, ".predictions > div:first-child dt") == wanted
         shown = list(map(float, texts(browser, ".predictions > div:first-child data")))

@@ -173,7 +173,7 @@ def perturbation_figure(document: dict) -> Figure:
     return figure
 
 
-def _swept(document: dict) -> list[dict]:
+def swept(document: dict) -> list[dict]:
     """Perturbations by sentence, layer and scale: those in nats where the protocol's steps are too short."""
     return document.get(COLUMNS[NATS], document[COLUMNS["perturbations"]])
 
@@ -191,7 +191,7 @@ def _scales(document: dict) -> list[str]:
 
 def _kl_panel(panel: Axes, document: dict, layer: str) -> None:
     scales = [scale for scale in _scales(document) if float(scale)]
-    sentences = [sentence[layer] for sentence in _swept(document)]
+    sentences = [sentence[layer] for sentence in swept(document)]
     told = 1 if max(map(float, scales)) > 0 else -1  # the side whose curves are named in the legend
     for kind, style in PERTURBED.items():
         for sign in (-1, 1):  # two curves: KL is 0 at scale 0, which has no place on a log axis
@@ -236,7 +236,7 @@ def _overlap(record: dict, base: list[int]) -> float:
 def _heatmap(panel: Axes, document: dict, statistic: Callable, title: str, cmap: str) -> None:
     """Mean over sentences of statistic(record, unperturbed top ids), layers by scales; of one layer, bars."""
     layers, scales = _layers(document), _scales(document)
-    sentences = list(zip(_swept(document), document["contexts"], strict=True))
+    sentences = list(zip(swept(document), document["contexts"], strict=True))
     values = [
         [[statistic(found[layer][scale], context["top_ids"]) for found, context in sentences] for scale in scales]
         for layer in layers
@@ -286,7 +286,7 @@ def _example_panel(panel: Axes, document: dict, sentence: int) -> None:
     """Next-token probabilities of one sentence across scales, at the middle layer."""
     layers, scales, context = _layers(document), _scales(document), document["contexts"][sentence]
     layer = layers[len(layers) // 2]
-    records = [_swept(document)[sentence][layer][scale] for scale in scales]
+    records = [swept(document)[sentence][layer][scale] for scale in scales]
     x = list(map(float, scales))
 
     curves: dict[str, np.ndarray] = {}  # a token's probability is known while it is in the top 5

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from residual_fisher.common.page import embedded, short, signed_shares, write_page
-from residual_fisher.experiment.figures import PERTURBED, STEERED
+from residual_fisher.experiment.figures import PERTURBED, STEERED, swept
 from residual_fisher.experiment.map_figure import COLOURS
-from residual_fisher.experiment.records import by_direction
+from residual_fisher.experiment.records import COLUMNS, NATS, by_direction
 
 PAGE_BYTES = 3_000_000  # of the sentences in a page: the first ones of a longer run
 MAX_CELLS = 10_000  # of a map, tokens times layers: the first tokens of a longer text
@@ -28,11 +28,15 @@ def write_experiment(folder: Path, document: dict) -> None:
 
 
 def experiment_data(document: dict) -> dict:
-    """What the page holds of an experiment_results.json."""
+    """What the page holds of an experiment_results.json: the steps in nats, where the protocol's are too short."""
     config, layers = document["experiment_config"], list(document["fisher"][0])
     scales = [f"{scale:g}" for scale in config["scales"]]
-    first = document["perturbation_results"][0][layers[0]]
-    k = config["max_vocab_subset"]
+    first, in_nats = swept(document)[0][layers[0]], COLUMNS[NATS] in document
+    unit, k, given = (
+        UNITS["nats" if in_nats else config["scale_unit"]],
+        config["max_vocab_subset"],
+        config.get("prompt"),
+    )
     sentences, size = [], 0
     for number in range(len(document["sentences"])):
         entry = sentence_entry(document, number, layers, scales)
@@ -41,42 +45,44 @@ def experiment_data(document: dict) -> dict:
             break
         sentences.append(entry)
     return {
-        "title": f"Perturbing before “{config['target_word']}”",
+        "title": "Perturbing after a prompt" if given else f"Perturbing before “{config['target_word']}”",
         "about": [
             ("model", about_model(config["model_name"], document["environment"])),
             ("F counts", "all tokens" if k == "all" else f"the {k} most probable tokens"),
-            ("scales", UNITS[config["scale_unit"]]),
+            ("scales", f"{unit}; the protocol's {UNITS[config['scale_unit']]} are too short" if in_nats else unit),
         ],
         "layers": layers,
         "scales": scales,
-        "unit": UNITS[config["scale_unit"]],
+        "unit": unit,
+        "prompts": bool(given),  # each of which ends where it is perturbed
         "directions": list(by_direction(first[scales[0]])),
         "kinds": {
             kind: [style["label"], style["color"], MARKERS[style["marker"]]] for kind, style in PERTURBED.items()
         },
         "steered": {name: style["label"] for name, style in STEERED.items()},
         "count": len(document["sentences"]),
-        "summary": summary_entry(document["summary"]["layers"]),
+        "summary": summary_entry(document["summary"]["layers"], "_nats" * in_nats),
+        "summary_at": document["summary"]["at_scale" + "_nats" * in_nats],
         "sentences": sentences,
     }
 
 
-def summary_entry(layers: dict[str, dict]) -> dict:
-    """By layer, medians over all sentences."""
-    names = ("eigenvalue_median", "effective_rank_median", "kl_median", "flips")
-    return {layer: {name: short(entry[name]) for name in names} for layer, entry in layers.items()}
+def summary_entry(layers: dict[str, dict], unit: str) -> dict:
+    """By layer, medians over all sentences; `unit` ends the keys of those of perturbations."""
+    names = {"eigenvalue_median": "", "effective_rank_median": "", "kl_median": unit, "flips": unit}
+    return {layer: {name: short(entry[name + end]) for name, end in names.items()} for layer, entry in layers.items()}
 
 
 def sentence_entry(document: dict, number: int, layers: list[str], scales: list[str]) -> dict:
     """A sentence: `at` has its numbers by layer, and there `along` those by direction, lists by scale."""
-    context, swept = document["contexts"][number], document["perturbation_results"][number]
+    context, perturbed = document["contexts"][number], swept(document)[number]
     entry = {
         "sentence": document["sentences"][number],
         "prompt": context["prompt"],
         "target": context["target_token"],
         "probability": short(context["target_probability"]),
         "rank": context["target_rank"],
-        "at": {layer: layer_entry(document["fisher"][number][layer], swept[layer], scales) for layer in layers},
+        "at": {layer: layer_entry(document["fisher"][number][layer], perturbed[layer], scales) for layer in layers},
     }
     if "continuations" in document:
         entry["continuation"] = continuation_entry(document["continuations"][number])

@@ -307,7 +307,7 @@ function sentenceView() {
       html(
         "p",
         { class: "note" },
-        `Perturbed at the last token before “`,
+        data.prompts ? "Perturbed at its last token. Predicted is “" : "Perturbed at the last token before “",
         said(sentence.target.trim()),
         `”, whose probability is ${number(sentence.probability)} (rank ${sentence.rank}).`,
       ),
@@ -531,7 +531,7 @@ function summary() {
     html(
       "p",
       { class: "note" },
-      "KL in nats, and the share of sentences whose most probable token changed, at the longest steps.",
+      `KL in nats, and the share of sentences whose most probable token changed, at scale ±${data.summary_at}.`,
     ),
   );
 }
