@@ -320,13 +320,14 @@ def test_every_prompt_is_in_every_panel(finished_pipeline):
     for found, name in zip(rows, ("outlier_score", *SCORES), strict=True):
         assert found == pytest.approx(columns[name], rel=1e-5)
     outstanding = columns["outlier_score"][columns["p_value"] <= 0.2]
+    assert f"; {len(outstanding)} of 40 stand out" in panel(figure, "The oddest prompts").get_title(loc="left")
     (limit,) = [line for line in panel(figure, "In which way unusual (dotted: p ≤ 0.2)").lines if line.get_ls() == ":"]
     assert limit.get_xdata() == pytest.approx([outstanding.min()] * 2)
 
 
 def test_the_prompts_that_stand_out_are_named(finished_pipeline):
     figure, records = spectra_figure(finished_pipeline)
-    texts = [text.get_text() for text in panel(figure, "Prompts that stand out").texts]
+    texts = [text.get_text() for text in panel(figure, "The oddest prompts").texts]
     for record in sorted(records, key=lambda record: -record["outlier_score"])[:6]:
         numbers = {str(record["index"]), f"{record['outlier_score']:.1f}", f"p {record['p_value']:.2g}"}
         assert numbers | {record["prompt"]} <= set(texts)
@@ -354,7 +355,7 @@ def test_groups_are_ringed_and_named_by_their_words(finished_pipeline):
 
 def test_beside_each_of_them_stand_the_tokens_of_the_direction_in_which_it_differs(finished_pipeline):
     figure, records = spectra_figure(finished_pipeline)
-    (bars,) = panel(figure, "Prompts that stand out").child_axes
+    (bars,) = panel(figure, "The oddest prompts").child_axes
     left = [bar.get_x() + min(bar.get_width(), 0) for bar in bars.patches]
     texts = {text.get_text() for text in bars.texts}
     for row, record in enumerate(sorted(records, key=lambda record: -record["outlier_score"])[:6]):

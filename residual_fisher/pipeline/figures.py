@@ -92,7 +92,9 @@ def spectra_figure(
         "effective_rank": _median(prompts["effective_rank"], strength > 0),
     }
     why = {index: reasons(record, usual, _members(record, groups), changed) for index, record in leading.items()}
-    _names_panel(figure.add_subplot(grid[1, :]), leading, why, colours, triggers or {})
+    names, outstanding = figure.add_subplot(grid[1, :]), int((prompts[P_VALUE] <= false_alarms).sum())
+    _names_panel(names, leading, why, colours, triggers or {})
+    names.set_title(f"The oddest prompts, and why; {outstanding or 'none'} of {len(strength)} stand out", loc="left")
     return figure
 
 
@@ -166,15 +168,12 @@ def _scores_panel(panel: Axes, prompts: Columns, colours: Colours, false_alarms:
 def _names_panel(
     panel: Axes, leading: dict[int, dict], why: dict[int, list[str]], colours: Colours, triggers: dict[int, dict]
 ) -> None:
-    """Each prompt that stands out, its trigger marked, and why it does; beside it the tokens of the direction in which
-    it differs.
-    """
+    """Each of the oddest prompts, its trigger marked, and why; beside it the tokens along which it differs."""
     tokens = [*map(differing_tokens, leading.values())]
     length, end = (84, 0.56) if any(tokens) else (150, 1)
     room = TransformedBbox(Bbox([[0, -1], [end, NAMED]]), panel.transData)
     panel.axis("off")
     panel.set(xlim=(0, 1), ylim=(NAMED - 0.5, -0.5))
-    panel.set_title("Prompts that stand out, their scores, and why", loc="left")
     for row, (index, record) in enumerate(leading.items()):
         colour = colours[index]
         panel.plot(0.005, row - 0.33, "o", color=colour, markersize=10)
