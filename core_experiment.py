@@ -55,6 +55,7 @@ from tqdm import tqdm
 
 import fisher
 from residual_fisher.common.archives import Item
+from residual_fisher.common.drawing import of_kind
 from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.page import PAGE
 from residual_fisher.common.progress import progress
@@ -410,18 +411,19 @@ def draw(run: Run, document: dict) -> None:
     run.derive([PAGE], document["checksum"], lambda: page.write_experiment(run.folder, document))
 
 
-def redraw(folder: Path) -> int:
+def redraw(folder: Path, kind: str) -> int:
     if (folder / text_map.RESULTS).exists():
-        return text_map.redraw_map(folder)
+        return text_map.redraw_map(folder, kind)
     document = read_results(folder)
     try:
-        figures.draw(folder, document)
+        figures.draw(folder, document, kind)
         page.write_experiment(folder, document)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         if "checksum" in document:  # it is as this program has written it
             raise
         raise UserError(f"the results in {folder} are of another form: {excerpt(repr(error), 80)}") from error
-    print(f"Drawn in {printable(str(folder))}: {', '.join([*figures.pictures_of(document), PAGE])}")
+    drawn = [of_kind(name, kind) for name in figures.pictures_of(document)]
+    print(f"Drawn in {printable(str(folder))}: {', '.join([*drawn, PAGE])}")
     return 0
 
 
@@ -480,7 +482,7 @@ def main(settings: Settings) -> int:
 
     def task() -> int:
         if settings.redraw:
-            return redraw(Path(settings.redraw))
+            return redraw(Path(settings.redraw), settings.format)
         if settings.compare:
             return compare_runs(settings.compare, settings.comparison_folder)
         if settings.map:

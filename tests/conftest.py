@@ -117,7 +117,7 @@ def finished_pipeline(chat_directory, dataset, tmp_path_factory) -> Path:
 def without_pictures(monkeypatch) -> None:
     """For tests of something else: of a small run's time, drawing takes the most. The files are there, and empty."""
 
-    def touch(folder: Path, figures: dict) -> None:
+    def touch(folder: Path, figures: dict, kind: str = "png") -> None:
         for name in figures:
             (folder / name).touch()
 

@@ -327,3 +327,17 @@ def test_a_name_that_is_not_utf8_or_not_printable_is_written_and_said_escaped(
         assert scripts.core_experiment(model_directory, tmp_path / f"{name} 2", "--num-sentences", "2") == 0
         found, _ = scripts.experiment_results(tmp_path / f"{name} 2")
         assert found["experiment_config"]["output_dir"].endswith(f"{name} 2")
+
+
+@pytest.mark.parametrize("script", ["core_experiment", "compute_fisher"])
+def test_pictures_are_drawn_for_papers(script, finished_experiment, finished_pipeline, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(finished_experiment if script == "core_experiment" else finished_pipeline, folder)
+    for kind, start in {"pdf": b"%PDF", "svg": b"<?xml"}.items():
+        assert scripts.as_program(script, ["--redraw", str(folder), "--format", kind]) == 0
+        drawn = sorted(path.stem for path in folder.glob(f"*.{kind}"))
+        assert drawn == sorted(path.stem for path in folder.glob("*.png"))
+        assert all((folder / f"{name}.{kind}").read_bytes().startswith(start) for name in drawn)
+        assert all(f"{name}.{kind}" in capsys.readouterr().out for name in drawn[:1])
+    assert scripts.as_program(script, ["--format", "pdf"]) == 2
+    assert "argument --format: it has no effect without --redraw" in capsys.readouterr().err

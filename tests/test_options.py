@@ -21,7 +21,7 @@ from scripts import ROOT
 OPTIONS = {"core_experiment": core_experiment.Settings, "compute_fisher": compute_fisher.Settings}
 # but for one that takes two words: see test_comparison.py
 EVERY_OPTION = [(script, key.name) for script, kind in OPTIONS.items() for key in fields(kind) if key.name != "compare"]
-COMMANDS = {"config", "overwrite", "dry_run", "redraw"}
+COMMANDS = {"config", "overwrite", "dry_run", "redraw", "format"}
 
 
 NEEDED = {  # the options that have no effect before another is set, and that one

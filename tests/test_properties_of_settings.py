@@ -122,4 +122,4 @@ def test_any_records_are_drawn_or_refused_in_a_line(content):
         patch.setattr(figures, "spectra_figure", figures._collect)
         (Path(folder) / compute_fisher.PROMPTS).write_bytes(content)
         with one_line_at_most():
-            assert compute_fisher.redraw(Path(folder), 0.01) == 0
+            assert compute_fisher.redraw(Path(folder), 0.01, "png") == 0

@@ -44,6 +44,8 @@ STYLE = {
     "axes.spines.right": False,
     "axes.titlesize": 14,
     "figure.constrained_layout.use": True,
+    "pdf.fonttype": 42,  # letters that can be selected, and edited
+    "svg.fonttype": "none",
 }
 # Okabe and Ito's colours, told apart with any colour vision
 BLACK, ORANGE, BLUE, GREEN, PINK, YELLOW, GREY = (
@@ -54,9 +56,11 @@ DISTINCT = [BLACK, ORANGE, BLUE, GREEN, PINK, YELLOW]
 EXPECTED_WARNINGS = "Glyph|All-NaN|Mean of empty"
 
 
-def save(folder: Path, figures: dict[str, Callable[[], Figure]]) -> None:
+def save(folder: Path, figures: dict[str, Callable[[], Figure]], kind: str = "png") -> None:
     """Draws figures into files of these names, one at a time.
 
+    Args:
+        kind: "png", "pdf" or "svg", which the names then end in. Text stays text.
     Raises:
         UserError: the folder cannot be written to.
     """
@@ -64,9 +68,14 @@ def save(folder: Path, figures: dict[str, Callable[[], Figure]]) -> None:
         warnings.filterwarnings("ignore", EXPECTED_WARNINGS)
         for name, make in figures.items():
             figure = make()
-            with atomic_open(folder / name) as file:
-                figure.savefig(file, format="png", dpi=DPI)
+            with atomic_open(folder / of_kind(name, kind)) as file:
+                figure.savefig(file, format=kind, dpi=DPI)
             plt.close(figure)
+
+
+def of_kind(name: str, kind: str) -> str:
+    """The name of a picture, of another kind than its ending says."""
+    return f"{name.removesuffix('.png')}.{kind}"
 
 
 def label(text: str) -> str:

@@ -159,6 +159,7 @@ class CommandOptions:
     overwrite: bool = option(False, switch, "true", "replace what an earlier run left in --output-dir")
     dry_run: bool = option(False, switch, "true", "only say what a run would do, and in what time and memory")
     redraw: str | None = option(None, path, "DIR", "only draw the pictures of the results in DIR again")
+    format: str = option("png", one_of("png", "pdf", "svg"), "FORMAT", "pdf or svg, of these", needs="redraw")
     compare: tuple | None = option(
         None,
         path,

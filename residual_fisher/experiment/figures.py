@@ -49,10 +49,10 @@ def pictures_of(document: dict) -> tuple[str, ...]:
     return FILES if steered else (SIMILARITY, PERTURBATION)
 
 
-def draw(folder: Path, document: dict) -> None:
+def draw(folder: Path, document: dict, kind: str = "png") -> None:
     """Draws the pictures of an experiment_results.json. Raises UserError: the folder cannot be written to."""
     figures = {SIMILARITY: similarity_figure, PERTURBATION: perturbation_figure, STEERING: steering_figure}
-    drawing.save(folder, {name: partial(figures[name], document) for name in pictures_of(document)})
+    drawing.save(folder, {name: partial(figures[name], document) for name in pictures_of(document)}, kind)
 
 
 def _layers(document: dict) -> list[str]:

@@ -293,15 +293,15 @@ def draw(run: Run, document: dict) -> None:
     run.derive([PAGE], document["checksum"], lambda: write_map_page(run.folder, document))
 
 
-def draw_map(folder: Path, document: dict) -> None:
-    drawing.save(folder, {PICTURE: lambda: map_figure(document)})
+def draw_map(folder: Path, document: dict, kind: str = "png") -> None:
+    drawing.save(folder, {PICTURE: lambda: map_figure(document)}, kind)
 
 
-def redraw_map(folder: Path) -> int:
+def redraw_map(folder: Path, kind: str) -> int:
     document = read_map(folder)
-    draw_map(folder, document)
+    draw_map(folder, document, kind)
     write_map_page(folder, document)
-    print(f"Drawn in {printable(str(folder))}: {PICTURE}, {PAGE}")
+    print(f"Drawn in {printable(str(folder))}: {drawing.of_kind(PICTURE, kind)}, {PAGE}")
     return 0
 
 

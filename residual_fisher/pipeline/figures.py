@@ -39,6 +39,7 @@ def draw(
     false_alarms: float,
     triggers: dict[int, dict] | None = None,
     changed: bool = False,
+    kind: str = "png",
 ) -> None:
     """Draws the picture of the prompts that these are the records of; one is in memory at a time.
 
@@ -49,7 +50,7 @@ def draw(
     Raises:
         UserError: the folder cannot be written to.
     """
-    drawing.save(folder, {SPECTRA: lambda: spectra_figure(records, false_alarms, triggers, changed)})
+    drawing.save(folder, {SPECTRA: lambda: spectra_figure(records, false_alarms, triggers, changed)}, kind)
 
 
 def _collect(records: Iterable[dict]) -> tuple[Columns, dict[int, dict], list[dict]]:
