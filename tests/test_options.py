@@ -19,9 +19,10 @@ import scripts
 from scripts import ROOT
 
 OPTIONS = {"core_experiment": core_experiment.Settings, "compute_fisher": compute_fisher.Settings}
-# but for one that takes two words: see test_comparison.py
-EVERY_OPTION = [(script, key.name) for script, kind in OPTIONS.items() for key in fields(kind) if key.name != "compare"]
-COMMANDS = {"config", "overwrite", "dry_run", "redraw", "format"}
+# but for one that takes two words, and one that --redraw takes: see test_comparison.py and test_directories.py
+APART = ("compare", "format")
+EVERY_OPTION = [(script, key.name) for script, kind in OPTIONS.items() for key in fields(kind) if key.name not in APART]
+COMMANDS = {"config", "overwrite", "dry_run", "redraw"}
 
 
 NEEDED = {  # the options that have no effect before another is set, and that one
