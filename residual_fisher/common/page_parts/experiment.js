@@ -85,13 +85,17 @@ function scaleAxis(width) {
   return [across, ticks];
 }
 
-// The scale nearest to the pointer is chosen.
-function choosesScale(picture, x) {
+// A chart over the scales, with a line at the chosen one; a click chooses the scale nearest to the pointer.
+function byScale(chart, ...drawn) {
+  const { x, height } = chart;
+  const at = values[state.scale];
+  const cursor = svg("line", { class: "cursor", x1: x(at), x2: x(at), y1: space.top, y2: height - space.bottom });
+  const picture = frame({ ...chart, xLabel: `scale (${data.unit})` }, cursor, ...drawn);
   picture.classList.add("area");
   picture.addEventListener("click", (event) => {
-    const at = event.clientX - picture.getBoundingClientRect().left;
+    const pointed = event.clientX - picture.getBoundingClientRect().left;
     state.scale = values.reduce(
-      (best, value, i) => (Math.abs(x(value) - at) < Math.abs(x(values[best]) - at) ? i : best),
+      (best, value, i) => (Math.abs(x(value) - pointed) < Math.abs(x(values[best]) - pointed) ? i : best),
       0,
     );
     update();
@@ -135,14 +139,7 @@ function curves(width, at) {
   const predicted = line(at.along.fisher.predicted).map((piece) =>
     svg("path", { d: path(piece), fill: "none", stroke: "var(--ink)", "stroke-width": 1.4, "stroke-dasharray": "5 4" }),
   );
-  const cursor = svg("line", {
-    class: "cursor",
-    x1: x(values[state.scale]),
-    x2: x(values[state.scale]),
-    y1: space.top,
-    y2: height - space.bottom,
-  });
-  const picture = frame(
+  return byScale(
     {
       width,
       height,
@@ -150,15 +147,12 @@ function curves(width, at) {
       y,
       xTicks,
       yTicks: powers(low, high).map((value) => [value, number(value)]),
-      xLabel: `scale (${data.unit})`,
       yLabel: "KL, nats",
       label: `KL by scale at layer ${state.layer}`,
     },
-    cursor,
     drawn,
     predicted,
   );
-  return choosesScale(picture, x);
 }
 
 function kl() {
@@ -202,14 +196,7 @@ function probabilities(width, sentence, at) {
       svg("path", { d: path(piece), fill: "none", stroke: colour, "stroke-width": wide ? 2.4 : 1.6 }),
       piece.map(([cx, cy]) => marker("disc", cx, cy, colour)),
     ]);
-  const cursor = svg("line", {
-    class: "cursor",
-    x1: x(values[state.scale]),
-    x2: x(values[state.scale]),
-    y1: space.top,
-    y2: height - space.bottom,
-  });
-  const picture = frame(
+  const picture = byScale(
     {
       width,
       height,
@@ -217,11 +204,9 @@ function probabilities(width, sentence, at) {
       y,
       xTicks,
       yTicks: [0, limit / 2, limit].map((p) => [p, number(p)]),
-      xLabel: `scale (${data.unit})`,
       yLabel: "probability",
       label: "Probabilities of tokens by scale along v",
     },
-    cursor,
     leading.map((text, i) => line(known(text), colours[i])),
     line(own, "var(--strong)", true),
   );
@@ -232,7 +217,7 @@ function probabilities(width, sentence, at) {
       [said(sentence.target), "var(--strong)", false, "disc"],
       ...leading.map((text, i) => [said(text), colours[i], false, "disc"]),
     ]),
-    choosesScale(picture, x),
+    picture,
   );
 }
 
