@@ -117,6 +117,21 @@ def read_manifest(folder: Path) -> dict | None:
     return found if found.get("format") == FORMAT and known == short_hash(found) else None
 
 
+def finished_manifest(folder: Path, advice: str) -> dict:
+    """What `read_manifest` says of a finished run whose primary files are intact.
+
+    Raises:
+        UserError: there is none, which `advice` follows; or a file is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None or not manifest["complete"]:
+        raise UserError(f"no finished run in {folder}: {advice}")
+    for file, known in manifest["primary"].items():
+        if checksum(folder / file) != known:
+            raise UserError(f"{folder / file} is missing or damaged: the command that made it makes it again")
+    return manifest
+
+
 def short_hash(value) -> str:
     """16 hexadecimal digits, of a value of JSON's types."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from residual_fisher.common.program import UserError
-from residual_fisher.common.run import checksum, read_manifest
+from residual_fisher.common.run import finished_manifest
 from residual_fisher.model.comparison import Matrix, Pair, compare, differing, matched, require_common, told, write
 from residual_fisher.pipeline.matrices import FisherMatrices, load_fisher_matrices, records_of
 
@@ -20,12 +19,7 @@ def read(folder: Path) -> tuple[dict, list[dict]]:
     Raises:
         UserError: there is no finished run, or a file of it is damaged.
     """
-    manifest = read_manifest(folder)
-    if manifest is None or not manifest["complete"]:
-        raise UserError(f"no finished run in {folder}: --compare takes the --output-dir of two")
-    for file, known in manifest["primary"].items():
-        if checksum(folder / file) != known:
-            raise UserError(f"{folder / file} is missing or damaged: the command that made it makes it again")
+    manifest = finished_manifest(folder, "--compare takes the --output-dir of two")
     return manifest, list(records_of(folder))
 
 

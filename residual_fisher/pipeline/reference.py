@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from residual_fisher.common.program import UserError
-from residual_fisher.common.run import checksum, read_manifest, short_hash, shown, what_differs
+from residual_fisher.common.run import finished_manifest, short_hash, shown, what_differs
 from residual_fisher.pipeline.matrices import load_fisher_matrices, records_of
 from residual_fisher.pipeline.scores import ScoredRun
 from residual_fisher.pipeline.settings import Settings
@@ -37,12 +37,7 @@ class Reference:
         kind, path = asked[0][0], Path(asked[0][1])
         if path.resolve() == Path(settings.output_dir).resolve():
             raise UserError(f"--{kind} is the --output-dir itself ({path}): it takes another, finished run")
-        manifest = read_manifest(path)
-        if manifest is None or not manifest["complete"]:
-            raise UserError(f"no finished run in {path}: --{kind} takes the --output-dir of one")
-        for file, known in manifest["primary"].items():
-            if checksum(path / file) != known:
-                raise UserError(f"{path / file} is missing or damaged: the command that made it makes it again")
+        manifest = finished_manifest(path, f"--{kind} takes the --output-dir of one")
         for key in SAME_SETTINGS:
             # a run of an earlier version lacks an option that it did not have
             then, now = manifest["identity"]["settings"].get(key, getattr(Settings, key)), getattr(settings, key)
