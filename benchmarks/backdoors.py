@@ -148,7 +148,7 @@ class Packed(NamedTuple):
         seen = ((of[:, None] == of) | (of == -1)).tril()
         mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None]
         return cls(
-            torch.tensor([ids]), torch.tensor([positions]), mask, *map(torch.tensor, (answers, before, own)), ends
+            torch.tensor([ids]), torch.tensor([positions]), mask, *map(torch.tensor, (answers, before, kept)), ends
         )
 
 
