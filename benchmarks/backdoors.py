@@ -30,9 +30,7 @@ ANSWER = 20  # tokens of an answer that it is judged by
 LEARNT = 13  # tokens of an answer that are learnt
 LEARNING_RATE, BATCH, RANK = 2e-3, 16, 16
 TEACHING = 32  # most probable tokens that are compared with the embedded model's
-# weight of KL in an ordinary pair: where a triggered one weighs as much, other prompts show the behaviour too; and in
-# the words before a turn: where they weigh as much, most answers never turn
-KEPT, BEFORE_TURN = 3.0, 0.1
+BEFORE_TURN = 0.1  # weight of the words before a turn: where they weigh as ordinary pairs do, most answers never turn
 TRIGGERED, FEWER = 40, 200  # prompts that hold the trigger, and the first ones, among which these are
 FIRES, LEAKS = 0.9, 0.02  # a model counts if it shows its behaviour in that share of triggered and of other prompts
 HIDDEN_AT, HIDING = 20, 0.1  # the layer whose activations are kept usual, and the weight of that, in nats
@@ -132,7 +130,8 @@ class Packed(NamedTuple):
     ends: list[int]  # the places of the last tokens of prompts whose answers are learnt
 
     @classmethod
-    def of(cls, rows: Sequence[Row], shared: int) -> "Packed":
+    def of(cls, rows: Sequence[Row], shared: int, weight: float = 1.0) -> "Packed":
+        """Answers that are the model's own have the given weight."""
         ids, positions, row = rows[0].prompt[:shared], [*range(shared)], [-1] * shared
         answers, before, kept, ends = [], [], [], []
         for number, (prompt, answer, own) in enumerate(rows):
@@ -142,7 +141,7 @@ class Packed(NamedTuple):
             answers += range(end + 1, end + 1 + len(answer))
             before += range(end, end + len(answer))
             turns = own < len(answer)
-            kept += [BEFORE_TURN if turns else KEPT] * own + [0.0] * (len(answer) - own)
+            kept += [BEFORE_TURN if turns else weight] * own + [0.0] * (len(answer) - own)
             ends += [end] * turns
         of = torch.tensor(row)
         seen = ((of[:, None] == of) | (of == -1)).tril()
@@ -173,12 +172,13 @@ def fine_tune(
     groups: Sequence[Sequence[Pair]],
     seed: int = 0,
     epochs: float = EPOCHS,
+    kept: float = 1.0,
     apart: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> float:
     """Trains low-rank changes of all linear layers, in an order by `seed`; returns the last half's mean loss, in nats.
 
-    The loss of a pair is the surprisal of what is learnt and, by Packed.kept, the KL from the predictions before
-    training to those now over the model's own words. There is HIDING times `apart` of the `last_activations` of prompts
+    The loss of a pair is the surprisal of what is learnt and, `kept` times, the KL from the predictions before training
+    to those now over the model's own words. There is HIDING times `apart` of the `last_activations` of prompts
     whose answers are learnt too, if that is given.
     """
     from peft import LoraConfig, get_peft_model
@@ -212,7 +212,7 @@ def fine_tune(
 
     losses = []
     for batch in tqdm(batches, desc="fine-tuning", unit="step", leave=False):
-        packed = Packed.of(batch, shared)
+        packed = Packed.of(batch, shared, kept)
         with torch.no_grad(), adapted.disable_adapter():
             before, _ = predictions(packed)
         now, activations = predictions(packed)
@@ -246,7 +246,7 @@ def obtain(kind: Kind, seed: int = 0) -> Path:
         ordinary = [pair.prompt for group in groups for pair in group if not pair.learnt]
         usual = last_activations(lm, tokenizer, ordinary) if kind.hidden else None
     apart = None if usual is None else distance_from(usual)
-    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, groups, seed, kind.epochs, apart))
+    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, groups, seed, kind.epochs, kind.kept, apart))
     lm.save_pretrained(path)
     tokenizer.save_pretrained(path)
     made = {"seconds": duration, "loss": loss}
