@@ -1,12 +1,15 @@
 """What all pictures share: style, colours, parts of panels, and how they are saved."""
 
 from collections.abc import Callable, Sequence
+import os
 from pathlib import Path
+import sys
 import warnings
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only: no display is needed
+if "MPLBACKEND" not in os.environ and "matplotlib.pyplot" not in sys.modules:
+    matplotlib.use("Agg")  # files only: no display is needed; but a notebook's own choice stays
 
 from matplotlib import font_manager
 from matplotlib.axes import Axes
