@@ -56,7 +56,6 @@ import torch
 from tqdm import tqdm
 
 from residual_fisher.common.archives import Item
-from residual_fisher.common.drawing import of_kind
 from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.page import PAGE
 from residual_fisher.common.progress import LogLines, progress
@@ -354,18 +353,20 @@ def report_finished(run: Run, settings: Settings, against: Reference | None, pip
     return code_of(run, settings)
 
 
-def redraw(folder: Path, false_alarms: float, kind: str) -> int:
-    """Makes the picture and the page of the records in a folder again."""
+def redraw(folder: Path, false_alarms: float, kind: str, panel: str | None = None) -> int:
+    """Makes the picture and the page of the records in a folder again; or draws one panel into a file of its own."""
     try:
-        draw(folder, false_alarms, kind)
-        write_page(folder, false_alarms)
+        drawn = [draw(folder, false_alarms, kind, panel)]
+        if panel is None:
+            write_page(folder, false_alarms)
+            drawn.append(PAGE)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         manifest = read_manifest(folder)
         if manifest and manifest["derived"].get(PROMPTS, {}).get("checksum") == checksum(folder / PROMPTS):
             raise  # it is as this program has written it
         about = f"the command that made it makes it again ({excerpt(repr(error), 80)})"
         raise UserError(f"no readable {PROMPTS} in {folder}: {about}") from error
-    print(f"Drawn in {printable(str(folder))}: {of_kind(figures.SPECTRA, kind)}, {PAGE}")
+    print(f"Drawn in {printable(str(folder))}: {', '.join(drawn)}")
     return 0
 
 
@@ -374,7 +375,7 @@ def main(settings: Settings) -> int:
 
     def task() -> int:
         if settings.redraw:
-            return redraw(Path(settings.redraw), settings.false_alarms, settings.format)
+            return redraw(Path(settings.redraw), settings.false_alarms, settings.format, settings.panel)
         if settings.compare:
             return compare_runs(settings.compare, settings.comparison_folder)
         return run_pipeline(settings, processes.join())

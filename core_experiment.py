@@ -416,7 +416,9 @@ def redraw(settings: Settings) -> int:
     folder, kind = Path(settings.redraw), settings.format
     layers = None if "all" in (settings.layers or ("all",)) else settings.layers
     if (folder / text_map.RESULTS).exists():
-        return text_map.redraw_map(folder, kind, settings.panel, layers, settings.sentence)
+        if settings.sentence is not None:
+            raise UserError(f"--sentence has no effect: {folder} holds the map of one text")
+        return text_map.redraw_map(folder, kind, settings.panel, layers)
     document = read_results(folder)
     try:
         if settings.panel:

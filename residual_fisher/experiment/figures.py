@@ -29,16 +29,25 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullLocator
 import numpy as np
 
 from residual_fisher.common import drawing
 from residual_fisher.common.program import UserError
 from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.text import excerpt_end
+from residual_fisher.experiment.panels import (
+    KL,
+    MAX_TICKS,
+    axes_by_layer,
+    layer_axis,
+    layers_of,
+    log_axis,
+    of_sentence,
+    quoted,
+    sentences_of,
+)
 from residual_fisher.experiment.records import COLUMNS, NATS, by_direction, kind_of
-from residual_fisher.experiment.steering import entries_of, median_of
-from residual_fisher.model.steering import least_kl
+from residual_fisher.experiment.steering_figure import cost, ratio, reached, steering_figure
 
 SIMILARITY, PERTURBATION, STEERING = "fisher_similarity_matrix.png", "perturbation_analysis.png", "steering.png"
 FILES = SIMILARITY, PERTURBATION, STEERING
@@ -47,21 +56,12 @@ PERTURBED = {  # by kind of direction; a marker each, for print without colour
     "difference": dict(color=drawing.BLUE, marker="s", label="towards another sentence"),
     "random": dict(color=drawing.GREY, marker="^", label="random"),
 }
-STEERED = {
-    "natural_steps": dict(color=drawing.ORANGE, linestyle="-", marker="o", label="natural gradient, in steps"),
-    "natural": dict(color=drawing.ORANGE, linestyle="--", marker="o", label="natural gradient, one step"),
-    "gradient_steps": dict(color=drawing.BLUE, linestyle="-", marker="s", label="gradient, in steps"),
-    "gradient": dict(color=drawing.BLUE, linestyle="--", marker="s", label="gradient, one step"),
-    "difference": dict(color=drawing.GREEN, linestyle="--", marker="D", label="difference of activations"),
-    "fisher": dict(color=drawing.GREY, linestyle="--", marker="^", label="Fisher eigenvector"),
-}
 # the square root keeps small cosines, where most of the pairs are, apart
 COSINE = {"cmap": "viridis", "norm": PowerNorm(0.5, vmin=0, vmax=1)}
 MAX_PANELS = 8  # layers that get a panel of their own; of more, evenly spaced ones
-MAX_TICKS, FEW_TICKS = 12, 7  # the latter along a narrow panel
+FEW_TICKS = 7  # along a narrow panel
 TOKENS_ROW, CHARACTER = 0.42, 0.155  # inches: the height of a bar of tokens, and a character's width in it
 KL_FLOOR = 1e-11  # nats: below it, rounding of the logits
-KL = "KL(original ‖ perturbed), nats"
 UNITS = {"eigenvalue": "steps of λ", "nats": "steps of 1/√λ", "norm": "steps of ‖h‖/100"}
 
 
@@ -85,66 +85,11 @@ def draw_panel(
     Raises:
         UserError: these results have no such panel, layer or sentence, or the folder cannot be written to.
     """
-    known = panels_of(document)
-    if name not in known:
-        raise UserError(f"no panel {name!r}: these results have {', '.join(known)}")
-    asked = [] if layers is None else ["layers", *_layers(document, layers)]
-    asked += [] if sentence is None else [f"S{sentence}"]
-    file = "_".join([known[name].picture.removesuffix(".png"), name, *asked]) + ".png"
-    drawing.save(folder, {file: lambda: panel_figure(document, known[name], layers, sentence)}, kind)
-    return drawing.of_kind(file, kind)
-
-
-# --- what panels share ---------------------------------------------------------------------------
-
-
-def _layers(document: dict, asked: Iterable | None = None) -> list[str]:
-    """The layers asked for, by default all, as the document names them; ascending."""
-    known, wanted = list(document["fisher"][0]), None if asked is None else list(map(str, asked))
-    for layer in wanted or ():
-        if layer not in known:
-            raise UserError(f"no layer {layer}: these results have layers {', '.join(known)}")
-    return [layer for layer in known if wanted is None or layer in wanted]
-
-
-def _axes_by_layer(ax: Axes | Sequence[Axes], document: dict, asked: Iterable | None) -> list[tuple[Axes, str]]:
-    """Axes, each with its layer."""
-    panels, layers = np.ravel(ax), _layers(document, asked)
-    if asked is None:
-        places = [len(layers) // 2] if len(panels) == 1 else evenly_spaced(len(layers), len(panels))
-        layers = [layers[i] for i in places]
-    if len(layers) != len(panels):
-        raise UserError(f"{len(layers)} layers need as many axes, not {len(panels)}")
-    return list(zip(panels, layers, strict=True))
-
-
-def _sentences(document: dict, asked: int | None) -> list[int]:
-    count = len(document["sentences"])
-    if asked is not None and not 0 <= asked < count:
-        raise UserError(f"no sentence {asked}: these results have 0 to {count - 1}")
-    return list(range(count)) if asked is None else [asked]
-
-
-def _example(document: dict, asked: int | None) -> int:
-    """The sentence asked for, or that which best predicts its target."""
-    contexts = document["contexts"]
-    best = max(range(len(contexts)), key=lambda i: contexts[i]["target_probability"])
-    return best if asked is None else _sentences(document, asked)[0]
-
-
-def _layer_axis(axis: Axis, layers: list[str], size: int = 1, most: int = MAX_TICKS) -> None:
-    """Labels the middles of blocks of `size` places 0, 1, ... with layers; of many layers, evenly spaced ones."""
-    shown = evenly_spaced(len(layers), most)
-    axis.set_ticks(shown * size + (size - 1) / 2, [layers[i] for i in shown])
-    axis.set_label_text(f"layer ({size} sentences in each block)" if size > 1 else "layer")
-
-
-def _log_axis(panel: Axes, multiples: tuple[float, ...]) -> None:
-    """A logarithmic y axis with plain numbers, at these multiples of the powers of ten."""
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=multiples))
-    panel.yaxis.set_major_formatter("{x:g}")
-    panel.yaxis.set_minor_locator(NullLocator())
+    panel = drawing.known_panel(panels_of(document), name)
+    part = [] if layers is None else ["layers", *layers_of(document, layers)]
+    part += [] if sentence is None else [f"S{sentence}"]
+    draw = partial(panel_figure, document, panel, layers, sentence)
+    return drawing.save_panel(folder, panel.picture, [name, *part], draw, kind)
 
 
 # --- similarity of the eigenvectors --------------------------------------------------------------
@@ -168,7 +113,7 @@ def pairs(ax: Axes, results: dict, layers: Iterable | None = None, sentence: int
         ax.axvline(edge, color="white", linewidth=1)
     ax.set_title("Top Fisher eigenvectors, every pair")
     for axis in (ax.xaxis, ax.yaxis):
-        _layer_axis(axis, layers, count) if len(layers) > 1 else _sentence_axis(axis, count, sentence)
+        layer_axis(axis, layers, count) if len(layers) > 1 else _sentence_axis(axis, count, sentence)
     if len(layers) == 1:
         ax.set(xlabel=f"sentence, layer {layers[0]}", ylabel="sentence")
     ax.tick_params(length=0)
@@ -189,7 +134,7 @@ def means(ax: Axes, results: dict, layers: Iterable | None = None, sentence: int
                 colour = "white" if value < 0.4 else "black"
                 ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=11)
         for axis in (ax.xaxis, ax.yaxis):
-            _layer_axis(axis, layers)
+            layer_axis(axis, layers)
         ax.tick_params(length=0)
     else:
         _sentence_axis(ax.yaxis, count, sentence)
@@ -203,9 +148,9 @@ def means(ax: Axes, results: dict, layers: Iterable | None = None, sentence: int
 
 def _cosines(document: dict, layers: Iterable | None, sentence: int | None) -> tuple[list[str], int, np.ndarray]:
     """The layers, how many sentences, and the part of the similarity matrix that is of them."""
-    known, matrix = _layers(document), np.array(document["similarity_matrix"])
+    known, matrix = layers_of(document), np.array(document["similarity_matrix"])
     count = len(matrix) // len(known)  # sentences: of a very long run, the first
-    shown, rows = _layers(document, layers), range(count) if sentence is None else _sentences(document, sentence)
+    shown, rows = layers_of(document, layers), range(count) if sentence is None else sentences_of(document, sentence)
     if max(rows) >= count:
         raise UserError(f"no sentence {sentence}: the similarity matrix has the first {count}")
     places = [known.index(layer) * count + row for layer in shown for row in rows]
@@ -248,7 +193,7 @@ def _block_means(matrix: np.ndarray, layers: int, count: int) -> np.ndarray:
 
 def perturbation_figure(document: dict) -> Figure:
     """KL against scale by layer; top-5 overlap and flips by layer and scale; one sentence's tokens, twice."""
-    layers = _layers(document)
+    layers = layers_of(document)
     shown = [layers[i] for i in evenly_spaced(len(layers), MAX_PANELS)]
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
@@ -277,6 +222,8 @@ def perturbation_figure(document: dict) -> Figure:
         trust(third[0], document)
         figure.get_layout_engine().set(wspace=0.06)  # its right axis has a label too
     probabilities(last, document)
+    for panel in (left, right, last):
+        panel.set_xlabel("scale α")  # its unit stands above
     tokens(bottom.subplots(), document, shown)
     return figure
 
@@ -285,14 +232,22 @@ def _has_radius(document: dict) -> bool:
     return any("trust_radius" in entry for entry in document["fisher"][0].values())
 
 
+def example_of(document: dict, asked: int | None) -> int:
+    """The sentence asked for, or that which best predicts its target."""
+    contexts = document["contexts"]
+    best = max(range(len(contexts)), key=lambda i: contexts[i]["target_probability"])
+    return best if asked is None else sentences_of(document, asked)[0]
+
+
 def swept(document: dict) -> list[dict]:
     """Perturbations by sentence, layer and scale: those in nats where the protocol's steps are too short."""
     return document.get(COLUMNS[NATS], document[COLUMNS["perturbations"]])
 
 
-def _own_unit(document: dict) -> str:
-    """The unit of the steps that are drawn."""
-    return UNITS["nats" if COLUMNS[NATS] in document else document["experiment_config"]["scale_unit"]]
+def _scale_label(document: dict) -> str:
+    """Of the steps that are drawn, with their unit."""
+    unit = UNITS["nats" if COLUMNS[NATS] in document else document["experiment_config"]["scale_unit"]]
+    return f"scale α ({unit})"
 
 
 def _unit(document: dict) -> str:
@@ -311,11 +266,11 @@ def kl(ax: Axes | Sequence[Axes], results: dict, layers: Iterable | None = None,
 
     Lines are medians over sentences, bands their quartiles.
     """
-    rows = _sentences(results, sentence)
-    for panel, layer in _axes_by_layer(ax, results, layers):
+    rows = sentences_of(results, sentence)
+    for panel, layer in axes_by_layer(ax, results, layers):
         _kl_curves(panel, results, layer, rows)
         panel.set_title(f"layer {layer}" if sentence is None else f"S{sentence}, layer {layer}")
-        panel.set(xlabel=f"scale α ({_own_unit(results)})", ylabel=KL)
+        panel.set(xlabel=_scale_label(results), ylabel=KL)
 
 
 def _kl_curves(panel: Axes, document: dict, layer: str, rows: list[int]) -> None:
@@ -381,8 +336,8 @@ def _heatmap(
     cmap: str,
 ) -> None:
     """Mean over sentences of statistic(record, unperturbed top ids), layers by scales; of one layer, bars."""
-    layers, scales = _layers(document, asked), _scales(document)
-    sentences = [(swept(document)[row], document["contexts"][row]) for row in _sentences(document, sentence)]
+    layers, scales = layers_of(document, asked), _scales(document)
+    sentences = [(swept(document)[row], document["contexts"][row]) for row in sentences_of(document, sentence)]
     values = [
         [[statistic(found[layer][scale], context["top_ids"]) for found, context in sentences] for scale in scales]
         for layer in layers
@@ -393,14 +348,19 @@ def _heatmap(
     panel.set_xticks(ticks, [scales[i].replace("-", "−") for i in ticks], **crowded)
     if len(layers) == 1:
         panel.bar(range(len(scales)), means[0], width=0.8, color=drawing.ORANGE)
-        panel.set(title=title + _of(sentence), xlabel="scale α", xlim=(-0.6, len(scales) - 0.4), ylim=(0, 1))
+        panel.set(
+            title=title + of_sentence(sentence),
+            xlabel=_scale_label(document),
+            xlim=(-0.6, len(scales) - 0.4),
+            ylim=(0, 1),
+        )
         panel.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
         return
     image = panel.imshow(means, cmap=cmap, vmin=0, vmax=1, aspect="auto")
-    _layer_axis(panel.yaxis, layers)
+    layer_axis(panel.yaxis, layers)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
-    panel.set(title=title + _of(sentence), xlabel="scale α")
+    panel.set(title=title + of_sentence(sentence), xlabel=_scale_label(document))
     panel.figure.colorbar(image, ax=panel, format=lambda x, _: f"{x:.0%}", pad=0.02)
 
 
@@ -409,8 +369,8 @@ def trust(ax: Axes, results: dict, layers: Iterable | None = None, sentence: int
 
     The left axis has the KL predicted there, in nats, the right one the step, in norms of h.
     """
-    layers, rows = _layers(results, layers), _sentences(results, sentence)
-    ax.set_title("½ λ s² holds to 10% up to" + _of(sentence))
+    layers, rows = layers_of(results, layers), sentences_of(results, sentence)
+    ax.set_title("½ λ s² holds to 10% up to" + of_sentence(sentence))
     radii = [[results["fisher"][row][layer]["trust_radius"] for row in rows] for layer in layers]
     radii = [[radius for radius in at if radius["step"] is not None] for at in radii]
     if not any(radii):
@@ -424,19 +384,19 @@ def trust(ax: Axes, results: dict, layers: Iterable | None = None, sentence: int
     ):
         values = [[radius[unit] for radius in at] or [np.nan] for at in radii]
         drawing.median_band(axes, range(len(layers)), values, color=colour, marker=marker, markersize=5)
-        _log_axis(axes, (1, 2, 5))
+        log_axis(axes, (1, 2, 5))
         axes.set_ylabel(name, color=colour)
         axes.tick_params(axis="y", which="both", colors=colour)
     norms.spines["right"].set_visible(True)
-    _layer_axis(ax.xaxis, layers, most=FEW_TICKS)
+    layer_axis(ax.xaxis, layers, most=FEW_TICKS)
 
 
 def probabilities(
     ax: Axes | Sequence[Axes], results: dict, layers: Iterable | None = None, sentence: int | None = None
 ) -> None:
     """Next-token probabilities of one sentence across scales along v: a layer on axes of its own."""
-    for panel, layer in _axes_by_layer(ax, results, layers):
-        _probability_curves(panel, results, layer, _example(results, sentence))
+    for panel, layer in axes_by_layer(ax, results, layers):
+        _probability_curves(panel, results, layer, example_of(results, sentence))
 
 
 def _probability_curves(panel: Axes, document: dict, layer: str, sentence: int) -> None:
@@ -450,121 +410,31 @@ def _probability_curves(panel: Axes, document: dict, layer: str, sentence: int) 
             curves.setdefault(token, np.full(len(scales), np.nan))[column] = probability
     target = context["target_token"]
     curves.pop(target, None)
-    panel.plot(x, _column(records, "target_prob"), "o-", color=drawing.DISTINCT[0], label=_quoted(target))
+    panel.plot(x, _column(records, "target_prob"), "o-", color=drawing.DISTINCT[0], label=quoted(target))
     leading = sorted(curves, key=lambda token: -np.nanmax(curves[token]))
     for token, colour in zip(leading, drawing.DISTINCT[1:], strict=False):
-        panel.plot(x, curves[token], "s--", color=colour, markersize=5, label=_quoted(token))
+        panel.plot(x, curves[token], "s--", color=colour, markersize=5, label=quoted(token))
     _scale_axis(panel, scales)
-    panel.set(ylim=(-0.02, 1.02), xlabel="scale α", ylabel="probability")
-    panel.set_title(f"S{sentence}, layer {layer}: {_quoted(excerpt_end(context['prompt'], 30))}", fontsize=12)
+    panel.set(ylim=(-0.02, 1.02), xlabel=_scale_label(document), ylabel="probability")
+    panel.set_title(f"S{sentence}, layer {layer}: {quoted(excerpt_end(context['prompt'], 30))}", fontsize=12)
     panel.legend(frameon=False, fontsize=11, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def tokens(ax: Axes, results: dict, layers: Iterable | None = None, sentence: int | None = None) -> None:
     """The tokens that v raises and lowers in one sentence, layers down: a bar's length is a share of the eigenvalue."""
-    layers, sentence = _layers(results, layers), _example(results, sentence)
+    layers, sentence = layers_of(results, layers), example_of(results, sentence)
     words = [results["fisher"][sentence][layer]["tokens"][0] for layer in layers]
     longest = max(*drawing.longest_bars(words), 0.01)
     character = longest * max(0.0125, CHARACTER / (ax.bbox.width / ax.figure.dpi))
     drawing.token_bars(ax, words, [(drawing.PINK, drawing.GREEN)] * len(words), character)
-    _layer_axis(ax.yaxis, layers)
+    layer_axis(ax.yaxis, layers)
     ax.set(xlim=(-1.02 * longest, 1.02 * longest), ylim=(len(layers) - 0.4, -0.6))
     ax.xaxis.set_major_formatter(lambda x, _: f"{abs(x):.0%}")
     ax.set_xlabel("← lose probability along v     share of λ₁     gain probability along v →")
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     prompt = excerpt_end(results["contexts"][sentence]["prompt"], 90)
-    ax.set_title(f"What v says after S{sentence}, {_quoted(prompt)}")
-
-
-def _quoted(text: str) -> str:
-    """A text as a label, in quotes: its spaces matter."""
-    return f"“{drawing.label(text)}”"
-
-
-# --- steering ------------------------------------------------------------------------------------
-
-
-def steering_figure(document: dict) -> Figure:
-    """KL by goal at the middle layer; its ratio to the least KL, and how often the goal is reached, by layer."""
-    figure, axes = plt.subplots(1, 3, figsize=(19, 6.2))
-    for ax, panel in zip(axes, (cost, ratio, reached), strict=True):
-        panel(ax, document)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(STEERED) + 1, frameon=False, fontsize=11)
-    return figure
-
-
-def cost(ax: Axes | Sequence[Axes], results: dict, layers: Iterable | None = None, sentence: int | None = None) -> None:
-    """What steering costs (--steer): KL by the probability reached, a layer on axes of its own; medians."""
-    steering, goals = _steering(results, sentence)
-    x, before = list(map(float, goals)), {goal: [] for goal in goals}
-    for record, own in zip(steering, map(_goals_of, steering), strict=True):
-        for goal in own:
-            before[goal].append(record["probability"])
-    least = [np.median([least_kl(p, float(goal)) for p in before[goal]]) for goal in goals]
-    for panel, layer in _axes_by_layer(ax, results, layers):
-        for name, style in STEERED.items():
-            panel.plot(x, _medians(steering, [(layer, goal) for goal in goals], name, "kl"), markersize=6, **style)
-        panel.plot(x, least, color=drawing.BLACK, linewidth=2, label="least of any perturbation")
-        panel.set(xlabel="probability reached", yscale="log", ylabel=KL)
-        panel.set_title(f"Cost of raising {_quoted(steering[0]['token'])}, layer {layer}{_of(sentence)}")
-        panel.set_xticks(x, goals)
-
-
-def ratio(ax: Axes, results: dict, layers: Iterable | None = None, sentence: int | None = None) -> None:
-    """KL over the least that any perturbation costs, to a probability of 1/2, by layer (--steer): medians."""
-    layers, (steering, goals) = _layers(results, layers), _steering(results, sentence)
-    goal = _middle_goal(goals)
-    for name, style in STEERED.items():
-        ax.plot(_medians(steering, [(layer, goal) for layer in layers], name, "ratio"), markersize=6, **style)
-    ax.axhline(1, color=drawing.BLACK, linewidth=2)
-    ax.set(title=f"KL over the least, to probability {goal}{_of(sentence)}", ylabel="ratio")
-    _log_axis(ax, (1, 1.5, 2, 3, 5))
-    _layer_axis(ax.xaxis, layers)
-
-
-def reached(ax: Axes, results: dict, layers: Iterable | None = None, sentence: int | None = None) -> None:
-    """The share of sentences in which steering reaches a probability of 1/2, by layer (--steer)."""
-    layers, (steering, goals) = _layers(results, layers), _steering(results, sentence)
-    goal = _middle_goal(goals)
-    for name, style in STEERED.items():
-        found = [entries_of(steering, layer, name, goal) for layer in layers]
-        shares = [np.mean([entry is not None for entry in at]) if at else np.nan for at in found]
-        ax.plot(shares, markersize=6, **style)
-    ax.set(title=f"Sentences where {goal} is reached{_of(sentence)}", ylim=(-0.03, 1.03))
-    ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
-    _layer_axis(ax.xaxis, layers)
-
-
-def _steering(document: dict, sentence: int | None) -> tuple[list[dict], list[str]]:
-    """The records of steering, and the goals that there are, ascending."""
-    steering = [document["steering"][row] for row in _sentences(document, sentence)]
-    goals = sorted({goal for record in steering for goal in _goals_of(record)}, key=float)
-    if not goals:
-        raise UserError(f"nothing was steered in sentence {sentence}: its target was above every goal")
-    return steering, goals
-
-
-def _goals_of(record: dict) -> dict:
-    """All directions of a sentence have the same goals, at every layer: those above its probability."""
-    directions = next(iter(record["layers"].values()))
-    return next(iter(directions.values()), {})
-
-
-def _middle_goal(goals: list[str]) -> str:
-    return "0.5" if "0.5" in goals else goals[-1]
-
-
-def _medians(steering: list[dict], where: list[tuple[str, str]], name: str, key: str) -> list[float]:
-    """Over sentences, at each layer and goal; NaN where it is infinite."""
-    values = [median_of(entries_of(steering, layer, name, goal), key) for layer, goal in where]
-    return [value if np.isfinite(value) else np.nan for value in values]
-
-
-def _of(sentence: int | None) -> str:
-    """The end of the title of a panel that may be of one sentence."""
-    return "" if sentence is None else f", S{sentence}"
+    ax.set_title(f"What v says after S{sentence}, {quoted(prompt)}")
 
 
 # --- one panel alone -----------------------------------------------------------------------------
@@ -603,16 +473,18 @@ def panels_of(document: dict) -> dict[str, Panel]:
 
 def panel_figure(document: dict, panel: Panel, layers: Iterable | None, sentence: int | None) -> Figure:
     """A panel alone, with the legend or the colour bar that its picture has."""
-    shown = _layers(document, layers)
+    shown = layers_of(document, layers)
     count = 1 if panel.most is None else min(len(shown), panel.most) if layers is None else len(shown)
     columns = min(4, count)
     rows, (width, height) = -(-count // columns), panel.size
     size = max(6.4, width * columns), height * rows + panel.row * len(shown)
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     used = axes.flat[:count]
     image = panel.draw(used if panel.most else used[0], document, layers, sentence)
     if not used[0].get_visible():
         raise UserError("a single sentence at a single layer has no other to be compared with")
+    for ax in used:
+        ax.tick_params(labelbottom=True)  # the one below may be hidden
     for ax in axes.flat[count:]:
         ax.set_visible(False)
     for ax in axes[:, 1:].flat:
