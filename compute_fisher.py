@@ -92,7 +92,7 @@ from residual_fisher.pipeline.estimate import describe_run, tell_left_out, tell_
 from residual_fisher.pipeline.processes import Processes
 from residual_fisher.pipeline.prompts import Prompt, Prompts
 from residual_fisher.pipeline.reference import Reference
-from residual_fisher.pipeline.windows import Failures, Pipeline, plan
+from residual_fisher.pipeline.windows import Failures, Pace, Pipeline, plan
 
 FILES = (matrices.ARRAYS, PROMPTS, METADATA, figures.SPECTRA, PAGE)
 MAX_WAITING = 2  # batches that may wait to be written
@@ -183,7 +183,7 @@ def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Pro
     settings, subject = pipeline.settings, pipeline.subject
     windows = plan(pipeline, source, run, process)
     pending: deque[Future] = deque()
-    tokens, start, checked = 0, time.perf_counter(), set()
+    checked, pace = set(), Pace(settings, process.size)
     failures = Failures(dtype_advice(subject.model))
 
     def keep(items: list[Item]) -> None:
@@ -194,6 +194,7 @@ def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Pro
         while (window := ahead.result()) is not None:
             ahead = reader.submit(next, windows, None)
             bar.update(process.count(window.finished) - bar.n)
+            pace.plan(window)
             for batch in window.batches:
                 check_once(settings, subject, batch, checked)
                 items = measure(settings, subject, batch)
@@ -201,8 +202,8 @@ def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Pro
                 while len(pending) > MAX_WAITING:  # raises what a write that failed has raised
                     pending.popleft().result()
                 failures.count(items)
-                tokens += sum(len(encoded.ids) for encoded in batch)
-                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+                pace.finish(batch)
+                bar.set_postfix_str(pace.told(), refresh=False)
                 bar.update(process.count(len(batch)) - bar.n)
             pending.append(writer.submit(run.pack, window.numbers))
         for write in pending:
@@ -298,7 +299,7 @@ def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference
 def progress_bar(settings: Settings, process: Processes) -> tqdm | LogLines:
     """Of all processes' prompts, shown by the first."""
     total = None if settings.num_prompts == "all" else settings.num_prompts
-    return progress(total, "Fisher matrices", "prompt", shown=process.first)
+    return progress(total, "Fisher matrices", "prompt", shown=process.first, even=False)
 
 
 def is_scored(run: Run, against: Reference | None) -> bool:
