@@ -404,16 +404,18 @@ def _probability_curves(panel: Axes, document: dict, layer: str, sentence: int) 
     records = [swept(document)[sentence][layer][scale] for scale in scales]
     x = list(map(float, scales))
 
-    curves: dict[str, np.ndarray] = {}  # a token's probability is known while it is in the top 5
+    target, texts = context["target_token"], {}
+    # by id, since parts of characters have one text; a token's probability is known while it is in the top 5
+    curves: dict[int, np.ndarray] = {}
     for column, record in enumerate(records):
-        for token, probability in zip(record["top_tokens"], record["top_probs"], strict=True):
-            curves.setdefault(token, np.full(len(scales), np.nan))[column] = probability
-    target = context["target_token"]
-    curves.pop(target, None)
+        for id_, token, probability in zip(record["top_ids"], record["top_tokens"], record["top_probs"], strict=True):
+            if (token, probability) != (target, record["target_prob"]):
+                texts[id_] = token
+                curves.setdefault(id_, np.full(len(scales), np.nan))[column] = probability
     panel.plot(x, _column(records, "target_prob"), "o-", color=drawing.DISTINCT[0], label=quoted(target))
-    leading = sorted(curves, key=lambda token: -np.nanmax(curves[token]))
-    for token, colour in zip(leading, drawing.DISTINCT[1:], strict=False):
-        panel.plot(x, curves[token], "s--", color=colour, markersize=5, label=quoted(token))
+    leading = sorted(curves, key=lambda id_: -np.nanmax(curves[id_]))
+    for id_, colour in zip(leading, drawing.DISTINCT[1:], strict=False):
+        panel.plot(x, curves[id_], "s--", color=colour, markersize=5, label=quoted(texts[id_]))
     _scale_axis(panel, scales)
     panel.set(ylim=(-0.02, 1.02), xlabel=_scale_label(document), ylabel="probability")
     panel.set_title(f"S{sentence}, layer {layer}: {quoted(excerpt_end(context['prompt'], 30))}", fontsize=12)

@@ -54,6 +54,11 @@ class Collected(NamedTuple):
     def colours(self) -> Colours:
         return dict(zip(self.leading, [*DISTINCT[1:], DISTINCT[0]], strict=False))
 
+    @property
+    def scored(self) -> bool:
+        """Whether there are enough prompts to say what is usual: of fewer, all scores are 0."""
+        return any(self.numbers[name].any() for name in (OUTLIER, *SCORES))
+
 
 def draw(
     folder: Path,
@@ -189,7 +194,11 @@ def spectra(ax: Axes, prompts: Collected) -> None:
     for index, colour in prompts.colours.items():
         ax.plot(x, shown[index], "o-", color=colour, markersize=4, linewidth=1.2)
     ax.set_yscale("log" if (spectra > 0).any() else "linear")
-    ax.set(title=f"Spectra of {len(spectra)} prompts", xlabel="singular value", ylabel="nats per unit²")
+    ax.set(
+        title=f"Spectra of {len(spectra)} prompt{'s' * (len(spectra) > 1)}",
+        xlabel="singular value",
+        ylabel="nats per unit²",
+    )
     ax.set_xticks(x if len(x) <= 20 else x[:: len(x) // 10])
     ax.legend(frameon=False, fontsize=11, loc="lower left")
 
@@ -200,7 +209,7 @@ def scores(ax: Axes, prompts: Collected, false_alarms: float = 0.01) -> None:
     Args:
         false_alarms: the p-value up to which a prompt stands out: where the dotted line is.
     """
-    prompts, colours = prompts.numbers, prompts.colours
+    scored, prompts, colours = prompts.scored, prompts.numbers, prompts.colours
     names = {OUTLIER: "outlier score", **{name: name.removeprefix("z_") for name in SCORES}}
     spread = 0.3 * np.sin(np.arange(len(prompts[OUTLIER])) * 2.4)  # apart, and the same each time
     for row, name in enumerate(names):
@@ -213,6 +222,11 @@ def scores(ax: Axes, prompts: Collected, false_alarms: float = 0.01) -> None:
     ax.set_yticks(range(len(names)), names.values())
     ax.set(title=f"In which way unusual (dotted: p ≤ {false_alarms:g})")
     ax.set(xlabel="robust standard deviations", ylim=(len(names) - 0.4, -0.6))
+    if not scored:
+        for line in ax.lines:
+            line.set_visible(False)
+        ax.text(0.5, 0.5, "too few different prompts\nto say what is usual", ha="center", transform=ax.transAxes)
+        ax.set_xticks([])
 
 
 def oddest(
@@ -232,7 +246,8 @@ def oddest(
     usual = {"lambda_1": _median(strength, strength > 0), "effective_rank": _median(ranks, strength > 0)}
     why = {i: reasons(record, usual, _members(record, prompts.groups), changed) for i, record in leading.items()}
     outstanding = int((prompts.numbers[P_VALUE] <= false_alarms).sum())
-    ax.set_title(f"The oddest prompts, and why; {outstanding or 'none'} of {len(strength)} stand out", loc="left")
+    title = f"The oddest prompts, and why; {outstanding or 'none'} of {len(strength)} stand out"
+    ax.set_title(title if prompts.scored else "The first prompts: too few to say which are odd", loc="left")
     tokens = [*map(differing_tokens, leading.values())]
     length, end = (84, 0.56) if any(tokens) else (150, 1)
     room = TransformedBbox(Bbox([[0, -1], [end, NAMED]]), ax.transData)
@@ -255,6 +270,7 @@ def oddest(
     bars = ax.inset_axes([0.57, 0, 0.43, 1], sharey=ax)
     left, right = drawing.longest_bars(tokens)
     drawing.token_bars(bars, tokens, [(colour, colour) for colour in colours.values()], (left + right) / CHARACTERS)
+    bars.lines[-1].set_ydata([1 - len(tokens) / NAMED, 1])  # the line at 0 ends with the rows
     bars.axis("off")
     bars.set(xlim=(-max(left, 0.1), max(right, 0.1)))
     bars.set(title="Tokens that lose ← → gain probability in the direction where each differs, by share of λ")
