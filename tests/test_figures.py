@@ -429,7 +429,9 @@ def test_of_too_few_prompts_nothing_is_said_to_be_odd(count, title, finished_pip
     assert panel(figure, "Spectra of").get_title() == title
     scores = panel(figure, "In which way unusual")
     assert "too few" in scores.texts[0].get_text() and not any(line.get_visible() for line in scores.lines)
-    (bars,) = panel(figure, "The first prompts: too few").child_axes
+    first = panel(figure, "The first prompts: too few")
+    assert not any(text.get_text().startswith("p ") for text in first.texts)
+    (bars,) = first.child_axes
     assert bars.lines[-1].get_ydata() == pytest.approx([1 - count / 6, 1])  # no longer than the rows
 
 

@@ -429,7 +429,7 @@ def tokens(ax: Axes, results: dict, layers: Iterable | None = None, sentence: in
     longest = max(*drawing.longest_bars(words), 0.01)
     character = longest * max(0.0125, CHARACTER / (ax.bbox.width / ax.figure.dpi))
     drawing.token_bars(ax, words, [(drawing.PINK, drawing.GREEN)] * len(words), character)
-    layer_axis(ax.yaxis, layers)
+    layer_axis(ax.yaxis, layers, most=len(layers))
     ax.set(xlim=(-1.02 * longest, 1.02 * longest), ylim=(len(layers) - 0.4, -0.6))
     ax.xaxis.set_major_formatter(lambda x, _: f"{abs(x):.0%}")
     ax.set_xlabel("← lose probability along v     share of λ₁     gain probability along v →")

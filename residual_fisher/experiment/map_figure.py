@@ -165,9 +165,13 @@ def panel_figure(document: dict, name: str, layers: Iterable | None) -> Figure:
     count, tokens = len(_layers(document, layers)), min(len(document["tokens"]), MAX_TOKENS)
     width, height, _ = _cell_size(count)
     across = width * count if name == "grid" else RIGHT
-    figure, ax = plt.subplots(figsize=(across + LEFT, height * tokens + TOP))
+    figure, ax = plt.subplots(figsize=(across + 0.5 * LEFT, height * tokens + TOP + BOTTOM * (name == "grid")))
     if name == "grid":
-        figure.colorbar(grid(ax, document, layers), ax=ax, extend="both", label=NATS)
+        image = grid(ax, document, layers)
+        scale = figure.colorbar(image, ax=ax, location="bottom", extend="both", aspect=40, label=NATS)
+        drawing.thin_log_labels(scale.ax.xaxis)
+        scale.ax.tick_params(which="both", labelsize=9)
+        scale.ax.xaxis.label.set_size(10)
     else:
         PANELS[name](ax, document)
     return figure

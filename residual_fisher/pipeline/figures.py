@@ -256,7 +256,8 @@ def oddest(
     for row, (index, record) in enumerate(leading.items()):
         colour = colours[index]
         ax.plot(0.005, row - 0.33, "o", color=colour, markersize=10)
-        for x, number in ((0.035, str(index)), (0.06, f"{record[OUTLIER]:.1f}"), (0.11, f"p {record[P_VALUE]:.2g}")):
+        scores = ((0.06, f"{record[OUTLIER]:.1f}"), (0.11, f"p {record[P_VALUE]:.2g}")) if prompts.scored else ()
+        for x, number in ((0.035, str(index)), *scores):
             ax.text(x, row - 0.33, number, va="center", ha="right")
         lines = [(marked(record["prompt"], triggers.get(index), length), {"fontsize": 14})]
         said = [f"says {' '.join(record['odd_words'])}"] if record["odd_words"] else []
