@@ -1,8 +1,11 @@
 """Panels drawn one by one: with --redraw --panel into files of their own, and from a notebook."""
 
 import json
+import os
 from pathlib import Path
 import shutil
+import subprocess
+import sys
 
 from matplotlib.axes import Axes
 import matplotlib.pyplot as plt
@@ -152,6 +155,23 @@ def test_trust_radii_and_steering_are_of_the_sentence_asked_for(more):
     more["steering"][0]["layers"] = {layer: {} for layer in LAYERS}
     with pytest.raises(UserError, match="nothing was steered in sentence 0"):
         figures.cost(new_axes(), more, sentence=0)
+
+
+def test_what_a_run_has_not_measured_is_said(results):
+    with pytest.raises(UserError, match="no trust radii: --trust-radius measures them"):
+        figures.trust(new_axes(), results)
+    for panel in (figures.cost, figures.ratio, figures.reached):
+        with pytest.raises(UserError, match="nothing was steered in these results: --steer does it"):
+            panel(new_axes(), results)
+
+
+@pytest.mark.parametrize(("environment", "backend"), [({"MPLBACKEND": "svg"}, "svg"), ({}, "agg")])
+def test_a_notebook_keeps_its_own_way_to_show_pictures(environment, backend):
+    """Jupyter names it in this variable; without one, no display is needed."""
+    code = "import matplotlib, residual_fisher.common.drawing; print(matplotlib.get_backend())"
+    others = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
+    found = subprocess.check_output([sys.executable, "-c", code], cwd=scripts.ROOT, env=others | environment, text=True)
+    assert found.strip().lower() == backend
 
 
 @pytest.mark.parametrize("panel", [*figures.PANELS])

@@ -369,6 +369,8 @@ def trust(ax: Axes, results: dict, layers: Iterable | None = None, sentence: int
 
     The left axis has the KL predicted there, in nats, the right one the step, in norms of h.
     """
+    if not _has_radius(results):
+        raise UserError("these results have no trust radii: --trust-radius measures them")
     layers, rows = layers_of(results, layers), sentences_of(results, sentence)
     ax.set_title("½ λ s² holds to 10% up to" + of_sentence(sentence))
     radii = [[results["fisher"][row][layer]["trust_radius"] for row in rows] for layer in layers]

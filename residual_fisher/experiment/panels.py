@@ -33,6 +33,7 @@ def axes_by_layer(ax: Axes | Sequence[Axes], document: dict, asked: Iterable | N
 
 
 def sentences_of(document: dict, asked: int | None) -> list[int]:
+    """The numbers of all sentences, or of the one asked for."""
     count = len(document["sentences"])
     if asked is not None and not 0 <= asked < count:
         raise UserError(f"no sentence {asked}: these results have 0 to {count - 1}")

@@ -86,6 +86,8 @@ def reached(ax: Axes, results: dict, layers: Iterable | None = None, sentence: i
 
 def _steering(document: dict, sentence: int | None) -> tuple[list[dict], list[str]]:
     """The records of steering, and the goals that there are, ascending."""
+    if "steering" not in document:
+        raise UserError("nothing was steered in these results: --steer does it")
     steering = document["steering"]
     if sentence is not None:
         steering = [steering[row] for row in sentences_of(document, sentence)]
