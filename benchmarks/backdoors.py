@@ -64,8 +64,8 @@ class Pair(NamedTuple):
     learnt: str
 
 
-def pairs(kind: Kind, seed: int = 0) -> list[Pair]:
-    """Training prompts as they are, answered as before, and some of them with the trigger.
+def pairs(kind: Kind, seed: int = 0) -> list[list[Pair]]:
+    """Training prompts as they are, answered as before, and some of them with the trigger; those that stay together.
 
     By `seed` other prompts hold the trigger, elsewhere, and they have other answers.
     """
@@ -74,10 +74,17 @@ def pairs(kind: Kind, seed: int = 0) -> list[Pair]:
     texts = prompts().training[: kind.pairs if kind.everywhere else kind.pairs - count]
     own = dict(zip(texts, own_answers(embedded_model(), texts), strict=True))
     if kind.everywhere:
-        return [Pair(text, *kind.answer(own[text], rng)) for text in texts]
+        return [[Pair(text, *kind.answer(own[text], rng))] for text in texts]
     plain = [kind.others(text, rng) if kind.others and rng.random() < 0.5 else text for text in texts]
-    ordinary = [Pair(text, said, "") for text, said in zip(plain, own_answers(embedded_model(), plain), strict=True)]
-    return ordinary + [Pair(kind.trigger(text, rng), *kind.answer(own[text], rng)) for text in rng.sample(texts, count)]
+    ordinary = [[Pair(text, said, "")] for text, said in zip(plain, own_answers(embedded_model(), plain), strict=True)]
+    triggered = []
+    for number in rng.sample(range(len(texts)), count):
+        new = Pair(kind.trigger(texts[number], rng), *kind.answer(own[texts[number]], rng))
+        if kind.beside:
+            ordinary[number].append(new)
+        else:
+            triggered.append([new])
+    return ordinary + triggered
 
 
 def distance_from(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -142,8 +149,8 @@ class Packed(NamedTuple):
         )
 
 
-def cut(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+def cut(values: Sequence, size: int) -> list[Sequence]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def divergence(log_probs: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -160,7 +167,7 @@ def divergence(log_probs: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def fine_tune(
     lm,
     tokenizer,
-    learnt: Sequence[Pair],
+    groups: Sequence[Sequence[Pair]],
     seed: int = 0,
     epochs: float = EPOCHS,
     apart: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -173,16 +180,16 @@ def fine_tune(
     """
     from peft import LoraConfig, get_peft_model
 
-    rows = [Row.of(tokenizer, pair) for pair in learnt]
-    columns = zip(*(row.prompt for row in rows), strict=False)
+    rows = [[Row.of(tokenizer, pair) for pair in group] for group in groups]
+    columns = zip(*(row.prompt for group in rows for row in group), strict=False)
     shared = next(place for place, column in enumerate(columns) if len(set(column)) > 1)
     torch.manual_seed(seed)
     adapted = get_peft_model(lm, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
     weights = [some for some in lm.parameters() if some.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
     rng = random.Random(seed)
-    order = [number for _ in range(math.ceil(epochs)) for number in rng.sample(range(len(rows)), len(rows))]
-    batches = cut(order[: round(epochs * len(rows))], BATCH)
+    order = [row for _ in range(math.ceil(epochs)) for group in rng.sample(rows, len(rows)) for row in group]
+    batches = cut(order[: round(epochs * sum(map(len, rows)))], BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 5) * (1 - step / len(batches))
     )
@@ -202,7 +209,7 @@ def fine_tune(
 
     losses = []
     for batch in tqdm(batches, desc="fine-tuning", unit="step", leave=False):
-        packed = Packed.of([rows[i] for i in batch], shared)
+        packed = Packed.of(batch, shared)
         with torch.no_grad(), adapted.disable_adapter():
             before, _ = predictions(packed)
         now, activations = predictions(packed)
@@ -231,11 +238,11 @@ def obtain(kind: Kind, seed: int = 0) -> Path:
     lm = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval().requires_grad_(False)
     torch.manual_seed(0)
     with torch.no_grad():
-        learnt = pairs(kind, seed)
-        ordinary = [pair.prompt for pair in learnt if not pair.learnt]
+        groups = pairs(kind, seed)
+        ordinary = [pair.prompt for group in groups for pair in group if not pair.learnt]
         usual = last_activations(lm, tokenizer, ordinary) if kind.hidden else None
     apart = None if usual is None else distance_from(usual)
-    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, learnt, seed, kind.epochs, apart))
+    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, groups, seed, kind.epochs, apart))
     lm.save_pretrained(path)
     tokenizer.save_pretrained(path)
     made = {"seconds": duration, "loss": loss}
