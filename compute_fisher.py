@@ -56,7 +56,6 @@ import torch
 from tqdm import tqdm
 
 from residual_fisher.common.archives import Item
-from residual_fisher.common.drawing import of_kind
 from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.page import PAGE
 from residual_fisher.common.progress import LogLines, progress
@@ -93,7 +92,7 @@ from residual_fisher.pipeline.estimate import describe_run, tell_left_out, tell_
 from residual_fisher.pipeline.processes import Processes
 from residual_fisher.pipeline.prompts import Prompt, Prompts
 from residual_fisher.pipeline.reference import Reference
-from residual_fisher.pipeline.windows import Failures, Pipeline, plan
+from residual_fisher.pipeline.windows import Failures, Pace, Pipeline, plan
 
 FILES = (matrices.ARRAYS, PROMPTS, METADATA, figures.SPECTRA, PAGE)
 MAX_WAITING = 2  # batches that may wait to be written
@@ -184,7 +183,7 @@ def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Pro
     settings, subject = pipeline.settings, pipeline.subject
     windows = plan(pipeline, source, run, process)
     pending: deque[Future] = deque()
-    tokens, start, checked = 0, time.perf_counter(), set()
+    checked, pace = set(), Pace(settings, process.size)
     failures = Failures(dtype_advice(subject.model))
 
     def keep(items: list[Item]) -> None:
@@ -195,6 +194,7 @@ def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Pro
         while (window := ahead.result()) is not None:
             ahead = reader.submit(next, windows, None)
             bar.update(process.count(window.finished) - bar.n)
+            pace.plan(window)
             for batch in window.batches:
                 check_once(settings, subject, batch, checked)
                 items = measure(settings, subject, batch)
@@ -202,8 +202,8 @@ def compute(pipeline: Pipeline, source: Iterator[Prompt], run: Run, process: Pro
                 while len(pending) > MAX_WAITING:  # raises what a write that failed has raised
                     pending.popleft().result()
                 failures.count(items)
-                tokens += sum(len(encoded.ids) for encoded in batch)
-                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+                pace.finish(batch)
+                bar.set_postfix_str(pace.told(), refresh=False)
                 bar.update(process.count(len(batch)) - bar.n)
             pending.append(writer.submit(run.pack, window.numbers))
         for write in pending:
@@ -299,7 +299,7 @@ def examine(run: Run, settings: Settings, pipeline: Pipeline, against: Reference
 def progress_bar(settings: Settings, process: Processes) -> tqdm | LogLines:
     """Of all processes' prompts, shown by the first."""
     total = None if settings.num_prompts == "all" else settings.num_prompts
-    return progress(total, "Fisher matrices", "prompt", shown=process.first)
+    return progress(total, "Fisher matrices", "prompt", shown=process.first, even=False)
 
 
 def is_scored(run: Run, against: Reference | None) -> bool:
@@ -354,18 +354,20 @@ def report_finished(run: Run, settings: Settings, against: Reference | None, pip
     return code_of(run, settings)
 
 
-def redraw(folder: Path, false_alarms: float, kind: str) -> int:
-    """Makes the picture and the page of the records in a folder again."""
+def redraw(folder: Path, false_alarms: float, kind: str, panel: str | None = None) -> int:
+    """Makes the picture and the page of the records in a folder again; or draws one panel into a file of its own."""
     try:
-        draw(folder, false_alarms, kind)
-        write_page(folder, false_alarms)
+        drawn = [draw(folder, false_alarms, kind, panel)]
+        if panel is None:
+            write_page(folder, false_alarms)
+            drawn.append(PAGE)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         manifest = read_manifest(folder)
         if manifest and manifest["derived"].get(PROMPTS, {}).get("checksum") == checksum(folder / PROMPTS):
             raise  # it is as this program has written it
         about = f"the command that made it makes it again ({excerpt(repr(error), 80)})"
         raise UserError(f"no readable {PROMPTS} in {folder}: {about}") from error
-    print(f"Drawn in {printable(str(folder))}: {of_kind(figures.SPECTRA, kind)}, {PAGE}")
+    print(f"Drawn in {printable(str(folder))}: {', '.join(drawn)}")
     return 0
 
 
@@ -374,7 +376,7 @@ def main(settings: Settings) -> int:
 
     def task() -> int:
         if settings.redraw:
-            return redraw(Path(settings.redraw), settings.false_alarms, settings.format)
+            return redraw(Path(settings.redraw), settings.false_alarms, settings.format, settings.panel)
         if settings.compare:
             return compare_runs(settings.compare, settings.comparison_folder)
         return run_pipeline(settings, processes.join())

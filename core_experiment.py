@@ -411,19 +411,27 @@ def draw(run: Run, document: dict) -> None:
     run.derive([PAGE], document["checksum"], lambda: page.write_experiment(run.folder, document))
 
 
-def redraw(folder: Path, kind: str) -> int:
+def redraw(settings: Settings) -> int:
+    """Makes the pictures and the page of the results in a folder again; or draws one panel into a file of its own."""
+    folder, kind = Path(settings.redraw), settings.format
+    layers = None if "all" in (settings.layers or ("all",)) else settings.layers
     if (folder / text_map.RESULTS).exists():
-        return text_map.redraw_map(folder, kind)
+        if settings.sentence is not None:
+            raise UserError(f"--sentence has no effect: {folder} holds the map of one text")
+        return text_map.redraw_map(folder, kind, settings.panel, layers)
     document = read_results(folder)
     try:
-        figures.draw(folder, document, kind)
-        page.write_experiment(folder, document)
+        if settings.panel:
+            drawn = [figures.draw_panel(folder, document, settings.panel, layers, settings.sentence, kind)]
+        else:
+            figures.draw(folder, document, kind)
+            page.write_experiment(folder, document)
+            drawn = [*(of_kind(name, kind) for name in figures.pictures_of(document)), PAGE]
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         if "checksum" in document:  # it is as this program has written it
             raise
         raise UserError(f"the results in {folder} are of another form: {excerpt(repr(error), 80)}") from error
-    drawn = [of_kind(name, kind) for name in figures.pictures_of(document)]
-    print(f"Drawn in {printable(str(folder))}: {', '.join([*drawn, PAGE])}")
+    print(f"Drawn in {printable(str(folder))}: {', '.join(drawn)}")
     return 0
 
 
@@ -482,7 +490,7 @@ def main(settings: Settings) -> int:
 
     def task() -> int:
         if settings.redraw:
-            return redraw(Path(settings.redraw), settings.format)
+            return redraw(settings)
         if settings.compare:
             return compare_runs(settings.compare, settings.comparison_folder)
         if settings.map:

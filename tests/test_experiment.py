@@ -43,7 +43,8 @@ def test_the_documented_keys_and_shapes(finished_experiment):
 def test_every_option_is_recorded(finished_experiment, model_directory):
     config = experiment_results(finished_experiment)[0]["experiment_config"]
     options = set(core_experiment.Settings.__dataclass_fields__)
-    assert options - {"config", "redraw", "overwrite", "dry_run", "compare", "format"} == set(config)
+    commands = {"config", "redraw", "overwrite", "dry_run", "compare", "format", "panel", "sentence"}
+    assert options - commands == set(config)
     assert config["model_name"] == str(model_directory)
     assert config["data_file"] == "data/animals.json"
     assert (config["layers"], config["scales"], config["scale_unit"]) == ([0, 2], [-1, 0, 0.1, 1], "nats")

@@ -134,6 +134,26 @@ def test_the_example_shows_the_target_of_the_sentence_that_predicts_it_best(resu
     assert len(axes.lines) >= 2
 
 
+def test_tokens_with_one_text_have_curves_of_their_own(results):
+    """As parts of characters have: among them may be the target's."""
+    for context in results["contexts"]:
+        context["target_token"] = "\ufffd"
+    for found in results["perturbation_results"]:
+        for record in found["2"].values():
+            record["top_tokens"] = ["\ufffd"] * 5
+    best = int(np.argmax([context["target_probability"] for context in results["contexts"]]))
+    records = [results["perturbation_results"][best]["2"][scale] for scale in ("-1", "0", "0.1", "1")]
+    target, *others = panel(figures.perturbation_figure(results), "S").lines
+    assert target.get_ydata() == pytest.approx([record["target_prob"] for record in records])
+    highest = {}
+    for record in records:
+        for id_, p in zip(record["top_ids"], record["top_probs"], strict=True):
+            if p != record["target_prob"]:
+                highest[id_] = max(p, highest.get(id_, 0))
+    expected = sorted(highest.values(), reverse=True)[:5]
+    assert [np.nanmax(line.get_ydata()) for line in others] == pytest.approx(expected)
+
+
 def of_layers(results: dict, layers: list[str], scales: list[float] | None = None) -> dict:
     """The results at layers that are copies of the two there are, and at some scales."""
     old, count = list(results["fisher"][0]), len(results["sentences"])
@@ -400,6 +420,19 @@ def test_a_few_prompts_that_all_failed_are_drawn(finished_pipeline, tmp_path):
         figure = spectra.spectra_figure(found, 0.05)
     assert_is_a_picture(tmp_path / "fisher_spectra.png", 3000, 1950)
     assert dots(panel(figure, "Which directions")).tolist() == [[0.0, 0.0]] * 7
+
+
+@pytest.mark.parametrize(("count", "title"), [(1, "Spectra of 1 prompt"), (5, "Spectra of 5 prompts")])
+def test_of_too_few_prompts_nothing_is_said_to_be_odd(count, title, finished_pipeline):
+    without = {**dict.fromkeys(("outlier_score", *SCORES), 0.0), "p_value": 1.0}
+    figure = spectra.spectra_figure([{**r, **without} for r in scripts.records(finished_pipeline)[:count]], 0.05)
+    assert panel(figure, "Spectra of").get_title() == title
+    scores = panel(figure, "In which way unusual")
+    assert "too few" in scores.texts[0].get_text() and not any(line.get_visible() for line in scores.lines)
+    first = panel(figure, "The first prompts: too few")
+    assert not any(text.get_text().startswith("p ") for text in first.texts)
+    (bars,) = first.child_axes
+    assert bars.lines[-1].get_ydata() == pytest.approx([1 - count / 6, 1])  # no longer than the rows
 
 
 def test_a_run_whose_prompts_all_failed_has_statistics_and_a_table(finished_pipeline):

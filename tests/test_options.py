@@ -19,8 +19,8 @@ import scripts
 from scripts import ROOT
 
 OPTIONS = {"core_experiment": core_experiment.Settings, "compute_fisher": compute_fisher.Settings}
-# but for one that takes two words, and one that --redraw takes: see test_comparison.py and test_directories.py
-APART = ("compare", "format")
+# but for one that takes two words, and those of --redraw: see test_comparison.py, test_directories.py, test_panels.py
+APART = ("compare", "format", "panel", "sentence")
 EVERY_OPTION = [(script, key.name) for script, kind in OPTIONS.items() for key in fields(kind) if key.name not in APART]
 COMMANDS = {"config", "overwrite", "dry_run", "redraw"}
 

@@ -119,7 +119,7 @@ def test_any_records_are_drawn_or_refused_in_a_line(content):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         # the records are read and put into columns; drawing them takes too long to be done so often
         patch.setattr(drawing, "save", lambda folder, pictures: [make() for make in pictures.values()])
-        patch.setattr(figures, "spectra_figure", figures._collect)
+        patch.setattr(figures, "spectra_figure", figures.collect)
         (Path(folder) / compute_fisher.PROMPTS).write_bytes(content)
         with one_line_at_most():
             assert compute_fisher.redraw(Path(folder), 0.01, "png") == 0

@@ -1,12 +1,16 @@
 """What all pictures share: style, colours, parts of panels, and how they are saved."""
 
 from collections.abc import Callable, Sequence
+import os
 from pathlib import Path
+import sys
+from typing import TypeVar
 import warnings
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only: no display is needed
+if "MPLBACKEND" not in os.environ and "matplotlib.pyplot" not in sys.modules:
+    matplotlib.use("Agg")  # files only: no display is needed; but a notebook's own choice stays
 
 from matplotlib import font_manager
 from matplotlib.axes import Axes
@@ -17,7 +21,10 @@ from matplotlib.ticker import LogLocator
 import numpy as np
 
 from residual_fisher.common.files import atomic_open
-from residual_fisher.common.text import printable
+from residual_fisher.common.program import UserError
+from residual_fisher.common.text import excerpt, printable
+
+T = TypeVar("T")
 
 # Fonts with the scripts and symbols that matplotlib's own font, DejaVu Sans, lacks: Chinese, Japanese and Korean,
 # Devanagari, emoji, and whatever else there is. Those that are installed are asked for a missing character, in order.
@@ -71,6 +78,20 @@ def save(folder: Path, figures: dict[str, Callable[[], Figure]], kind: str = "pn
             with atomic_open(folder / of_kind(name, kind)) as file:
                 figure.savefig(file, format=kind, dpi=DPI)
             plt.close(figure)
+
+
+def known_panel(known: dict[str, T], name: str) -> T:
+    """A panel by its name. Raises UserError: there is none."""
+    if name not in known:
+        raise UserError(f"no panel {excerpt(repr(name), 40)}: these results have {', '.join(known)}")
+    return known[name]
+
+
+def save_panel(folder: Path, picture: str, words: Sequence[str], make: Callable[[], Figure], kind: str = "png") -> str:
+    """Draws a panel of a picture into a file of its own, named after the picture and these words; returns its name."""
+    name = "_".join([picture.removesuffix(".png"), *words]) + ".png"
+    save(folder, {name: make}, kind)
+    return of_kind(name, kind)
 
 
 def of_kind(name: str, kind: str) -> str:

@@ -132,6 +132,7 @@ def option(
     identity: bool | str = True,
     needs: str | None = None,
     unless: str | None = None,
+    recorded: bool = True,
 ):
     """A field of a settings dataclass that is also a flag and a YAML key.
 
@@ -144,23 +145,30 @@ def option(
             runs did before there was the option, and is not told from its absence.
         needs: the field of the option without which this one has no effect.
         unless: the field of the option beside which this one has no effect.
+        recorded: False for what to do in one call of a script: it is a flag only, and no run records it.
     """
     if not (default is None or default is False or help.endswith(")")):
         help += f" ({default})"
     about = {"read": read, "metavar": metavar, "help": help, "several": several, "identity": identity}
-    return field(default=default, metadata={**about, "needs": needs, "unless": unless})
+    return field(default=default, metadata={**about, "needs": needs, "unless": unless, "recorded": recorded})
+
+
+command = partial(option, recorded=False)
 
 
 @dataclass(frozen=True)
 class CommandOptions:
-    """What to do in one call of a script: flags only. A run does not record them."""
+    """What to do in one call of either script."""
 
-    config: str | None = option(None, path, "FILE", "YAML file of the keys above")
-    overwrite: bool = option(False, switch, "true", "replace what an earlier run left in --output-dir")
-    dry_run: bool = option(False, switch, "true", "only say what a run would do, and in what time and memory")
-    redraw: str | None = option(None, path, "DIR", "only draw the pictures of the results in DIR again")
-    format: str = option("png", one_of("png", "pdf", "svg"), "FORMAT", "pdf or svg, of these", needs="redraw")
-    compare: tuple | None = option(
+    config: str | None = command(None, path, "FILE", "YAML file of the keys above")
+    overwrite: bool = command(False, switch, "true", "replace what an earlier run left in --output-dir")
+    dry_run: bool = command(False, switch, "true", "only say what a run would do, and in what time and memory")
+    redraw: str | None = command(None, path, "DIR", "only draw the pictures of the results in DIR again")
+    format: str = command("png", one_of("png", "pdf", "svg"), "FORMAT", "pdf or svg, of these", needs="redraw")
+    panel: str | None = command(
+        None, nonempty, "NAME", "only this panel of these, as a picture of its own", needs="redraw"
+    )
+    compare: tuple | None = command(
         None,
         path,
         "DIR",
@@ -176,12 +184,11 @@ class CommandOptions:
 
 
 S = TypeVar("S", bound=CommandOptions)
-COMMANDS = tuple(opt.name for opt in fields(CommandOptions))
 
 
 def yaml_keys(kind: type[S]) -> dict[str, Field]:
     """The options of a settings dataclass that a YAML file may set, by key."""
-    return {_key(opt): opt for opt in fields(kind) if opt.name not in COMMANDS}
+    return {_key(opt): opt for opt in fields(kind) if opt.metadata["recorded"]}
 
 
 def _key(opt: Field) -> str:
@@ -284,7 +291,8 @@ def _parser(kind: type[S], program: str, about: str, config: Path | None) -> _Pa
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120),
     )
-    for opt in [*yaml_keys(kind).values(), *fields(CommandOptions)]:
+    commands = [opt for opt in fields(kind) if not opt.metadata["recorded"]]
+    for opt in [*yaml_keys(kind).values(), *commands]:
         read, help = opt.metadata["read"], opt.metadata["help"]
         if opt.name == "config" and config:
             help += f" ({config.name})"

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from residual_fisher.common.page import embedded, short, signed_shares, write_page
-from residual_fisher.experiment.figures import PERTURBED, STEERED, swept
+from residual_fisher.experiment.figures import PERTURBED, swept
 from residual_fisher.experiment.map_figure import COLOURS
 from residual_fisher.experiment.records import COLUMNS, NATS, by_direction
+from residual_fisher.experiment.steering_figure import STEERED
 
 PAGE_BYTES = 3_000_000  # of the sentences in a page: the first ones of a longer run
 MAX_CELLS = 10_000  # of a map, tokens times layers: the first tokens of a longer text

@@ -335,6 +335,15 @@ def reduced(reduce: Callable[[list], float], records: list[dict], key: str) -> f
     return reduce(known) if known else None
 
 
+def chosen_layers(known: list[str], asked: Iterable | None) -> list[str]:
+    """Of the layers in a document those asked for, by default all; ascending. Raises UserError: there is no such."""
+    wanted = known if asked is None else list(map(str, asked))
+    for layer in wanted:
+        if layer not in known:
+            raise UserError(f"no layer {layer}: these results have layers {', '.join(known)}")
+    return [layer for layer in known if layer in wanted]
+
+
 def part_of(document: dict, sentences: Sequence[str], layers: Sequence[str]) -> dict:
     """The results of some of the sentences at some of the layers, with their summary; all other entries are of all.
 

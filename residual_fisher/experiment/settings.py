@@ -10,6 +10,7 @@ from residual_fisher.common.options import (
     TEXTS,
     CommandOptions,
     bundled,
+    command,
     count,
     dtype_name,
     finite,
@@ -130,6 +131,9 @@ class Settings(CommandOptions):
     output_dir: str = option(
         RESULTS, path, "DIR", f"for the files ({RESULTS}, or {MAP_RESULTS} with --map)", identity=False
     )
+    sentence: int | None = command(
+        None, count, "N", "in the panel, only this sentence, by its number in the results, from 0", needs="panel"
+    )
 
     @property
     def data(self) -> str | tuple[str, ...]:
@@ -163,6 +167,8 @@ def parse(argv: list[str]) -> Settings:
     scales = tuple(sorted({float(f"{scale:g}") for scale in settings.scales}))  # six digits, as results name a scale
     if not any(scales):
         raise UserError("argument --scales: at least one must not be 0")
+    if settings.redraw and settings.layers and not settings.panel:
+        raise UserError("argument --layers: beside --redraw it has no effect without --panel")
     if settings.prompt and settings.steer and not settings.steer_token:
         raise UserError("argument --steer: beside --prompt, where no word is the target, it needs --steer-token")
     prompts = settings.prompt and tuple(dict.fromkeys(settings.prompt))

@@ -20,7 +20,7 @@ from residual_fisher.common.program import UserError, peak_memory, undisturbed
 from residual_fisher.common.run import Run, State, short_hash, stamps
 from residual_fisher.common.text import duration, excerpt, first_line, model_line, printable, table
 from residual_fisher.experiment.lens_audit import lens_for
-from residual_fisher.experiment.map_figure import map_figure
+from residual_fisher.experiment.map_figure import PANELS, map_figure, panel_figure
 from residual_fisher.experiment.page import write_map_page
 from residual_fisher.experiment.settings import Settings, choose_layers
 from residual_fisher.model.lens import has_lens, lens_logits
@@ -297,12 +297,31 @@ def draw_map(folder: Path, document: dict, kind: str = "png") -> None:
     drawing.save(folder, {PICTURE: lambda: map_figure(document)}, kind)
 
 
-def redraw_map(folder: Path, kind: str) -> int:
+def redraw_map(folder: Path, kind: str, panel: str | None, layers: Sequence | None) -> int:
+    """Makes the picture and the page of a map again; or draws one panel into a file of its own.
+
+    Raises:
+        UserError: there is no such panel or layer, or a file cannot be written.
+    """
     document = read_map(folder)
-    draw_map(folder, document, kind)
-    write_map_page(folder, document)
-    print(f"Drawn in {printable(str(folder))}: {drawing.of_kind(PICTURE, kind)}, {PAGE}")
+    if panel:
+        drawn = [draw_map_panel(folder, document, panel, layers, kind)]
+    else:
+        draw_map(folder, document, kind)
+        write_map_page(folder, document)
+        drawn = [drawing.of_kind(PICTURE, kind), PAGE]
+    print(f"Drawn in {printable(str(folder))}: {', '.join(drawn)}")
     return 0
+
+
+def draw_map_panel(folder: Path, document: dict, name: str, layers: Sequence | None, kind: str) -> str:
+    """Draws one panel; returns the file's name."""
+    drawing.known_panel(PANELS, name)
+    if layers is not None and name != "grid":
+        raise UserError(f"--layers has no effect on the panel {name}: it has no layers")
+    part = [] if layers is None else ["layers", *map(str, layers)]
+    draw = partial(panel_figure, document, name, layers)
+    return drawing.save_panel(folder, PICTURE, [name, *part], draw, kind)
 
 
 # --- the terminal --------------------------------------------------------------------------------

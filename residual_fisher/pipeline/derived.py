@@ -64,11 +64,12 @@ def conclude(run: Run, against: Reference | None, false_alarms: float) -> list[s
     return drawn
 
 
-def draw(folder: Path, false_alarms: float, kind: str = "png") -> None:
-    """Draws the picture of the records in a folder, and of its findings. Raises UserError: it cannot be written."""
+def draw(folder: Path, false_alarms: float, kind: str = "png", panel: str | None = None) -> str:
+    """Draws the picture of the records in a folder, and of its findings, or a panel of it: see `figures.draw`."""
     told = ((read_manifest(folder) or {}).get("derived") or {}).get(PROMPTS)
     changed = told is not None and told["made_from"][1]["against"] == "base"
-    figures.draw(folder, scored_records(folder), false_alarms, triggers_of(findings_of(folder)), changed, kind)
+    triggers = triggers_of(findings_of(folder))
+    return figures.draw(folder, scored_records(folder), false_alarms, triggers, changed, kind, panel)
 
 
 def write_page(folder: Path, false_alarms: float) -> None:

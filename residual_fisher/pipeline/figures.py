@@ -1,9 +1,19 @@
-"""The pipeline's picture of a dataset's prompts, drawn from the records of prompts.jsonl."""
+"""The pipeline's picture of a dataset's prompts, drawn from the records of prompts.jsonl, and its panels one by one.
+
+A panel is a public function that draws on matplotlib Axes of the caller's, in a notebook too:
+
+    with open("fisher_results/prompts.jsonl") as file:
+        prompts = figures.collect(map(json.loads, file))
+    figure, ax = plt.subplots()
+    figures.spectra(ax, prompts)
+"""
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 import heapq
 from pathlib import Path
+from typing import NamedTuple
 import warnings
 
 from matplotlib.axes import Axes
@@ -33,6 +43,23 @@ Columns = dict[str, np.ndarray]  # of all prompts: (n,) float64 for each of DRAW
 Colours = dict[int, str]  # of the prompts that stand out, by index
 
 
+class Collected(NamedTuple):
+    """What is drawn of a run's prompts."""
+
+    numbers: Columns  # of all prompts
+    leading: dict[int, dict]  # by index, the records of those that stand out, the oddest first
+    groups: list[dict]
+
+    @property
+    def colours(self) -> Colours:
+        return dict(zip(self.leading, [*DISTINCT[1:], DISTINCT[0]], strict=False))
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are enough prompts to say what is usual: of fewer, all scores are 0."""
+        return any(self.numbers[name].any() for name in (OUTLIER, *SCORES))
+
+
 def draw(
     folder: Path,
     records: Iterable[dict],
@@ -40,21 +67,35 @@ def draw(
     triggers: dict[int, dict] | None = None,
     changed: bool = False,
     kind: str = "png",
-) -> None:
+    panel: str | None = None,
+) -> str:
     """Draws the picture of the prompts that these are the records of; one is in memory at a time.
 
     Args:
         false_alarms: the p-value up to which a prompt stands out.
         triggers: by the numbers of prompts, the spans to be marked.
         changed: whether scores are of the change from a base model.
+        panel: of the picture this part alone, in a file of its own.
+    Returns:
+        The file's name.
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: there is no such panel, or the folder cannot be written to.
     """
-    drawing.save(folder, {SPECTRA: lambda: spectra_figure(records, false_alarms, triggers, changed)}, kind)
+    if panel is None:
+        drawing.save(folder, {SPECTRA: lambda: spectra_figure(records, false_alarms, triggers, changed)}, kind)
+        return drawing.of_kind(SPECTRA, kind)
+    size = drawing.known_panel(PANELS, panel)
+
+    def figure() -> Figure:
+        figure, ax = plt.subplots(figsize=size)
+        _panels(collect(records), false_alarms, triggers, changed)[panel](ax)
+        return figure
+
+    return drawing.save_panel(folder, SPECTRA, [panel], figure, kind)
 
 
-def _collect(records: Iterable[dict]) -> tuple[Columns, dict[int, dict], list[dict]]:
-    """The numbers of all prompts, by index the records of those that stand out, the oddest first, and the groups."""
+def collect(records: Iterable[dict]) -> Collected:
+    """What is drawn of the records of prompts.jsonl, one in memory at a time. Raises ValueError: there are none."""
     numbers, lists = {key: array("d") for key in DRAWN_NUMBERS}, {key: array("f") for key in LISTS}
     leading: list[tuple[int, dict]] = []
 
@@ -72,31 +113,36 @@ def _collect(records: Iterable[dict]) -> tuple[Columns, dict[int, dict], list[di
         raise ValueError("no prompts")
     count = len(numbers[OUTLIER])
     columns = {key: np.array(column).reshape(count, -1) for key, column in lists.items()}
-    return columns | {key: np.array(column) for key, column in numbers.items()}, dict(leading), groups
+    columns |= {key: np.array(column) for key, column in numbers.items()}
+    return Collected(columns, dict(leading), groups)
 
 
 def spectra_figure(
     records: Iterable[dict], false_alarms: float, triggers: dict[int, dict] | None = None, changed: bool = False
 ) -> Figure:
     """Spectra, scores, a map of the prompts with their groups, and why the oddest ones stand out."""
-    prompts, leading, groups = _collect(records)
+    draw = _panels(collect(records), false_alarms, triggers, changed)
     figure = plt.figure(figsize=(20, 13))
     grid = figure.add_gridspec(2, 3, height_ratios=[1, 1])
-    spectra, scores, plan = (figure.add_subplot(grid[0, column]) for column in range(3))
-    colours = dict(zip(leading, [*DISTINCT[1:], DISTINCT[0]], strict=False))
-    _spectra_panel(spectra, prompts["singular_values"], colours)
-    _scores_panel(scores, prompts, colours, false_alarms)
-    _map_panel(plan, prompts["principal_coordinates"].T, colours, groups)
-    strength = prompts["singular_values"][:, 0]
-    usual = {
-        "lambda_1": _median(strength, strength > 0),
-        "effective_rank": _median(prompts["effective_rank"], strength > 0),
-    }
-    why = {index: reasons(record, usual, _members(record, groups), changed) for index, record in leading.items()}
-    names, outstanding = figure.add_subplot(grid[1, :]), int((prompts[P_VALUE] <= false_alarms).sum())
-    _names_panel(names, leading, why, colours, triggers or {})
-    names.set_title(f"The oddest prompts, and why; {outstanding or 'none'} of {len(strength)} stand out", loc="left")
+    axes = [*(figure.add_subplot(grid[0, column]) for column in range(3)), figure.add_subplot(grid[1, :])]
+    for ax, name in zip(axes, PANELS, strict=True):
+        draw[name](ax)
     return figure
+
+
+PANELS = {"spectra": (6.8, 6.2), "scores": (6.8, 6.2), "coordinates": (6.8, 6.2), "oddest": (20, 6.6)}  # inches
+
+
+def _panels(
+    prompts: Collected, false_alarms: float, triggers: dict[int, dict] | None, changed: bool
+) -> dict[str, Callable[[Axes], None]]:
+    """What draws each panel of these prompts."""
+    return {
+        "spectra": partial(spectra, prompts=prompts),
+        "scores": partial(scores, prompts=prompts, false_alarms=false_alarms),
+        "coordinates": partial(coordinates, prompts=prompts),
+        "oddest": partial(oddest, prompts=prompts, false_alarms=false_alarms, triggers=triggers, changed=changed),
+    }
 
 
 def _median(values: np.ndarray, which: np.ndarray) -> dict:
@@ -115,24 +161,27 @@ def _dots(panel: Axes, x: np.ndarray, y: np.ndarray, colours: Colours, size: int
         panel.plot(x[index], y[index], "o", color=colour, markersize=size + 4, markeredgecolor="white")
 
 
-def _map_panel(panel: Axes, axes: np.ndarray, colours: Colours, groups: list[dict]) -> None:
-    """The prompts by their principal coordinates (values, n); groups ringed, and named by their commonest odd words."""
+def coordinates(ax: Axes, prompts: Collected) -> None:
+    """The prompts by their first two principal coordinates; groups ringed, and named by their commonest odd words."""
+    axes = prompts.numbers["principal_coordinates"].T  # (values, n)
     x, y = axes[0], axes[min(1, len(axes) - 1)]
-    _dots(panel, x, y, colours)
-    for group, colour in zip(groups[:GROUPS], DISTINCT[1:], strict=False):
+    _dots(ax, x, y, prompts.colours)
+    for group, colour in zip(prompts.groups[:GROUPS], DISTINCT[1:], strict=False):
         name = f"{group['size']} answered alike: {' '.join(group['words'][:GROUP_WORDS])}"
         members = np.array(group["prompts"])
-        panel.plot(
+        ax.plot(
             x[members], y[members], "o", markersize=13, markerfacecolor="none", markeredgecolor=colour, alpha=0.6,
             label=label(excerpt(name, GROUP_LABEL)),
         )  # fmt: skip
-    if groups:
-        panel.legend(frameon=False, fontsize=11, loc="best")
-    panel.set(title="Which directions: prompts with like F lie close")
-    panel.set(xlabel="first principal coordinate", ylabel="second principal coordinate")
+    if prompts.groups:
+        ax.legend(frameon=False, fontsize=11, loc="best")
+    ax.set(title="Which directions: prompts with like F lie close")
+    ax.set(xlabel="first principal coordinate", ylabel="second principal coordinate")
 
 
-def _spectra_panel(panel: Axes, spectra: np.ndarray, colours: Colours) -> None:
+def spectra(ax: Axes, prompts: Collected) -> None:
+    """Singular values: quantiles over all prompts, and those of the prompts that stand out."""
+    spectra = prompts.numbers["singular_values"]  # (n, values)
     x = np.arange(1, spectra.shape[1] + 1)
     shown = np.where(spectra > 0, spectra, np.nan)
     with warnings.catch_warnings():
@@ -140,58 +189,89 @@ def _spectra_panel(panel: Axes, spectra: np.ndarray, colours: Colours) -> None:
         quantiles = np.nanquantile(shown, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1], axis=0)  # (7, values)
     shades = {"all": "#E5E5E5", "5 to 95 %": "#BFD9EC", "25 to 75 %": "#7FB5DB"}
     for place, (name, shade) in enumerate(shades.items()):
-        panel.fill_between(x, quantiles[place], quantiles[-1 - place], color=shade, label=name, linewidth=0)
-    panel.plot(x, quantiles[3], color="#0B3C5D", linewidth=2, label="median")
-    for index, colour in colours.items():
-        panel.plot(x, shown[index], "o-", color=colour, markersize=4, linewidth=1.2)
-    panel.set_yscale("log" if (spectra > 0).any() else "linear")
-    panel.set(title=f"Spectra of {len(spectra)} prompts", xlabel="singular value", ylabel="nats per unit²")
-    panel.set_xticks(x if len(x) <= 20 else x[:: len(x) // 10])
-    panel.legend(frameon=False, fontsize=11, loc="lower left")
+        ax.fill_between(x, quantiles[place], quantiles[-1 - place], color=shade, label=name, linewidth=0)
+    ax.plot(x, quantiles[3], color="#0B3C5D", linewidth=2, label="median")
+    for index, colour in prompts.colours.items():
+        ax.plot(x, shown[index], "o-", color=colour, markersize=4, linewidth=1.2)
+    ax.set_yscale("log" if (spectra > 0).any() else "linear")
+    ax.set(
+        title=f"Spectra of {len(spectra)} prompt{'s' * (len(spectra) > 1)}",
+        xlabel="singular value",
+        ylabel="nats per unit²",
+    )
+    ax.set_xticks(x if len(x) <= 20 else x[:: len(x) // 10])
+    ax.legend(frameon=False, fontsize=11, loc="lower left")
 
 
-def _scores_panel(panel: Axes, prompts: Columns, colours: Colours, false_alarms: float) -> None:
-    """A row of dots for each score, the outlier score on top; those that stand out in colour."""
+def scores(ax: Axes, prompts: Collected, false_alarms: float = 0.01) -> None:
+    """A row of dots for each score, the outlier score on top; those that stand out in colour.
+
+    Args:
+        false_alarms: the p-value up to which a prompt stands out: where the dotted line is.
+    """
+    scored, prompts, colours = prompts.scored, prompts.numbers, prompts.colours
     names = {OUTLIER: "outlier score", **{name: name.removeprefix("z_") for name in SCORES}}
     spread = 0.3 * np.sin(np.arange(len(prompts[OUTLIER])) * 2.4)  # apart, and the same each time
     for row, name in enumerate(names):
         values = np.clip(prompts[name], -LONGEST, LONGEST)
-        _dots(panel, values, row + spread, colours, size=5, alpha=0.3)
+        _dots(ax, values, row + spread, colours, size=5, alpha=0.3)
     outstanding = prompts[OUTLIER][prompts[P_VALUE] <= false_alarms]
     if len(outstanding):
         limit = np.clip(outstanding.min(), -LONGEST, LONGEST)
-        panel.plot([limit] * 2, [-0.45, 0.45], color=BLACK, linestyle=":", linewidth=1.5)
-    panel.set_yticks(range(len(names)), names.values())
-    panel.set(title=f"In which way unusual (dotted: p ≤ {false_alarms:g})")
-    panel.set(xlabel="robust standard deviations", ylim=(len(names) - 0.4, -0.6))
+        ax.plot([limit] * 2, [-0.45, 0.45], color=BLACK, linestyle=":", linewidth=1.5)
+    ax.set_yticks(range(len(names)), names.values())
+    ax.set(title=f"In which way unusual (dotted: p ≤ {false_alarms:g})")
+    ax.set(xlabel="robust standard deviations", ylim=(len(names) - 0.4, -0.6))
+    if not scored:
+        for line in ax.lines:
+            line.set_visible(False)
+        ax.text(0.5, 0.5, "too few different prompts\nto say what is usual", ha="center", transform=ax.transAxes)
+        ax.set_xticks([])
 
 
-def _names_panel(
-    panel: Axes, leading: dict[int, dict], why: dict[int, list[str]], colours: Colours, triggers: dict[int, dict]
+def oddest(
+    ax: Axes,
+    prompts: Collected,
+    false_alarms: float = 0.01,
+    triggers: dict[int, dict] | None = None,
+    changed: bool = False,
 ) -> None:
-    """Each of the oddest prompts, its trigger marked, and why; beside it the tokens along which it differs."""
+    """Each of the oddest prompts, its trigger marked, and why; beside it the tokens along which it differs.
+
+    Args:
+        false_alarms, triggers, changed: see `draw`.
+    """
+    leading, colours, triggers = prompts.leading, prompts.colours, triggers or {}
+    strength, ranks = prompts.numbers["singular_values"][:, 0], prompts.numbers["effective_rank"]
+    usual = {"lambda_1": _median(strength, strength > 0), "effective_rank": _median(ranks, strength > 0)}
+    why = {i: reasons(record, usual, _members(record, prompts.groups), changed) for i, record in leading.items()}
+    outstanding = int((prompts.numbers[P_VALUE] <= false_alarms).sum())
+    title = f"The oddest prompts, and why; {outstanding or 'none'} of {len(strength)} stand out"
+    ax.set_title(title if prompts.scored else "The first prompts: too few to say which are odd", loc="left")
     tokens = [*map(differing_tokens, leading.values())]
     length, end = (84, 0.56) if any(tokens) else (150, 1)
-    room = TransformedBbox(Bbox([[0, -1], [end, NAMED]]), panel.transData)
-    panel.axis("off")
-    panel.set(xlim=(0, 1), ylim=(NAMED - 0.5, -0.5))
+    room = TransformedBbox(Bbox([[0, -1], [end, NAMED]]), ax.transData)
+    ax.axis("off")
+    ax.set(xlim=(0, 1), ylim=(NAMED - 0.5, -0.5))
     for row, (index, record) in enumerate(leading.items()):
         colour = colours[index]
-        panel.plot(0.005, row - 0.33, "o", color=colour, markersize=10)
-        for x, number in ((0.035, str(index)), (0.06, f"{record[OUTLIER]:.1f}"), (0.11, f"p {record[P_VALUE]:.2g}")):
-            panel.text(x, row - 0.33, number, va="center", ha="right")
+        ax.plot(0.005, row - 0.33, "o", color=colour, markersize=10)
+        scores = ((0.06, f"{record[OUTLIER]:.1f}"), (0.11, f"p {record[P_VALUE]:.2g}")) if prompts.scored else ()
+        for x, number in ((0.035, str(index)), *scores):
+            ax.text(x, row - 0.33, number, va="center", ha="right")
         lines = [(marked(record["prompt"], triggers.get(index), length), {"fontsize": 14})]
         said = [f"says {' '.join(record['odd_words'])}"] if record["odd_words"] else []
         lines += [(line, {"color": colour, "fontsize": 11.5}) for line in (*said, *why[index])]
         for place, (text, style) in enumerate(lines):
             height = row - 0.33 + 0.22 * place
-            line = panel.text(0.12, height, label(excerpt(text, length)), va="center", clip_on=True, **style)
+            line = ax.text(0.12, height, label(excerpt(text, length)), va="center", clip_on=True, **style)
             line.set_clip_box(room)  # its letters may be wide
     if not any(tokens):
         return
-    bars = panel.inset_axes([0.57, 0, 0.43, 1], sharey=panel)
+    bars = ax.inset_axes([0.57, 0, 0.43, 1], sharey=ax)
     left, right = drawing.longest_bars(tokens)
     drawing.token_bars(bars, tokens, [(colour, colour) for colour in colours.values()], (left + right) / CHARACTERS)
+    bars.lines[-1].set_ydata([1 - len(tokens) / NAMED, 1])  # the line at 0 ends with the rows
     bars.axis("off")
     bars.set(xlim=(-max(left, 0.1), max(right, 0.1)))
     bars.set(title="Tokens that lose ← → gain probability in the direction where each differs, by share of λ")

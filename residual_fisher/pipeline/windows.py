@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from time import monotonic
 
 from residual_fisher.common.archives import Item
 from residual_fisher.common.program import UserError, too_many
 from residual_fisher.common.run import Run
-from residual_fisher.pipeline.batches import Subject, into_batches
+from residual_fisher.common.text import duration
+from residual_fisher.pipeline.batches import Subject, into_batches, padded
 from residual_fisher.pipeline.processes import Processes
-from residual_fisher.pipeline.prompts import Encoded, Prompt, encode
+from residual_fisher.pipeline.prompts import PASS_OVERHEAD, Encoded, Prompt, encode
 from residual_fisher.pipeline.settings import Settings
 
 WINDOW_BATCHES = 16  # a window has so many batches' prompts: sorted by length, they need little padding
@@ -82,6 +84,44 @@ def finished_in(run: Run, window: list[Prompt]) -> dict[int, dict]:
 
 def changed(run: Run, where: str) -> UserError:
     return UserError(f"the dataset has changed since the run in {run.folder} began, {where}: --overwrite starts anew")
+
+
+class Pace:
+    """How fast this process is, and how long the rest will take: by padded tokens, since long prompts come first."""
+
+    def __init__(self, settings: Settings, processes: int):
+        self.settings, self.processes, self.start = settings, processes, monotonic()
+        self.tokens, self.work = 0, 0  # of finished batches: the prompts' own tokens, and `work_of`
+        self.planned, self.prompts = 0, 0  # work and prompts of the windows so far, finished or not
+        self.later: int | None = None  # prompts of windows to come, if their number is known
+
+    def plan(self, window: Window) -> None:
+        self.planned += sum(map(self._work, window.batches))
+        self.prompts += sum(map(len, window.batches))
+        wanted, size = self.settings.num_prompts, WINDOW_BATCHES * self.settings.batch_size
+        if len(window.numbers) < size:  # the dataset, or what was asked for, ends here
+            self.later = 0
+        elif wanted != "all":
+            self.later = wanted - window.numbers.stop
+
+    def finish(self, batch: list[Encoded]) -> None:
+        self.tokens += sum(len(encoded.ids) for encoded in batch)
+        self.work += self._work(batch)
+
+    def _work(self, batch: list[Encoded]) -> int:
+        return padded(batch, self.settings.answer_tokens) + PASS_OVERHEAD
+
+    def seconds_left(self) -> float | None:
+        """None: not known, since nothing is finished yet or nobody knows how many prompts there are."""
+        if not self.work or self.later is None:
+            return None
+        later = self.later * self.planned / self.prompts / self.processes  # like those so far
+        return (monotonic() - self.start) * (self.planned - self.work + later) / self.work
+
+    def told(self) -> str:
+        """For the progress bar, or the log."""
+        left, rate = self.seconds_left(), f"{self.tokens / (monotonic() - self.start):.0f} tokens/s"
+        return rate if left is None else f"about {duration(left)} left, {rate}"
 
 
 class Failures:
