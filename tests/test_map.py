@@ -1,5 +1,6 @@
 """The map of a text: each token as if the text ended there, against `linearize` and against float64."""
 
+from functools import partial
 import json
 import os
 import re
@@ -159,6 +160,96 @@ def test_layers_and_texts_that_cannot_be_mapped_are_refused():
         fisher.map_text(model, tokenizer_of(torch.tensor([], dtype=torch.int64)), "")
 
 
+# --- J h: what h is in the last layer's stream, to first order --------------------------------------
+
+
+def carried_by_brute_force(name: str, ids: torch.Tensor, layer: int) -> torch.Tensor:
+    """J h (d,) at the last token from all of J, in float64, by whole passes."""
+    model = tiny.shared(name, torch.float64)
+    modules, streams = tiny.layers_of(model), {}
+
+    def final(delta: torch.Tensor) -> torch.Tensor:
+        def keep(number: int, module, args, output):
+            h = output[0] if isinstance(output, tuple) else output
+            streams[number] = h[0, -1]
+            if number != layer:
+                return None
+            moved = torch.cat([h[:, :-1], h[:, -1:] + delta], dim=1)
+            streams["moved"] = moved[0, -1]
+            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+        handles = [module.register_forward_hook(partial(keep, number)) for number, module in enumerate(modules)]
+        model(ids[None], use_cache=False)
+        for handle in handles:
+            handle.remove()
+        return streams["moved"] if layer == len(modules) - 1 else streams[len(modules) - 1]
+
+    j = torch.autograd.functional.jacobian(final, torch.zeros(tiny.D, dtype=torch.float64))
+    return j @ streams[layer].detach()
+
+
+@pytest.mark.usefixtures("blocks_of_five")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2", "gpt-oss", "bloom"])
+def test_h_is_carried_by_the_jacobian_of_its_own_token(name):
+    ids, found = map_of(name, torch.float64)
+    assert torch.equal(found.carried[:, -1], found.activations[:, -1])  # nothing follows the last layer
+    for row in (0, 6, TOKENS - 1):
+        for layer in range(tiny.DEPTH):
+            expected = carried_by_brute_force(name, ids[: row + 1], layer)
+            # some of these round to float32 in between, to 1e-7
+            assert (found.carried[row, layer] - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_in_single_precision_too(name):
+    ids, found = map_of(name)
+    expected = fisher.carry(fisher.linearize(tiny.shared(name, torch.float64), ids))
+    assert torch.allclose(found.carried[-1], expected, atol=RELATIVE * float(expected.abs().max()))
+
+
+class Kernel(torch.autograd.Function):
+    """2 x, whose backward pass leaves the graph, as that of a compiled kernel may."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient.detach()
+
+
+def with_kernel() -> torch.nn.Module:
+    model = tiny.build("llama")
+    tiny.layers_of(model)[1].mlp.register_forward_hook(lambda module, args, output: Kernel.apply(output))
+    return model
+
+
+def test_a_kernel_that_leaves_the_graph_is_noticed():
+    with pytest.raises(fisher.UnsupportedModelError, match="forward and backward differ by"):
+        fisher.carry(fisher.linearize(with_kernel(), tiny.prompt()))
+
+
+def test_then_only_j_h_is_missing():
+    model, ids = with_kernel(), tiny.prompt()
+    found = fisher.map_text(model, tokenizer_of(ids), "", k=K)
+    assert found.carried.isnan().all() and found.eigenvalues.isfinite().all()
+    assert "forward and backward differ by" in ways_of(model)["local_lens"] and "text" not in ways_of(model)
+
+
+def test_a_batch_of_prompts_is_not_carried():
+    ids, lengths = tiny.prompts()
+    model = tiny.shared("llama")
+    with pytest.raises(fisher.UnsupportedModelError, match="stream of its last layer is not known"):
+        fisher.carry(fisher.linearize_prompts(model, tiny.layers_of(model)[0], ids, lengths))
+
+
 # --- the logit lens ------------------------------------------------------------------------------
 
 
@@ -212,7 +303,7 @@ def test_a_map_holds_what_map_text_gives(finished, model_directory):
     for name, array in {
         "eigenvalues": found.eigenvalues, "eigenvectors": found.vectors, "trace": found.trace, "ids": found.ids,
         "effective_rank": found.effective_rank, "activations": found.activations, "surprisal": found.surprisal,
-        "captured_mass": found.captured_mass,
+        "captured_mass": found.captured_mass, "carried": found.carried,
     }.items():  # fmt: skip
         assert np.array_equal(arrays[name], array.numpy(), equal_nan=name == "surprisal"), name
     assert len(document["tokens"]) == len(found.ids) and document["tokens"][0]["surprisal"] is None
@@ -227,6 +318,11 @@ def test_a_map_holds_what_map_text_gives(finished, model_directory):
             assert sum(token["share"] for token in cell["tokens"]) <= 1 + 1e-5 and cell["lens"]
         # what leaves the last layer reads as the prediction
         assert cell["lens"][0] == record["predicted"][0]["token"]
+        assert cell["local_lens"] == cell["lens"]
+    write = fisher.token_writer(tokenizer)
+    for column, layer in enumerate(("0", "1", "2")):
+        best = lens_logits(model, found.carried[:, column]).argmax(-1).tolist()
+        assert [record["layers"][layer]["local_lens"][0] for record in document["tokens"]] == list(map(write, best))
 
 
 def test_a_cell_of_the_map_is_the_experiments_at_that_prompt(finished, finished_experiment, model_directory, tmp_path):
@@ -282,6 +378,27 @@ def test_a_jacobian_lens_reads_each_cell_too(model_directory, tmp_path):
         first, second, last = record["layers"].values()
         assert first["jacobian_lens"] == first["lens"] and second["jacobian_lens"][0] != second["lens"][0]
         assert "jacobian_lens" not in last
+
+
+def test_a_lens_of_this_very_text_reads_its_last_token_as_the_local_jacobian_does(model_directory, tmp_path):
+    model, tokenizer = fisher.load(str(model_directory), device="cpu")
+    own = fisher.stream_jacobians(model, tokenizer(TEXT).input_ids)
+    write_lens(tmp_path / "lens.npz", JacobianLens({0: own[0], 1: own[1]}, 1))
+    assert run(model_directory, tmp_path / "map", TEXT, "--lens", str(tmp_path / "lens.npz")) == 0
+    document, _ = results(tmp_path / "map")
+    first, second, _ = document["tokens"][-1]["layers"].values()
+    for cell in (first, second):  # the file is in half precision
+        assert cell["jacobian_lens"][0] == cell["local_lens"][0]
+    assert first["local_lens"] != first["lens"]
+
+
+def test_where_j_h_is_missing_the_other_lenses_are_read(model_directory, tmp_path):
+    with scripts.calls_of(fisher, "carry", fisher.UnsupportedModelError("no")):
+        assert run(model_directory, tmp_path / "map") == 0
+    document, arrays = results(tmp_path / "map")
+    assert np.isnan(arrays["carried"]).all() and document["environment"]["ways"]["local_lens"] == "none: no"
+    cells = [cell for record in document["tokens"] for cell in record["layers"].values()]
+    assert all(cell["lens"] and "local_lens" not in cell for cell in cells)
 
 
 def test_a_model_whose_gradients_are_not_its_derivatives_is_refused(model_directory, tmp_path, capsys):

@@ -400,6 +400,14 @@ def test_a_map_is_read_cell_by_cell(opened, model_directory, tmp_path):
     for sign, name in ((1, "gains"), (-1, "loses")):
         wanted = [t["token"] for t in token["layers"]["1"]["tokens"] if sign * t["slope"] > 0]
         assert texts(browser, f".readout .{name} li span") == [text.strip() for text in wanted]
+    reads = [*token["layers"]["1"]["lens"], *token["layers"]["1"]["local_lens"]]
+    assert texts(browser, ".readout .reads li") == [text.strip() for text in reads]
+    for key, wanted in {"none": "", "local_lens": token["layers"]["1"]["local_lens"][0]}.items():
+        browser.execute_script(
+            "s = document.querySelectorAll('select')[1]; s.value = arguments[0]; s.dispatchEvent(new Event('change'))",
+            key,
+        )
+        assert texts(browser, "td.cell[aria-selected=true]") == [wanted.strip()]
     before = browser.execute_script("return [...document.querySelectorAll('td.cell')].map((n) => n.style.background)")
     browser.execute_script(
         "s = document.querySelector('select'); s.value = 'effective_rank'; s.dispatchEvent(new Event('change'))"

@@ -199,8 +199,9 @@ def read_through_lenses(
 ) -> dict[str, dict[int, Tensor]]:
     """The most probable tokens (tokens, n) int64 that each h reads as: by lens, then by the layer's index.
 
-    `lens`: as if h left the last layer. `jacobian_lens`, with --lens: as if the lens's J h did. There are none if the
-    prediction does not follow from the stream that leaves the last layer alone.
+    `lens`: as if h left the last layer. `local_lens`: as if J h did, with J at this very token. `jacobian_lens`, with
+    --lens: as if the lens's J h did. There are none if the prediction does not follow from the stream that leaves the
+    last layer alone.
     """
     if not has_lens(model):
         return {}
@@ -211,6 +212,8 @@ def read_through_lenses(
 
     streams = dict(enumerate(found.activations.unbind(1)))  # (tokens, d) each
     lenses = {"lens": {row: read(h) for row, h in streams.items()}}
+    if found.carried.isfinite().all():
+        lenses["local_lens"] = {row: read(h) for row, h in enumerate(found.carried.unbind(1))}
     if settings.lens:
         depth, width = len(decoder_layers(model)), found.activations.shape[-1]
         carry = lens_for(settings.lens, settings.layers, depth, width).matrices
@@ -263,7 +266,7 @@ def token_records(
 
 def arrays_of(found: fisher.TextMap) -> dict[str, np.ndarray]:
     """The arrays of the NPZ: tokens first, then layers."""
-    names = ("eigenvalues", "trace", "effective_rank", "captured_mass", "surprisal", "activations", "ids")
+    names = ("eigenvalues", "trace", "effective_rank", "captured_mass", "surprisal", "activations", "ids", "carried")
     arrays = {"eigenvectors": found.vectors.numpy(), **{name: getattr(found, name).numpy() for name in names}}
     return {**arrays, "layers": np.array(found.layers)}
 
