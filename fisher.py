@@ -27,7 +27,7 @@ for one prompt and (prompts,) for a batch. Whatever holds NaN or infinity raises
 does not fit UnsupportedModelError.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 import math
 from typing import NamedTuple
@@ -61,6 +61,7 @@ from residual_fisher.model.points import (
     linearize_perturbed,
     linearize_prompts,
     numbered_layers,
+    one_prompt,
     perturb,
     pull_back,
     stream_jacobians,
@@ -383,7 +384,7 @@ class TextMap:
 def map_text(
     model: nn.Module,
     tokenizer,
-    text: str,
+    text: str | Sequence[int] | Tensor | Mapping,
     layers: Sequence[int] | None = None,
     k: int | str = 50,
     chunks: Chunks | None = None,
@@ -395,6 +396,7 @@ def map_text(
     slower. Whole prompts of growing length, as `linearize_prompts` would run them, cost the square of the tokens.
 
     Args:
+        text: or its token ids, as `linearize` takes them: of a chat, what `apply_chat_template` returns.
         layers: numbers of decoder layers, ascending; all by default.
         k: the most probable tokens that F counts, or "all".
         chunks: of gradients of one block, in rows of all its tokens.
@@ -402,7 +404,7 @@ def map_text(
         ValueError: the text has no tokens, or `layers` are not ascending numbers of the model's layers.
         UnsupportedModelError: the model cannot be read rightly.
     """
-    ids = torch.tensor(tokenizer(text).input_ids, dtype=torch.int64)
+    ids = one_prompt(tokenizer(text) if isinstance(text, str) else text)
     inner = unwrapped(model)
     numbers = list(numbered_layers(inner, layers))
     d = text_config(inner).hidden_size

@@ -16,6 +16,8 @@ from residual_fisher.experiment import text_map
 from residual_fisher.model import each_token
 from residual_fisher.model.lens import JacobianLens, has_lens, lens_logits, write_lens
 from residual_fisher.model.passes import ways_of
+from residual_fisher.model.template import render
+from residual_fisher.pipeline.prompts import Prompt, encode
 import scripts
 import tiny
 
@@ -150,6 +152,13 @@ def test_the_model_is_handed_back_as_it_was():
     assert model.config._attn_implementation == "eager"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_token_ids_are_mapped_as_their_text():
+    ids = tiny.prompt()
+    for given in (ids, ids.tolist(), {"input_ids": ids[None]}):
+        found = fisher.map_text(tiny.shared("llama"), None, given, layers=[1], k=K)
+        assert torch.equal(found.ids, ids)
 
 
 def test_layers_and_texts_that_cannot_be_mapped_are_refused():
@@ -412,6 +421,33 @@ def test_a_text_may_be_a_file(finished, model_directory, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     assert run(model_directory, tmp_path / "map", str(tmp_path / "text.txt")) == 0
     assert (tmp_path / "map" / "fisher_map.npz").read_bytes() == (finished / "fisher_map.npz").read_bytes()
+
+
+def test_a_chat_is_read_in_the_models_template_as_the_pipeline_reads_it(chat_directory, tmp_path):
+    _, tokenizer = fisher.load(str(chat_directory), device="cpu")
+    assert run(chat_directory, tmp_path / "user", TEXT, "--chat") == 0
+    document, arrays = results(tmp_path / "user")
+    assert document["text"] == render(tokenizer, TEXT) != TEXT and document["map_config"]["chat"]
+    assert arrays["ids"].tolist() == encode(tokenizer, Prompt(0, 0, TEXT), 64).ids
+    assert run(chat_directory, tmp_path / "user") == 2  # without the template it is another text
+
+    turns = [{"role": "user", "content": "Name animals."}, {"role": "assistant", "content": "Many wild animals."}]
+    (tmp_path / "chat.json").write_text(json.dumps(turns), encoding="utf-8")
+    for place, given in enumerate((str(tmp_path / "chat.json"), json.dumps({"messages": turns}))):
+        assert run(chat_directory, tmp_path / f"{place}", given, "--chat") == 0
+        document, _ = results(tmp_path / f"{place}")
+        assert document["text"] == tokenizer.apply_chat_template(turns, tokenize=False)  # the answer is not begun anew
+
+
+def test_a_chat_without_a_template_or_turns_is_one_line_and_code_2(model_directory, chat_directory, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "One?"}\n{"prompt": "Two?"}\n')
+    for model, text, said in (
+        (model_directory, TEXT, "has no chat template"),
+        (chat_directory, str(tmp_path / "rows.jsonl"), "rows.jsonl holds no conversation"),
+    ):
+        assert run(model, tmp_path / "map", text, "--chat") == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

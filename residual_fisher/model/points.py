@@ -134,7 +134,7 @@ def linearize(
             model is in training mode.
         UnsupportedModelError: the model cannot be read rightly.
     """
-    ids, wrapped, model = _one_prompt(ids), model, unwrapped(model)
+    ids, wrapped, model = one_prompt(ids), model, unwrapped(model)
     chosen = numbered_layers(model, layers)
     reading = read(model, ids, choose_mode(wrapped, ids))
     biases, streams, hooks = _zero_biases(chosen.values(), lambda h: h[0, -1], add_at)  # (d,) for each layer
@@ -151,7 +151,7 @@ def linearize(
     return PromptPoint(model, streams, biases, head, logits, layers=chosen, reading=reading, final=final)
 
 
-def _one_prompt(ids: Sequence[int] | Tensor | Mapping) -> Tensor:
+def one_prompt(ids: Sequence[int] | Tensor | Mapping) -> Tensor:
     """(tokens,) int64 on the CPU."""
     ids = ids["input_ids"] if isinstance(ids, Mapping) else ids
     if isinstance(ids, str):
@@ -211,7 +211,7 @@ def linearize_each(
     Yields:
         The points of consecutive blocks.
     """
-    ids, wrapped, model = _one_prompt(ids), model, unwrapped(model)
+    ids, wrapped, model = one_prompt(ids), model, unwrapped(model)
     chosen = numbered_layers(model, layers)
     if choose_mode(wrapped, ids) is not PrefixMode.SHARED:
         raise UnsupportedModelError(f"prompts are read by {choose_mode(wrapped, ids).value}")
