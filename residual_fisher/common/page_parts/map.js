@@ -11,7 +11,7 @@ const word = (cell, sign) => cell.words.find(([, share]) => sign * share > 0)?.[
 
 const LENSES = {
   lens: "h reads as (logit lens)",
-  local_lens: "J h reads as (Jacobian at this token)",
+  local_lens: "J h reads as (local Jacobian)",
   jacobian_lens: "h reads as through the Jacobian lens given",
 };
 const lenses = Object.entries(LENSES).filter(([key]) => tokens.some(({ cells }) => cells.some((cell) => cell[key])));
@@ -193,17 +193,16 @@ function read(row, column) {
     html("ul", { class: "chips gains" }, list(1)),
     html("h3", {}, "lose along v"),
     html("ul", { class: "chips loses" }, list(-1)),
-    lenses
+    ...lenses
       .filter(([key]) => cell[key])
-      .map(([key, name]) => [
+      .flatMap(([key, name]) => [
         html("h3", {}, name),
         html(
           "ul",
           { class: "chips reads" },
           cell[key].map((text) => said(text, "li")),
         ),
-      ])
-      .flat(2),
+      ]),
     html("h3", {}, "predicted next"),
     ranked(predicted, (token) => token[2], "right"),
   );
