@@ -342,6 +342,34 @@ def test_prompts_are_sorted_and_searched(opened, finished_pipeline):
     assert texts(browser, ".count") == [f"{len(wanted)} of 40 prompts"]
 
 
+def test_prompts_are_selected_on_the_map(opened, finished_pipeline):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    browser = opened("pipeline", prompts_page(records_of(finished_pipeline)))
+    places = browser.execute_script("""
+        const box = document.querySelector("svg.area").getBoundingClientRect();
+        return prompts.map(({ index, dot }) => {
+          const circle = dot.querySelector("circle").getBoundingClientRect();
+          return [index, circle.x + circle.width / 2 - box.x, circle.y + circle.height / 2 - box.y];
+        });
+    """)
+    width, height = browser.execute_script(
+        "const s = document.querySelector('svg.area'); return [s.clientWidth, s.clientHeight]"
+    )
+    area = browser.find_element("css selector", "svg.area")
+    browser.execute_script("arguments[0].scrollIntoView({ block: 'center' })", area)
+    left, up = int(width / 2) - 5, 140  # a window is not high
+    chain = ActionChains(browser).move_to_element(area).click_and_hold()
+    chain.move_by_offset(-left, -up).release().perform()
+    wanted = {i for i, x, y in places if -left <= x - width / 2 <= 0 and -up <= y - height / 2 <= 0}
+    assert 0 < len(wanted) < 40
+    assert set(map(int, texts(browser, "tbody tr td:first-child"))) == wanted
+    assert texts(browser, "[role=status]")[0] == f"{len(wanted)} prompts in the rectangle: the table shows only these."
+    assert not browser.execute_script("return document.querySelector('dialog').open")  # it was no click
+    browser.find_element("xpath", "//button[text()='Show all']").click()
+    assert len(texts(browser, "tbody tr")) == 40
+
+
 def test_a_prompt_opens_by_the_keyboard_and_is_text_whatever_it_says(opened, finished_pipeline):
     records, found = attacked(records_of(finished_pipeline))
     browser = opened("pipeline", prompts_page(records, found, {"title": ATTACK}))
