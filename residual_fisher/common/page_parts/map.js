@@ -237,7 +237,7 @@ main.append(
     ),
     html(
       "div",
-      { class: "tools" },
+      { class: "tools printed" },
       html("label", {}, "Colour", picker("measure", MEASURES)),
       html("label", {}, "Words", picker("words", WORDS)),
       scale,
