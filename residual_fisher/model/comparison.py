@@ -191,8 +191,8 @@ def write(folder: Path, document: dict) -> None:
 # --- in the terminal -----------------------------------------------------------------------------
 
 
-def told(document: dict, folder: Path) -> str:
-    """Medians by place, then the items that changed most, with words then and now."""
+def told(document: dict, folder: Path, more: Sequence[str] = ()) -> str:
+    """Medians by place, then the items that changed most, with words then and now; then `more` lines."""
 
     def cell(value: float | None) -> str:
         return "-" if value is None else f"{value:.3g}"
@@ -220,7 +220,7 @@ def told(document: dict, folder: Path) -> str:
         words = " | ".join(summary_line(item["tokens"][place][run]) for run in "ab")
         lines.append(f"  {cell(item['change'])}  {item['kl_at_least']:.2g}  {excerpt_end(item['prompt'], EXCERPT)}")
         lines.append(f"      layer {place}: {excerpt(words, 100)}")
-    return "\n".join([*lines, f"Written to {printable(str(folder))}: {RESULTS}, {PICTURE}"])
+    return "\n".join([*lines, *more, f"Written to {printable(str(folder))}: {RESULTS}, {PICTURE}"])
 
 
 def most_changed_place(item: dict) -> str:
