@@ -103,7 +103,7 @@ def new_words(pairs: Sequence[tuple[Counter, Counter]]) -> tuple[list[dict], lis
     """Tokens that the answers of the second run say more often, and how far each answer is made of such tokens.
 
     If a token is expected N times in all answers of the first run and N' times in those of the second, its gain is
-    log((N' + 1)/(N + 1)). An answer's score is the mean gain of its tokens, in nats, with N and N' of the other prompts:
+    log((N' + 1)/(N + 1)). An answer's score is the mean gain of its tokens, in nats, N and N' being of other prompts:
     what a single answer says is new too, but it is not what the second model has learnt to say. None of no tokens.
 
     Args:
