@@ -250,6 +250,7 @@ def comparison_figure(document: dict) -> Figure:
     _dots(shares, document, {"overlap": "overlap of leading subspaces", "similarity": "tr(FF′)/‖F‖‖F′‖"})
     shares.set(title="In which directions", xlabel="layer", ylim=(-0.02, 1.02))
     _dots(changes, document, {"change": "of F: ‖F − F′‖² over ‖F‖² + ‖F′‖²", "shift": "of h: ‖h′ − h‖/‖h‖"})
+    changes.margins(y=0.2)  # room for the legend
     changes.set(title="How much has changed", xlabel="layer")
     _words_panel(bottom.subplots(), items)
     return figure
