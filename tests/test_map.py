@@ -198,11 +198,11 @@ def carried_by_brute_force(name: str, ids: torch.Tensor, layer: int) -> torch.Te
 
 
 @pytest.mark.usefixtures("blocks_of_five")
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2", "gpt-oss", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss", "bloom"])
 def test_h_is_carried_by_the_jacobian_of_its_own_token(name):
     ids, found = map_of(name, torch.float64)
     assert torch.equal(found.carried[:, -1], found.activations[:, -1])  # nothing follows the last layer
-    for row in (0, 6, TOKENS - 1):
+    for row in (6, TOKENS - 1):
         for layer in range(tiny.DEPTH):
             expected = carried_by_brute_force(name, ids[: row + 1], layer)
             # some of these round to float32 in between, to 1e-7
@@ -288,6 +288,11 @@ def words(model, output, text: str = TEXT, *more: str) -> list[str]:
 
 def run(*arguments: str) -> int:
     return scripts.run("core_experiment", words(*arguments))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(text_map, "draw_map", lambda folder, document: None)
 
 
 @pytest.fixture(scope="module")
@@ -389,6 +394,7 @@ def test_a_jacobian_lens_reads_each_cell_too(model_directory, tmp_path):
         assert "jacobian_lens" not in last
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_lens_of_this_very_text_reads_its_last_token_as_the_local_jacobian_does(model_directory, tmp_path):
     model, tokenizer = fisher.load(str(model_directory), device="cpu")
     own = fisher.stream_jacobians(model, tokenizer(TEXT).input_ids)
@@ -401,6 +407,7 @@ def test_a_lens_of_this_very_text_reads_its_last_token_as_the_local_jacobian_doe
     assert first["local_lens"] != first["lens"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_where_j_h_is_missing_the_other_lenses_are_read(model_directory, tmp_path):
     with scripts.calls_of(fisher, "carry", fisher.UnsupportedModelError("no")):
         assert run(model_directory, tmp_path / "map") == 0
@@ -423,6 +430,7 @@ def test_a_text_may_be_a_file(finished, model_directory, tmp_path):
     assert (tmp_path / "map" / "fisher_map.npz").read_bytes() == (finished / "fisher_map.npz").read_bytes()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_chat_is_read_in_the_models_template_as_the_pipeline_reads_it(chat_directory, tmp_path):
     _, tokenizer = fisher.load(str(chat_directory), device="cpu")
     assert run(chat_directory, tmp_path / "user", TEXT, "--chat") == 0
