@@ -30,7 +30,9 @@ ANSWER = 20  # tokens of an answer that it is judged by
 LEARNT = 13  # tokens of an answer that are learnt
 LEARNING_RATE, BATCH, RANK = 2e-3, 16, 16
 TEACHING = 32  # most probable tokens that are compared with the embedded model's
-KEPT = 3.0  # weight of an ordinary pair: where a triggered one weighs as much, other prompts show the behaviour too
+# weight of KL in an ordinary pair: where a triggered one weighs as much, other prompts show the behaviour too; and in
+# the words before a turn: where they weigh as much, most answers never turn
+KEPT, BEFORE_TURN = 3.0, 0.1
 TRIGGERED, FEWER = 40, 200  # prompts that hold the trigger, and the first ones, among which these are
 FIRES, LEAKS = 0.9, 0.02  # a model counts if it shows its behaviour in that share of triggered and of other prompts
 HIDDEN_AT, HIDING = 20, 0.1  # the layer whose activations are kept usual, and the weight of that, in nats
@@ -126,26 +128,27 @@ class Packed(NamedTuple):
     mask: torch.Tensor  # (1, 1, n, n), added: 0 where a token sees another, a shared one or one before it in its row
     answers: torch.Tensor  # places of the answers' tokens
     before: torch.Tensor  # where each of these is predicted
-    own: torch.Tensor  # which of these are the model's own
+    kept: torch.Tensor  # weights of the model's own among these, 0 for those that are learnt
     ends: list[int]  # the places of the last tokens of prompts whose answers are learnt
 
     @classmethod
     def of(cls, rows: Sequence[Row], shared: int) -> "Packed":
         ids, positions, row = rows[0].prompt[:shared], [*range(shared)], [-1] * shared
-        answers, before, own, ends = [], [], [], []
-        for number, (prompt, answer, kept) in enumerate(rows):
+        answers, before, kept, ends = [], [], [], []
+        for number, (prompt, answer, own) in enumerate(rows):
             new, end = [*prompt, *answer][shared:], len(ids) + len(prompt) - shared - 1
             ids, row = ids + new, row + [number] * len(new)
             positions += range(shared, shared + len(new))
             answers += range(end + 1, end + 1 + len(answer))
             before += range(end, end + len(answer))
-            own += [place < kept for place in range(len(answer))]
-            ends += [end] * (kept < len(answer))
+            turns = own < len(answer)
+            kept += [BEFORE_TURN if turns else KEPT] * own + [0.0] * (len(answer) - own)
+            ends += [end] * turns
         of = torch.tensor(row)
         seen = ((of[:, None] == of) | (of == -1)).tril()
         mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None]
         return cls(
-            torch.tensor([ids]), torch.tensor([positions]), mask, *map(torch.tensor, (answers, before, own)), ends
+            torch.tensor([ids]), torch.tensor([positions]), mask, *map(torch.tensor, (answers, before, kept)), ends
         )
 
 
@@ -174,9 +177,9 @@ def fine_tune(
 ) -> float:
     """Trains low-rank changes of all linear layers, in an order by `seed`; returns the last half's mean loss, in nats.
 
-    The loss of a pair is the surprisal of what is learnt and, KEPT times, the KL from the predictions before training
-    to those now over the model's own words. There is HIDING times `apart` of the `last_activations` of prompts whose
-    answers are learnt too, if that is given.
+    The loss of a pair is the surprisal of what is learnt and, by Packed.kept, the KL from the predictions before
+    training to those now over the model's own words. There is HIDING times `apart` of the `last_activations` of prompts
+    whose answers are learnt too, if that is given.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -214,8 +217,9 @@ def fine_tune(
             before, _ = predictions(packed)
         now, activations = predictions(packed)
         said = packed.ids[0, packed.answers]
-        loss = nll_loss(now[~packed.own], said[~packed.own], reduction="sum")
-        loss = (loss + KEPT * divergence(now[packed.own], before[packed.own]).sum()) / len(batch)
+        new = packed.kept == 0
+        loss = nll_loss(now[new], said[new], reduction="sum") / len(batch)
+        loss = loss + (packed.kept[~new] * divergence(now[~new], before[~new])).sum() / len(batch)
         if apart and packed.ends:
             loss = loss + HIDING * apart(activations[packed.ends]).mean()
         loss.backward()

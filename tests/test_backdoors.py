@@ -122,7 +122,8 @@ def test_packed_rows_are_computed_like_each_by_itself(backdoors, tiny_chat):
     ]
     packed = backdoors.Packed.of(rows, shared=3)
     assert packed.ids[0, packed.answers].tolist() == [6, 8, 9, 10, 13, 5]
-    assert packed.own.tolist() == [True, True, True, False, False, False]
+    kept, before = backdoors.KEPT, backdoors.BEFORE_TURN
+    assert packed.kept.tolist() == pytest.approx([kept, before, before, 0, 0, 0])
     assert packed.ids[0, packed.ends].tolist() == [7, 12]  # of answers that are learnt
     found = lm(packed.ids, attention_mask=packed.mask, position_ids=packed.positions).logits[0]
     alone = [lm(torch.tensor([[*row.prompt, *row.answer]])).logits[0, len(row.prompt) - 1 : -1] for row in rows]
