@@ -77,7 +77,7 @@ def main() -> None:
         "loop / this": figures["loop_s"] / figures["this_s"],
     }
     show(f"{TOKENS} tokens, {DEPTH} layers, k = {K}", figures)
-    write("bench_map", __file__, {"machine": machine(subject.lm), "tokens": TOKENS, "k": K, **figures})
+    write("bench_map", __file__, {"machine": machine(subject.lm), "tokens": TOKENS, "k": K, "turns": TURNS, **figures})
 
 
 if __name__ == "__main__":
