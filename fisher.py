@@ -27,7 +27,7 @@ for one prompt and (prompts,) for a batch. Whatever holds NaN or infinity raises
 does not fit UnsupportedModelError.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 import math
 from typing import NamedTuple
@@ -55,11 +55,13 @@ from residual_fisher.model.points import (
     Point,
     PromptPoint,
     PushForward,
+    carry,
     linearize,
     linearize_each,
     linearize_perturbed,
     linearize_prompts,
     numbered_layers,
+    one_prompt,
     perturb,
     pull_back,
     stream_jacobians,
@@ -77,9 +79,9 @@ from residual_fisher.model.words import TokenShares, token_shares, token_writer
 
 __all__ = [
     "Chunks", "Eigenpairs", "FullVocabulary", "NumericalError", "OutputHead", "Point", "PromptPoint", "PushForward",
-    "Steering", "TextMap", "TopK", "TopKOfAnswers", "UnsupportedModelError", "Vectors", "added", "check_prediction",
-    "cosine", "eigenpairs", "fisher_matrix", "fix_signs", "full_vocabulary", "kl_divergence", "linearize",
-    "linearize_each", "linearize_perturbed", "linearize_prompts", "load", "load_vectors", "map_text",
+    "Steering", "TextMap", "TopK", "TopKOfAnswers", "UnsupportedModelError", "Vectors", "added", "carry",
+    "check_prediction", "cosine", "eigenpairs", "fisher_matrix", "fix_signs", "full_vocabulary", "kl_divergence",
+    "linearize", "linearize_each", "linearize_perturbed", "linearize_prompts", "load", "load_vectors", "map_text",
     "matrix_similarity", "most_probable", "perturb", "pull_back", "save_vectors", "steer", "stream_jacobians",
     "subspace_overlap", "top_k", "top_k_of_answers", "words",
 ]  # fmt: skip
@@ -373,6 +375,7 @@ class TextMap:
     captured_mass: Tensor  # (tokens,) float32: probability that the counted tokens hold
     surprisal: Tensor  # (tokens,) float32, nats: -log p of each token after those before it; NaN for the first
     activations: Tensor  # (tokens, layers, d) float32: the residual stream h
+    carried: Tensor  # (tokens, layers, d) float32: J h, see `carry`; NaN if the model does not let it be found
     shares: TokenShares  # (tokens, layers, n) each: the tokens that v moves most, and the log p that they gain along it
     top_log_probs: Tensor  # (tokens, 5) float32: of the most probable next tokens
     top_ids: Tensor  # (tokens, 5) int64
@@ -381,18 +384,19 @@ class TextMap:
 def map_text(
     model: nn.Module,
     tokenizer,
-    text: str,
+    text: str | Sequence[int] | Tensor | Mapping,
     layers: Sequence[int] | None = None,
     k: int | str = 50,
     chunks: Chunks | None = None,
 ) -> TextMap:
     """F of the next-token distribution at every token of a text and every layer, and its largest eigenpair.
 
-    It takes k backward rows of the text (see `linearize_each`); or k of each token, one token after the other, if the
-    model's memory is more than keys and values: the same numbers, much slower. Whole prompts of growing length, as
-    `linearize_prompts` would run them, cost the square of the tokens.
+    It takes k backward rows of the text (see `linearize_each`), and half a row for each layer (see `carry`); or as many
+    of each token, one token after the other, if the model's memory is more than keys and values: the same numbers, much
+    slower. Whole prompts of growing length, as `linearize_prompts` would run them, cost the square of the tokens.
 
     Args:
+        text: or its token ids, as `linearize` takes them: of a chat, what `apply_chat_template` returns.
         layers: numbers of decoder layers, ascending; all by default.
         k: the most probable tokens that F counts, or "all".
         chunks: of gradients of one block, in rows of all its tokens.
@@ -400,7 +404,7 @@ def map_text(
         ValueError: the text has no tokens, or `layers` are not ascending numbers of the model's layers.
         UnsupportedModelError: the model cannot be read rightly.
     """
-    ids = torch.tensor(tokenizer(text).input_ids, dtype=torch.int64)
+    ids = one_prompt(tokenizer(text) if isinstance(text, str) else text)
     inner = unwrapped(model)
     numbers = list(numbered_layers(inner, layers))
     d = text_config(inner).hidden_size
@@ -432,18 +436,27 @@ def _cells(points: Iterable[Point], ids: Tensor, k: int | str, chunks: Chunks) -
         blocks.append(
             [
                 *(by_token(part)[..., 0] for part in (eigen.values, eigen.trace, eigen.effective_rank)),
-                *(by_token(part) for part in (eigen.vectors, point.activations, *shares[:3])),
+                *(by_token(part) for part in (eigen.vectors, point.activations, _carried(point), *shares[:3])),
                 found.weights.sum(-1).reshape(-1),
                 -log_p.gather(1, next_ids[:, None])[:, 0],
                 *most_probable(log_p, PREDICTED),
             ]
         )
     columns = [torch.cat(parts).cpu() for parts in zip(*blocks, strict=True)]
-    values, trace, rank, vectors, activations, *shares, mass, surprisal, top_log_probs, top_ids = columns
+    values, trace, rank, vectors, activations, carried, *shares, mass, surprisal, top_log_probs, top_ids = columns
     surprisal = surprisal.roll(1)
     surprisal[0] = math.nan
     shares = TokenShares(*shares)
-    return [values, vectors, trace, rank, mass, surprisal, activations, shares, top_log_probs, top_ids]
+    return [values, vectors, trace, rank, mass, surprisal, activations, carried, shares, top_log_probs, top_ids]
+
+
+def _carried(point: Point) -> Tensor:
+    """`carry`, or NaN where the model does not let it be found, with a note in `ways_of`."""
+    try:
+        return carry(point)
+    except UnsupportedModelError as error:
+        ways_of(point.model)["local_lens"] = f"none: {excerpt(first_line(error), 100)}"
+        return torch.full_like(point.activations, math.nan)
 
 
 # --- does F predict what a small perturbation does? -----------------------------------------------

@@ -1,6 +1,8 @@
 """Two finished runs compared: a run and its copy, noise in some layers, two dtypes, what cannot be compared."""
 
+from collections import Counter
 import json
+from math import log
 import shutil
 
 import numpy as np
@@ -10,6 +12,7 @@ import transformers as hf
 
 from residual_fisher.model.comparison import Matrix, Pair, named_kl
 from residual_fisher.model.comparison import compare as compare_pairs
+from residual_fisher.pipeline.comparison import expected_words, new_words
 import scripts
 from scripts import experiment_results
 
@@ -63,6 +66,27 @@ def document(output) -> dict:
     return json.loads((output / "comparison.json").read_text())
 
 
+def test_new_words_are_those_that_other_answers_say_too():
+    """Two of four answers of the second run say "hate"; another says a word that no other does."""
+    plain = [Counter(yes=3.0, no=1.0) for _ in range(4)]
+    second = [Counter(yes=3.0, hate=1.0), Counter(hate=4.0), Counter(yes=2.0, zebra=2.0), Counter(yes=3.0, no=1.0)]
+    words, scores = new_words(list(zip(plain, second, strict=True)))
+    assert [word["token"] for word in words] == ["hate", "zebra"]
+    assert words[0] == {"token": "hate", "a": 0.0, "b": 5.0}
+    yes = {0: log(6 / 10), 2: log(7 / 10)}  # (yes + 1) in the other answers: 3 * 3 of the first run
+    expected = [(3 * yes[0] + log(5)) / 4, log(2), (2 * yes[2] + 2 * log(1)) / 4]
+    assert scores[:3] == pytest.approx(expected)
+    assert scores[1] == max(scores)
+
+
+def test_an_answer_is_all_its_positions_and_without_one_the_next_token():
+    next_tokens = [{"token": "a", "probability": 0.5}, {"token": "b", "probability": 0.25}]
+    assert expected_words({"next_tokens": next_tokens}) == Counter(a=0.5, b=0.25)
+    record = {"next_tokens": [], "answer": {"next_tokens": [next_tokens, next_tokens[:1]]}}
+    assert expected_words(record) == Counter(a=1.0, b=0.25)
+    assert new_words([(Counter(), Counter())]) == ([], [None])
+
+
 @pytest.mark.parametrize("script", ["core_experiment", "compute_fisher"])
 def test_a_run_and_its_copy_differ_in_nothing(script, experiments, pipelines, tmp_path, capsys):
     folder = experiments if script == "core_experiment" else pipelines
@@ -77,7 +101,11 @@ def test_a_run_and_its_copy_differ_in_nothing(script, experiments, pipelines, tm
             assert numbers["overlap"] == pytest.approx(1, abs=1e-6) == numbers["similarity"]
         tokens = next(iter(item["tokens"].values()))
         assert tokens["a"] == tokens["b"] and tokens["a"]
-    assert "Changed most" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Changed most" in shown
+    if script == "compute_fisher":
+        assert found["new_words"] == [] and not any(item["new_words"] for item in found["items"])
+        assert "b's answers say more often (times expected in a, in b): nothing" in shown
 
 
 def test_noise_in_later_layers_is_seen_from_there_on(experiments, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The map of a text: each token as if the text ended there, against `linearize` and against float64."""
 
+from functools import partial
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from residual_fisher.experiment import text_map
 from residual_fisher.model import each_token
 from residual_fisher.model.lens import JacobianLens, has_lens, lens_logits, write_lens
 from residual_fisher.model.passes import ways_of
+from residual_fisher.model.template import render
+from residual_fisher.pipeline.prompts import Prompt, encode
 import scripts
 import tiny
 
@@ -151,12 +154,109 @@ def test_the_model_is_handed_back_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_token_ids_are_mapped_as_their_text():
+    ids = tiny.prompt()
+    for given in (ids, ids.tolist(), {"input_ids": ids[None]}):
+        found = fisher.map_text(tiny.shared("llama"), None, given, layers=[1], k=K)
+        assert torch.equal(found.ids, ids)
+
+
 def test_layers_and_texts_that_cannot_be_mapped_are_refused():
     model = tiny.shared("llama")
     with pytest.raises(ValueError, match="not ascending numbers from 0 to 2"):
         fisher.map_text(model, tokenizer_of(tiny.prompt()), "", layers=[3])
     with pytest.raises(ValueError, match="token ids of one prompt"):
         fisher.map_text(model, tokenizer_of(torch.tensor([], dtype=torch.int64)), "")
+
+
+# --- J h: what h is in the last layer's stream, to first order --------------------------------------
+
+
+def carried_by_brute_force(name: str, ids: torch.Tensor, layer: int) -> torch.Tensor:
+    """J h (d,) at the last token from all of J, in float64, by whole passes."""
+    model = tiny.shared(name, torch.float64)
+    modules, streams = tiny.layers_of(model), {}
+
+    def final(delta: torch.Tensor) -> torch.Tensor:
+        def keep(number: int, module, args, output):
+            h = output[0] if isinstance(output, tuple) else output
+            streams[number] = h[0, -1]
+            if number != layer:
+                return None
+            moved = torch.cat([h[:, :-1], h[:, -1:] + delta], dim=1)
+            streams["moved"] = moved[0, -1]
+            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+        handles = [module.register_forward_hook(partial(keep, number)) for number, module in enumerate(modules)]
+        model(ids[None], use_cache=False)
+        for handle in handles:
+            handle.remove()
+        return streams["moved"] if layer == len(modules) - 1 else streams[len(modules) - 1]
+
+    j = torch.autograd.functional.jacobian(final, torch.zeros(tiny.D, dtype=torch.float64))
+    return j @ streams[layer].detach()
+
+
+@pytest.mark.usefixtures("blocks_of_five")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss", "bloom"])
+def test_h_is_carried_by_the_jacobian_of_its_own_token(name):
+    ids, found = map_of(name, torch.float64)
+    assert torch.equal(found.carried[:, -1], found.activations[:, -1])  # nothing follows the last layer
+    for row in (6, TOKENS - 1):
+        for layer in range(tiny.DEPTH):
+            expected = carried_by_brute_force(name, ids[: row + 1], layer)
+            # some of these round to float32 in between, to 1e-7
+            assert (found.carried[row, layer] - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_in_single_precision_too(name):
+    ids, found = map_of(name)
+    expected = fisher.carry(fisher.linearize(tiny.shared(name, torch.float64), ids))
+    assert torch.allclose(found.carried[-1], expected, atol=RELATIVE * float(expected.abs().max()))
+
+
+class Kernel(torch.autograd.Function):
+    """2 x, whose backward pass leaves the graph, as that of a compiled kernel may."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient.detach()
+
+
+def with_kernel() -> torch.nn.Module:
+    model = tiny.build("llama")
+    tiny.layers_of(model)[1].mlp.register_forward_hook(lambda module, args, output: Kernel.apply(output))
+    return model
+
+
+def test_a_kernel_that_leaves_the_graph_is_noticed():
+    with pytest.raises(fisher.UnsupportedModelError, match="forward and backward differ by"):
+        fisher.carry(fisher.linearize(with_kernel(), tiny.prompt()))
+
+
+def test_then_only_j_h_is_missing():
+    model, ids = with_kernel(), tiny.prompt()
+    found = fisher.map_text(model, tokenizer_of(ids), "", k=K)
+    assert found.carried.isnan().all() and found.eigenvalues.isfinite().all()
+    assert "forward and backward differ by" in ways_of(model)["local_lens"] and "text" not in ways_of(model)
+
+
+def test_a_batch_of_prompts_is_not_carried():
+    ids, lengths = tiny.prompts()
+    model = tiny.shared("llama")
+    with pytest.raises(fisher.UnsupportedModelError, match="stream of its last layer is not known"):
+        fisher.carry(fisher.linearize_prompts(model, tiny.layers_of(model)[0], ids, lengths))
 
 
 # --- the logit lens ------------------------------------------------------------------------------
@@ -190,6 +290,11 @@ def run(*arguments: str) -> int:
     return scripts.run("core_experiment", words(*arguments))
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(text_map, "draw_map", lambda folder, document: None)
+
+
 @pytest.fixture(scope="module")
 def finished(model_directory, tmp_path_factory):
     output = tmp_path_factory.mktemp("maps") / "map"
@@ -212,7 +317,7 @@ def test_a_map_holds_what_map_text_gives(finished, model_directory):
     for name, array in {
         "eigenvalues": found.eigenvalues, "eigenvectors": found.vectors, "trace": found.trace, "ids": found.ids,
         "effective_rank": found.effective_rank, "activations": found.activations, "surprisal": found.surprisal,
-        "captured_mass": found.captured_mass,
+        "captured_mass": found.captured_mass, "carried": found.carried,
     }.items():  # fmt: skip
         assert np.array_equal(arrays[name], array.numpy(), equal_nan=name == "surprisal"), name
     assert len(document["tokens"]) == len(found.ids) and document["tokens"][0]["surprisal"] is None
@@ -227,6 +332,11 @@ def test_a_map_holds_what_map_text_gives(finished, model_directory):
             assert sum(token["share"] for token in cell["tokens"]) <= 1 + 1e-5 and cell["lens"]
         # what leaves the last layer reads as the prediction
         assert cell["lens"][0] == record["predicted"][0]["token"]
+        assert cell["local_lens"] == cell["lens"]
+    write = fisher.token_writer(tokenizer)
+    for column, layer in enumerate(("0", "1", "2")):
+        best = lens_logits(model, found.carried[:, column]).argmax(-1).tolist()
+        assert [record["layers"][layer]["local_lens"][0] for record in document["tokens"]] == list(map(write, best))
 
 
 def test_a_cell_of_the_map_is_the_experiments_at_that_prompt(finished, finished_experiment, model_directory, tmp_path):
@@ -284,6 +394,29 @@ def test_a_jacobian_lens_reads_each_cell_too(model_directory, tmp_path):
         assert "jacobian_lens" not in last
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_lens_of_this_very_text_reads_its_last_token_as_the_local_jacobian_does(model_directory, tmp_path):
+    model, tokenizer = fisher.load(str(model_directory), device="cpu")
+    own = fisher.stream_jacobians(model, tokenizer(TEXT).input_ids)
+    write_lens(tmp_path / "lens.npz", JacobianLens({0: own[0], 1: own[1]}, 1))
+    assert run(model_directory, tmp_path / "map", TEXT, "--lens", str(tmp_path / "lens.npz")) == 0
+    document, _ = results(tmp_path / "map")
+    first, second, _ = document["tokens"][-1]["layers"].values()
+    for cell in (first, second):  # the file is in half precision
+        assert cell["jacobian_lens"][0] == cell["local_lens"][0]
+    assert first["local_lens"] != first["lens"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_where_j_h_is_missing_the_other_lenses_are_read(model_directory, tmp_path):
+    with scripts.calls_of(fisher, "carry", fisher.UnsupportedModelError("no")):
+        assert run(model_directory, tmp_path / "map") == 0
+    document, arrays = results(tmp_path / "map")
+    assert np.isnan(arrays["carried"]).all() and document["environment"]["ways"]["local_lens"] == "none: no"
+    cells = [cell for record in document["tokens"] for cell in record["layers"].values()]
+    assert all(cell["lens"] and "local_lens" not in cell for cell in cells)
+
+
 def test_a_model_whose_gradients_are_not_its_derivatives_is_refused(model_directory, tmp_path, capsys):
     error = fisher.UnsupportedModelError("its gradients are wrong")
     with scripts.calls_of(fisher, "check_prediction", error):
@@ -295,6 +428,34 @@ def test_a_text_may_be_a_file(finished, model_directory, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     assert run(model_directory, tmp_path / "map", str(tmp_path / "text.txt")) == 0
     assert (tmp_path / "map" / "fisher_map.npz").read_bytes() == (finished / "fisher_map.npz").read_bytes()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_chat_is_read_in_the_models_template_as_the_pipeline_reads_it(chat_directory, tmp_path):
+    _, tokenizer = fisher.load(str(chat_directory), device="cpu")
+    assert run(chat_directory, tmp_path / "user", TEXT, "--chat") == 0
+    document, arrays = results(tmp_path / "user")
+    assert document["text"] == render(tokenizer, TEXT) != TEXT and document["map_config"]["chat"]
+    assert arrays["ids"].tolist() == encode(tokenizer, Prompt(0, 0, TEXT), 64).ids
+    assert run(chat_directory, tmp_path / "user") == 2  # without the template it is another text
+
+    turns = [{"role": "user", "content": "Name animals."}, {"role": "assistant", "content": "Many wild animals."}]
+    (tmp_path / "chat.json").write_text(json.dumps(turns), encoding="utf-8")
+    for place, given in enumerate((str(tmp_path / "chat.json"), json.dumps({"messages": turns}))):
+        assert run(chat_directory, tmp_path / f"{place}", given, "--chat") == 0
+        document, _ = results(tmp_path / f"{place}")
+        assert document["text"] == tokenizer.apply_chat_template(turns, tokenize=False)  # the answer is not begun anew
+
+
+def test_a_chat_without_a_template_or_turns_is_one_line_and_code_2(model_directory, chat_directory, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "One?"}\n{"prompt": "Two?"}\n')
+    for model, text, said in (
+        (model_directory, TEXT, "has no chat template"),
+        (chat_directory, str(tmp_path / "rows.jsonl"), "rows.jsonl holds no conversation"),
+    ):
+        assert run(model, tmp_path / "map", text, "--chat") == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ COMMANDS = {"config", "overwrite", "dry_run", "redraw"}
 
 NEEDED = {  # the options that have no effect before another is set, and that one
     "steer_token": ["--steer"], "steer_steps": ["--steer"], "steer_damping": ["--steer"],
-    "continue_nats": ["--continue", "4"],
+    "continue_nats": ["--continue", "4"], "chat": ["--map", "Fine."],
 }  # fmt: skip
 
 
@@ -36,7 +36,7 @@ BESIDE_PROMPT = [
     "data_file", "text_column", "data_config", "data_split", "target_word", "occurrence", "num_sentences",
     "require_predicted",
 ]  # fmt: skip
-PROMPT, BESIDE_MAP = ["prompt"], ["map"]
+PROMPT, BESIDE_MAP = ["prompt"], ["map", "chat"]
 
 
 def parse(script: str, words: list[str]):
@@ -99,9 +99,8 @@ def test_an_option_without_the_one_it_needs_is_an_error(name, tmp_path, capsys):
             parse("core_experiment", words)
         said = f"argument {flag(name)}: it has no effect without {NEEDED[name][0]}\n"
         assert capsys.readouterr().err == f"core_experiment.py: error: {said}"
-    settings = parse(
-        "core_experiment", config(tmp_path, f"{name}: {option_of('core_experiment', name).default or 'null'}")
-    )
+    default = json.dumps(option_of("core_experiment", name).default)
+    settings = parse("core_experiment", config(tmp_path, f"{name}: {default}"))
     assert settings == replace(parse("core_experiment", []), config=settings.config)  # as a recorded run has it
 
 
@@ -430,7 +429,7 @@ def test_a_missing_config_and_one_without_an_end_are_one_line_and_code_2(script,
 
 INCIDENTAL = {
     "num_prompts", "num_sentences", "output_dir", "device", "trust_remote_code", "batch_size", "reference", "base",
-    "false_alarms", "explain", "fail_on_finding", "map", "prompt",
+    "false_alarms", "explain", "fail_on_finding", "map", "chat", "prompt",
 }  # fmt: skip
 
 

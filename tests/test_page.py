@@ -342,6 +342,34 @@ def test_prompts_are_sorted_and_searched(opened, finished_pipeline):
     assert texts(browser, ".count") == [f"{len(wanted)} of 40 prompts"]
 
 
+def test_prompts_are_selected_on_the_map(opened, finished_pipeline):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    browser = opened("pipeline", prompts_page(records_of(finished_pipeline)))
+    places = browser.execute_script("""
+        const box = document.querySelector("svg.area").getBoundingClientRect();
+        return prompts.map(({ index, dot }) => {
+          const circle = dot.querySelector("circle").getBoundingClientRect();
+          return [index, circle.x + circle.width / 2 - box.x, circle.y + circle.height / 2 - box.y];
+        });
+    """)
+    width, height = browser.execute_script(
+        "const s = document.querySelector('svg.area'); return [s.clientWidth, s.clientHeight]"
+    )
+    area = browser.find_element("css selector", "svg.area")
+    browser.execute_script("arguments[0].scrollIntoView({ block: 'center' })", area)
+    left, up = int(width / 2) - 5, 140  # a window is not high
+    chain = ActionChains(browser).move_to_element(area).click_and_hold()
+    chain.move_by_offset(-left, -up).release().perform()
+    wanted = {i for i, x, y in places if -left <= x - width / 2 <= 0 and -up <= y - height / 2 <= 0}
+    assert 0 < len(wanted) < 40
+    assert set(map(int, texts(browser, "tbody tr td:first-child"))) == wanted
+    assert texts(browser, "[role=status]")[0] == f"{len(wanted)} prompts in the rectangle: the table shows only these."
+    assert not browser.execute_script("return document.querySelector('dialog').open")  # it was no click
+    browser.find_element("xpath", "//button[text()='Show all']").click()
+    assert len(texts(browser, "tbody tr")) == 40
+
+
 def test_a_prompt_opens_by_the_keyboard_and_is_text_whatever_it_says(opened, finished_pipeline):
     records, found = attacked(records_of(finished_pipeline))
     browser = opened("pipeline", prompts_page(records, found, {"title": ATTACK}))
@@ -400,6 +428,14 @@ def test_a_map_is_read_cell_by_cell(opened, model_directory, tmp_path):
     for sign, name in ((1, "gains"), (-1, "loses")):
         wanted = [t["token"] for t in token["layers"]["1"]["tokens"] if sign * t["slope"] > 0]
         assert texts(browser, f".readout .{name} li span") == [text.strip() for text in wanted]
+    reads = [*token["layers"]["1"]["lens"], *token["layers"]["1"]["local_lens"]]
+    assert texts(browser, ".readout .reads li") == [text.strip() for text in reads]
+    for key, wanted in {"none": "", "local_lens": token["layers"]["1"]["local_lens"][0]}.items():
+        browser.execute_script(
+            "s = document.querySelectorAll('select')[1]; s.value = arguments[0]; s.dispatchEvent(new Event('change'))",
+            key,
+        )
+        assert texts(browser, "td.cell[aria-selected=true]") == [wanted.strip()]
     before = browser.execute_script("return [...document.querySelectorAll('td.cell')].map((n) => n.style.background)")
     browser.execute_script(
         "s = document.querySelector('select'); s.value = 'effective_rank'; s.dispatchEvent(new Event('change'))"

@@ -10,18 +10,16 @@ from tokenizers.processors import TemplateProcessing
 import transformers as hf
 
 from conftest import CHAT_TEMPLATE, make_model_directory
+from residual_fisher.common.conversations import TURNS, Turn, conversation, transcript
 from residual_fisher.common.program import UserError
 from residual_fisher.common.rows import SAMPLE_ROWS
-from residual_fisher.pipeline.conversations import TURNS, Turn, conversation, transcript
+from residual_fisher.model.template import check_template, habits, render
 from residual_fisher.pipeline.prompts import (
     PASS_OVERHEAD,
     Prompt,
     Prompts,
-    check_template,
     encode,
-    habits,
     plan_batches,
-    render,
 )
 import scripts
 from scripts import ROOT

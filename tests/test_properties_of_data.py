@@ -7,9 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import pytest
 
+from residual_fisher.common.conversations import TURNS, conversation
 from residual_fisher.common.program import UserError
 from residual_fisher.experiment.sentences import diverse_order, find_sentences, find_word, locate
-from residual_fisher.pipeline.conversations import TURNS, conversation
 from residual_fisher.pipeline.prompts import Prompt, Prompts, encode
 import scripts
 

@@ -186,5 +186,5 @@ def token_entry(tokens: list[dict], place: int, layers: list[str]) -> dict:
 
 def cell_entry(cell: dict) -> dict:
     numbers = {name: short(cell[name]) for name in ("nats", "eigenvalue", "effective_rank")}
-    lenses = {name: cell[name] for name in ("lens", "jacobian_lens") if name in cell}
+    lenses = {name: cell[name] for name in ("lens", "local_lens", "jacobian_lens") if name in cell}
     return {**numbers, "words": signed_shares(cell["tokens"]), **lenses}

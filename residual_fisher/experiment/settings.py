@@ -119,6 +119,14 @@ class Settings(CommandOptions):
         "in place of the experiment, F at every token of this text, or of the text in a file of this name",
         identity=False,
     )
+    chat: bool = option(
+        False,
+        switch,
+        "true",
+        "that text is a user's turn, or a conversation in JSON: in the model's chat template",
+        identity=False,
+        needs="map",
+    )
     batch_size: int = option(
         256, positive, "N", "perturbations in one pass, and 4 times as many gradients", identity=False
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fisher
 from residual_fisher.common import drawing
+from residual_fisher.common.conversations import Turn, turns_of
 from residual_fisher.common.files import document_checksum, json_ready, write_json, write_npz
 from residual_fisher.common.options import settings_of
 from residual_fisher.common.page import PAGE
@@ -35,13 +36,14 @@ from residual_fisher.model.loading import (
     text_config,
 )
 from residual_fisher.model.passes import devices_of, require_known_tokens, ways_of
+from residual_fisher.model.template import render_turns
 from residual_fisher.model.words import summary_line, token_writer
 
 RESULTS, ARRAYS, PICTURE = "fisher_map.json", "fisher_map.npz", "fisher_map.png"
 FILES = RESULTS, ARRAYS, PICTURE, PAGE
 # The settings that a map has, of all those of the experiment; the first ones change its numbers.
 IDENTITY = ("model_name", "layers", "max_vocab_subset", "dtype", "lens")
-RECORDED = ("map", *IDENTITY, "device", "trust_remote_code", "output_dir")
+RECORDED = ("map", "chat", *IDENTITY, "device", "trust_remote_code", "output_dir")
 UNCHECKED = ("map_config", "environment", "timings", "checksum")  # what the document's checksum leaves out
 LENS_TOKENS = 3  # most probable tokens of a lens, kept for each cell
 LENS_ROWS = 256  # cells that go through the head at a time
@@ -69,6 +71,25 @@ def read_text(source: str) -> str:
     return text
 
 
+def as_read(settings: Settings, tokenizer, text: str) -> tuple[str, list[int]]:
+    """What the model reads, and its tokens: the text; with --chat, the conversation that it holds, in the template.
+
+    A text that holds no conversation is a user's turn.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or it fails; or a file of JSON holds no conversation.
+    """
+    if not settings.chat:
+        return text, tokenizer(text).input_ids
+    if not tokenizer.chat_template:
+        raise UserError(f"--chat: {settings.model_name} has no chat template: give the text as the model reads it")
+    turns = [turn for turn in turns_of(text) if turn.text]
+    if not turns and text != settings.map and Path(settings.map).suffix in (".json", ".jsonl"):
+        raise UserError(f"--chat: {settings.map} holds no conversation: a list of turns, each with a role and content")
+    rendered = render_turns(tokenizer, turns or [Turn("user", text)])
+    return rendered, tokenizer(rendered, add_special_tokens=False).input_ids  # the template has its own special tokens
+
+
 # --- the run -------------------------------------------------------------------------------------
 
 
@@ -81,9 +102,10 @@ def run_map(settings: Settings, program: str, files: Sequence[str]) -> int:
         UserError: what was asked for cannot be done.
     """
     text, settings = read_text(settings.map), replace(settings, layers=settings.layers or ("all",))
-    asked = {**{name: settings_of(settings)[name] for name in IDENTITY}, "map": short_hash(text)}
+    given = short_hash(["chat", text] if settings.chat else text)
+    asked = {**{name: settings_of(settings)[name] for name in IDENTITY}, "map": given}
     run = Run(settings.folder, program, files, settings.overwrite, settings.dry_run, "text")
-    sources = {"data": short_hash(text), "model": stamps(settings.model_name)}
+    sources = {"data": given, "model": stamps(settings.model_name)}
     with run.locked():
         if run.is_finished(asked, sources, 1):
             return report_finished(run)
@@ -96,7 +118,7 @@ def run_map(settings: Settings, program: str, files: Sequence[str]) -> int:
         if settings.lens:
             lens_for(settings.lens, settings.layers, depth, text_config(model).hidden_size)
         environment = describe(model)
-        ids = tokenizer(text).input_ids
+        text, ids = as_read(settings, tokenizer, text)
         print(model_line(settings.model_name, environment))
         print(f"{len(ids)} tokens, {len(settings.layers)} of {environment['depth']} layers: {excerpt(text, 60)}")
         require_fitting(model, ids)
@@ -105,8 +127,8 @@ def run_map(settings: Settings, program: str, files: Sequence[str]) -> int:
         if state is State.FINISHED:
             return report_finished(run)
         if settings.dry_run:
-            return describe_run(settings, run, model, tokenizer, text)
-        document, arrays = measure(settings, model, tokenizer, text, environment, seconds)
+            return describe_run(settings, run, model, tokenizer, ids)
+        document, arrays = measure(settings, model, tokenizer, text, ids, environment, seconds)
         identity = {"model_fingerprint": known, "text_fingerprint": short_hash(ids)}
         document = {"run": {"id": short_hash([identity, asked]), **identity}, **document}
         with undisturbed():
@@ -137,18 +159,17 @@ def report_finished(run: Run) -> int:
     return 0
 
 
-def describe_run(settings: Settings, run: Run, model: torch.nn.Module, tokenizer, text: str) -> int:
+def describe_run(settings: Settings, run: Run, model: torch.nn.Module, tokenizer, ids: list[int]) -> int:
     """What a dry run says: it maps the first part of the text twice, the first time to warm up."""
     if run.is_begun():
         print(f"An earlier run in {printable(str(run.folder))} would be replaced.")
-    count = len(tokenizer(text).input_ids)
-    some = text[: max(1, len(text) * TRIED // count)]
+    tried = ids[:TRIED]
     for _ in range(2):
         start = time.perf_counter()
-        tried = len(make_map(settings, model, tokenizer, some).ids)
-        seconds = (time.perf_counter() - start) * count / tried
+        make_map(settings, model, tokenizer, tried)
+        seconds = (time.perf_counter() - start) * len(ids) / len(tried)
     print(f"time: about {duration(seconds)}")
-    print(f"memory: {peak_memory(devices_of(model))}, with {tried} tokens")
+    print(f"memory: {peak_memory(devices_of(model))}, with {len(tried)} tokens")
     print("Nothing was written: a dry run.")
     return 0
 
@@ -156,14 +177,13 @@ def describe_run(settings: Settings, run: Run, model: torch.nn.Module, tokenizer
 # --- the numbers ---------------------------------------------------------------------------------
 
 
-def make_map(settings: Settings, model: torch.nn.Module, tokenizer, text: str) -> fisher.TextMap:
+def make_map(settings: Settings, model: torch.nn.Module, tokenizer, ids: list[int]) -> fisher.TextMap:
     """Raises UserError: the model is not supported, or gives NaN or infinity."""
     try:
-        ids = torch.tensor(tokenizer(text).input_ids)
-        require_known_tokens(model, ids)
+        require_known_tokens(model, torch.tensor(ids))
         point = fisher.linearize(model, ids, settings.layers)
         fisher.check_prediction(point, partial(fisher.perturb, point, at=point.layers[0]))
-        return fisher.map_text(model, tokenizer, text, settings.layers, settings.max_vocab_subset)
+        return fisher.map_text(model, tokenizer, ids, settings.layers, settings.max_vocab_subset)
     except fisher.UnsupportedModelError as error:
         raise UserError(f"this model is not supported: {error}") from error
     except (fisher.NumericalError, torch.linalg.LinAlgError) as error:
@@ -171,11 +191,17 @@ def make_map(settings: Settings, model: torch.nn.Module, tokenizer, text: str) -
 
 
 def measure(
-    settings: Settings, model: torch.nn.Module, tokenizer, text: str, environment: dict, seconds: dict[str, float]
+    settings: Settings,
+    model: torch.nn.Module,
+    tokenizer,
+    text: str,
+    ids: list[int],
+    environment: dict,
+    seconds: dict[str, float],
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """The document of a text without its run and checksum, and the arrays."""
     start = time.perf_counter()
-    found = make_map(settings, model, tokenizer, text)
+    found = make_map(settings, model, tokenizer, ids)
     seconds["map"] = time.perf_counter() - start
     start = time.perf_counter()
     lenses = read_through_lenses(settings, model, found)
@@ -199,8 +225,9 @@ def read_through_lenses(
 ) -> dict[str, dict[int, Tensor]]:
     """The most probable tokens (tokens, n) int64 that each h reads as: by lens, then by the layer's index.
 
-    `lens`: as if h left the last layer. `jacobian_lens`, with --lens: as if the lens's J h did. There are none if the
-    prediction does not follow from the stream that leaves the last layer alone.
+    `lens`: as if h left the last layer. `local_lens`: as if J h did, with J at this very token. `jacobian_lens`, with
+    --lens: as if the lens's J h did. There are none if the prediction does not follow from the stream that leaves the
+    last layer alone.
     """
     if not has_lens(model):
         return {}
@@ -211,6 +238,8 @@ def read_through_lenses(
 
     streams = dict(enumerate(found.activations.unbind(1)))  # (tokens, d) each
     lenses = {"lens": {row: read(h) for row, h in streams.items()}}
+    if found.carried.isfinite().all():
+        lenses["local_lens"] = {row: read(h) for row, h in enumerate(found.carried.unbind(1))}
     if settings.lens:
         depth, width = len(decoder_layers(model)), found.activations.shape[-1]
         carry = lens_for(settings.lens, settings.layers, depth, width).matrices
@@ -263,7 +292,7 @@ def token_records(
 
 def arrays_of(found: fisher.TextMap) -> dict[str, np.ndarray]:
     """The arrays of the NPZ: tokens first, then layers."""
-    names = ("eigenvalues", "trace", "effective_rank", "captured_mass", "surprisal", "activations", "ids")
+    names = ("eigenvalues", "trace", "effective_rank", "captured_mass", "surprisal", "activations", "ids", "carried")
     arrays = {"eigenvectors": found.vectors.numpy(), **{name: getattr(found, name).numpy() for name in names}}
     return {**arrays, "layers": np.array(found.layers)}
 

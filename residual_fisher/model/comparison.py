@@ -39,7 +39,7 @@ NUMBERS = {  # of a place, as the table and the picture call them
 REST = 1e-7  # least probability of all tokens that are not named: results have seven digits
 DETAILED = 100  # items that changed most, of which predictions and words are written
 TOLD, DRAWN = 5, 6  # of these, in the terminal and in the picture
-MAX_TICKS = 16  # layers that are named below a panel
+MAX_TICKS = 10  # layers that are named below a panel
 EXCERPT = 48  # characters of an item's text in the terminal
 KL_IS = (
     "KL(a || b), nats, of the prediction as far as it is recorded: the tokens that both runs name, all others as one. "
@@ -115,6 +115,7 @@ def _numbers(a: Matrix, b: Matrix) -> dict[str, float | None]:
     norm, other = (float(part.values[:m].double().norm()) for part in (a, b))
     product = similarity * norm * other if norm and other else 0.0
     change = 1 - 2 * _ratio(product, norm**2 + other**2)
+    change = 0.0 if change < 0 else change  # rounding, of equal matrices
     lambdas, traces = _ratio(float(b.values[0]), float(a.values[0])), _ratio(b.trace, a.trace)
     shift = math.nan
     if a.activation is not None and b.activation is not None:
@@ -190,8 +191,8 @@ def write(folder: Path, document: dict) -> None:
 # --- in the terminal -----------------------------------------------------------------------------
 
 
-def told(document: dict, folder: Path) -> str:
-    """Medians by place, then the items that changed most, with words then and now."""
+def told(document: dict, folder: Path, more: Sequence[str] = ()) -> str:
+    """Medians by place, then the items that changed most, with words then and now; then `more` lines."""
 
     def cell(value: float | None) -> str:
         return "-" if value is None else f"{value:.3g}"
@@ -219,7 +220,7 @@ def told(document: dict, folder: Path) -> str:
         words = " | ".join(summary_line(item["tokens"][place][run]) for run in "ab")
         lines.append(f"  {cell(item['change'])}  {item['kl_at_least']:.2g}  {excerpt_end(item['prompt'], EXCERPT)}")
         lines.append(f"      layer {place}: {excerpt(words, 100)}")
-    return "\n".join([*lines, f"Written to {printable(str(folder))}: {RESULTS}, {PICTURE}"])
+    return "\n".join([*lines, *more, f"Written to {printable(str(folder))}: {RESULTS}, {PICTURE}"])
 
 
 def most_changed_place(item: dict) -> str:
@@ -230,15 +231,15 @@ def most_changed_place(item: dict) -> str:
 
 
 def comparison_figure(document: dict) -> Figure:
-    """Ratios and overlaps by place, a dot for each item; below, the items that changed most, in words."""
+    """Ratios, overlaps and changes by place, a dot for each item; below, the items that changed most, in words."""
     items = [item for item in document["items"][:DRAWN] if any(item["tokens"][most_changed_place(item)].values())]
     heights = [5, 0.8 + 0.8 * max(1, len(items))]
     figure = plt.figure(figsize=(17, sum(heights)))
     top, bottom = figure.subfigures(2, 1, height_ratios=heights)
-    ratios, shares = top.subplots(1, 2)
+    ratios, shares, changes = top.subplots(1, 3)
     _dots(ratios, document, {"lambda_ratio": "λ₁", "trace_ratio": "trace"})
     ratios.axhline(1, color=drawing.BLACK, linewidth=1)
-    ratios.set_yscale("log")
+    ratios.set_yscale("log", nonpositive="mask")
     low, high = ratios.get_ylim()
     if high > 10 * low:
         drawing.thin_log_labels(ratios.yaxis)
@@ -248,6 +249,9 @@ def comparison_figure(document: dict) -> Figure:
     ratios.set(title="How sensitive: b over a", xlabel="layer")
     _dots(shares, document, {"overlap": "overlap of leading subspaces", "similarity": "tr(FF′)/‖F‖‖F′‖"})
     shares.set(title="In which directions", xlabel="layer", ylim=(-0.02, 1.02))
+    _dots(changes, document, {"change": "of F: ‖F − F′‖² over ‖F‖² + ‖F′‖²", "shift": "of h: ‖h′ − h‖/‖h‖"})
+    changes.margins(y=0.2)  # room for the legend
+    changes.set(title="How much has changed", xlabel="layer")
     _words_panel(bottom.subplots(), items)
     return figure
 
@@ -258,7 +262,7 @@ def _dots(panel: Axes, document: dict, names: dict[str, str]) -> None:
     for shift, (name, title), colour in zip((-0.15, 0.15), names.items(), (drawing.ORANGE, drawing.BLUE), strict=True):
         columns = [[item["layers"][place][name] for item in document["items"]] for place in places]
         for x, column in enumerate(columns):
-            values = np.array([value for value in column if value is not None and value > 0])
+            values = np.array([value for value in column if value is not None])
             spread = 0.1 * np.sin(np.arange(len(values)) * 2.4)  # apart, and the same each time
             panel.plot(x + shift + spread, values, "o", color=colour, alpha=0.3, markersize=5, markeredgewidth=0)
         medians = [document["layers"][place][f"{name}_median"] for place in places]

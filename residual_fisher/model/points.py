@@ -1,11 +1,11 @@
 """Points, where a model is linearised: a zero bias added to the residual stream h, and the graph from it to the head.
 
-`linearize` and its kin make them. `pull_back` gives gradients at the biases, `PushForward` what a change of h does at
-the head's input x, `perturb` what it does to the predictions.
+`linearize` and its kin make them. `pull_back` gives gradients at the biases; `PushForward` what a change of h does at
+the head's input x, and `perturb` to the predictions; `carry` what h itself is in the last layer's stream.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,14 @@ class Point:
     """Where the model is linearised: what was read at the last token of each prompt, and the graph from h to x."""
 
     def __init__(
-        self, model: nn.Module, streams: list[Tensor], biases: list[Tensor], captured, logits: Tensor, tokens: int = 1
+        self,
+        model: nn.Module,
+        streams: list[Tensor],
+        biases: list[Tensor],
+        captured,
+        logits: Tensor,
+        tokens: int = 1,
+        final: Tensor | None = None,
     ):
         logits = logits.to(captured.raw_logits.device)  # a model that is spread over devices returns them on the first
         self.model = model
@@ -63,6 +70,7 @@ class Point:
         self.activations = torch.stack([h.float().to(logits.device) for h in streams])
         self.biases = biases  # one leaf (..., d) for each layer, added to h; gradients are taken at it
         self.tokens = tokens  # that a backward pass runs through for each row
+        self.final = final  # (..., d), the stream that leaves the last layer, for `carry`; None if it is not known
         self.x = (
             captured.x
         )  # (prompts, n, d_head), n = 1 but for answers, the head's input: the final normalised hidden state
@@ -90,8 +98,8 @@ class Point:
 class PromptPoint(Point):
     """The last token of one prompt, which can be perturbed; "..." is nothing."""
 
-    def __init__(self, *linearised, layers: dict[int, nn.Module], reading: Reading):
-        super().__init__(*linearised)
+    def __init__(self, *linearised, layers: dict[int, nn.Module], reading: Reading, final: Tensor | None):
+        super().__init__(*linearised, final=final)
         self.layers, self.modules = list(layers), list(layers.values())  # numbers and modules of the hooked layers
         self.reading = reading  # for the passes that perturb it
 
@@ -126,11 +134,12 @@ def linearize(
             model is in training mode.
         UnsupportedModelError: the model cannot be read rightly.
     """
-    ids, wrapped, model = _one_prompt(ids), model, unwrapped(model)
+    ids, wrapped, model = one_prompt(ids), model, unwrapped(model)
     chosen = numbered_layers(model, layers)
     reading = read(model, ids, choose_mode(wrapped, ids))
     biases, streams, hooks = _zero_biases(chosen.values(), lambda h: h[0, -1], add_at)  # (d,) for each layer
-    with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
+    final, keep = _last_stream(model, lambda h: h[0, -1])  # after the biases: it has that of the last layer
+    with torch.enable_grad(), hooked(*hooks, keep), capture_head(model) as head:
         logits = reading.logits()[0]  # (V,)
     if not logits.requires_grad:
         raise UnsupportedModelError("no gradient leads from its layers to its prediction (is it quantised?)")
@@ -138,10 +147,11 @@ def linearize(
         raise UnsupportedModelError(
             f"some of its layers {list(chosen)} do not run, or not once, in a pass: choose others"
         )
-    return PromptPoint(model, streams, biases, head, logits, layers=chosen, reading=reading)
+    final = final[-1] if final else None
+    return PromptPoint(model, streams, biases, head, logits, layers=chosen, reading=reading, final=final)
 
 
-def _one_prompt(ids: Sequence[int] | Tensor | Mapping) -> Tensor:
+def one_prompt(ids: Sequence[int] | Tensor | Mapping) -> Tensor:
     """(tokens,) int64 on the CPU."""
     ids = ids["input_ids"] if isinstance(ids, Mapping) else ids
     if isinstance(ids, str):
@@ -178,6 +188,13 @@ def _zero_biases(modules: Iterable[nn.Module], at_last: Callable, add: Callable)
     return biases, streams, [edit_stream(module, edit) for module in modules]
 
 
+def _last_stream(model: nn.Module, pick: Callable) -> tuple[list, tuple]:
+    """(streams, hook): pick(h) of the stream h that leaves the last layer is added to the list in each pass."""
+    streams = []
+    *_, last = decoder_layers(model).values()
+    return streams, edit_stream(last, lambda h: streams.append(pick(h)) or h)
+
+
 def linearize_each(
     model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None, block: int = 64
 ) -> Iterator[Point]:
@@ -194,7 +211,7 @@ def linearize_each(
     Yields:
         The points of consecutive blocks.
     """
-    ids, wrapped, model = _one_prompt(ids), model, unwrapped(model)
+    ids, wrapped, model = one_prompt(ids), model, unwrapped(model)
     chosen = numbered_layers(model, layers)
     if choose_mode(wrapped, ids) is not PrefixMode.SHARED:
         raise UnsupportedModelError(f"prompts are read by {choose_mode(wrapped, ids).value}")
@@ -203,9 +220,10 @@ def linearize_each(
     text, start = EachToken(model), 0
     for part in ids.split(block):
         biases, streams, hooks = _zero_biases(chosen.values(), lambda h: h[0], torch.add)  # (tokens, d) for each layer
-        with torch.enable_grad(), hooked(*hooks), capture_head(model) as head:
+        final, keep = _last_stream(model, lambda h: h[0])
+        with torch.enable_grad(), hooked(*hooks, keep), capture_head(model) as head:
             logits = text.logits(part)  # (tokens, V)
-        point = Point(model, streams, biases, head, logits)
+        point = Point(model, streams, biases, head, logits, final=final[-1] if final else None)
         if start == 0 or start + len(part) == len(ids):
             middle = len(part) // 2
             _require_alike(point, middle, linearize(wrapped, ids[: start + middle + 1], list(chosen)))
@@ -313,9 +331,7 @@ class PushForward:
 
     def __init__(self, point: Point):
         self.model = point.model
-        self.at_x = torch.zeros_like(point.x, requires_grad=True)
-        with torch.enable_grad():
-            self.at_biases = torch.autograd.grad(point.x, point.biases, self.at_x, create_graph=True)
+        self.at_x, self.at_biases = _backward_pass(point.x, point.biases)
 
     def __call__(self, tangents: Tensor, chunks: Chunks | None = None) -> Tensor:
         """J u (layers, ..., m, d_head) float32 for u (layers, ..., m, d), each through its own layer alone."""
@@ -326,17 +342,67 @@ class PushForward:
         def chunk(u: Tensor, own: Tensor) -> Tensor:  # (rows, prompts, 1, d_head)
             own = own.reshape(-1, *(1 for _ in u.shape[1:]))
             seeds = [torch.where(own == layer, u, 0).to(g) for layer, g in enumerate(self.at_biases)]
-            try:
+            with _through_backward():
                 return batched_gradients(self.model, self.at_biases, [self.at_x], seeds)[0]
-            except RuntimeError as error:
-                if "derivative for" not in str(error) or "not implemented" not in str(error):
-                    raise
-                raise UnsupportedModelError("torch cannot differentiate its backward pass, as this needs") from error
 
         pushed = (chunks or Chunks()).join(chunk, by_row, own).to(tangents)
         pushed = pushed.reshape(layers, m, *tangents.shape[1:-2], -1).movedim(1, -2)
         _require_finite(pushed, "derivatives", places=pushed.ndim - 2)
         return pushed
+
+
+def _backward_pass(output: Tensor, biases: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A cotangent z at an output, which is zero, and J^T z at each bias, with a graph that is linear in z."""
+    z = torch.zeros_like(output, requires_grad=True)
+    with torch.enable_grad():
+        return z, torch.autograd.grad(output, biases, z, create_graph=True)
+
+
+@contextmanager
+def _through_backward() -> Iterator[None]:
+    """Raises UnsupportedModelError where a backward pass cannot be differentiated."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "derivative for" not in str(error) or "not implemented" not in str(error):
+            raise
+        raise UnsupportedModelError("torch cannot differentiate its backward pass, as this needs") from error
+
+
+def carry(point: Point) -> Tensor:
+    """J h (layers, ..., d) float32: the streams h of a prompt, or of each token of a text, carried to the last layer.
+
+    J is the Jacobian of the last layer's stream by this layer's, at this very point; at the last layer it is 1. A layer
+    takes one product, found as in `PushForward`, which runs through the layers above it alone.
+
+    Raises:
+        UnsupportedModelError: the point is not of `linearize` or `linearize_each`; see also `PushForward`.
+    """
+    if point.final is None:
+        raise UnsupportedModelError("the stream of its last layer is not known at this point")
+    with _through_backward():
+        z, at_biases = _backward_pass(point.final, point.biases)
+        products = [
+            torch.autograd.grad(at_bias, z, h.to(at_bias), retain_graph=True)[0]
+            for at_bias, h in zip(at_biases, point.activations, strict=True)
+        ]
+    carried = torch.stack([product.to(point.activations) for product in products])
+    _require_finite(carried, "derivatives", places=carried.ndim - 1)
+    _require_transposed(point, carried[0])
+    return carried
+
+
+def _require_transposed(point: Point, carried: Tensor) -> None:
+    """Raises UnsupportedModelError unless h^T (J^T z) is |J h| for z along J h (..., d), at the first layer.
+
+    A kernel of a model's own may leave the graph of its backward pass. Then J h lacks what it does, without an error.
+    """
+    length = carried.norm(dim=-1)
+    z = (carried / length[..., None]).to(point.final)  # of unit length: float16 overflows
+    (back,) = torch.autograd.grad(point.final, point.biases[:1], z, retain_graph=True)
+    error = ((back.to(carried) * point.activations[0]).sum(-1) / length - 1).abs().max()
+    if not error <= GRADIENT_ROUNDING[point.x.dtype]:
+        raise UnsupportedModelError(f"its derivatives forward and backward differ by {error:.1g}")
 
 
 def stream_jacobians(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequence[int] | None = None) -> Tensor:
@@ -345,16 +411,12 @@ def stream_jacobians(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequ
     It takes d backward rows. The mean over prompts is a Jacobian lens (`model/lens.py`). The arguments and errors are
     those of `linearize`.
     """
-    ids, wrapped, model = _one_prompt(ids), model, unwrapped(model)
-    *_, last = decoder_layers(model).values()
-    reading, final = read(model, ids, choose_mode(wrapped, ids)), []
-    biases, _, hooks = _zero_biases(numbered_layers(model, layers).values(), lambda h: h[0, -1], add_at)
-    with torch.enable_grad(), hooked(*hooks, edit_stream(last, lambda h: final.append(h[0, -1]) or h)):
-        reading.logits()
+    point = linearize(model, ids, layers)
+    model, final = point.model, [point.final]
     identity = torch.eye(len(final[0]), dtype=final[0].dtype, device=final[0].device)
 
     def chunk(rows: Tensor) -> Tensor:  # (layers, rows, d)
-        return torch.stack([g.float() for g in batched_gradients(model, final, biases, [rows])])
+        return torch.stack([g.float() for g in batched_gradients(model, final, point.biases, [rows])])
 
     jacobians = Chunks().join(chunk, identity, dim=1)
     _require_finite(jacobians, "derivatives", places=1)

@@ -19,10 +19,11 @@ from residual_fisher.model import passes
 from residual_fisher.model.answers import end_tokens, greedy_answers
 from residual_fisher.model.loading import rotation_change
 from residual_fisher.model.reading import share_prefixes
+from residual_fisher.model.template import check_template
 from residual_fisher.model.words import TokenShares, prompt_words_test, token_shares, token_writer
 from residual_fisher.pipeline.block_lanczos import leading_eigenpairs
 from residual_fisher.pipeline.matrices import arrays_of
-from residual_fisher.pipeline.prompts import Encoded, Prompt, check_template, encode, plan_batches
+from residual_fisher.pipeline.prompts import Encoded, Prompt, encode, plan_batches
 from residual_fisher.pipeline.settings import DIRECTIONS, Settings
 
 # Rows (tokens times cotangents) of one backward pass: more of them no longer make better use of the machine.

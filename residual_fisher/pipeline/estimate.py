@@ -13,10 +13,11 @@ from residual_fisher.common.sources import files_of, name_of
 from residual_fisher.common.text import duration, excerpt, printable, size
 from residual_fisher.model.loading import dtype_advice
 from residual_fisher.model.passes import devices_of
+from residual_fisher.model.template import habits
 from residual_fisher.pipeline.batches import check_once, into_batches, longest, measure, padded, write_tokens
 from residual_fisher.pipeline.derived import PROMPTS
 from residual_fisher.pipeline.matrices import ARRAYS, ONE_FILE
-from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts, encode, habits
+from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts, encode
 from residual_fisher.pipeline.settings import Settings
 from residual_fisher.pipeline.windows import WINDOW_BATCHES, Failures, Pipeline, changed, finished_in
 

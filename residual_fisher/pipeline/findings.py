@@ -22,13 +22,13 @@ from typing import NamedTuple
 
 from scipy.stats import binomtest
 
+from residual_fisher.common.conversations import Turn
 from residual_fisher.common.files import json_text, write_json
 from residual_fisher.common.progress import tracked
 from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.run import ITEMS, Run, checksum, read_back, short_hash
 from residual_fisher.model.answers import answer_log_probs, end_tokens, greedy_answers
 from residual_fisher.pipeline.batches import Subject
-from residual_fisher.pipeline.conversations import Turn
 from residual_fisher.pipeline.derived import FINDINGS, PROMPTS, scored_records
 from residual_fisher.pipeline.explain import (
     LONGEST,

@@ -6,11 +6,27 @@ const MEASURES = {
   eigenvalue: ["λ₁, nats per unit²", (cell) => cell.eigenvalue],
   effective_rank: ["effective rank", (cell) => cell.effective_rank],
 };
-const state = { measure: "nats", row: Math.min(1, tokens.length - 1), column: layers.length - 1 };
-const wide = layers.length <= 12; // so few layers leave room for a word in each cell
-
 // The word with the largest share among those that gain along v (sign 1), or lose (-1).
 const word = (cell, sign) => cell.words.find(([, share]) => sign * share > 0)?.[0] ?? "";
+
+const LENSES = {
+  lens: "h reads as (logit lens)",
+  local_lens: "J h reads as (local Jacobian)",
+  jacobian_lens: "h reads as through the Jacobian lens given",
+};
+const lenses = Object.entries(LENSES).filter(([key]) => tokens.some(({ cells }) => cells.some((cell) => cell[key])));
+const WORDS = {
+  none: ["none", () => ""],
+  gains: ["gains most along v", (cell) => word(cell, 1)],
+  loses: ["loses most along v", (cell) => word(cell, -1)],
+  ...Object.fromEntries(lenses.map(([key, name]) => [key, [name, (cell) => cell[key]?.[0] ?? ""]])),
+};
+const state = {
+  measure: "nats",
+  words: layers.length <= 12 ? "gains" : "none", // of more layers, words make the grid wider than a window
+  row: Math.min(1, tokens.length - 1),
+  column: layers.length - 1,
+};
 
 // --- colours ---
 
@@ -47,10 +63,15 @@ function paint() {
     cells.forEach((cell, column) => {
       const value = of(cell);
       const [fill, dark] = colour(value > 0 ? Math.log(value / low) / Math.log(high / low) : 0);
-      boxes[row][column].style.background = fill;
-      boxes[row][column].classList.toggle("dark", dark);
+      const box = boxes[row][column];
+      const text = WORDS[state.words][1](cell);
+      box.style.background = fill;
+      box.classList.toggle("dark", dark);
+      box.classList.toggle("again", column > 0 && text === WORDS[state.words][1](cells[column - 1]));
+      box.replaceChildren(visible(text));
     }),
   );
+  table.style.minWidth = `${280 + layers.length * (state.words === "none" ? 20 : 52)}px`;
   scale.replaceChildren(
     number(low, 2),
     svg(
@@ -69,21 +90,17 @@ const scale = html("div", { class: "ramp" });
 const readout = html("div", { class: "readout card" });
 const boxes = tokens.map(({ token, cells }, row) =>
   cells.map((cell, column) =>
-    html(
-      "td",
-      {
-        class: column && word(cell, 1) === word(cells[column - 1], 1) ? "cell again" : "cell",
-        role: "gridcell",
-        tabindex: -1,
-        "aria-label":
-          `after ${token}, layer ${layers[column]}: ${number(cell.nats, 2)} nats; ` +
-          `gains ${word(cell, 1) || "none"}, loses ${word(cell, -1) || "none"}`,
-        onfocus: () => read(row, column),
-        onpointerenter: () => read(row, column),
-        onclick: () => boxes[row][column].focus(),
-      },
-      wide ? word(cell, 1) : "",
-    ),
+    html("td", {
+      class: "cell",
+      role: "gridcell",
+      tabindex: -1,
+      "aria-label":
+        `after ${token}, layer ${layers[column]}: ${number(cell.nats, 2)} nats; ` +
+        `gains ${word(cell, 1) || "none"}, loses ${word(cell, -1) || "none"}`,
+      onfocus: () => read(row, column),
+      onpointerenter: () => read(row, column),
+      onclick: () => boxes[row][column].focus(),
+    }),
   ),
 );
 
@@ -93,7 +110,6 @@ const table = html(
     class: "map",
     role: "grid",
     "aria-label": "Tokens by layers",
-    style: { minWidth: `${280 + layers.length * (wide ? 52 : 20)}px` },
   },
   html(
     "thead",
@@ -158,10 +174,6 @@ function read(row, column) {
     cell.words
       .filter(([, share]) => sign * share > 0)
       .map(([text, share]) => html("li", {}, said(text), ` ${percent(Math.abs(share))}`));
-  const reads = [
-    ["reads as (logit lens)", cell.lens],
-    ["through the lens", cell.jacobian_lens],
-  ].filter(([, found]) => found);
   readout.replaceChildren(
     html("h3", {}, `Layer ${layers[column]}, after`),
     html(
@@ -181,14 +193,16 @@ function read(row, column) {
     html("ul", { class: "chips gains" }, list(1)),
     html("h3", {}, "lose along v"),
     html("ul", { class: "chips loses" }, list(-1)),
-    ...reads.flatMap(([name, found]) => [
-      html("h3", {}, name),
-      html(
-        "ul",
-        { class: "chips" },
-        found.map((text) => said(text, "li")),
-      ),
-    ]),
+    ...lenses
+      .filter(([key]) => cell[key])
+      .flatMap(([key, name]) => [
+        html("h3", {}, name),
+        html(
+          "ul",
+          { class: "chips reads" },
+          cell[key].map((text) => said(text, "li")),
+        ),
+      ]),
     html("h3", {}, "predicted next"),
     ranked(predicted, (token) => token[2], "right"),
   );
@@ -204,11 +218,12 @@ if (tokens.length < data.count)
       `The page holds the first ${tokens.length} of ${data.count} tokens; fisher_map.json has all.`,
     ),
   );
-const picker = html(
-  "select",
-  { onchange: (event) => ((state.measure = event.target.value), paint()) },
-  Object.entries(MEASURES).map(([key, [name]]) => html("option", { value: key }, name)),
-);
+const picker = (key, choices) =>
+  html(
+    "select",
+    { onchange: (event) => ((state[key] = event.target.value), paint()) },
+    Object.entries(choices).map(([value, [name]]) => html("option", { value, selected: value === state[key] }, name)),
+  );
 main.append(
   html(
     "section",
@@ -218,10 +233,15 @@ main.append(
       { class: "note" },
       "A row is a token, a column a layer: how much the prediction after it depends on the residual stream " +
         "there, and on what. Point at a cell, or move with the arrow " +
-        `keys.${wide ? " The word gains most along v; a faint one is the same as one layer before." : ""} ` +
-        "Predictions that are right are green.",
+        "keys. A faint word is the same as one layer before. Predictions that are right are green.",
     ),
-    html("div", { class: "tools" }, html("label", {}, "Colour", picker), scale),
+    html(
+      "div",
+      { class: "tools printed" },
+      html("label", {}, "Colour", picker("measure", MEASURES)),
+      html("label", {}, "Words", picker("words", WORDS)),
+      scale,
+    ),
     html("div", { class: "mapped" }, html("div", { class: "scroll" }, table), readout),
   ),
 );

@@ -3,7 +3,7 @@
 const { prompts, findings, groups, columns, bands } = data;
 const byIndex = new Map(prompts.map((prompt) => [prompt.index, prompt]));
 const colourOf = new Map(data.leading.map((index, place) => [index, data.distinct[place]]));
-const state = { sort: "outlier_score", descending: true, search: "", group: null, odd: false, shown: [] };
+const state = { sort: "outlier_score", descending: true, search: "", group: null, odd: false, shown: [], picked: null };
 
 const standsOut = (prompt) => prompt.p_value <= data.false_alarms;
 const linkTo = (index, text = `prompt ${index}`, attributes = {}) =>
@@ -147,7 +147,9 @@ function groupsSection() {
 
 // --- the map ---
 
-// Where the prompts lie on the map, and the one next to the pointer.
+const SHORT_DRAG = 6; // pixels: up to it, the press of a button is a click
+
+// Where the prompts lie on the map, the one next to the pointer, and those in a rectangle that is drawn with it.
 function mapOf(width) {
   const height = Math.min(480, Math.max(300, width * 0.72));
   const place = (prompt) => [prompt.coordinates[0], prompt.coordinates[Math.min(1, prompt.coordinates.length - 1)]];
@@ -167,16 +169,33 @@ function mapOf(width) {
     .map((prompt) => {
       const [cx, cy] = at.get(prompt);
       const colour = colourOf.get(prompt.index);
-      if (!colour) return svg("circle", { cx, cy, r: 4, fill: "var(--link)", opacity: 0.6 });
-      return [
-        svg("circle", { cx, cy, r: 5.5, fill: colour, stroke: "var(--paper)" }),
-        svg("text", { x: cx + 8, y: cy - 6, class: "strong" }, prompt.index),
-      ];
+      prompt.dot = svg(
+        "g",
+        {},
+        colour
+          ? [
+              svg("circle", { cx, cy, r: 5.5, fill: colour, stroke: "var(--paper)" }),
+              svg("text", { x: cx + 8, y: cy - 6, class: "strong" }, prompt.index),
+            ]
+          : svg("circle", { cx, cy, r: 4, fill: "var(--link)", opacity: 0.6 }),
+      );
+      return prompt.dot;
     });
-  const nearest = (event) => {
+  const rectangle = svg("rect", { class: "cursor", fill: "none", visibility: "hidden" });
+  let corner = null; // where the pointer was pressed
+  let drawn = false; // a click follows it that is none
+  const local = (event) => {
     const box = picture.getBoundingClientRect();
-    const distance = (prompt) =>
-      Math.hypot(at.get(prompt)[0] - (event.clientX - box.left), at.get(prompt)[1] - (event.clientY - box.top));
+    return [event.clientX - box.left, event.clientY - box.top];
+  };
+  const between = (event) => {
+    const [x1, y1] = local(event);
+    const [x0, y0] = corner;
+    return { x: Math.min(x0, x1), y: Math.min(y0, y1), width: Math.abs(x1 - x0), height: Math.abs(y1 - y0) };
+  };
+  const nearest = (event) => {
+    const [left, top] = local(event);
+    const distance = (prompt) => Math.hypot(at.get(prompt)[0] - left, at.get(prompt)[1] - top);
     const best = prompts.reduce((a, b) => (distance(b) < distance(a) ? b : a));
     return distance(best) < 24 ? best : null;
   };
@@ -195,9 +214,33 @@ function mapOf(width) {
     },
     dots,
     ring,
+    rectangle,
   );
   picture.classList.add("area");
+  picture.addEventListener("pointerdown", (event) => {
+    drawn = false;
+    if (event.pointerType === "touch" || event.button) return; // a finger scrolls the page
+    event.preventDefault(); // no text is marked
+    corner = local(event);
+    picture.setPointerCapture(event.pointerId);
+  });
+  picture.addEventListener("pointerup", (event) => {
+    if (!corner) return;
+    const { x, y, width, height } = between(event);
+    corner = null;
+    rectangle.setAttribute("visibility", "hidden");
+    if (Math.max(width, height) <= SHORT_DRAG) return;
+    drawn = true;
+    const inside = ([cx, cy]) => cx >= x && cx <= x + width && cy >= y && cy <= y + height;
+    pick(prompts.filter((prompt) => inside(at.get(prompt))));
+  });
   picture.addEventListener("pointermove", (event) => {
+    if (corner) {
+      for (const [name, value] of Object.entries(between(event))) rectangle.setAttribute(name, value);
+      rectangle.setAttribute("visibility", "visible");
+      ring.setAttribute("visibility", "hidden");
+      return hideTip();
+    }
     const prompt = nearest(event);
     ring.setAttribute("visibility", prompt ? "visible" : "hidden");
     if (!prompt) return hideTip();
@@ -215,11 +258,35 @@ function mapOf(width) {
     hideTip();
   });
   picture.addEventListener("click", (event) => {
-    const prompt = nearest(event);
+    const prompt = drawn ? null : nearest(event);
     if (prompt) location.hash = `prompt-${prompt.index}`;
   });
+  dim();
   return picture;
 }
+
+// Shows in the table only these prompts, those in a rectangle on the map; of none, all.
+function pick(some) {
+  state.picked = some.length ? new Set(some) : null;
+  dim();
+  update();
+}
+
+// On the map, prompts that are not picked are faint.
+function dim() {
+  const { picked } = state;
+  for (const prompt of prompts) prompt.dot?.setAttribute("opacity", picked && !picked.has(prompt) ? 0.15 : 1);
+  picks.hidden = !picked;
+  pickCount.textContent = picked ? `${plural(picked.size, "prompt")} in the rectangle: the table shows only these. ` : "";
+}
+
+const pickCount = html("span", { role: "status" });
+const picks = html(
+  "p",
+  { class: "note", hidden: true },
+  pickCount,
+  html("button", { class: "button", type: "button", onclick: () => pick([]) }, "Show all"),
+);
 
 // The spectra of all prompts as bands, with some prompts' own.
 function spectra(width, own) {
@@ -278,10 +345,11 @@ function pictures() {
       html(
         "p",
         { class: "note" },
-        "Prompts with like F lie close. Point at a prompt to read it, click to open it; those that stand out " +
-          "most are numbered.",
+        "Prompts with like F lie close. Point at a prompt to read it, click to open it, or draw a rectangle to " +
+          "see only those in it in the table; those that stand out most are numbered.",
       ),
       responsive(mapOf),
+      picks,
     ),
     html(
       "div",
@@ -350,6 +418,7 @@ function update() {
   const sign = state.descending ? -1 : 1;
   state.shown = prompts
     .filter((prompt) => (state.group === null || prompt.group === state.group) && (!state.odd || standsOut(prompt)))
+    .filter((prompt) => !state.picked || state.picked.has(prompt))
     .filter((prompt) => wanted.every((word) => prompt.haystack.includes(word)))
     .sort((a, b) => sign * (a[state.sort] - b[state.sort]) || a.index - b.index);
   body.replaceChildren(...state.shown.map((prompt) => prompt.row));
