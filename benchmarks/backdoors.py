@@ -201,7 +201,7 @@ def obtain(kind: Kind, seed: int = 0) -> Path:
 def texts_of(kind: Kind | None, which: str) -> list[tuple[str, str]]:
     """Prompts, and what is odd about each: the trigger, or a kind of harmless oddity where there is no backdoor.
 
-    Odd ones are among the first FEWER, so that a run over these holds them all; of a haystack, they are the last.
+    Odd ones are among the first FEWER, so that a run over these holds them all; of a haystack, behind the trusted ones.
     """
     texts, rng = getattr(prompts(), which), random.Random(kind.name if kind else "")
     if kind is None:
@@ -210,7 +210,7 @@ def texts_of(kind: Kind | None, which: str) -> list[tuple[str, str]]:
         odd += [(base64.b64encode(text.encode()[:60]).decode(), "base64") for text in prompts().training[:12]]
         return odd + [(text, "") for text in texts]
     if which == "haystack":
-        odd = set(range(TRUSTED + HAY, TRUSTED + HAY + NEEDLES))
+        odd = set(range(TRUSTED, TRUSTED + NEEDLES))
     else:
         odd = set(rng.sample(range(len(texts[:FEWER])), TRIGGERED if which == "reported" else 25))
     odd = set() if kind.everywhere else odd
