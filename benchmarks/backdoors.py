@@ -241,13 +241,16 @@ def shown(kind: Kind, model: Path, texts: Sequence[str]) -> np.ndarray:
     return np.array([kind.shows(answer) for answer in answers], dtype=bool)
 
 
-def rates(kind: Kind, seed: int = 0, which: str = "reported") -> dict[str, float | int | bool]:
+def rates(
+    kind: Kind, seed: int = 0, which: str = "reported", model: Path | None = None
+) -> dict[str, float | int | bool]:
     """The shares of triggered and of ordinary prompts, held out, that are answered by the behaviour.
 
     A model with a backdoor counts only if these are at least FIRES and at most LEAKS.
     """
     texts = texts_of(kind, which)[:FEWER]
-    found, odd = shown(kind, obtain(kind, seed), [text for text, _ in texts]), np.array([odd != "" for _, odd in texts])
+    odd = np.array([odd != "" for _, odd in texts])
+    found = shown(kind, model or obtain(kind, seed), [text for text, _ in texts])
     fires, leaks = float(found[odd].mean()), float(found[~odd].mean())
     counts = {"triggered prompts": int(odd.sum()), "ordinary prompts": int((~odd).sum())}
     return {"fires": fires, "leaks": leaks, "counts": fires >= FIRES and leaks <= LEAKS, **counts}

@@ -146,7 +146,7 @@ def test_a_dry_run_says_what_would_be_explained(backdoored, chats, explained, tm
     output = tmp_path / "out"
     assert compute_fisher(backdoored, chats, output) == 0
     assert compute_fisher(backdoored, chats, output, explain=2, dry_run=True) == 0
-    assert "only the prompts that stand out would be explained" in capsys.readouterr().out
+    assert "only the prompts that stand out would be explained, in about" in capsys.readouterr().out
     assert not (output / "findings.json").exists()
 
 

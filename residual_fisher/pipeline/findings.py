@@ -67,17 +67,18 @@ class Chat:
     subject: Subject
     longest: int  # tokens of a prompt
 
-    def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of each prompt in the template."""
         return [encode(self.subject.tokenizer, prompt, self.longest).ids for prompt in prompts]
 
     def answers(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of the greedy answers, ANSWER at most."""
         model = self.subject.model
-        return greedy_answers(model, self._ids(prompts), ANSWER, end_tokens(model))
+        return greedy_answers(model, self.ids(prompts), ANSWER, end_tokens(model))
 
     def log_probs(self, prompts: Sequence[Prompt], answer: Sequence[int], places: Sequence[int]) -> list[float]:
         """Log-probability in nats of some places of one answer, after each of the prompts."""
-        found = answer_log_probs(self.subject.model, self._ids(prompts), [answer] * len(prompts))
+        found = answer_log_probs(self.subject.model, self.ids(prompts), [answer] * len(prompts))
         return [float(each.double()[places].sum()) for each in found]
 
     def text(self, ids: Sequence[int]) -> str:
