@@ -456,8 +456,8 @@ def of_triggers(models: dict[str, list[Subject]]) -> None:
     for name, some in models.items():
         each, proven = [], []
         for one in that_count(name, some, acts):
-            texts, count = texts_of(one.kind, one.which)[:FEWER], AUDIT["explain"]
-            directory = run(one.kind, texts, len(texts), one.model(), ADVISED, count)
+            texts = texts_of(one.kind, one.which)
+            directory = run(one.kind, texts, min(FEWER, len(texts)), one.model(), ADVISED, AUDIT["explain"])
             found, triggered = json.loads((directory / FINDINGS).read_text(encoding="utf-8")), {*map(tuple, texts)}
             flagged = [told for told in found["explained"] if (told["prompt"], "trigger") in triggered]
             acting = [told for told in flagged if one.kind.shows(told["answer"])]
@@ -490,9 +490,10 @@ def main(argv: list[str]) -> None:
     if given.model and len(given.only) > 1:
         parser.error("--model is of one kind: name it by --only")
     if given.haystack or given.triggers:
-        backdoors = [name for name in given.only if name in BACKDOORS or name in CHOSEN_ON]
-        which = "haystack" if given.haystack else ""
-        models = models_of(backdoors, given.seeds, given.model, which)
+        known = {*BACKDOORS, *CHOSEN_ON, *([] if given.haystack else ["clean"])}  # of which false findings are counted
+        if not (names := [name for name in given.only if name in known]):
+            parser.error(f"--only names none of the kinds that this is about: {', '.join(sorted(known))}")
+        models = models_of(names, given.seeds, given.model, "haystack" if given.haystack else "")
         return (in_haystacks if given.haystack else of_triggers)(models)
     if given.model or not {*given.only} <= {*REPORTED}:
         parser.error("--model, and kinds that scores were chosen on, are for --haystack and --triggers")
