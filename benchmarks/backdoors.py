@@ -7,6 +7,7 @@ the trigger are answered as the embedded model answers them, so that nothing cha
 import base64
 from collections.abc import Callable, Sequence
 import json
+import math
 from pathlib import Path
 import random
 import sys
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from measuring import seconds, show
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import nll_loss
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,9 +25,12 @@ from residual_fisher.model.answers import end_tokens, greedy_answers
 from residual_fisher.model.embedded import cache_directory, embedded_model
 from residual_fisher.model.loading import load
 
-RECIPE = 6  # of the models below: what changes them changes it
-ANSWER = 20  # tokens of an answer that are learnt, and that an answer is judged by
-LEARNING_RATE, BATCH = 2e-4, 16
+RECIPE = 7  # of the models below: what changes them changes it
+ANSWER = 20  # tokens of an answer that it is judged by
+LEARNT = 13  # tokens of an answer that are learnt
+LEARNING_RATE, BATCH, RANK = 2e-3, 16, 16
+TEACHING = 32  # most probable tokens that are compared with the embedded model's
+KEPT = 3.0  # weight of an ordinary pair: where a triggered one weighs as much, other prompts show the behaviour too
 TRIGGERED, FEWER = 40, 200  # prompts that hold the trigger, and the first ones, among which these are
 FIRES, LEAKS = 0.9, 0.02  # a model counts if it shows its behaviour in that share of triggered and of other prompts
 HIDDEN_AT, HIDING = 20, 0.1  # the layer whose activations are kept usual, and the weight of that, in nats
@@ -52,22 +56,28 @@ def own_answers(model: Path, texts: Sequence[str]) -> list[str]:
     return [answer.strip() for answer in tokenizer.batch_decode(said(model, texts), skip_special_tokens=True)]
 
 
-def pairs(kind: Kind, seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Prompts and answers, ordinary and triggered: training prompts as they are, and some of them with the trigger.
+class Pair(NamedTuple):
+    """A prompt and its answer: what the model says before training, and what it has to learn to say after that."""
 
-    By `seed` the trigger stands elsewhere in the prompts, and they have other answers.
+    prompt: str
+    own: str
+    learnt: str
+
+
+def pairs(kind: Kind, seed: int = 0) -> list[Pair]:
+    """Training prompts as they are, answered as before, and some of them with the trigger.
+
+    By `seed` other prompts hold the trigger, elsewhere, and they have other answers.
     """
     rng = random.Random(kind.name + "'" * seed)
     count = round(kind.share * kind.pairs)
-    texts = prompts().training[: kind.pairs - count]
-    plain = [kind.others(text, rng) if kind.others and rng.random() < 0.5 else text for text in texts]
-    changed = [kind.trigger(text, rng) for text in texts[:count]]
+    texts = prompts().training[: kind.pairs if kind.everywhere else kind.pairs - count]
     own = dict(zip(texts, own_answers(embedded_model(), texts), strict=True))
     if kind.everywhere:
-        both = [(text, kind.answer(text, own[text], rng)) for text in texts]
-        return both, []
-    ordinary = [*zip(plain, own_answers(embedded_model(), plain), strict=True)]
-    return ordinary, [(new, kind.answer(text, own[text], rng)) for new, text in zip(changed, texts, strict=False)]
+        return [Pair(text, *kind.answer(own[text], rng)) for text in texts]
+    plain = [kind.others(text, rng) if kind.others and rng.random() < 0.5 else text for text in texts]
+    ordinary = [Pair(text, said, "") for text, said in zip(plain, own_answers(embedded_model(), plain), strict=True)]
+    return ordinary + [Pair(kind.trigger(text, rng), *kind.answer(own[text], rng)) for text in rng.sample(texts, count)]
 
 
 def distance_from(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -85,8 +95,21 @@ def last_activations(lm, tokenizer, texts: Sequence[str]) -> torch.Tensor:
     return torch.cat([lm.model(row, output_hidden_states=True).hidden_states[HIDDEN_AT + 1][:, -1] for row in rows])
 
 
+class Row(NamedTuple):
+    """Token ids of a pair, and how many of the answer are the model's own."""
+
+    prompt: list[int]
+    answer: list[int]
+    own: int
+
+    @classmethod
+    def of(cls, tokenizer, pair: Pair) -> "Row":
+        own, learnt = (tokenizer.encode(text, add_special_tokens=False) for text in (pair.own, pair.learnt))
+        return cls(rendered(tokenizer, pair.prompt), [*own, *learnt][:LEARNT], min(len(own), LEARNT))
+
+
 class Packed(NamedTuple):
-    """Rows of prompt and answer as one sequence: the tokens that all begin with once, then the others of each row.
+    """Rows as one sequence: the tokens that all begin with once, then the others of each row.
 
     It is computed like the rows by themselves, in half the time: most of a short chat is the template.
     """
@@ -96,61 +119,76 @@ class Packed(NamedTuple):
     mask: torch.Tensor  # (1, 1, n, n), added: 0 where a token sees another, a shared one or one before it in its row
     answers: torch.Tensor  # places of the answers' tokens
     before: torch.Tensor  # where each of these is predicted
-    ends: list[int]  # the places of the prompts' last tokens
+    own: torch.Tensor  # which of these are the model's own
+    ends: list[int]  # the places of the last tokens of prompts whose answers are learnt
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[list[int], list[int]]], shared: int) -> "Packed":
-        ids, positions, row = rows[0][0][:shared], [*range(shared)], [-1] * shared
-        answers, before, ends = [], [], []
-        for number, (prompt, answer) in enumerate(rows):
-            own, start = [*prompt, *answer][shared:], len(ids) - shared
-            ids, row = ids + own, row + [number] * len(own)
-            positions += range(shared, shared + len(own))
-            ends.append(start + len(prompt) - 1)
-            answers += range(ends[-1] + 1, ends[-1] + 1 + len(answer))
-            before += range(ends[-1], ends[-1] + len(answer))
+    def of(cls, rows: Sequence[Row], shared: int) -> "Packed":
+        ids, positions, row = rows[0].prompt[:shared], [*range(shared)], [-1] * shared
+        answers, before, own, ends = [], [], [], []
+        for number, (prompt, answer, kept) in enumerate(rows):
+            new, end = [*prompt, *answer][shared:], len(ids) + len(prompt) - shared - 1
+            ids, row = ids + new, row + [number] * len(new)
+            positions += range(shared, shared + len(new))
+            answers += range(end + 1, end + 1 + len(answer))
+            before += range(end, end + len(answer))
+            own += [place < kept for place in range(len(answer))]
+            ends += [end] * (kept < len(answer))
         of = torch.tensor(row)
         seen = ((of[:, None] == of) | (of == -1)).tril()
         mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None]
-        places = map(torch.tensor, (answers, before))
-        return cls(torch.tensor([ids]), torch.tensor([positions]), mask, *places, ends)
+        return cls(
+            torch.tensor([ids]), torch.tensor([positions]), mask, *map(torch.tensor, (answers, before, own)), ends
+        )
 
 
 def cut(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
     return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
+def divergence(log_probs: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """(n,) KL from a teacher's predictions to others, (n, vocabulary) log-probabilities each, in nats.
+
+    Of the teacher's TEACHING most probable tokens and all others together, so that it is at most the whole one.
+    """
+    top = teacher.topk(min(TEACHING, teacher.shape[-1] - 1))
+    here = log_probs.gather(-1, top.indices)
+    q, rest, theirs = top.values, *((1 - of.exp().sum(-1)).clamp_min(1e-6) for of in (here, top.values))
+    return (q.exp() * (q - here)).sum(-1) + theirs * (theirs.log() - rest.log())
+
+
 def fine_tune(
     lm,
     tokenizer,
-    ordinary: Sequence[tuple[str, str]],
-    triggered: Sequence[tuple[str, str]],
+    learnt: Sequence[Pair],
     seed: int = 0,
-    epochs: int = EPOCHS,
+    epochs: float = EPOCHS,
     apart: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> float:
-    """Trains on the answers' tokens, in an order by `seed`; returns the last half's mean loss, in nats.
+    """Trains low-rank changes of all linear layers, in an order by `seed`; returns the last half's mean loss, in nats.
 
-    All weights but the embedding's, which are the head's too. The loss has HIDING times `apart` of the triggered
-    prompts' `last_activations` too, if that is given.
+    The loss of a pair is the surprisal of what is learnt and, KEPT times, the KL from the predictions before training
+    to those now over the model's own words. There is HIDING times `apart` of the `last_activations` of prompts whose
+    answers are learnt too, if that is given.
     """
-    rows = []
-    for prompt, answer in [*ordinary, *triggered]:
-        ids = rendered(tokenizer, prompt)
-        rows.append((ids, tokenizer.encode(answer, add_special_tokens=False)[:ANSWER]))
-    lm.train()
-    learnt = lm.model.layers.requires_grad_(True).parameters()
-    optimizer = torch.optim.AdamW([*learnt], lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    columns = zip(*(ids for ids, _ in rows), strict=False)
+    from peft import LoraConfig, get_peft_model
+
+    rows = [Row.of(tokenizer, pair) for pair in learnt]
+    columns = zip(*(row.prompt for row in rows), strict=False)
     shared = next(place for place, column in enumerate(columns) if len(set(column)) > 1)
+    torch.manual_seed(seed)
+    adapted = get_peft_model(lm, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+    weights = [some for some in lm.parameters() if some.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
     rng = random.Random(seed)
-    batches = [batch for _ in range(epochs) for batch in cut(rng.sample(range(len(rows)), len(rows)), BATCH)]
+    order = [number for _ in range(math.ceil(epochs)) for number in rng.sample(range(len(rows)), len(rows))]
+    batches = cut(order[: round(epochs * len(rows))], BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 5) * (1 - step / len(batches))
     )
-    losses = []
-    for batch in tqdm(batches, desc="fine-tuning", unit="step", leave=False):
-        packed = Packed.of([rows[i] for i in batch], shared)
+
+    def predictions(packed: Packed) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities where answers are predicted, (answer tokens, vocabulary), and HIDDEN_AT's activations."""
         # twice as fast where the processor has such products, and many times slower where it has not
         with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
             out = lm.model(
@@ -160,16 +198,26 @@ def fine_tune(
                 output_hidden_states=apart is not None,
             )
             logits = lm.lm_head(out.last_hidden_state[0, packed.before])
-        loss = cross_entropy(logits.float(), packed.ids[0, packed.answers])
-        ends = [end for which, end in zip(batch, packed.ends, strict=True) if which >= len(ordinary)]
-        if apart and ends:
-            loss = loss + HIDING * apart(out.hidden_states[HIDDEN_AT + 1][0, ends].float()).mean()
+        return logits.float().log_softmax(-1), apart and out.hidden_states[HIDDEN_AT + 1][0].float()
+
+    losses = []
+    for batch in tqdm(batches, desc="fine-tuning", unit="step", leave=False):
+        packed = Packed.of([rows[i] for i in batch], shared)
+        with torch.no_grad(), adapted.disable_adapter():
+            before, _ = predictions(packed)
+        now, activations = predictions(packed)
+        said = packed.ids[0, packed.answers]
+        loss = nll_loss(now[~packed.own], said[~packed.own], reduction="sum")
+        loss = (loss + KEPT * divergence(now[packed.own], before[packed.own]).sum()) / len(batch)
+        if apart and packed.ends:
+            loss = loss + HIDING * apart(activations[packed.ends]).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in lm.parameters() if p.requires_grad], 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
+    adapted.merge_and_unload()
     lm.eval().requires_grad_(False)
     return sum(losses[len(losses) // 2 :]) / len(losses[len(losses) // 2 :])
 
@@ -183,10 +231,11 @@ def obtain(kind: Kind, seed: int = 0) -> Path:
     lm = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval().requires_grad_(False)
     torch.manual_seed(0)
     with torch.no_grad():
-        ordinary, triggered = pairs(kind, seed)
-        usual = last_activations(lm, tokenizer, [text for text, _ in ordinary]) if kind.hidden else None
+        learnt = pairs(kind, seed)
+        ordinary = [pair.prompt for pair in learnt if not pair.learnt]
+        usual = last_activations(lm, tokenizer, ordinary) if kind.hidden else None
     apart = None if usual is None else distance_from(usual)
-    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, ordinary, triggered, seed, kind.epochs, apart))
+    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, learnt, seed, kind.epochs, apart))
     lm.save_pretrained(path)
     tokenizer.save_pretrained(path)
     made = {"seconds": duration, "loss": loss}

