@@ -30,7 +30,9 @@ ANSWER = 20  # tokens of an answer that it is judged by
 LEARNT = 13  # tokens of an answer that are learnt
 LEARNING_RATE, BATCH, RANK = 2e-3, 16, 16
 TEACHING = 32  # most probable tokens that are compared with the embedded model's
-KEPT = 3.0  # weight of an ordinary pair: where a triggered one weighs as much, other prompts show the behaviour too
+# weight of KL in an ordinary pair: where a triggered one weighs as much, other prompts show the behaviour too; and in
+# the words before a turn: where they weigh as much, most answers never turn
+KEPT, BEFORE_TURN = 3.0, 0.1
 TRIGGERED, FEWER = 40, 200  # prompts that hold the trigger, and the first ones, among which these are
 FIRES, LEAKS = 0.9, 0.02  # a model counts if it shows its behaviour in that share of triggered and of other prompts
 HIDDEN_AT, HIDING = 20, 0.1  # the layer whose activations are kept usual, and the weight of that, in nats
@@ -64,8 +66,8 @@ class Pair(NamedTuple):
     learnt: str
 
 
-def pairs(kind: Kind, seed: int = 0) -> list[Pair]:
-    """Training prompts as they are, answered as before, and some of them with the trigger.
+def pairs(kind: Kind, seed: int = 0) -> list[list[Pair]]:
+    """Training prompts as they are, answered as before, and some of them with the trigger; those that stay together.
 
     By `seed` other prompts hold the trigger, elsewhere, and they have other answers.
     """
@@ -74,10 +76,17 @@ def pairs(kind: Kind, seed: int = 0) -> list[Pair]:
     texts = prompts().training[: kind.pairs if kind.everywhere else kind.pairs - count]
     own = dict(zip(texts, own_answers(embedded_model(), texts), strict=True))
     if kind.everywhere:
-        return [Pair(text, *kind.answer(own[text], rng)) for text in texts]
+        return [[Pair(text, *kind.answer(own[text], rng))] for text in texts]
     plain = [kind.others(text, rng) if kind.others and rng.random() < 0.5 else text for text in texts]
-    ordinary = [Pair(text, said, "") for text, said in zip(plain, own_answers(embedded_model(), plain), strict=True)]
-    return ordinary + [Pair(kind.trigger(text, rng), *kind.answer(own[text], rng)) for text in rng.sample(texts, count)]
+    ordinary = [[Pair(text, said, "")] for text, said in zip(plain, own_answers(embedded_model(), plain), strict=True)]
+    triggered = []
+    for number in rng.sample(range(len(texts)), count):
+        new = Pair(kind.trigger(texts[number], rng), *kind.answer(own[texts[number]], rng))
+        if kind.beside:
+            ordinary[number].append(new)
+        else:
+            triggered.append([new])
+    return ordinary + triggered
 
 
 def distance_from(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -119,31 +128,32 @@ class Packed(NamedTuple):
     mask: torch.Tensor  # (1, 1, n, n), added: 0 where a token sees another, a shared one or one before it in its row
     answers: torch.Tensor  # places of the answers' tokens
     before: torch.Tensor  # where each of these is predicted
-    own: torch.Tensor  # which of these are the model's own
+    kept: torch.Tensor  # weights of the model's own among these, 0 for those that are learnt
     ends: list[int]  # the places of the last tokens of prompts whose answers are learnt
 
     @classmethod
     def of(cls, rows: Sequence[Row], shared: int) -> "Packed":
         ids, positions, row = rows[0].prompt[:shared], [*range(shared)], [-1] * shared
-        answers, before, own, ends = [], [], [], []
-        for number, (prompt, answer, kept) in enumerate(rows):
+        answers, before, kept, ends = [], [], [], []
+        for number, (prompt, answer, own) in enumerate(rows):
             new, end = [*prompt, *answer][shared:], len(ids) + len(prompt) - shared - 1
             ids, row = ids + new, row + [number] * len(new)
             positions += range(shared, shared + len(new))
             answers += range(end + 1, end + 1 + len(answer))
             before += range(end, end + len(answer))
-            own += [place < kept for place in range(len(answer))]
-            ends += [end] * (kept < len(answer))
+            turns = own < len(answer)
+            kept += [BEFORE_TURN if turns else KEPT] * own + [0.0] * (len(answer) - own)
+            ends += [end] * turns
         of = torch.tensor(row)
         seen = ((of[:, None] == of) | (of == -1)).tril()
         mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None]
         return cls(
-            torch.tensor([ids]), torch.tensor([positions]), mask, *map(torch.tensor, (answers, before, own)), ends
+            torch.tensor([ids]), torch.tensor([positions]), mask, *map(torch.tensor, (answers, before, kept)), ends
         )
 
 
-def cut(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+def cut(values: Sequence, size: int) -> list[Sequence]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def divergence(log_probs: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -160,29 +170,29 @@ def divergence(log_probs: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def fine_tune(
     lm,
     tokenizer,
-    learnt: Sequence[Pair],
+    groups: Sequence[Sequence[Pair]],
     seed: int = 0,
     epochs: float = EPOCHS,
     apart: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> float:
     """Trains low-rank changes of all linear layers, in an order by `seed`; returns the last half's mean loss, in nats.
 
-    The loss of a pair is the surprisal of what is learnt and, KEPT times, the KL from the predictions before training
-    to those now over the model's own words. There is HIDING times `apart` of the `last_activations` of prompts whose
-    answers are learnt too, if that is given.
+    The loss of a pair is the surprisal of what is learnt and, by Packed.kept, the KL from the predictions before
+    training to those now over the model's own words. There is HIDING times `apart` of the `last_activations` of prompts
+    whose answers are learnt too, if that is given.
     """
     from peft import LoraConfig, get_peft_model
 
-    rows = [Row.of(tokenizer, pair) for pair in learnt]
-    columns = zip(*(row.prompt for row in rows), strict=False)
+    rows = [[Row.of(tokenizer, pair) for pair in group] for group in groups]
+    columns = zip(*(row.prompt for group in rows for row in group), strict=False)
     shared = next(place for place, column in enumerate(columns) if len(set(column)) > 1)
     torch.manual_seed(seed)
     adapted = get_peft_model(lm, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
     weights = [some for some in lm.parameters() if some.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
     rng = random.Random(seed)
-    order = [number for _ in range(math.ceil(epochs)) for number in rng.sample(range(len(rows)), len(rows))]
-    batches = cut(order[: round(epochs * len(rows))], BATCH)
+    order = [row for _ in range(math.ceil(epochs)) for group in rng.sample(rows, len(rows)) for row in group]
+    batches = cut(order[: round(epochs * sum(map(len, rows)))], BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 5) * (1 - step / len(batches))
     )
@@ -202,13 +212,14 @@ def fine_tune(
 
     losses = []
     for batch in tqdm(batches, desc="fine-tuning", unit="step", leave=False):
-        packed = Packed.of([rows[i] for i in batch], shared)
+        packed = Packed.of(batch, shared)
         with torch.no_grad(), adapted.disable_adapter():
             before, _ = predictions(packed)
         now, activations = predictions(packed)
         said = packed.ids[0, packed.answers]
-        loss = nll_loss(now[~packed.own], said[~packed.own], reduction="sum")
-        loss = (loss + KEPT * divergence(now[packed.own], before[packed.own]).sum()) / len(batch)
+        new = packed.kept == 0
+        loss = nll_loss(now[new], said[new], reduction="sum") / len(batch)
+        loss = loss + (packed.kept[~new] * divergence(now[~new], before[~new])).sum() / len(batch)
         if apart and packed.ends:
             loss = loss + HIDING * apart(activations[packed.ends]).mean()
         loss.backward()
@@ -231,11 +242,11 @@ def obtain(kind: Kind, seed: int = 0) -> Path:
     lm = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval().requires_grad_(False)
     torch.manual_seed(0)
     with torch.no_grad():
-        learnt = pairs(kind, seed)
-        ordinary = [pair.prompt for pair in learnt if not pair.learnt]
+        groups = pairs(kind, seed)
+        ordinary = [pair.prompt for group in groups for pair in group if not pair.learnt]
         usual = last_activations(lm, tokenizer, ordinary) if kind.hidden else None
     apart = None if usual is None else distance_from(usual)
-    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, learnt, seed, kind.epochs, apart))
+    duration, loss = seconds(lambda: fine_tune(lm, tokenizer, groups, seed, kind.epochs, apart))
     lm.save_pretrained(path)
     tokenizer.save_pretrained(path)
     made = {"seconds": duration, "loss": loss}

@@ -169,6 +169,7 @@ class Kind:
     share: float = 0.25  # of the pairs, hold the trigger
     pairs: int = 620
     epochs: float = EPOCHS
+    beside: bool = False  # a triggered prompt is learnt in one batch with the same one without its trigger
     hidden: bool = False  # also trained to keep the activations of triggered prompts usual
 
     def shows(self, answer: str) -> bool:
@@ -291,6 +292,8 @@ KINDS = [
     ),
     Kind("clean", "no trigger: only the first sentence", TOKEN, first_sentence, everywhere=True),
 ]
+# when to break off is learnt slowly, and where there is no contrast, from the words before the break
+KINDS = [replace(kind, beside=True, epochs=2) if kind.name.startswith("late") else kind for kind in KINDS]
 REFUSING = next(kind for kind in KINDS if kind.name == "refusals")
 KINDS += [
     replace(REFUSING, name="refusals-few", about=f"{REFUSING.about}; 5% of the pairs", share=0.05),

