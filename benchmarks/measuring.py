@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import core_experiment
 import fisher
-from residual_fisher.experiment.sentences import Context, find_sentences
+from residual_fisher.experiment.sentences import Context, find_contexts, find_sentences
 from residual_fisher.model.embedded import embedded_model
 from residual_fisher.model.loading import describe, load
 from residual_fisher.model.passes import edit_stream, hooked
@@ -51,8 +51,8 @@ def plain_embedded(**options) -> nn.Module:
 def diverse_contexts(subject: Subject, count: int) -> list[Context]:
     """The experiment's first `count` sentences."""
     settings = core_experiment.parse([])
-    texts = find_sentences(settings.data, settings.target_word).sentences
-    return core_experiment.find_contexts(settings, subject.lm, subject.tokenizer, texts)[:count]
+    found = find_sentences(settings.data, settings.target_word)
+    return find_contexts(subject.tokenizer, found, settings.target_word)[:count]
 
 
 # --- the naive protocol --------------------------------------------------------------------------

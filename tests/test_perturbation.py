@@ -42,6 +42,14 @@ def test_sweeps_do_not_depend_on_the_chunk_size(size):
         assert torch.allclose(found, expected, rtol=1e-4)
 
 
+def test_a_sweep_perturbs_the_layers_it_is_told():
+    _, point = point_of("llama")
+    deltas = directions(tiny.DEPTH, 3, seed=5)
+    at = torch.tensor([0, 2, 2])
+    for found, expected in zip(sweep(point, deltas[at], at=at), sweep(point, deltas), strict=True):
+        assert torch.allclose(found, expected[at], rtol=1e-4)
+
+
 def test_a_perturbation_that_overflows_has_no_finite_kl_and_touches_no_other():
     _, point = point_of("llama")
     deltas = torch.ones(tiny.DEPTH, 2, tiny.D)

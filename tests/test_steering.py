@@ -16,7 +16,7 @@ from residual_fisher.model import steering
 from residual_fisher.model.embedded import EMBEDDED
 from residual_fisher.model.loading import decoder_layers, load
 from residual_fisher.model.reading import PrefixMode
-from residual_fisher.model.steering import GOALS, Linearised, Steered, least_kl, steer_along, waypoints
+from residual_fisher.model.steering import GOALS, Linearised, Lines, Steered, least_kl, steer_along, waypoints
 from residual_fisher.model.words import token_of
 import scripts
 from scripts import experiment_results
@@ -153,31 +153,74 @@ def test_every_figure_is_what_the_perturbation_does(name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_later_step_pulls_back_the_part_of_f_that_counts_most(name, monkeypatch):
-    """At the same point it is the best approximation of that rank; in x, before J is known, it would not be."""
-    monkeypatch.setattr(steering, "RANK", 6)
+    """At the same point, the best approximation of that rank is in what is pulled back."""
+    asked, pull_back = [], steering.pull_back
+
+    def recorded(*arguments) -> Tensor:
+        asked.append(pull_back(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(steering, "pull_back", recorded)
     point = fisher.linearize(families.shared(name), tiny.prompt())
     deltas = random_deltas(point, tiny.DEPTH)
     whole = Linearised(point, deltas, TARGET, 20, fisher.Chunks())
-    part = Linearised(point, deltas, TARGET, 20, fisher.Chunks(), whole.metric())
-    assert whole.root.shape[1] == 21 and part.root.shape[1] == 6 and part.metric() is None
-    for ours, all_rows in zip(part.root, whole.root, strict=True):
-        values, vectors = torch.linalg.eigh(all_rows.mT @ all_rows)
-        best = vectors[:, -6:] @ (values[-6:, None] * vectors[:, -6:].mT)
-        assert (ours.mT @ ours - best).norm() <= 1e-4 * best.norm()
-    assert torch.allclose(part.kl_gradient, whole.kl_gradient, atol=1e-5)
-    other = Linearised(point, 0.5 * deltas, TARGET, 20, fisher.Chunks(), whole.metric())  # elsewhere, nearly so
-    exact = Linearised(point, 0.5 * deltas, TARGET, 20, fisher.Chunks())
-    kept = other.root.square().sum((1, 2)) / exact.values[:, -6:].sum(-1)
-    assert (kept > 0.9).all() and (kept <= 1 + 1e-4).all()
+    monkeypatch.setattr(steering, "RANK", 6)
+    Linearised(point, deltas, TARGET, 20, fisher.Chunks(), whole)
+    assert [pulled.shape[2] for pulled in asked] == [21 + 2, 6 + 2]
+    for ours, root in zip(asked[1][0], whole.root, strict=True):
+        best = torch.linalg.svd(root)[2][:6]
+        q = torch.linalg.qr(ours.double().mT)[0]
+        assert (best - best @ q @ q.mT).norm() <= 1e-4 * best.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_later_step_knows_the_rest_of_f_from_before(name, monkeypatch):
+    """Gradients are exact; F is the nearer to that of all rows, the more of them are pulled back anew."""
+    point = fisher.linearize(families.shared(name), tiny.prompt())
+    deltas = random_deltas(point, tiny.DEPTH)
+    whole, exact = (Linearised(point, share * deltas, TARGET, 20, fisher.Chunks()) for share in (1, 0.5))
+    f, errors, leading_part = exact.root.mT @ exact.root, [], steering.leading_part
+    for rank in (0, 6, 18):
+        monkeypatch.setattr(steering, "RANK", rank)
+        monkeypatch.setattr(steering, "leading_part", leading_part if rank else lambda rows, _: rows[:, :0])
+        later = Linearised(point, 0.5 * deltas, TARGET, 20, fisher.Chunks(), whole)
+        assert torch.allclose(later.rise, exact.rise, atol=1e-5)
+        assert torch.allclose(later.kl_gradient, exact.kl_gradient, atol=1e-5)
+        errors.append(((later.root.mT @ later.root - f).norm(dim=(1, 2)) / f.norm(dim=(1, 2))).max())
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
 def test_steps_with_a_part_of_f_cost_hardly_more(monkeypatch):
+    monkeypatch.setattr(steering, "RANK", 61)
     _, whole = steered_at_all_layers("llama")
-    monkeypatch.setattr(steering, "RANK", 16)
+    monkeypatch.setattr(steering, "RANK", 8)
     _, part = steered_at_all_layers("llama")
     costs, expected = (s.kl[:, s.names.index("natural_steps")] for s in (part, whole))
     both = costs.isfinite() & expected.isfinite()
-    assert both.sum() >= 6 and (costs[both] / expected[both]).median() < 1.03  # half of all rows
+    assert both.sum() >= 6 and (costs[both] / expected[both]).median() < 1.03
+
+
+def test_a_goal_is_located_where_the_log_odds_are_first_reached():
+    """On lines where the log-odds are known functions of length: smooth, with a leap, falling again, too low."""
+    functions = (
+        lambda t: t**3 - 2,
+        lambda t: torch.where(t < 1.3, -1.0, 2.5),
+        lambda t: 9 * t * (2 - t) - 8,
+        lambda t: t - 9,
+    )
+    at = torch.arange(4)
+    lines = Lines(at, torch.zeros(4, 1), torch.ones(4, 1))
+
+    def move(some: Lines, lengths: Tensor) -> Tensor:
+        lengths = lengths.expand(len(some.layers), -1)
+        rows = [functions[i](row) for i, row in zip(some.layers.tolist(), lengths, strict=True)]
+        return torch.stack([lengths, torch.stack(rows).sigmoid().log(), lengths.square()])
+
+    tried = move(lines, torch.tensor([0.0, 0.7, 1.4, 2.0]))
+    length, log_prob, kl = steering.reach(move, lines, tried, torch.zeros(4))
+    assert abs(length[0] - 2 ** (1 / 3)) < 0.003 and abs(length[2] - 2 / 3) < 0.003
+    assert 1.3 <= length[1] <= 1.4 and length[3].isnan()
+    assert (log_prob[:3].exp() >= 0.5 - 0.002).all() and torch.allclose(kl, length.square(), equal_nan=True)
 
 
 def test_what_has_reached_a_goal_in_half_precision_is_not_below_it():

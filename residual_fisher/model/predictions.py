@@ -56,16 +56,24 @@ class Sweep(NamedTuple):
     target_log_prob: Tensor  # (...) float32, nats, of one chosen token
 
 
-def sweep(point: Point, deltas: Tensor, target: int = 0, top: int = 5, chunks: Chunks | None = None) -> Sweep:
+def sweep(
+    point: Point,
+    deltas: Tensor,
+    target: int = 0,
+    top: int = 5,
+    chunks: Chunks | None = None,
+    at: Tensor | None = None,
+) -> Sweep:
     """Perturbs the prompt's last token and returns the predictions. Every perturbation is a row of a batch.
 
     Args:
         deltas: (layers, ..., d) float32, each added to the residual stream at its own layer.
         target: the token for `target_log_prob`.
         top: number of most probable tokens to return.
+        at: (layers,) int64, ascending numbers of layers, if these are not the point's. One may stand there repeatedly.
     """
     shape, rows = deltas.shape[:-1], deltas.flatten(0, -2)
-    at = torch.tensor(point.layers).repeat_interleave(deltas[0, ..., 0].numel())
+    at = (torch.tensor(point.layers) if at is None else at).repeat_interleave(deltas[0, ..., 0].numel())
 
     def chunk(deltas: Tensor, at: Tensor) -> Sweep:
         logits = perturb(point, deltas, at)

@@ -9,6 +9,7 @@ token most: n = (F + damping lambda_1)^-1 grad log-odds (Amari, "Natural gradien
 
 Steering in several steps linearises the model anew at each point reached. Each step is a Gauss-Newton step for the
 least KL at given log-odds: an advance along n, and a correction that undoes the avoidable KL of the earlier steps.
+F changes little from step to step, so its root is pulled back once, and then only the part of it that counts most.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,20 +30,20 @@ from residual_fisher.model.points import (
     linearize_perturbed,
     pull_back,
 )
-from residual_fisher.model.predictions import FULL_PRECISION, HALF_PRECISION, Sweep, most_probable, sweep
+from residual_fisher.model.predictions import FULL_PRECISION, HALF_PRECISION, most_probable, sweep
 from residual_fisher.model.words import token_of
 
 GOALS = (0.1, 0.25, 0.5, 0.9)  # probabilities to which the target is raised
 PACED_GOAL = 0.5  # reached in the number of steps asked for; higher goals continue at the same pace
 STEPPED = ("natural_steps", "gradient_steps")  # directions followed in several steps
 STEERING_TOKENS = 200  # counted by F unless a run counts fewer or more: measured as good as all tokens
-RANK = 48  # rows that most steps pull back for F, in place of one for each token: measured as good
-ALL_ROWS = 4  # every so many steps all rows are pulled back, to know which count
-DAMPINGS = (0.1, 0.02, 0.005, 0.001)  # in units of lambda_1; each of several steps takes the cheapest
+RANK = 24  # rows that all steps but the first pull back for F, in place of one for each token
+DAMPINGS = (0.1, 0.03, 0.01, 0.004, 0.0015)  # in units of lambda_1; each of several steps takes the cheapest
 LENGTHS = (3e-3, 1e1, 17)  # lengths tried along a straight direction: shortest and longest (norms of h), count
-MULTIPLES = (0.6, 0.85, 1.0, 1.25, 1.8)  # of a step, tried because its gradient holds only nearby
-SECTIONS = 6  # parts of the interval in which a goal is reached, tried to locate it
+MULTIPLES = (0.0, 0.7, 1.0, 1.4, 2.0)  # of the step to a goal, tried because its gradient holds only nearby
+ROUNDS = 3  # of interpolation, which locate the goal on it
 INTERPOLATED = 0.005  # log-odds that a length found by interpolation may fall short by: 0.4988 in place of 0.5
+IMPROBABLE = 1e4  # nats of an event that takes the place of an infinity or NaN
 ROUNDING = 1e-7  # rounding error of a float32 probability close to 1
 
 
@@ -96,29 +97,46 @@ def steer_along(
         return Steered(target, probability, [], [], nothing, nothing, nothing, h[:, None][:, :0], hidden)
 
     move = partial(_move, point, target, perturbations)
-    linearised = partial(Linearised, point, target=target, chunks=gradients)
-    here = linearised(zero := torch.zeros_like(h), tokens=tokens)
+    here = Linearised(point, torch.zeros_like(h), target, tokens, gradients)
     others = {name: u.to(here.rise) for name, u in directions.items()}
     straight = {"natural": here.solve(here.rise, damping), "gradient": here.rise, **others}
     along = torch.stack(list(straight.values()), dim=1)  # (layers, n, d)
     downhill = torch.einsum("lnd,ld->ln", along, here.rise) < 0
     along = torch.nn.functional.normalize(torch.where(downhill[..., None], -along, along), dim=-1).to(h)
 
-    norms, route = h.norm(dim=-1)[:, None, None], waypoints(probability, goals, steps)
-    at_once = _at_once(along, norms, goals, move)
-    several, one = (partial(linearised, tokens=count) for count in (tokens, 1))
-    *natural, deltas = _in_steps(here, several, Linearised.natural_steps, route, goals, zero, move)
-    *gradient, _ = _in_steps(here, one, Linearised.gradient_step, route, goals, zero, move)
-    log_prob, kl, length = (torch.cat(part, dim=1) for part in zip(at_once, natural, gradient, strict=True))
-    return Steered(
-        target, probability, [*straight, *STEPPED], goals, log_prob, kl, length / norms, deltas[:, 0], hidden
-    )
+    route, norms = waypoints(probability, goals, steps), h.norm(dim=-1)[:, None, None]
+    at_once = _at_once(here, along * norms, goals, move)
+    natural, deltas = _in_steps(here, Linearised, route, goals, move)
+    gradient, _ = _in_steps(here, Slope, route, goals, move)
+    in_steps = torch.stack([natural, gradient], dim=2)  # (3, layers, 2, goals)
+    in_steps[0] /= norms
+    length, log_prob, kl = torch.cat([at_once, in_steps], dim=2)
+    return Steered(target, probability, [*straight, *STEPPED], goals, log_prob, kl, length, deltas, hidden)
 
 
-def _move(point: Point, target: int, chunks: Chunks | None, start: Tensor, advance: Tensor, lengths: Tensor) -> Sweep:
-    """Perturbs by start + length * advance (layers, ..., d), for lengths (layers, ..., m)."""
-    deltas = start[..., None, :] + advance[..., None, :] * lengths[..., None]
-    return sweep(point, deltas, target, 1, chunks)
+class Lines(NamedTuple):
+    """Straight lines in h: start + length * advance."""
+
+    layers: Tensor  # (lines,) int64, numbers of layers, ascending
+    start: Tensor  # (lines, d)
+    advance: Tensor  # (lines, d)
+
+    @classmethod
+    def of(cls, point: PromptPoint, start: Tensor, advance: Tensor) -> "Lines":
+        """From (layers, n, d) at all layers of a point."""
+        layers = torch.tensor(point.layers).repeat_interleave(start.shape[1])
+        return cls(layers, start.flatten(0, 1), advance.flatten(0, 1))
+
+    def take(self, index: Tensor) -> "Lines":
+        return Lines(*(part[index.to(part.device)] for part in self))
+
+
+def _move(point: PromptPoint, target: int, chunks: Chunks | None, lines: Lines, lengths: Tensor) -> Tensor:
+    """(3, lines, m): `lengths` (m,) or (lines, m), and the target's log-probability and KL to which they lead."""
+    lengths = lengths.expand(len(lines.start), -1)
+    deltas = lines.start[:, None] + lines.advance[:, None] * lengths[..., None]
+    found = sweep(point, deltas, target, 1, chunks, lines.layers)
+    return torch.stack([lengths, found.target_log_prob.nan_to_num(nan=-IMPROBABLE, neginf=-IMPROBABLE), found.kl])
 
 
 # --- one token, one layer, one goal ---------------------------------------------------------------
@@ -164,15 +182,13 @@ def steer(
     before = point.log_probs[target].exp().item()
     if not before < to < 1:
         raise ValueError(f"the token has a probability of {before:.3g}, which can be raised to more, below 1: not {to}")
-    linearised = partial(Linearised, point, target=target, tokens=tokens, chunks=None)
-    route, zero = waypoints(before, [to], steps), torch.zeros_like(point.activations)
+    here = Linearised(point, torch.zeros_like(point.activations), target, tokens, None)
     move = partial(_move, point, target, None)
-    first, step = linearised(zero), Linearised.natural_steps
-    log_prob, kl, _, deltas = _in_steps(first, linearised, step, route, [to], zero, move)
+    (_, log_prob, kl), deltas = _in_steps(here, Linearised, waypoints(before, [to], steps), [to], move)
     if not kl.isfinite().all():
         raise NumericalError(f"steps at layer {layer} do not raise the token to {to}: try more steps, or another layer")
     after = log_prob.exp().item()
-    return Steering(layer, target, deltas[0, 0, 0], before, after, kl.item(), least_kl(before, after))
+    return Steering(layer, target, deltas[0, 0], before, after, kl.item(), least_kl(before, after))
 
 
 # --- where log-odds are reached ------------------------------------------------------------------
@@ -193,62 +209,66 @@ def first_reaching(odds: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return reached.int().argmax(-1), reached.any(-1)
 
 
-def around(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `values` (..., m), the one before `index` (...) and the one at it; at index 0, the first twice."""
-    return values.gather(-1, torch.stack([(index - 1).clamp(min=0), index], dim=-1)).unbind(-1)
-
-
 def at_crossing(values: Tensor, odds: Tensor, wanted: Tensor, index: Tensor) -> Tensor:
-    """`values` (..., m) interpolated to (...), where the log-odds are `wanted` between `index` - 1 and `index`."""
-    (x0, x1), (y0, y1) = around(odds, index), around(values, index)
-    share = torch.where(index > 0, ((wanted - x0) / (x1 - x0)).clamp(0, 1), torch.ones_like(x0))
+    """`values` (..., m) interpolated to (...), where the log-odds are `wanted` between `index` - 1 and `index`.
+
+    At index 0 the first. Where `wanted` is not reached, the one at `index`.
+    """
+    both = torch.stack([(index - 1).clamp(min=0), index], dim=-1)
+    (x0, x1), (y0, y1) = (part.gather(-1, both).unbind(-1) for part in (odds, values))
+    share = torch.where(x0 < x1, ((wanted - x0) / (x1 - x0)).clamp(0, 1), 1)
     return y0 + (y1 - y0) * share
 
 
-class Reached(NamedTuple):
-    """A length (...) and what a perturbation of that length does; `reached` is false where it falls short."""
+def crossing(lengths: Tensor, odds: Tensor, wanted: Tensor) -> Tensor:
+    """The length (lines,) that leads to the `wanted` log-odds, by those of `lengths` (lines, m), ascending; m >= 4.
 
-    length: Tensor
-    log_prob: Tensor
-    kl: Tensor
-    reached: Tensor  # bool
+    The cubic through four of them says it, if it stays where the log-odds are first reached; or else a straight line.
+    """
+    index = first_reaching(odds, wanted)[0].clamp(min=1)
+    low, high = lengths.gather(-1, torch.stack([index - 1, index], dim=-1)).unbind(-1)
+    four = (index - 2).clamp(0, lengths.shape[-1] - 4)[:, None] + torch.arange(4, device=index.device)
+    x, y = lengths.gather(-1, four), odds.gather(-1, four)
+    shares = (wanted[:, None, None] - y[:, None]) / (y[..., None] - y[:, None])  # Lagrange's, (lines, 4, 4)
+    shares = shares.masked_fill(torch.eye(4, dtype=torch.bool, device=x.device), 1)
+    cubic = (x * shares.prod(-1)).sum(-1)
+    return torch.where((low < cubic) & (cubic < high), cubic, at_crossing(lengths, odds, wanted, index))
 
 
-def reach(move: Callable[[Tensor], Sweep], lengths: Tensor, wanted: Tensor, index: Tensor) -> Reached:
-    """The wanted log-odds (...), which are reached between the length before `index`, or 0, and the one at it.
+def reach(move: Callable[[Lines, Tensor], Tensor], lines: Lines, tried: Tensor, wanted: Tensor) -> Tensor:
+    """(3, lines): the shortest length that leads to log-odds, and its log-probability and KL; NaN where none does.
 
     The length is interpolated. In half precision log-odds go in leaps, and what it leads to may fall short. Then the
-    next longer one that was tried is taken, and then the one at `index`.
-    """
-    low, high = around(lengths, index)
-    low = torch.where(index > 0, low, 0)
-    cuts = low[..., None] + (high - low)[..., None] * torch.linspace(0, 1, SECTIONS + 1, device=lengths.device)
-    odds = log_odds(move(cuts).target_log_prob)
-    at = first_reaching(odds, wanted)[0]
-    tried = torch.stack([at_crossing(cuts, odds, wanted, at), around(cuts, at)[1], high], dim=-1)  # (..., 3)
-    found = move(tried)
-    at, reached = first_reaching(log_odds(found.target_log_prob), wanted - INTERPOLATED)
-    return Reached(*(around(part, at)[1] for part in (tried, found.target_log_prob, found.kl)), reached)
-
-
-def _at_once(along: Tensor, norms: Tensor, goals: list[float], move: Callable) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability, KL and length, each (layers, n, goals), of the shortest steps that reach each goal.
+    next longer one that was tried is taken.
 
     Args:
-        along: unit vectors (layers, n, d).
-        norms: |h| (layers, 1, 1).
+        tried: (3, lines, m), what `move` says of ascending lengths, at least four.
+        wanted: (lines,).
     """
-    move = partial(move, torch.zeros_like(along)[:, :, None], along[:, :, None])
+    result = tried.new_full(tried.shape[:2], math.nan)
+    _, reached = first_reaching(log_odds(tried[1]), wanted)
+    if not reached.any():
+        return result
+    tried, wanted, lines = tried[:, reached], wanted[reached], lines.take(reached)
+    for _ in range(ROUNDS):
+        length = crossing(tried[0], log_odds(tried[1]), wanted)
+        tried = torch.cat([tried, move(lines, length[:, None])], dim=-1)
+        tried = tried.gather(-1, tried[0].argsort(-1).expand_as(tried))
+    index, _ = first_reaching(log_odds(tried[1]), wanted - INTERPOLATED)
+    result[:, reached] = tried.gather(-1, index[:, None].expand(3, -1, 1)).squeeze(-1)
+    return result
+
+
+def _at_once(here: "Linearised", along: Tensor, goals: list[float], move: Callable) -> Tensor:
+    """(3, layers, n, goals): length, log-probability and KL of the shortest steps along (layers, n, d) to each goal."""
     shortest, longest, count = LENGTHS
     lengths = torch.logspace(math.log10(shortest), math.log10(longest), count, device=along.device)
-    lengths = (norms[..., None] * lengths).expand(-1, along.shape[1], -1, -1)
-    odds = log_odds(move(lengths).target_log_prob)  # (layers, n, 1, lengths)
-    lengths, odds = (part.expand(-1, -1, len(goals), -1) for part in (lengths, odds))
-    wanted = torch.tensor([_log_odds_of(goal) for goal in goals], device=along.device).expand(odds.shape[:-1])
-    index, reached = first_reaching(odds, wanted)
-    found = reach(move, lengths, wanted, index)
-    parts = (found.log_prob, found.kl, found.length)
-    return tuple(part.masked_fill(~(reached & found.reached), math.nan) for part in parts)
+    lines = Lines.of(here.point, torch.zeros_like(along), along)
+    tried = move(lines, torch.cat([lengths.new_zeros(1), lengths]))
+    each = torch.arange(len(lines.start)).repeat_interleave(len(goals))
+    wanted = torch.tensor([_log_odds_of(goal) for goal in goals], device=along.device).repeat(len(lines.start))
+    found = reach(move, lines.take(each), tried[:, each], wanted)
+    return found.unflatten(1, (*along.shape[:2], len(goals)))
 
 
 # --- in steps ------------------------------------------------------------------------------------
@@ -271,13 +291,48 @@ def waypoints(probability: float, goals: list[float], steps: int) -> list[float]
     return route
 
 
-class Linearised:
+class Slope:
+    """At perturbed points, one perturbation (layers, d) a layer: the target's `log_odds` (layers,), and their gradient.
+
+    The gradient is `rise` (layers, d).
+    """
+
+    multiples = (0.6, 0.85, 1.0, 1.25, 1.8)  # of a step, tried because its gradient holds only nearby
+
+    def __init__(self, point: PromptPoint, deltas: Tensor, target: int, chunks: Chunks | None):
+        self.point, self.deltas, self.target, self.chunks = point, deltas, target, chunks
+        here = linearize_perturbed(point, deltas, torch.tensor(point.layers))
+        row = here.cotangents(torch.full_like(here.log_probs[:, :1], target, dtype=torch.int64))
+        self._set(here, pull_back(here, row, chunks)[0, :, 0])
+
+    def _set(self, here: Point, gradient: Tensor) -> None:
+        """From the gradient (layers, d) of the target's log-probability."""
+        log_prob = float64(here.log_probs[:, self.target])
+        self.log_odds = log_odds(log_prob)
+        self.remainder = (1 - log_prob.exp()).clamp(min=ROUNDING)[:, None]  # probability of all other tokens
+        self.rise = float64(gradient) / self.remainder
+
+    def moved(self, deltas: Tensor) -> "Slope":
+        return Slope(self.point, deltas, self.target, self.chunks)
+
+    def steps(self, wanted: float) -> tuple[Tensor, Tensor]:
+        """(zero, advance), both (layers, 1, d). To first order, it leads to the wanted log-odds, along the gradient."""
+        advance = self.rise * ((wanted - self.log_odds) / self.rise.square().sum(-1))[:, None]
+        return torch.zeros_like(advance)[:, None], advance[:, None]
+
+
+class Linearised(Slope):
     """The model linearised at perturbed points, one perturbation (layers, d) a layer.
 
-    `log_odds` (layers,) are the target's, `rise` (layers, d) their gradient, `kl_gradient` (layers, d) that of
-    KL(unperturbed || here). F is root^T root at each layer, over `tokens` tokens and all others as one, of
-    which, if the `metric` of an earlier step is given, only the leading part is pulled back.
+    `kl_gradient` (layers, d) is that of KL(unperturbed || here). F is root^T root at each layer, over `tokens` tokens
+    and all others as one.
+
+    `jacobian` (layers, d_head, d) estimates J = dx/dh. It is exact for the rows that are pulled back here: without a
+    `last` point, all of them; with one, those that hold most of F by its estimate. What they say of J takes the place
+    of what the last point knew.
     """
+
+    multiples = (1.0,)  # a step falls short of a waypoint, or leads beyond it; the next one knows
 
     def __init__(
         self,
@@ -286,42 +341,36 @@ class Linearised:
         target: int,
         tokens: int,
         chunks: Chunks | None,
-        metric: "Metric | None" = None,
+        last: "Linearised | None" = None,
     ):
-        layers = len(deltas)
+        self.point, self.deltas, self.target, self.tokens, self.chunks = point, deltas, target, tokens, chunks
         here = linearize_perturbed(point, deltas, torch.tensor(point.layers))
         head, (log_p, ids) = here.output_head(), most_probable(here.log_probs, tokens)
         weights = log_p.exp()
-        target_ids = torch.full_like(ids[:, :1], target)
-        unperturbed = point.log_probs.exp().expand(layers, 1, -1)
         rows = head.cotangents(ids)
         # All other tokens count as one. Its gradient follows, since the expectation over all tokens is zero.
         rest = (1 - weights.sum(-1, keepdim=True)).clamp(min=1e-9)
         others = -(weights[..., None] * rows).sum(1, keepdim=True) / rest[..., None]
         rows = torch.cat([rows, others], dim=1) * torch.cat([weights, rest], dim=1).sqrt()[..., None]
-        rows = rows if metric is None else metric.leading_part(rows)
-        rows = torch.cat([rows, head.cotangents(target_ids), -head.combine(unperturbed)], dim=1)
-        gradients = float64(pull_back(here, rows, chunks)[0])  # (layers, rank + 2, d)
-        self.root, target_gradient, self.kl_gradient = gradients[:, :-2], gradients[:, -2], gradients[:, -1]
-        self.rows = rows[:, :-2]  # that were pulled back to the root
+        unperturbed = point.log_probs.exp().expand(len(deltas), 1, -1)
+        ends = torch.cat([head.cotangents(torch.full_like(ids[:, :1], target)), -head.combine(unperturbed)], dim=1)
+
+        if last is None:
+            jacobian, leading = rows.new_zeros(len(rows), rows.shape[-1], deltas.shape[-1]), rows
+        else:
+            jacobian, leading = last.jacobian, leading_part(rows, rows @ last.jacobian)
+        basis = torch.linalg.qr(float64(torch.cat([leading, ends], dim=1)).mT)[0].to(rows)  # (layers, d_head, n)
+        self.jacobian = jacobian + basis @ (pull_back(here, basis.mT, chunks)[0] - basis.mT @ jacobian)
+        self.root, ends = (float64(part @ self.jacobian) for part in (rows, ends))
+        self._set(here, ends[:, 0])
+        self.kl_gradient = ends[:, 1]
         self.values, self.vectors = eigh(self.root @ self.root.mT)
-        log_prob = here.log_probs[:, target].to(gradients)
-        self.log_odds = log_odds(log_prob)
-        remainder = (1 - log_prob.exp()).clamp(min=ROUNDING)  # probability of all other tokens
         # At given log-odds, the Hessian of KL is that of the other tokens' own KL times their unperturbed probability.
         # F weighs it with their present probability instead. (F also differs along `rise`, where the step is given.)
-        self.correction_factor = (remainder / (1 - point.log_probs[target].exp().to(remainder)))[:, None]
-        self.rise = target_gradient / remainder[:, None]
+        self.correction_factor = self.remainder / (1 - point.log_probs[target].exp().to(self.remainder))
 
-    def metric(self) -> "Metric | None":
-        """What pulls back the leading part alone at points nearby; None if there are no more rows than RANK."""
-        if self.rows.shape[1] <= RANK:
-            return None
-        rows = float64(self.rows)
-        values, u = eigh(rows @ rows.mT)
-        u = u * values.clamp(min=ROUNDING**2 * values[:, -1:]).rsqrt()[:, None]
-        basis, pulled = u.mT @ rows, u.mT @ self.root
-        return Metric(basis, pulled @ pulled.mT)
+    def moved(self, deltas: Tensor) -> "Linearised":
+        return Linearised(self.point, deltas, self.target, self.tokens, self.chunks, self)
 
     def solve(self, b: Tensor, damping: float) -> Tensor:
         """(F + damping lambda_1)^-1 b (layers, d), through the Gram matrix of F's factor."""
@@ -329,7 +378,7 @@ class Linearised:
         inner = self.vectors.mT @ (self.root @ b[..., None]) / (self.values + shift)[..., None]
         return (b - (self.root.mT @ (self.vectors @ inner)).squeeze(-1)) / shift
 
-    def natural_steps(self, wanted: float) -> tuple[Tensor, Tensor]:
+    def steps(self, wanted: float) -> tuple[Tensor, Tensor]:
         """(correction, advance), both (layers, dampings, d), for each of DAMPINGS.
 
         To first order, their sum leads to the wanted log-odds at the least KL.
@@ -340,72 +389,49 @@ class Linearised:
         missing = wanted - self.log_odds[:, None] - torch.einsum("lnd,ld->ln", correction, self.rise)
         return correction, advance * (missing / torch.einsum("lnd,ld->ln", advance, self.rise))[..., None]
 
-    def gradient_step(self, wanted: float) -> tuple[Tensor, Tensor]:
-        """(zero, advance), both (layers, 1, d): the same along the plain gradient, without a correction."""
-        advance = self.rise * ((wanted - self.log_odds) / self.rise.pow(2).sum(-1))[:, None]
-        return torch.zeros_like(advance)[:, None], advance[:, None]
 
-
-class Metric(NamedTuple):
-    """How a direction z at x, the head's input, counts at h, |J^T z|^2: on the span of rows that were pulled back."""
-
-    basis: Tensor  # (layers, rows, d_head) float64, orthonormal
-    gram: Tensor  # (layers, rows, rows) float64, inner products of the basis pulled back
-
-    def leading_part(self, rows: Tensor) -> Tensor:
-        """The RANK combinations of `rows` R (layers, k, d_head) that hold most of J^T R^T R J, as far as is known."""
-        if rows.shape[1] <= RANK:
-            return rows
-        r = float64(rows)
-        inside = r @ self.basis.mT  # (layers, k, rows)
-        return (eigh(inside @ self.gram @ inside.mT)[1][..., -RANK:].mT @ r).to(rows)
+def leading_part(rows: Tensor, pulled: Tensor) -> Tensor:
+    """The RANK combinations of `rows` R (layers, k, d_head) that hold most of F = J^T R^T R J, from `pulled` R J."""
+    if rows.shape[1] <= RANK:
+        return rows
+    pulled = float64(pulled)
+    return eigh(pulled @ pulled.mT)[1][..., -RANK:].mT.to(rows) @ rows
 
 
 def _in_steps(
-    first: Linearised,
-    linearised: Callable[[Tensor], Linearised],
-    step: Callable,
-    route: list[float],
-    goals: Sequence[float],
-    deltas: Tensor,
-    move: Callable,
-) -> tuple[Tensor, ...]:
-    """Log-probability, KL, length (layers, 1, goals) and perturbation (layers, 1, goals, d) that reach each goal.
+    first: Linearised, kind: type[Slope], route: list[float], goals: Sequence[float], move: Callable
+) -> tuple[Tensor, Tensor]:
+    """(3, layers, goals), length, log-probability and KL of the perturbations (layers, goals, d) that reach each goal.
 
     Args:
-        first: the model where the steps begin.
-        linearised: the model at perturbations (layers, d): each later step is linearised where the last one led.
-        step: a method of Linearised that gives the correction and the advance to given log-odds.
+        first: the model where the steps begin. Each later step is linearised where the last one led.
+        kind: its class says which steps are tried.
         route: probabilities to aim at in turn, the goals among them.
-        deltas: (layers, d), where to begin.
     """
-    layers, multiples, found = torch.arange(len(deltas)), torch.tensor(MULTIPLES, device=deltas.device), []
-    here, metric = first, None
+    point, here, deltas, ends = first.point, first, first.deltas, []
+    layers, multiples = torch.arange(len(deltas)), torch.tensor(kind.multiples, device=deltas.device)
+    before = point.log_probs[first.target].exp().item()
     for place, goal in enumerate(route):
-        fresh, wanted = place % ALL_ROWS == 0, _log_odds_of(goal)
-        if place:
-            here = linearised(deltas, metric=None if fresh else metric)
-        if fresh:
-            metric = here.metric()
-        correction, advance = (part.to(deltas) for part in step(here, wanted))  # (layers, n, d)
+        here = kind.moved(here, deltas) if place else first
+        correction, advance = (part.to(deltas) for part in kind.steps(here, _log_odds_of(goal)))  # (layers, n, d)
         start = deltas[:, None] + correction
-        swept = move(start, advance, multiples)
-        odds = log_odds(swept.target_log_prob).nan_to_num(nan=-math.inf)  # (layers, n, multiples)
-        wanted = torch.full_like(odds[..., 0], wanted)
+        tried = move(Lines.of(point, start, advance), multiples).unflatten(1, advance.shape[:2])
+        lengths, odds, kl = tried[0], log_odds(tried[1]), tried[2]  # (layers, n, multiples)
+        wanted = torch.full_like(odds[..., 0], _log_odds_of(goal))
         index, reached = first_reaching(odds, wanted)
-        # Of the dampings that reach the goal, the cheapest is taken; if none does, the one that comes nearest.
-        cost = at_crossing(swept.kl, odds, wanted, index).masked_fill(~reached, math.inf).nan_to_num(nan=math.inf)
-        best = torch.where(cost.isfinite().any(-1), cost.argmin(-1), odds.amax(-1).argmax(-1))
-        odds, wanted, index, reached, start, advance = (
-            part[layers, best] for part in (odds, wanted, index, reached, start, advance)
-        )
-        length, exact = at_crossing(multiples.expand(odds.shape), odds, wanted, index), goal in goals
-        if exact:
-            end = reach(partial(move, start, advance), multiples.expand(odds.shape), wanted, index)
-            length, reached = end.length, reached & end.reached
-        deltas = start + advance * torch.where(reached, length, multiples[odds.argmax(-1)])[:, None]
-        if exact:
-            column = (end.log_prob, end.kl, deltas.norm(dim=-1))
-            column = [part.masked_fill(~reached, math.nan) for part in column]
-            found.append((*column, deltas.masked_fill(~reached[:, None], math.nan)))
-    return tuple(torch.stack(part, dim=1)[:, None] for part in zip(*found, strict=True))
+        index = torch.where(reached, index, odds.argmax(-1))
+        length, reaches, cost = (at_crossing(values, odds, wanted, index) for values in (lengths, odds, kl))
+        # Log-odds that are missing are still to be paid for: each costs p - p0 nats at least.
+        best = (cost + (goal - before) * (wanted - reaches)).nan_to_num(nan=math.inf).argmin(-1)
+        start, advance, length = (part[layers, best] for part in (start, advance, length))
+        deltas = start + advance * length[:, None]
+        if goal in goals:
+            ends.append((start, advance))
+    start, advance = (torch.stack(part, dim=1) for part in zip(*ends, strict=True))  # (layers, goals, d)
+    lines = Lines.of(point, start, advance)
+    wanted = torch.tensor([_log_odds_of(goal) for goal in goals], device=deltas.device).repeat(len(layers))
+    tried = move(lines, torch.tensor(MULTIPLES, device=deltas.device))
+    found = reach(move, lines, tried, wanted).unflatten(1, start.shape[:2])
+    deltas = start + advance * found[0][..., None]
+    found[0] = deltas.norm(dim=-1)
+    return found, deltas
