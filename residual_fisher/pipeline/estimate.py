@@ -89,10 +89,14 @@ def describe_run(
 
 
 def seconds_to_explain(chat: findings.Chat, prompts: Sequence[Prompt], count: int) -> float:
-    """How long it takes to explain as many prompts like these: some are, as if the whole of their answers were odd."""
+    """How long it takes to explain as many prompts like these: some are, as if the whole of their answers were odd.
+
+    Those at the quartiles of length: a few long ones, of more words and more tokens each, would be taken for many.
+    """
     lengths = [*map(len, chat.ids(prompts))]
     by_length = sorted(range(len(prompts)), key=lambda i: lengths[i])
-    some, few = ([by_length[i] for i in evenly_spaced(len(prompts), number)] for number in (TRUSTED, TRIED))
+    some = [by_length[i] for i in evenly_spaced(len(prompts), TRUSTED)]
+    few = [by_length[quarter * len(prompts) // 4] for quarter in (1, 2, 3)]
     chat.answers([prompts[few[-1]]])  # warms up
     start = time.perf_counter()
     chat.answers([prompts[i] for i in some])
