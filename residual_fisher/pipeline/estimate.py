@@ -95,7 +95,8 @@ def seconds_to_explain(chat: findings.Chat, prompts: Sequence[Prompt], count: in
     """
     lengths = [*map(len, chat.ids(prompts))]
     by_length = sorted(range(len(prompts)), key=lambda i: lengths[i])
-    some = [by_length[i] for i in evenly_spaced(len(prompts), TRUSTED)]
+    shorter = max(TRUSTED, len(prompts) // 2)  # of which the ordinary prompts are
+    some = [by_length[i] for i in evenly_spaced(min(shorter, len(prompts)), TRUSTED)]
     few = [by_length[quarter * len(prompts) // 4] for quarter in (1, 2, 3)]
     chat.answers([prompts[few[-1]]])  # warms up
     start = time.perf_counter()
