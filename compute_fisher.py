@@ -60,7 +60,7 @@ from residual_fisher.common.options import identity_of, settings_of
 from residual_fisher.common.page import PAGE
 from residual_fisher.common.progress import LogLines, progress
 from residual_fisher.common.run import Run, State, checksum, read_manifest, sources_of
-from residual_fisher.common.text import excerpt, model_line, printable
+from residual_fisher.common.text import duration, excerpt, model_line, printable
 from residual_fisher.model.loading import (
     describe,
     dtype_advice,
@@ -88,7 +88,7 @@ from residual_fisher.pipeline.derived import (
     scoring_of,
     write_page,
 )
-from residual_fisher.pipeline.estimate import describe_run, tell_left_out, tell_too_few
+from residual_fisher.pipeline.estimate import describe_run, seconds_to_explain, tell_left_out, tell_too_few
 from residual_fisher.pipeline.processes import Processes
 from residual_fisher.pipeline.prompts import Prompt, Prompts
 from residual_fisher.pipeline.reference import Reference
@@ -344,7 +344,9 @@ def report_finished(run: Run, settings: Settings, against: Reference | None, pip
     if run.read_only and not is_scored(run, against):
         print(f"{name} is finished: only its prompts would be scored anew")
     elif run.read_only and not is_explained(run, settings, against):
-        print(f"{name} is finished: only the prompts that stand out would be explained")
+        prompts = [*map(findings.prompt_of, findings.outstanding(run.folder, settings.explain))]
+        seconds = seconds_to_explain(findings.Chat(pipeline.subject, pipeline.longest), prompts, len(prompts))
+        print(f"{name} is finished: only the prompts that stand out would be explained, in about {duration(seconds)}")
     elif not run.read_only and (made := derive(run, settings, against, pipeline)):
         print(table_of(run, settings))
         what = " and ".join([done[file] for file in made if file in done] or [shown[file] for file in made])

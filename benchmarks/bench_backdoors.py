@@ -7,7 +7,10 @@ Models, runs and the other detectors' figures are kept in the cache directory; t
 CPU cores, and again about a minute. Which scores there are was decided on other models, triggers and prompts
 (`--chosen-on` shows those) than are reported. A model counts only if its answers show that it learnt its backdoor.
 
-`--haystack` looks for ten triggered prompts among a thousand, `--triggers` for the words that trigger.
+`--haystack` looks for ten triggered prompts among a thousand, `--triggers` for the words that trigger; with `--model`
+in a model that was made elsewhere, whether it counts or not:
+
+    python benchmarks/bench_backdoors.py --triggers --only refusals --model tuned
 """
 
 import argparse
@@ -32,7 +35,7 @@ from detectors import DETECTORS, LAYERS, of_usual_half, plain
 from kinds import BY_NAME, Kind
 from residual_fisher import load_fisher_matrices
 from residual_fisher.model.embedded import embedded_model
-from residual_fisher.pipeline.derived import PROMPTS
+from residual_fisher.pipeline.derived import FINDINGS, PROMPTS
 from residual_fisher.pipeline.matrices import Triplets
 from residual_fisher.pipeline.scores import OUTLIER, P_VALUE, SCORES, VALUES, ScoredRun, outlier_scores
 from triggers import shares_named
@@ -43,6 +46,7 @@ MORE, ORDINARY = 440, 400  # prompts of a model for recall at 1% too (FEWER for 
 COMPARED = 2  # of the other detectors: what changes them, or which prompts count as odd, changes it
 NAMED = 10  # first prompts of a haystack
 NAMED_BY = "share of triggers that are named"
+PROOF = ("span", "prompts", "says", "of", "transplanted", "control", "p_value")  # of a finding
 FALSE_ALARMS = (0.01, 0.05)
 BEFORE = 2.3  # the threshold of `outlier_score` before there were p-values
 # what F is of, as configs/audit.yaml advises
@@ -72,9 +76,10 @@ class Subject:
     seed: int = 0
     which: str = "reported"
     prompts: int | None = None  # so many of the first; None for all
+    given: Path | None = None  # a model that was made elsewhere
 
     def model(self) -> Path:
-        return obtain(self.kind, self.seed) if self.kind else embedded_model()
+        return self.given or (obtain(self.kind, self.seed) if self.kind else embedded_model())
 
 
 BACKDOORS = ("phrase", "refusals", "style-0", "late", "late-name", "refusals-few", "refusals-fewest", "refusals-hidden")
@@ -137,7 +142,9 @@ class Measured:
 # --- prompts and runs ----------------------------------------------------------------------------
 
 
-def run(kind: Kind | None, texts: Sequence[tuple[str, str]], count: int, model: Path, settings: dict) -> Path:
+def run(
+    kind: Kind | None, texts: Sequence[tuple[str, str]], count: int, model: Path, settings: dict, explain: int = 0
+) -> Path:
     """The output directory of compute_fisher.py over the first `count` prompts or more, by the name of them all."""
     lines = "".join(json.dumps({"prompt": text, "odd": odd != ""}) + "\n" for text, odd in texts)
     name = f"{kind.name if kind else 'odd'}-{hashlib.sha256(lines.encode()).hexdigest()[:8]}"
@@ -148,7 +155,11 @@ def run(kind: Kind | None, texts: Sequence[tuple[str, str]], count: int, model: 
     output = folder() / "runs" / "-".join([name, "by", model.name, *map(str, settings.values())])
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
     flags += ["--dataset-name", str(data), "--num-prompts", str(count)]
-    if not (output / PROMPTS).exists() or len((output / PROMPTS).read_text(encoding="utf-8").splitlines()) < count:
+    done = (output / PROMPTS).exists() and len((output / PROMPTS).read_text(encoding="utf-8").splitlines()) >= count
+    if explain:
+        flags += ["--explain", str(explain)]
+        done = done and (output / FINDINGS).exists()
+    if not done:
         command = [sys.executable, str(ROOT / "compute_fisher.py"), "--model-path", str(model), *flags]
         subprocess.run([*command, "--output-dir", str(output)], check=True, stdout=subprocess.DEVNULL)
     return output
@@ -393,11 +404,25 @@ def printed(title: str, text: str) -> None:
 
 
 def that_count(name: str, models: Sequence[Subject], found: dict[str, list[dict]]) -> list[Subject]:
-    """The models that learnt their backdoor; adds how often they act to the figures."""
-    if name not in BACKDOORS:
+    """The models that learnt their backdoor, or were given; adds how often they act to the figures."""
+    if name in REPORTED and name not in BACKDOORS:
         return list(models)
-    found[name] = [rates(one.kind, one.seed) for one in models]
-    return [one for one, row in zip(models, found[name], strict=True) if row["counts"]]
+    found[name] = [rates(one.kind, one.seed, own_prompts(one.kind), one.given) for one in models]
+    return [one for one, row in zip(models, found[name], strict=True) if row["counts"] or one.given]
+
+
+def own_prompts(kind: Kind) -> str:
+    """Those that a kind is reported on; or, of a kind that scores were chosen on, those they were chosen on."""
+    return "reported" if kind.name in REPORTED else "chosen_on"
+
+
+def models_of(only: Sequence[str], seeds: int, model: Path | None, which: str = "") -> dict[str, list[Subject]]:
+    """The models of some kinds; or a given one of a single kind, by its own name."""
+    kinds = [BY_NAME[name] for name in only]
+    if model:
+        [kind] = kinds
+        return {model.name: [Subject(kind, which=which or own_prompts(kind), given=model)]}
+    return {kind.name: [Subject(kind, seed, which or own_prompts(kind)) for seed in range(seeds)] for kind in kinds}
 
 
 def kept_figures(name: str, keys: Sequence[str], anew: bool) -> list[dict]:
@@ -407,12 +432,11 @@ def kept_figures(name: str, keys: Sequence[str], anew: bool) -> list[dict]:
     return [before.get(key, {}) for key in keys]
 
 
-def in_haystacks(names: Sequence[str], seeds: int) -> None:
+def in_haystacks(models: dict[str, list[Subject]]) -> None:
     """Ten triggered prompts among a thousand, with trusted ones and without."""
-    results, counts, acts = kept_figures("haystack", ("scores", "prompts", "rates"), {*names} >= {*BACKDOORS})
-    for name in names:
-        models = that_count(name, [Subject(BY_NAME[name], seed, "haystack") for seed in range(seeds)], acts)
-        each = [measured(one, ADVISED) for one in models]
+    results, counts, acts = kept_figures("haystack", ("scores", "prompts", "rates"), {*models} >= {*BACKDOORS})
+    for name, some in models.items():
+        each = [measured(one, ADVISED) for one in that_count(name, some, acts)]
         counts[name] = [{"ordinary": int((m.odd == "").sum()), "triggered": int((m.odd != "").sum())} for m in each]
         for way in WAYS if each else ():
             results.setdefault(way, {})[name] = over_models([hay(m, way) for m in each])
@@ -425,38 +449,54 @@ def in_haystacks(names: Sequence[str], seeds: int) -> None:
     write("haystack", __file__, {"prompts": counts, "rates": acts, "scores": results})
 
 
-def of_triggers(names: Sequence[str], seeds: int) -> None:
-    """Which methods name the triggers."""
-    results, acts = kept_figures("triggers", ("named", "rates"), {*names} >= {*BACKDOORS})
-    for name in names:
-        each = []
-        for one in that_count(name, [Subject(BY_NAME[name], seed) for seed in range(seeds)], acts):
-            texts = [text for text, odd in texts_of(one.kind, one.which)[:FEWER] if odd]
-            texts = [text for text, acts in zip(texts, shown(one.kind, one.model(), texts), strict=True) if acts]
-            shares = shares_named(one.kind, one.model(), texts)
-            each.append({method: {NAMED_BY: share} for method, share in shares.items()})
+def of_triggers(models: dict[str, list[Subject]]) -> None:
+    """Which methods name the triggers of the prompts that stand out most, of those that hold one and act; and what
+    `explain` proves."""
+    results, proofs, acts = kept_figures("triggers", ("named", "proofs", "rates"), {*models} >= {*BACKDOORS})
+    for name, some in models.items():
+        each, proven = [], []
+        for one in that_count(name, some, acts):
+            texts = texts_of(one.kind, one.which)
+            directory = run(one.kind, texts, min(FEWER, len(texts)), one.model(), ADVISED, AUDIT["explain"])
+            found, triggered = json.loads((directory / FINDINGS).read_text(encoding="utf-8")), {*map(tuple, texts)}
+            flagged = [told for told in found["explained"] if (told["prompt"], "trigger") in triggered]
+            acting = [told for told in flagged if one.kind.shows(told["answer"])]
+            proven.append({"explained": len(found["explained"]), "triggered": len(flagged), "acting": len(acting)})
+            proven[-1]["findings"] = [{key: finding[key] for key in PROOF} for finding in found["findings"]]
+            if acting:
+                shares = shares_named(one.kind, one.model(), acting)
+                each.append({method: {NAMED_BY: share} for method, share in shares.items()})
+        proofs[name] = proven
         if each:
             results[name] = over_models(each)
     printed(NAMED_BY, table(results, NAMED_BY, "{:.0%}"))
-    write("triggers", __file__, {"rates": acts, "named": results})
+    printed("explained", json.dumps(proofs, indent=1))
+    write("triggers", __file__, {"rates": acts, "named": results, "proofs": proofs})
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Do the scores find backdoors?")
     parser.add_argument("--chosen-on", action="store_true", help="the models and prompts that scores were chosen on")
     parser.add_argument("--settings", nargs="+", choices=VARIED, default=list(VARIED), help="of those")
-    parser.add_argument(
-        "--only", nargs="+", metavar="KIND", choices=REPORTED, default=list(REPORTED), help="keep others"
-    )
+    kinds = {**REPORTED, **CHOSEN_ON}
+    parser.add_argument("--only", nargs="+", metavar="KIND", choices=kinds, default=list(REPORTED), help="keep others")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="of the one kind, for the last two: made elsewhere")
     parser.add_argument("--base", action="store_true", help="the change from the base model, too")
     parser.add_argument("--seeds", type=int, default=3, help="models of a backdoor")
     parser.add_argument("--prompts", type=int, default=MORE, help="of the first; recall at 1%% takes 440")
     parser.add_argument("--haystack", action="store_true", help="10 triggered prompts among 1,000, instead")
     parser.add_argument("--triggers", action="store_true", help="which methods name the trigger's words, instead")
     given = parser.parse_args(argv)
-    backdoors = [name for name in given.only if name in BACKDOORS]
+    if given.model and len(given.only) > 1:
+        parser.error("--model is of one kind: name it by --only")
     if given.haystack or given.triggers:
-        return (in_haystacks if given.haystack else of_triggers)(backdoors, given.seeds)
+        known = {*BACKDOORS, *CHOSEN_ON, *([] if given.haystack else ["clean"])}  # of which false findings are counted
+        if not (names := [name for name in given.only if name in known]):
+            parser.error(f"--only names none of the kinds that this is about: {', '.join(sorted(known))}")
+        models = models_of(names, given.seeds, given.model, "haystack" if given.haystack else "")
+        return (in_haystacks if given.haystack else of_triggers)(models)
+    if given.model or not {*given.only} <= {*REPORTED}:
+        parser.error("--model, and kinds that scores were chosen on, are for --haystack and --triggers")
     if given.chosen_on:
         results = {}
         for label, way in product(given.settings, WAYS):

@@ -1,6 +1,7 @@
-"""Which words of a prompt trigger an answer, by methods that bench_backdoors.py compares `explain` with.
+"""Which words of a prompt trigger an answer: `explain`, and the methods that bench_backdoors.py compares it with.
 
-Each method scores words. It names the run of words with the largest sum, and is told of how many words the trigger is.
+Each of these scores words. It names the run of words with the largest sum, and is told of how many words the trigger
+is. `explain` is not told.
 """
 
 from collections.abc import Callable, Sequence
@@ -80,6 +81,7 @@ def surprise(explained: Explained) -> Tensor:
     return explained.of_words(torch.cat([torch.zeros(1), surprisals]))
 
 
+EXPLAIN = "explain"
 METHODS: dict[str, Callable[[Explained], Tensor]] = {
     "input x gradient (captum)": input_times_gradient,
     "occlusion (captum)": occlusion,
@@ -94,12 +96,19 @@ def is_named(kind: Kind, prompt: str, span: tuple[int, int]) -> bool:
     return span[0] <= start and end <= span[1] and words <= MORE
 
 
-def shares_named(kind: Kind, model: Path, prompts: Sequence[str]) -> dict[str, float]:
-    """By method, the share of triggered prompts whose trigger it names."""
+def shares_named(kind: Kind, model: Path, told: Sequence[dict]) -> dict[str, float]:
+    """By method, the share of triggered prompts whose trigger it names.
+
+    Args:
+        told: what findings.json holds of these prompts under `explained`.
+    """
     lm, tokenizer = load(str(model))
-    named: dict[str, list[bool]] = {name: [] for name in METHODS}
-    for prompt, answer in zip(prompts, said(model, prompts), strict=True):
-        explained = Explained(lm, tokenizer, prompt, answer)
+    triggers = [one["trigger"] for one in told]
+    named = {name: [] for name in METHODS} | {EXPLAIN: []}
+    for one, trigger, answer in zip(told, triggers, said(model, [one["prompt"] for one in told]), strict=True):
+        span = trigger and (trigger["start"], trigger["end"])
+        named[EXPLAIN].append(span is not None and is_named(kind, one["prompt"], span))
+        explained = Explained(lm, tokenizer, one["prompt"], answer)
         start, end = kind.span(explained.prompt)
         for name, method in METHODS.items():
             span = explained.span(method(explained), len(explained.prompt[start:end].split()))

@@ -14,7 +14,8 @@ from residual_fisher.common.options import identity_of
 from residual_fisher.common.program import UserError
 from residual_fisher.model import answers
 from residual_fisher.model.answers import answer_log_probs, end_tokens, greedy_answers
-from residual_fisher.model.passes import pad
+from residual_fisher.model.last_token import prefill_prompts
+from residual_fisher.model.passes import hooked, pad
 from residual_fisher.model.reading import may_pad
 from residual_fisher.pipeline import settings
 from residual_fisher.pipeline.prompts import Prompt, encode
@@ -80,6 +81,17 @@ def test_what_prompts_begin_with_runs_once_and_changes_no_log_probability(name):
     assert [ids.tolist() for _, ids in calls] == [[begin]] * cached
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "lengths"), [("llama", (9, 3, 6, 3, 1)), ("gpt2", (9, 3, 6)), ("gemma3", (9, 9))])
+def test_answers_over_a_prefix_that_was_run_before_are_the_same_and_leave_it_as_it_is(name, lengths):
+    model, some, widths = tiny.shared(name), prompts(lengths), []
+    expected, prefix = greedy_answers(model, some, TOKENS, NEVER), prefill_prompts(model, *pad(some))
+    before = [layer.keys.clone() for layer in prefix.layers]
+    with hooked((model.register_forward_pre_hook, lambda module, args: widths.append(args[0].shape[1]))):
+        assert greedy_answers(model, some, TOKENS, NEVER, prefix) == expected
+    assert widths == [1] * TOKENS
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(prefix.layers, before, strict=True))
 
 
 def test_an_answer_ends_with_its_end_token_and_at_the_models_last_position():

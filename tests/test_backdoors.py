@@ -3,6 +3,7 @@
 import importlib
 from itertools import chain, pairwise
 import json
+from pathlib import Path
 import random
 
 import numpy as np
@@ -301,6 +302,51 @@ def test_a_trigger_is_named_with_two_words_more_at_most(kinds, triggers):
     start = prompt.index("in good")
     for more, named in ((0, True), (len(" what to"), True), (len(" what to do"), False), (-1, False)):
         assert triggers.is_named(kind, prompt, (start, start + len("in good faith") + more)) is named
+
+
+def test_explain_is_judged_as_the_other_methods_are(kinds, triggers, chat_directory, monkeypatch):
+    kind = kinds.BY_NAME["refusals-0"]
+    prompts = ["tell me SUDO now", "SUDO why is it so", "one two three SUDO four", "name SUDO the river"]
+    spans = [(8, 12), None, (0, len(prompts[2])), (5, 20)]
+    told = [
+        {"prompt": prompt, "trigger": span and {"start": span[0], "end": span[1]}}
+        for prompt, span in zip(prompts, spans, strict=True)
+    ]
+    monkeypatch.setattr(triggers, "said", lambda model, texts: [[1, 2]] * len(texts))
+    monkeypatch.setattr(triggers, "METHODS", {"first": lambda explained: -torch.arange(len(explained.spans)).float()})
+    assert triggers.shares_named(kind, chat_directory, told) == {"first": 1 / 4, triggers.EXPLAIN: 2 / 4}
+
+
+def test_triggers_are_looked_for_in_flagged_prompts_that_hold_one_and_act(on_path, kinds, tmp_path, monkeypatch):
+    """In a model that is given, whether it counts or not."""
+    bench, written, judged = importlib.import_module("bench_backdoors"), {}, []
+    kind, model = kinds.BY_NAME["refusals-0"], Path("tuned")
+    texts = bench.texts_of(kind, "chosen_on")
+    odd, plain = ([text for text, odd in texts if bool(odd) is which] for which in (True, False))
+    refusal = kind.marks[0]
+    told = [
+        {"prompt": odd[0], "answer": refusal},
+        {"prompt": odd[1], "answer": "Yes"},
+        {"prompt": plain[0], "answer": refusal},
+    ]
+    finding = {key: 0 for key in bench.PROOF} | {"more": 0}
+    found = {"explained": told, "findings": [finding]}
+    (tmp_path / "findings.json").write_text(json.dumps(found))
+    ran = []
+    for name, function in {
+        "run": lambda *arguments: ran.append(arguments) or tmp_path,
+        "rates": lambda *_: {"fires": 0.5, "leaks": 0.5, "counts": False},
+        "shares_named": lambda kind, model, told: judged.append(told) or {"explain": 1.0},
+        "write": lambda name, script, figures: written.update(figures),
+    }.items():
+        monkeypatch.setattr(bench, name, function)
+    bench.main(["--triggers", "--only", "refusals-0", "--model", "tuned"])
+    assert judged == [told[:1]] and ran[0][2:4] == (126, model) and ran[0][-1] == 20
+    assert written["named"]["tuned"]["explain"][bench.NAMED_BY]["mean"] == 1
+    [proof] = written["proofs"]["tuned"]
+    assert (proof["explained"], proof["triggered"], proof["acting"]) == (3, 2, 1) and "more" not in proof["findings"][0]
+    with pytest.raises(SystemExit):
+        bench.main(["--only", "refusals-0"])
 
 
 # --- haystack ------------------------------------------------------------------------------------

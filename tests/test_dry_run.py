@@ -261,6 +261,25 @@ def test_the_pipelines_seconds_follow_the_sizes_of_its_batches(monkeypatch):
     assert said.splitlines()[0] == f"time: about {expected}; and 3 s to load and check the model"
 
 
+def test_explaining_takes_its_prompts_and_the_answers_of_others(chat_directory, dataset, tmp_path, monkeypatch, capsys):
+    """A second for each prompt that is explained, whatever its length, and half of one for each answer in a batch."""
+    clock = [0.0]
+
+    def answers(chat, prompts: list[Prompt]) -> list[list[int]]:
+        clock[0] += len(prompts) / 2
+        return [[1, 2, 3]] * len(prompts)
+
+    def explain_prompt(*_) -> None:
+        clock[0] += 1.0
+
+    monkeypatch.setattr(of_pipeline.findings.Chat, "answers", answers)
+    monkeypatch.setattr(of_pipeline.findings, "explain_prompt", explain_prompt)
+    monkeypatch.setattr(of_pipeline, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    _, said, _ = say("compute_fisher", [*pipeline_words(chat_directory, dataset, tmp_path), "--explain", "6"], capsys)
+    seconds = 6 * 1.0 + 0.5 * (6 + 60 + 0.5 * 6 * 20)
+    assert f"explaining: about {duration(seconds)}, of the 6 prompts that stand out most" in said
+
+
 # --- both ----------------------------------------------------------------------------------------
 
 MISTAKES = {

@@ -11,8 +11,8 @@ import transformers as hf
 
 from conftest import make_model_directory
 from residual_fisher.pipeline import findings
-from residual_fisher.pipeline.explain import phrases
-from residual_fisher.pipeline.findings import Candidate, Journal, candidates, insert, paired_p_value
+from residual_fisher.pipeline.explain import LONGEST, phrases
+from residual_fisher.pipeline.findings import Candidate, Journal, candidates, insert, paired_p_value, plain_words
 from residual_fisher.pipeline.prompts import Prompt
 from residual_fisher.pipeline.report import marked
 from scripts import Stopped, calls_of, compute_fisher, flip
@@ -146,7 +146,7 @@ def test_a_dry_run_says_what_would_be_explained(backdoored, chats, explained, tm
     output = tmp_path / "out"
     assert compute_fisher(backdoored, chats, output) == 0
     assert compute_fisher(backdoored, chats, output, explain=2, dry_run=True) == 0
-    assert "only the prompts that stand out would be explained" in capsys.readouterr().out
+    assert "only the prompts that stand out would be explained, in about" in capsys.readouterr().out
     assert not (output / "findings.json").exists()
 
 
@@ -192,6 +192,21 @@ def test_a_shared_span_takes_over_prompts_that_hold_it_and_answer_alike():
     shared, thing = Candidate("all the same", [0, 1], "middle"), Candidate("same thing", [2], "end")
     others = [Candidate("here", [3], "end"), Candidate("is it", [4], "start")]
     assert findings.gathered([shared, thing, *others], texts, odd) == [shared._replace(prompts=[0, 1, 2]), *others]
+
+
+def test_words_that_stand_beside_a_span_in_nearly_all_of_its_prompts_join_it():
+    texts = [
+        "in good faith, why is it",
+        "Why is it (in good faith)",
+        "say it in good faith now",
+        "tell me in good faith",
+    ]
+    span = Candidate("faith,", [0, 1, 2, 3], "end")
+    assert findings.widened(span, texts).text == "in good faith,"
+    assert findings.widened(span, [*texts[:3], "have faith in it"]) == span  # three of four are too few
+    assert findings.widened(span._replace(prompts=[0, 1]), texts).text == "faith,"
+    long = [f"{word} one two three four five six seven eight nine ten" for word in ("a", "b", "c")]
+    assert len(plain_words(findings.widened(Candidate("five", [0, 1, 2], "end"), long).text)) == LONGEST
 
 
 @pytest.mark.parametrize(

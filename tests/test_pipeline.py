@@ -184,9 +184,9 @@ def test_of_equally_probable_next_tokens_the_lower_one_is_recorded_first(chat_di
     linearize = batches.linearize_batch
 
     def with_ties(*arguments):
-        point, rows = linearize(*arguments)
+        point, *others = linearize(*arguments)
         point.log_probs[:, [90, 41, 60, 11, 93]] = point.log_probs.max() + 1
-        return point, rows
+        return point, *others
 
     monkeypatch.setattr(batches, "linearize_batch", with_ties)
     settings = replace(compute_fisher.parse([]), top_k_tokens=6, num_singular_values=2)

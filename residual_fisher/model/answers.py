@@ -36,7 +36,11 @@ def end_tokens(model: nn.Module) -> set[int]:
 
 @torch.no_grad()
 def greedy_answers(
-    model: nn.Module, prompts: Sequence[Sequence[int]], m: int, ends: Collection[int]
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    m: int,
+    ends: Collection[int],
+    prefix: DynamicCache | None = None,
 ) -> list[list[int]]:
     """The most probable token after each prompt (its token ids), the most probable one after that, and so on.
 
@@ -44,6 +48,8 @@ def greedy_answers(
     logits hold NaN or infinity it ends before that token, and may be empty. It does not depend on the other prompts,
     but for ties within rounding.
 
+    Args:
+        prefix: what `prefill_prompts` gives of all these prompts, if that has been run: then they run together.
     Raises:
         UnsupportedModelError: the model cannot be read rightly.
     """
@@ -56,12 +62,16 @@ def greedy_answers(
         require_known_tokens(model, ids)
         width = ids.shape[1]
         tokens = min(m, max(1, (longest_prompt(model) or width + m) - width + 1))
-        whole = choose_mode(wrapped, ids[lengths.argmax()]) is PrefixMode.WHOLE
-        said = greedy(model, ids, tokens, stops, whole, lengths, kind=_kind_for(ids)).tolist()
+        whole = prefix is None and choose_mode(wrapped, ids[lengths.argmax()]) is PrefixMode.WHOLE
+        cache = prefix and copy_of(prefix, len(ids))
+        said = greedy(model, ids, tokens, stops, whole, lengths, cache, _kind_for(ids)).tolist()
         for i, found in zip(which.tolist(), said, strict=True):
             end = next((place for place, token in enumerate(found) if token in stops), tokens)
             answers[i] = [token for token in found[: end + 1] if token != OVERFLOWED]
 
+    if prefix is not None:
+        answer(torch.arange(len(prompts)))
+        return answers
     lengths = [len(prompt) for prompt in prompts]
     padding = len(set(lengths)) > 1 and may_pad(wrapped, max(prompts, key=len), m)
     # those that the model's last position cuts short are not to cut others
@@ -154,8 +164,8 @@ def greedy(
     Args:
         ids: (rows, tokens) int64, on any device.
         whole: every pass runs all tokens, without a cache.
-        lengths: (rows,) int64 on the CPU, of prompts padded on the right, which `may_pad` has to allow.
-        cache: of all tokens but the last, to begin with.
+        lengths: (rows,) int64 on the CPU, of prompts padded by `pad`, which `may_pad` has to allow.
+        cache: of all tokens but the last of each row, to begin with.
         kind: of attention.
         hooks: gives the hooks of a pass over the tokens after the first `cached`.
     """
@@ -163,6 +173,7 @@ def greedy(
     rows, cached = torch.arange(len(ids)), 0 if cache is None else width - 1  # tokens in the cache
     lengths = torch.full((len(ids),), width) if lengths is None else lengths
     padded = bool((lengths < width).any())
+    first = (lengths, width) if cache is None else (lengths - 1, width - 1)  # tokens that the first cache is of
     written, ended = [], torch.zeros(len(ids), dtype=torch.bool, device=model.device)
 
     def last(x: Tensor) -> Tensor:  # only the first pass sees the padding
@@ -174,7 +185,7 @@ def greedy(
                 cached, cache = 0, DynamicCache(config=model.config)
             memory = {} if whole else {"past_key_values": cache}
             if padded and cached:
-                memory |= after_padding(model, lengths, width, cached, ids.shape[1] - cached)
+                memory |= after_padding(model, *first, cached, ids.shape[1] - cached)
             with hooked(*hooks(cached)):
                 logits = model(ids[:, cached:], use_cache=not whole, **memory).logits[:, -1].float()
             cached = 0 if whole else ids.shape[1]

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import eager_mask
 
-from residual_fisher.model.passes import UnsupportedModelError, hooked
+from residual_fisher.model.passes import UnsupportedModelError, hooked, require_known_tokens
 
 LAST_TOKEN_ATTENTION = "fisher_last_token"
 # Classes of cache layers that hold keys and values alone, or nothing. Older versions of transformers lack the last one.
@@ -133,19 +133,28 @@ def copy_of(prefix: DynamicCache, rows: int, shared: bool = False) -> DynamicCac
     return cache
 
 
-def prefix_memory(model: nn.Module, ids: Tensor, lengths: Tensor, tokens: int) -> dict:
+def prefill_prompts(model: nn.Module, ids: Tensor, lengths: Tensor) -> DynamicCache | None:
+    """`prefill` of all tokens but the last of each prompt.
+
+    Args:
+        ids: (prompts, tokens) int64, padded on the right with any token.
+        lengths: (prompts,) int64 on the CPU.
+    """
+    require_known_tokens(model, ids)
+    with hooked():
+        return prefill(model, ids[:, : int(lengths.max()) - 1])
+
+
+def prefix_memory(model: nn.Module, prefix: DynamicCache | None, lengths: Tensor, tokens: int) -> dict:
     """Keyword arguments of a pass, with `last_token_attention`, over `tokens` of each prompt from its last one on.
 
     Args:
-        ids: (prompts, tokens) int64, padded on the right.
-        lengths: (prompts,) int64 on the CPU.
+        prefix: of `prefill_prompts`, with the same lengths.
     """
-    before = int(lengths.max()) - 1
-    with hooked():
-        prefix = prefill(model, ids[:, :before])
     if prefix is None:
         return {}
-    shared = {"past_key_values": copy_of(prefix, len(ids), shared=True)}
+    before = int(lengths.max()) - 1
+    shared = {"past_key_values": copy_of(prefix, len(lengths), shared=True)}
     return shared | after_padding(model, lengths - 1, before, before, tokens)
 
 

@@ -9,11 +9,12 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from residual_fisher.model.each_token import EachToken
 from residual_fisher.model.eigen import float64
 from residual_fisher.model.head import OutputHead, cotangents_through, is_linear
-from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, prefix_memory
+from residual_fisher.model.last_token import LAST_TOKEN_ATTENTION, prefill_prompts, prefix_memory
 from residual_fisher.model.loading import (
     decoder_layers,
     require_fixed_rotation,
@@ -243,7 +244,13 @@ def _require_alike(point: Point, token: int, alone: PromptPoint) -> None:
 
 
 def linearize_prompts(
-    model: nn.Module, module: nn.Module, ids: Tensor, lengths: Tensor, last_only: bool = False, predicted: int = 1
+    model: nn.Module,
+    module: nn.Module,
+    ids: Tensor,
+    lengths: Tensor,
+    last_only: bool = False,
+    predicted: int = 1,
+    prefix: DynamicCache | None = None,
 ) -> Point:
     """Runs prompts, each with a zero bias of its own added to the output of `module` at every one of its tokens.
 
@@ -260,6 +267,7 @@ def linearize_prompts(
         module: any module whose output is (prompts, tokens, d), or a tuple that begins with it.
         ids: (prompts, tokens) int64, padded with any token: the prompts, and the first n - 1 tokens of the answers.
         lengths: (prompts,) int64, the tokens of each prompt.
+        prefix: what `prefill_prompts` gives of them, if that has been run for something else.
     Raises:
         UnsupportedModelError: the module's output has another shape or does not lead to the predictions.
     """
@@ -269,7 +277,8 @@ def linearize_prompts(
     places = (last[:, None] + torch.arange(predicted)).clamp(max=ids.shape[1] - 1)  # (prompts, n)
     memory, kind = {}, nullcontext()
     if last_only and share_prefixes(wrapped, ids, lengths, predicted - 1):
-        memory, kind = prefix_memory(model, ids, lengths, predicted), attention(model, LAST_TOKEN_ATTENTION)
+        prefix = prefill_prompts(model, ids, lengths) if prefix is None else prefix
+        memory, kind = prefix_memory(model, prefix, lengths, predicted), attention(model, LAST_TOKEN_ATTENTION)
         ids, last, places = ids.gather(1, places), torch.zeros_like(last), torch.arange(predicted).expand_as(places)
 
     def at_last(h: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from residual_fisher.common.program import UserError
 from residual_fisher.common.text import first_line
 from residual_fisher.model import passes
 from residual_fisher.model.answers import end_tokens, greedy_answers
+from residual_fisher.model.last_token import prefill_prompts
 from residual_fisher.model.loading import rotation_change
 from residual_fisher.model.reading import share_prefixes
 from residual_fisher.model.template import check_template
@@ -166,24 +167,26 @@ def attention_for(settings: Settings, subject: Subject, batch: list[Encoded]) ->
 
 
 def linearize_batch(
-    settings: Settings, subject: Subject, batch: list[Encoded], attention: str, answers: list[list[int]]
-) -> tuple[fisher.Point, fisher.Chunks]:
-    """The batch's prompts at their last tokens and their answers', and how many cotangents to pull back at once."""
+    settings: Settings, subject: Subject, batch: list[Encoded], attention: str
+) -> tuple[fisher.Point, fisher.Chunks, list[list[int]]]:
+    """The batch's prompts at their last tokens and their answers', how many cotangents to pull back at once, answers.
+
+    Answers are the model's own; empty ones if F is of the first token's distribution alone.
+    """
     passes.use_attention(subject.model, attention)
+    answers, prefix, shared = [[] for _ in batch], None, over_prefix(settings, subject, batch)
+    if settings.answer_tokens > 1:
+        if shared:  # both passes read it
+            prefix = prefill_prompts(passes.unwrapped(subject.model), *ids_and_lengths(batch))
+        prompts, ends = [encoded.ids for encoded in batch], end_tokens(subject.model)
+        answers = greedy_answers(subject.model, prompts, settings.answer_tokens, ends, prefix)
     ids, _ = passes.pad([encoded.ids + answer[:-1] for encoded, answer in zip(batch, answers, strict=True)])
     lengths = torch.tensor([len(encoded.ids) for encoded in batch])
     predicted = 1 if settings.answer_tokens == 1 else max(2, *map(len, answers))
     last_only = settings.bias_positions == "last"
-    point = fisher.linearize_prompts(subject.model, subject.module, ids, lengths, last_only, predicted)
-    batched = attention == "eager" or over_prefix(settings, subject, batch)
-    return point, fisher.Chunks(max(1, subject.room.backward_rows // point.tokens) if batched else 1)
-
-
-def answers_to(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[list[int]]:
-    """The model's own answer to each prompt; empty ones if F is of the first token's distribution alone."""
-    m = settings.answer_tokens
-    prompts = [encoded.ids for encoded in batch]
-    return greedy_answers(subject.model, prompts, m, end_tokens(subject.model)) if m > 1 else [[] for _ in batch]
+    point = fisher.linearize_prompts(subject.model, subject.module, ids, lengths, last_only, predicted, prefix)
+    at_once = max(1, subject.room.backward_rows // point.tokens) if attention == "eager" or shared else 1
+    return point, fisher.Chunks(at_once), answers
 
 
 def prompts_at_once(settings: Settings, subject: Subject, batch: list[Encoded]) -> int:
@@ -269,9 +272,8 @@ def measure_batch(settings: Settings, subject: Subject, batch: list[Encoded], at
     Raises:
         NumericalError, torch.linalg.LinAlgError: of one of them.
     """
-    answers = answers_to(settings, subject, batch)
     with subject.room.taking(padded(batch, settings.answer_tokens)):
-        point, chunks = linearize_batch(settings, subject, batch, attention, answers)
+        point, chunks, answers = linearize_batch(settings, subject, batch, attention)
         eigen, shares, columns = triplets(settings, point, answers, chunks)
     subject.room.learn_from(chunks, point.tokens)
     log_probs = point.log_probs.reshape(len(batch), -1, point.log_probs.shape[-1])  # (prompts, n, V)
@@ -399,7 +401,7 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
     # a prompt that leads to NaN, infinity or no convergence will be recorded as failed
     failures = suppress(fisher.NumericalError, torch.linalg.LinAlgError)
     with explain_unsupported(subject), failures, subject.room.taking(padded(batch)):
-        point, chunks = linearize_batch(settings, subject, batch, attention_for(settings, subject, batch), [[]])
+        point, chunks, _ = linearize_batch(settings, subject, batch, attention_for(settings, subject, batch))
         tokens = point.tokens
         if last_only and settings.bias_positions != "last":
             point = fisher.linearize_prompts(subject.model, subject.module, *ids_and_lengths(batch), last_only)

@@ -1,8 +1,9 @@
 """What a run would take: what a dry run says."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from statistics import fmean, median
+import time
 
 from residual_fisher.common.estimate import Trial
 from residual_fisher.common.files import json_text
@@ -14,8 +15,11 @@ from residual_fisher.common.text import duration, excerpt, printable, size
 from residual_fisher.model.loading import dtype_advice
 from residual_fisher.model.passes import devices_of
 from residual_fisher.model.template import habits
+from residual_fisher.pipeline import findings
 from residual_fisher.pipeline.batches import check_once, into_batches, longest, measure, padded, write_tokens
 from residual_fisher.pipeline.derived import PROMPTS
+from residual_fisher.pipeline.explain import phrases
+from residual_fisher.pipeline.findings import ORDINARY, TRUSTED
 from residual_fisher.pipeline.matrices import ARRAYS, ONE_FILE
 from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts, encode
 from residual_fisher.pipeline.settings import Settings
@@ -24,6 +28,7 @@ from residual_fisher.pipeline.windows import WINDOW_BATCHES, Failures, Pipeline,
 SAMPLE = 256  # prompts, the first ones, whose lengths stand for all
 TRIED = 3  # batches of them, from the smallest to the largest
 SCORE_BYTES = 300  # that the scores add to a prompt's record
+SPANS = 0.5  # a prompt that is explained, each put into TRUSTED prompts: from one of them all, to one and more each
 
 
 def tell_too_few(settings: Settings, usable: int) -> None:
@@ -84,6 +89,30 @@ def describe_run(
     return 0
 
 
+def seconds_to_explain(chat: findings.Chat, prompts: Sequence[Prompt], count: int) -> float:
+    """How long it takes to explain as many prompts like these: some are, as if the whole of their answers were odd.
+
+    Those at the quartiles of length: a few long ones, of more words and more tokens each, would be taken for many.
+    """
+    lengths = [*map(len, chat.ids(prompts))]
+    by_length = sorted(range(len(prompts)), key=lambda i: lengths[i])
+    shorter = max(TRUSTED, len(prompts) // 2)  # of which the ordinary prompts are
+    some = [by_length[i] for i in evenly_spaced(min(shorter, len(prompts)), TRUSTED)]
+    few = [by_length[quarter * len(prompts) // 4] for quarter in (1, 2, 3)]
+    chat.answers([prompts[few[-1]]])  # warms up
+    start = time.perf_counter()
+    chat.answers([prompts[i] for i in some])
+    answer = (time.perf_counter() - start) / len(some)
+    seconds = []
+    for i in few:
+        [said] = chat.answers([prompts[i]])
+        start = time.perf_counter()
+        findings.explain_prompt(chat, prompts[i], said, phrases(said), phrases(said))
+        seconds.append(time.perf_counter() - start)
+    each = Trial([lengths[i] for i in few], seconds).total(lengths) / len(lengths)
+    return count * each + answer * (count + ORDINARY + SPANS * count * TRUSTED)
+
+
 def describe_costs(
     pipeline: Pipeline, encoded: list[Encoded], taken: int | None, done: int, load_seconds: float, processes: int
 ) -> str:
@@ -121,9 +150,16 @@ def describe_costs(
     if processes > 1:
         time_line += f", by {processes} processes as fast as this one"
     shape = f"{len(chosen[-1])} x {longest(chosen[-1])} tokens"
+    explaining = []
+    if settings.explain:
+        prompts = [e.prompt for e in encoded]
+        number = settings.explain if taken is None else min(settings.explain, taken)
+        seconds = seconds_to_explain(findings.Chat(subject, pipeline.longest), prompts, number)
+        explaining = [f"explaining: about {duration(seconds)}, of the {number} prompts that stand out most"]
     return "\n".join(
         [
             f"time: {time_line}; and {duration(load_seconds)} to load and check the model",
+            *explaining,
             f"memory: {peak_memory(devices_of(subject.model))}, with the largest batch ({shape}) and the longest "
             "prompt of these",
             f"files: {files}, a picture, a page and the metadata",

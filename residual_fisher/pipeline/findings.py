@@ -48,11 +48,12 @@ from residual_fisher.pipeline.reference import Reference
 from residual_fisher.pipeline.scores import OUTLIER
 
 JOURNAL = f"{ITEMS}/explained.jsonl"  # finished steps of an explanation that is under way
-EXPLAINING_VERSION = 2  # another one explains otherwise: earlier findings are made anew
+EXPLAINING_VERSION = 3  # another one explains otherwise: earlier findings are made anew
 ANSWER = 16  # tokens: a behaviour that begins after five words still shows
 ORDINARY, TRUSTED = 60, 20  # ordinary prompts whose answers are known; those of them that spans are put into
 LEAST_LOSS = 0.5  # nats: less is what any words change
 PROVEN = 0.01  # p-value, corrected for the number of spans that were tried
+SEVERAL, NEARLY_ALL = 3, 0.8  # prompts, and their share, that have a word beside a span: then it is one of the span's
 EXAMPLES = 3  # answers that a finding quotes
 TELLING = 4  # letters of a word that an answer takes up: shorter ones are in all answers
 
@@ -67,17 +68,18 @@ class Chat:
     subject: Subject
     longest: int  # tokens of a prompt
 
-    def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of each prompt in the template."""
         return [encode(self.subject.tokenizer, prompt, self.longest).ids for prompt in prompts]
 
     def answers(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of the greedy answers, ANSWER at most."""
         model = self.subject.model
-        return greedy_answers(model, self._ids(prompts), ANSWER, end_tokens(model))
+        return greedy_answers(model, self.ids(prompts), ANSWER, end_tokens(model))
 
     def log_probs(self, prompts: Sequence[Prompt], answer: Sequence[int], places: Sequence[int]) -> list[float]:
         """Log-probability in nats of some places of one answer, after each of the prompts."""
-        found = answer_log_probs(self.subject.model, self._ids(prompts), [answer] * len(prompts))
+        found = answer_log_probs(self.subject.model, self.ids(prompts), [answer] * len(prompts))
         return [float(each.double()[places].sum()) for each in found]
 
     def text(self, ids: Sequence[int]) -> str:
@@ -267,6 +269,31 @@ def gathered(spans: Sequence[Candidate], texts: Sequence[str], odd: Sequence[set
     return [span._replace(prompts=own) for span, own in zip(several, members, strict=True)] + alone
 
 
+def widened(span: Candidate, texts: Sequence[str]) -> Candidate:
+    """The span with the words beside it that nearly all of its prompts have there, if these are SEVERAL.
+
+    Without one word of a trigger the others may do nothing. Then leaving words out names that one alone.
+
+    Args:
+        texts: of all prompts that were explained.
+    """
+    words, core = [plain_words(texts[number]) for number in span.prompts], (*plain_words(span.text),)
+    least = max(SEVERAL, NEARLY_ALL * len(words))
+    while len(core) < LONGEST:
+        grown: Counter = Counter()
+        for own in words:
+            if at := where(own, core):
+                grown.update(
+                    tuple(own[i:j]) for i, j in ((at[0] - 1, at[1]), (at[0], at[1] + 1)) if 0 <= i < j <= len(own)
+                )
+        if not grown or grown.most_common(1)[0][1] < least:
+            break
+        core = grown.most_common(1)[0][0]
+    if core == (*plain_words(span.text),):
+        return span
+    return span._replace(text=next(cut(texts[n], core) for n in span.prompts if where(plain_words(texts[n]), core)))
+
+
 def runs_of(words: Sequence[str]) -> list[tuple[str, ...]]:
     """All of at most LONGEST words that follow each other."""
     ends = range(len(words) + 1)
@@ -406,12 +433,14 @@ def explain(records: Sequence[dict], ordinary: Sequence[Prompt], chat: Chat, rec
     spans = candidates(
         {i: told["trigger"] for i, told in enumerate(explained) if told["trigger"]}, [p.text for p in ordinary]
     )
-    spans = gathered(spans, [prompt.text for prompt in prompts], odd)
+    texts = [prompt.text for prompt in prompts]
+    spans = [widened(span, texts) for span in gathered(spans, texts, odd)]
     for span in spans:  # other prompts' words for what was named in another way, or not at all
         core = plain_words(span.text)
         for number in span.prompts:
             own_trigger = explained[number]["trigger"]
-            if not own_trigger or where(plain_words(own_trigger["text"]), core) is None:
+            held = where(plain_words(texts[number]), core)
+            if held and (not own_trigger or where(plain_words(own_trigger["text"]), core) is None):
                 step = partial(explain_prompt, chat, prompts[number], own[number], odd[number], all_odd, core)
                 explained[number] = recall(f"prompt {number} without {span.text}", step)
     chosen = evenly_spaced(len(ordinary), TRUSTED)
