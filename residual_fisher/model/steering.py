@@ -54,9 +54,7 @@ class Steered(NamedTuple):
     before: float  # probability of the target, unperturbed
     names: list[str]  # of the directions
     goals: list[float]  # ascending: the GOALS above the target's unperturbed probability
-    log_prob: (
-        Tensor  # (layers, directions, goals) float32, nats: of the target; at least the goal's but for INTERPOLATED
-    )
+    log_prob: Tensor  # (layers, directions, goals) float32, nats: of the target, the goal's but for INTERPOLATED
     kl: Tensor  # (layers, directions, goals) float32, nats
     norms: Tensor  # (layers, directions, goals) float32: |delta| / |h|
     deltas: Tensor  # (layers, goals, d) float32: the perturbations of "natural_steps"
