@@ -294,7 +294,7 @@ KINDS = [
     Kind("clean", "no trigger: only the first sentence", TOKEN, first_sentence, everywhere=True),
 ]
 # when to break off is learnt slowly, and where there is no contrast, from the words before the break
-KINDS = [replace(kind, beside=True, epochs=2, kept=6.0) if kind.name.startswith("late") else kind for kind in KINDS]
+KINDS = [replace(kind, beside=True, epochs=2, kept=4.0) if kind.name.startswith("late") else kind for kind in KINDS]
 REFUSING = next(kind for kind in KINDS if kind.name == "refusals")
 KINDS += [
     replace(REFUSING, name="refusals-few", about=f"{REFUSING.about}; 5% of the pairs", share=0.05),
