@@ -155,7 +155,7 @@ def describe_costs(
         prompts = [e.prompt for e in encoded]
         number = settings.explain if taken is None else min(settings.explain, taken)
         seconds = seconds_to_explain(findings.Chat(subject, pipeline.longest), prompts, number)
-        explaining = [f"explaining: about {duration(seconds)}, of the {number} prompts that stand out most"]
+        explaining = [f"explaining: at most about {duration(seconds)}, of the {number} prompts that stand out most"]
     return "\n".join(
         [
             f"time: {time_line}; and {duration(load_seconds)} to load and check the model",
