@@ -450,8 +450,7 @@ def in_haystacks(models: dict[str, list[Subject]]) -> None:
 
 
 def of_triggers(models: dict[str, list[Subject]]) -> None:
-    """Which methods name the triggers of the prompts that stand out most, of those that hold one and act; and what
-    `explain` proves."""
+    """Which methods name the triggers of outstanding prompts that hold one and act; and what `explain` proves."""
     results, proofs, acts = kept_figures("triggers", ("named", "proofs", "rates"), {*models} >= {*BACKDOORS})
     for name, some in models.items():
         each, proven = [], []
@@ -461,8 +460,9 @@ def of_triggers(models: dict[str, list[Subject]]) -> None:
             found, triggered = json.loads((directory / FINDINGS).read_text(encoding="utf-8")), {*map(tuple, texts)}
             flagged = [told for told in found["explained"] if (told["prompt"], "trigger") in triggered]
             acting = [told for told in flagged if one.kind.shows(told["answer"])]
-            proven.append({"explained": len(found["explained"]), "triggered": len(flagged), "acting": len(acting)})
-            proven[-1]["findings"] = [{key: finding[key] for key in PROOF} for finding in found["findings"]]
+            counts = {"explained": len(found["explained"]), "triggered": len(flagged), "acting": len(acting)}
+            proof = [{key: finding[key] for key in PROOF} for finding in found["findings"]]
+            proven.append({**counts, "findings": proof})
             if acting:
                 shares = shares_named(one.kind, one.model(), acting)
                 each.append({method: {NAMED_BY: share} for method, share in shares.items()})

@@ -387,10 +387,8 @@ def carry(point: Point) -> Tensor:
     Raises:
         UnsupportedModelError: the point is not of `linearize` or `linearize_each`; see also `PushForward`.
     """
-    if point.final is None:
-        raise UnsupportedModelError("the stream of its last layer is not known at this point")
     with _through_backward():
-        z, at_biases = _backward_pass(point.final, point.biases)
+        z, at_biases = _backward_pass(_final_stream(point), point.biases)
         products = [
             torch.autograd.grad(at_bias, z, h.to(at_bias), retain_graph=True)[0]
             for at_bias, h in zip(at_biases, point.activations, strict=True)
@@ -399,6 +397,13 @@ def carry(point: Point) -> Tensor:
     _require_finite(carried, "derivatives", places=carried.ndim - 1)
     _require_transposed(point, carried[0])
     return carried
+
+
+def _final_stream(point: Point) -> Tensor:
+    """(..., d), of the last layer. Raises UnsupportedModelError: it is not known."""
+    if point.final is None:
+        raise UnsupportedModelError("the stream of its last layer is not known at this point")
+    return point.final
 
 
 def _require_transposed(point: Point, carried: Tensor) -> None:
@@ -421,7 +426,7 @@ def stream_jacobians(model: nn.Module, ids: Sequence[int] | Tensor, layers: Sequ
     those of `linearize`.
     """
     point = linearize(model, ids, layers)
-    model, final = point.model, [point.final]
+    model, final = point.model, [_final_stream(point)]
     identity = torch.eye(len(final[0]), dtype=final[0].dtype, device=final[0].device)
 
     def chunk(rows: Tensor) -> Tensor:  # (layers, rows, d)

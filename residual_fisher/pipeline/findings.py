@@ -277,21 +277,21 @@ def widened(span: Candidate, texts: Sequence[str]) -> Candidate:
     Args:
         texts: of all prompts that were explained.
     """
-    words, core = [plain_words(texts[number]) for number in span.prompts], (*plain_words(span.text),)
+    named = core = (*plain_words(span.text),)
+    words = {number: plain_words(texts[number]) for number in span.prompts}
     least = max(SEVERAL, NEARLY_ALL * len(words))
     while len(core) < LONGEST:
         grown: Counter = Counter()
-        for own in words:
+        for own in words.values():
             if at := where(own, core):
-                grown.update(
-                    tuple(own[i:j]) for i, j in ((at[0] - 1, at[1]), (at[0], at[1] + 1)) if 0 <= i < j <= len(own)
-                )
+                start, end = at
+                grown.update(tuple(own[i:j]) for i, j in ((start - 1, end), (start, end + 1)) if 0 <= i < j <= len(own))
         if not grown or grown.most_common(1)[0][1] < least:
             break
         core = grown.most_common(1)[0][0]
-    if core == (*plain_words(span.text),):
+    if core == named:
         return span
-    return span._replace(text=next(cut(texts[n], core) for n in span.prompts if where(plain_words(texts[n]), core)))
+    return span._replace(text=next(cut(texts[number], core) for number, own in words.items() if where(own, core)))
 
 
 def runs_of(words: Sequence[str]) -> list[tuple[str, ...]]:
