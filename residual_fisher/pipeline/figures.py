@@ -209,24 +209,24 @@ def scores(ax: Axes, prompts: Collected, false_alarms: float = 0.01) -> None:
     Args:
         false_alarms: the p-value up to which a prompt stands out: where the dotted line is.
     """
-    scored, prompts, colours = prompts.scored, prompts.numbers, prompts.colours
-    names = {OUTLIER: "outlier score", **{name: name.removeprefix("z_") for name in SCORES}}
-    spread = 0.3 * np.sin(np.arange(len(prompts[OUTLIER])) * 2.4)  # apart, and the same each time
+    numbers, names = prompts.numbers, {OUTLIER: "outlier score", **{name: name.removeprefix("z_") for name in SCORES}}
+    title = "In which way unusual"
+    ax.set_yticks(range(len(names)), names.values())
+    ax.set(xlabel="robust standard deviations", ylim=(len(names) - 0.4, -0.6))
+    if not prompts.scored:
+        ax.text(0.5, 0.5, "too few different prompts\nto say what is usual", ha="center", transform=ax.transAxes)
+        ax.set(title=title, xticks=[])
+        return
+    spread = 0.3 * np.sin(np.arange(len(numbers[OUTLIER])) * 2.4)  # apart, and the same each time
     for row, name in enumerate(names):
-        values = np.clip(prompts[name], -LONGEST, LONGEST)
-        _dots(ax, values, row + spread, colours, size=5, alpha=0.3)
-    outstanding = prompts[OUTLIER][prompts[P_VALUE] <= false_alarms]
+        values = np.clip(numbers[name], -LONGEST, LONGEST)
+        _dots(ax, values, row + spread, prompts.colours, size=5, alpha=0.3)
+    outstanding = numbers[OUTLIER][numbers[P_VALUE] <= false_alarms]
     if len(outstanding):
         limit = np.clip(outstanding.min(), -LONGEST, LONGEST)
         ax.plot([limit] * 2, [-0.45, 0.45], color=BLACK, linestyle=":", linewidth=1.5)
-    ax.set_yticks(range(len(names)), names.values())
-    ax.set(title=f"In which way unusual (dotted: p ≤ {false_alarms:g})")
-    ax.set(xlabel="robust standard deviations", ylim=(len(names) - 0.4, -0.6))
-    if not scored:
-        for line in ax.lines:
-            line.set_visible(False)
-        ax.text(0.5, 0.5, "too few different prompts\nto say what is usual", ha="center", transform=ax.transAxes)
-        ax.set_xticks([])
+        title += f" (dotted: p ≤ {false_alarms:g})"
+    ax.set(title=title)
 
 
 def oddest(
