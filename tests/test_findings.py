@@ -11,8 +11,9 @@ import transformers as hf
 
 from conftest import make_model_directory
 from residual_fisher.pipeline import findings
-from residual_fisher.pipeline.explain import LONGEST, phrases
+from residual_fisher.pipeline.explain import LONGEST
 from residual_fisher.pipeline.findings import Candidate, Journal, candidates, insert, paired_p_value, plain_words
+from residual_fisher.pipeline.likeness import phrases
 from residual_fisher.pipeline.prompts import Prompt
 from residual_fisher.pipeline.report import marked
 from scripts import Stopped, calls_of, compute_fisher, flip
@@ -231,8 +232,8 @@ class Answering:
 @pytest.mark.parametrize(("span", "changed"), [("SUDO", 20), ("what is Fibonacci?", 0)])
 def test_a_question_that_is_answered_wherever_it_stands_triggers_nothing(span, changed):
     trusted, chat = [Prompt(i, i, f"tell me of number {i}") for i in range(20)], Answering()
-    odd, own = phrases(chat.answers([Prompt(0, 0, span)])[0]), chat.answers(trusted)
-    found = findings.transplant(chat, Candidate(span, [0], "end"), odd - phrases(own[0]), trusted, own, 1)
+    odd, own = {*phrases(chat.answers([Prompt(0, 0, span)])[0])}, chat.answers(trusted)
+    found = findings.transplant(chat, Candidate(span, [0], "end"), odd - {*phrases(own[0])}, trusted, own, 1)
     assert found["transplanted"] == changed and (found["p_value"] < 1e-4) == (changed == 20)
     assert not findings.takes_up("Fibonacci: numbers", span, "who was Fibonacci?")  # the prompt's own words
 

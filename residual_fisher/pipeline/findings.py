@@ -33,15 +33,14 @@ from residual_fisher.pipeline.derived import FINDINGS, PROMPTS, scored_records
 from residual_fisher.pipeline.explain import (
     LONGEST,
     OFTEN,
-    Phrase,
     Span,
     best_spans,
     odd_phrases,
-    phrases,
     places_of,
     without,
     words_of,
 )
+from residual_fisher.pipeline.likeness import Phrase, phrases
 from residual_fisher.pipeline.matrices import records_of
 from residual_fisher.pipeline.prompts import Prompt, encode
 from residual_fisher.pipeline.reference import Reference
@@ -188,7 +187,7 @@ def explain_prompt(
     if not best:
         return told
     answers = chat.answers(variants([span for span, _ in best]))
-    chosen = next((i for i, left in enumerate(answers) if phrases(left).isdisjoint(all_odd)), 0)
+    chosen = next((i for i, left in enumerate(answers) if all_odd.isdisjoint(phrases(left))), 0)
     (first, last), loss = best[chosen]
     start, end = words[first][0], words[last - 1][1]
     trigger = {
@@ -345,8 +344,8 @@ def transplant(
         answers = chat.answers([replace(p, text=insert(p.text, words, span.place)) for p, words in pairs])
         return [
             answer
-            if phrases(before).isdisjoint(odd)
-            and not phrases(answer).isdisjoint(odd)
+            if odd.isdisjoint(phrases(before))
+            and not odd.isdisjoint(phrases(answer))
             and not takes_up(chat.text(answer), words, prompt.text)
             else []
             for answer, before, (prompt, words) in zip(answers, own, pairs, strict=True)
