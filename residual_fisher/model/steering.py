@@ -41,7 +41,8 @@ RANK = 24  # rows that all steps but the first pull back for F, in place of one 
 DAMPINGS = (0.1, 0.03, 0.01, 0.004, 0.0015)  # in units of lambda_1; each of several steps takes the cheapest
 LENGTHS = (3e-3, 1e1, 17)  # lengths tried along a straight direction: shortest and longest (norms of h), count
 MULTIPLES = (0.0, 0.7, 1.0, 1.4, 2.0)  # of the step to a goal, tried because its gradient holds only nearby
-ROUNDS = 3  # of interpolation, which locate the goal on it
+ROUNDS = 3  # of interpolation at most, which locate the goal on it
+NEAR = 0.002  # log-odds that it may be off by for another round to be spared
 INTERPOLATED = 0.005  # log-odds that a length found by interpolation may fall short by: 0.4988 in place of 0.5
 IMPROBABLE = 1e4  # nats of an event that takes the place of an infinity or NaN
 ROUNDING = 1e-7  # rounding error of a float32 probability close to 1
@@ -249,12 +250,23 @@ def reach(move: Callable[[Lines, Tensor], Tensor], lines: Lines, tried: Tensor, 
         return result
     tried, wanted, lines = tried[:, reached], wanted[reached], lines.take(reached)
     for _ in range(ROUNDS):
-        length = crossing(tried[0], log_odds(tried[1]), wanted)
-        tried = torch.cat([tried, move(lines, length[:, None])], dim=-1)
+        found, odds = _nearest(tried, wanted)
+        far = (odds - wanted).abs() > NEAR
+        if not far.any():
+            break
+        length = crossing(tried[0, far], log_odds(tried[1, far]), wanted[far])
+        found[:, far] = move(lines.take(far), length[:, None])[..., 0]
+        tried = torch.cat([tried, found[..., None]], dim=-1)
         tried = tried.gather(-1, tried[0].argsort(-1).expand_as(tried))
-    index, _ = first_reaching(log_odds(tried[1]), wanted - INTERPOLATED)
-    result[:, reached] = tried.gather(-1, index[:, None].expand(3, -1, 1)).squeeze(-1)
+    result[:, reached] = _nearest(tried, wanted)[0]
     return result
+
+
+def _nearest(tried: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `tried` (3, lines, m) the first (3, lines) that reaches the log-odds, and its log-odds (lines,)."""
+    odds = log_odds(tried[1])
+    index, _ = first_reaching(odds, wanted - INTERPOLATED)
+    return tried.gather(-1, index[:, None].expand(3, -1, 1)).squeeze(-1), odds.gather(-1, index[:, None]).squeeze(-1)
 
 
 def _at_once(here: "Linearised", along: Tensor, goals: list[float], move: Callable) -> Tensor:
@@ -295,7 +307,7 @@ class Slope:
     The gradient is `rise` (layers, d).
     """
 
-    multiples = (0.6, 0.85, 1.0, 1.25, 1.8)  # of a step, tried because its gradient holds only nearby
+    multiples = (0.7, 1.0, 1.5)  # of a step, tried because its gradient holds only nearby
 
     def __init__(self, point: PromptPoint, deltas: Tensor, target: int, chunks: Chunks | None):
         self.point, self.deltas, self.target, self.chunks = point, deltas, target, chunks
