@@ -312,7 +312,7 @@ def run_experiment(settings: Settings) -> int:
             return report_finished(run, asked)
         experiment = prepare(settings, run if grown else None)
         if set(experiment.settings.layers) > set(choose_layers(asked.layers, experiment.about["environment"]["depth"])):
-            print("The run's other layers are measured too; the tables at its end are of those asked for.")
+            print("The run's other layers are measured too; the table at the end is of those asked for.")
         if grown and not run.is_of(experiment.identity):
             measure_anew(run, experiment)
         state, items = examine(run, experiment)
@@ -350,7 +350,7 @@ def run_sentences(experiment: Experiment, run: Run, items: list[Item], asked: Se
     Those that are measured again replace the run before them when all are finished, and not earlier.
 
     Args:
-        asked: the settings as they were given: of what the run holds, the tables tell of the rest no more.
+        asked: the settings as they were given, whose layers and sentences the tables at the end are of.
     """
     stopped = None
     try:
