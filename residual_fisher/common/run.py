@@ -498,8 +498,8 @@ class Run:
     def _remove_anew(self) -> None:
         for *_, path in archives_in(self.folder / ANEW):
             path.unlink()
-        (self.folder / ANEW / MANIFEST).unlink(missing_ok=True)  # last: it says that they may be removed
-        with suppress(OSError):
+        with suppress(OSError):  # there is none, or somebody's own file in it
+            (self.folder / ANEW / MANIFEST).unlink()  # last: it says that they may be removed
             (self.folder / ANEW).rmdir()
 
     # --- the end ---
