@@ -162,7 +162,7 @@ def results_in(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("more", [ALL, ["--layers", "1"], ["--layers", "all"]])
+@pytest.mark.parametrize("more", [ALL, ["--layers", "1"]])
 def test_with_more_layers_all_is_measured_again_and_until_then_stays(
     more, model_directory, undisturbed, all_layers, tmp_path, capsys
 ):
@@ -199,23 +199,24 @@ def test_layers_and_sentences_are_added_at_once(stopped, model_directory, tmp_pa
     with calls_of(core_experiment, "measure_sentence", KeyboardInterrupt, at=[2] if stopped else []):
         code = scripts.core_experiment(model_directory, tmp_path / "out", *words, "2", "--layers", "2")
     assert code == (130 if stopped else 0)
-    for output in (tmp_path / "out", tmp_path / "fresh"):
-        assert scripts.core_experiment(model_directory, output, *words, "3", *ALL) == 0
+    for output, layers in ((tmp_path / "out", ["--layers", "all"]), (tmp_path / "fresh", ALL)):
+        assert scripts.core_experiment(model_directory, output, *words, "3", *layers) == 0
     (first, arrays), (second, expected) = map(experiment_results, (tmp_path / "out", tmp_path / "fresh"))
     assert arrays.keys() == expected.keys() >= {"steering_deltas", "nats_kl"}
     assert all(arrays[name].tobytes() == expected[name].tobytes() for name in arrays)
     assert first["checksum"] == second["checksum"] and first["run"] == second["run"]
 
 
-@pytest.mark.parametrize("moment", ["arrays", "results", "manifest", "tidied", "pictures"])
+@pytest.mark.parametrize("moment", ["results", "manifest", "tidied"])
 def test_killed_while_more_layers_take_the_place_of_fewer_it_can_finish(
     moment, model_directory, undisturbed, all_layers, tmp_path, monkeypatch
 ):
     output = Path(shutil.copytree(undisturbed, tmp_path / "out"))
     places = {
-        "arrays": (records, "write_npz"), "results": (records, "write_json"), "manifest": (Run, "finish"),
-        "tidied": (Run, "_remove_anew"), "pictures": (figures, "draw"),
-    }  # fmt: skip
+        "results": (records, "write_json"),
+        "manifest": (Run, "finish"),
+        "tidied": (Run, "_remove_anew"),
+    }
     with calls_of(*places[moment], Stopped), pytest.raises(Stopped):
         scripts.core_experiment(model_directory, output, *WORDS, *ALL)
     monkeypatch.setattr(core_experiment, "measure_sentence", None)  # all sentences are finished
