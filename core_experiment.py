@@ -11,8 +11,8 @@ of the same length along random directions, and towards another sentence's activ
 
 Writes experiment_results.json, fisher_eigenvectors.npz, fisher_similarity_matrix.png,
 perturbation_analysis.png and report.html to --output-dir. The same command resumes a stopped run, and with more
-sentences extends a finished one. --map shows one text instead, at every token: fisher_map.png, .json, .npz, and
-report.html.
+sentences or layers extends a finished one. --map shows one text instead, at every token: fisher_map.png, .json, .npz,
+and report.html.
 """
 
 from residual_fisher.common.program import before_imports, undisturbed
@@ -63,7 +63,16 @@ from residual_fisher.common.run import Run, State, short_hash
 from residual_fisher.common.text import excerpt, first_line, printable
 from residual_fisher.experiment import estimate, figures, page, records, report, text_map
 from residual_fisher.experiment.comparison import compare_runs
-from residual_fisher.experiment.identity import as_in_run, identity_in, identity_settings, is_alone, sources_and_goal
+from residual_fisher.experiment.identity import (
+    as_in_run,
+    identity_in,
+    identity_settings,
+    is_grown,
+    keeping_layers,
+    keeping_sentences,
+    layers_begun,
+    sources_and_goal,
+)
 from residual_fisher.experiment.lens_audit import lens_for
 from residual_fisher.experiment.measurement import Batches, Clock, measure_sentence
 from residual_fisher.experiment.perturbation import control_directions
@@ -112,9 +121,11 @@ class Experiment:
     also_nats: bool | None  # whether steps in nats are taken too; None until the first sentence is measured
 
 
-def prepare(settings: Settings) -> Experiment:
+def prepare(settings: Settings, grown: Run | None = None) -> Experiment:
     """Reads the sentences, loads the model, finds the target word's token in each sentence. Writes nothing.
 
+    Args:
+        grown: the run whose layers are measured along with those asked for.
     Raises:
         UserError: one of them is not as it has to be.
     """
@@ -125,6 +136,8 @@ def prepare(settings: Settings) -> Experiment:
     fix_arithmetic(model)
     if found and not tokenizer.is_fast:
         raise UserError(f"{settings.model_name} has no fast tokenizer, whose character offsets find the target word")
+    if grown:
+        settings = keeping_layers(grown, settings, len(decoder_layers(model)))
     asked, settings = identity_settings(settings), clamp_to_model(settings, model)
     environment = describe(model)
     print(report.heading(settings.model_name, environment, settings.layers))
@@ -292,13 +305,16 @@ def run_experiment(settings: Settings) -> int:
     run = Run(settings.folder, PROGRAM, FILES, settings.overwrite, settings.dry_run, "sentences")
     with run.locked():
         asked, settings = settings, as_in_run(run, settings)
-        alone = is_alone(run, settings)
-        if not alone and run.is_finished(identity_in(run, settings), *sources_and_goal(settings)):
+        grown = is_grown(run, settings)
+        settings = keeping_sentences(run, settings) if grown else settings
+        known = run.manifest["identity"]["settings"] if grown else identity_in(run, settings)
+        if run.is_finished(known, *sources_and_goal(settings)) and not grown:
             return report_finished(run, asked)
-        experiment = prepare(settings)
-        if alone and run.is_of({**experiment.identity, "settings": run.manifest["identity"]["settings"]}):
-            print("The one sentence that is finished had no other to be compared with: it is measured again.")
-            run.overwrite = True
+        experiment = prepare(settings, run if grown else None)
+        if set(experiment.settings.layers) > set(choose_layers(asked.layers, experiment.about["environment"]["depth"])):
+            print("The run's other layers are measured too; the table at the end is of those asked for.")
+        if grown and not run.is_of(experiment.identity):
+            measure_anew(run, experiment)
         state, items = examine(run, experiment)
         if state is State.FINISHED:
             return report_finished(run, asked)
@@ -306,15 +322,36 @@ def run_experiment(settings: Settings) -> int:
             experiment = replace(experiment, also_nats=records.NATS in finished[0].record)
         if state is State.STARTED:
             print(f"Resuming after the {len(successes(items))} sentences that are finished.")
-        return describe_run(experiment, run, items) if settings.dry_run else run_sentences(experiment, run, items)
+        return (
+            describe_run(experiment, run, items) if settings.dry_run else run_sentences(experiment, run, items, asked)
+        )
+
+
+def measure_anew(run: Run, experiment: Experiment) -> None:
+    """Has all sentences of the run in the folder measured again, and says why.
+
+    Raises:
+        UserError: it is a run of another model or of other sentences.
+    """
+    settings, then, spent = experiment.settings, run.manifest["identity"]["settings"]["layers"], run.spent()
+    run.measure_anew(experiment.identity, sources_and_goal(settings)[1])
+    before = choose_layers(then, experiment.about["environment"]["depth"])
+    count = min(settings.wanted, len(experiment.contexts))
+    print(report.measured_again(count, settings.layers, before, *spent))
 
 
 def successes(items: list[Item]) -> list[Item]:
     return [item for item in items if "failed" not in item.record]
 
 
-def run_sentences(experiment: Experiment, run: Run, items: list[Item]) -> int:
-    """Measures what is not in `items` yet. Whatever stops it, finished sentences are written before it is reported."""
+def run_sentences(experiment: Experiment, run: Run, items: list[Item], asked: Settings) -> int:
+    """Measures what is not in `items` yet. Whatever stops it, finished sentences are written before it is reported.
+
+    Those that are measured again replace the run before them when all are finished, and not earlier.
+
+    Args:
+        asked: the settings as they were given, whose layers and sentences the tables at the end are of.
+    """
     stopped = None
     try:
         measure_missing(experiment, run, items)
@@ -323,6 +360,13 @@ def run_sentences(experiment: Experiment, run: Run, items: list[Item]) -> int:
     finished = successes(items)
     if not finished:
         raise stopped or UserError(nothing_found(experiment, items))
+    if stopped and run.anew:
+        print(
+            f"Stopped: {len(finished)} sentences that were measured again are kept; the same command resumes the run. "
+            "Until it ends, the results before it stay.",
+            file=sys.stderr,
+        )
+        raise stopped
     items.sort(key=lambda item: item.number)
     with undisturbed():
         document = write_results(run.folder, items, experiment.about, stopped is None, experiment.load_seconds)
@@ -337,7 +381,7 @@ def run_sentences(experiment: Experiment, run: Run, items: list[Item]) -> int:
             seconds = sum(seconds for stage, seconds in document["timings"].items() if stage != "load")
             run.finish(len(items), (records.RESULTS, records.EIGENVECTORS), seconds=seconds)
             draw(run, document)
-    print(report.conclusion(document, len(experiment.contexts)))
+    print(report.conclusion(part_asked_for(document, asked), len(experiment.contexts)))
     written = (records.RESULTS, records.EIGENVECTORS, *figures.pictures_of(document), PAGE)
     print(f"Written to {printable(str(run.folder))}: {', '.join(written)}")
     if stopped:
@@ -399,11 +443,18 @@ def report_finished(run: Run, settings: Settings) -> int:
     document = read_results(run.folder)
     if not run.read_only:
         draw(run, document)
+    print(report.conclusion(part_asked_for(document, settings)))
+    print(f"{printable(str(run.folder))} is finished: nothing to do (--overwrite starts anew)")
+    if more := layers_begun(run):
+        print(f"Unfinished: the same with more layers (--layers {' '.join(map(str, more))} resumes it)")
+    return SOME_FAILED if document["failed"] else 0
+
+
+def part_asked_for(document: dict, settings: Settings) -> dict:
+    """The results of the sentences and layers that are asked for, of all that a run has."""
     sentences = settings.prompt or document["sentences"][: settings.num_sentences]
     layers = choose_layers(settings.layers, document["environment"]["depth"])
-    print(report.conclusion(records.part_of(document, sentences, list(map(str, layers)))))
-    print(f"{printable(str(run.folder))} is finished: nothing to do (--overwrite starts anew)")
-    return SOME_FAILED if document["failed"] else 0
+    return records.part_of(document, sentences, list(map(str, layers)))
 
 
 def draw(run: Run, document: dict) -> None:
@@ -441,7 +492,7 @@ def redraw(settings: Settings) -> int:
 def describe_run(experiment: Experiment, run: Run, items: list[Item]) -> int:
     """How many sentences there are, and the first prompts; tries two sentences to say how long all take."""
     settings, contexts = experiment.settings, experiment.contexts
-    if not items and run.is_begun():
+    if not items and run.is_begun() and not run.anew:
         print(f"An earlier run in {printable(str(run.folder))} would be replaced.")
     known, finished = {item.number for item in items}, len(successes(items))
     left = [number for number in range(len(contexts)) if number not in known]

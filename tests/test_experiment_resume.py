@@ -9,6 +9,7 @@ import pytest
 
 import core_experiment
 from residual_fisher.common.archives import archives_in
+from residual_fisher.common.run import Run
 from residual_fisher.common.text import duration
 from residual_fisher.experiment import figures, records
 from residual_fisher.model import loading
@@ -30,11 +31,15 @@ def undisturbed(model_directory, tmp_path_factory) -> Path:
 
 
 @pytest.mark.long
-def test_killed_again_and_again_it_ends_as_if_never_stopped(model_directory, undisturbed, tmp_path):
+@pytest.mark.parametrize("before", [None, ["--layers", "2", "--num-sentences", "4"]])
+def test_killed_again_and_again_it_ends_as_if_never_stopped(before, model_directory, undisturbed, tmp_path):
+    """Also where layers and sentences are added to those of a finished run."""
     output, kept = tmp_path / "out", []
+    if before:
+        assert scripts.core_experiment(model_directory, output, *WORDS, *before) == 0
 
     def sentences() -> int:
-        return len(archives_in(output / "items"))
+        return len(archives_in(output / "items" / "anew" if before else output / "items"))
 
     for wanted in (1, 3):
         running = scripts.start(
@@ -140,6 +145,151 @@ def test_a_run_at_more_layers_is_extended_at_all_of_them(model_directory, undist
     assert_same_experiment(output, undisturbed)
 
 
+# --- more layers ---------------------------------------------------------------------------------
+
+ALL = ["--layers", "0", "1", "2"]
+
+
+@pytest.fixture(scope="module")
+def all_layers(model_directory, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "all"
+    assert scripts.core_experiment(model_directory, output, *WORDS, *ALL) == 0
+    return output
+
+
+def results_in(output: Path) -> dict[str, bytes]:
+    """All that a run shows, without its items."""
+    return {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("more", [ALL, ["--layers", "1"]])
+def test_with_more_layers_all_is_measured_again_and_until_then_stays(
+    more, model_directory, undisturbed, all_layers, tmp_path, capsys
+):
+    """Stopped and resumed, with the bytes of a run of all layers; the layers before are still there to be shown."""
+    output = Path(shutil.copytree(undisturbed, tmp_path / "out"))
+    before = results_in(output)
+    with calls_of(core_experiment, "measure_sentence", KeyboardInterrupt, at=[3]):
+        assert scripts.core_experiment(model_directory, output, *WORDS, *more) == 130
+    said, errors = capsys.readouterr()
+    assert "All 6 sentences are measured again with layers 0 1 2, which share a batch: roughly " in said
+    assert "Until that ends, the 6 sentences at layers 0 2 stay." in said
+    assert "Stopped: 2 sentences that were measured again are kept" in errors
+    assert results_in(output) == before and json.loads(before["experiment_results.json"])["complete"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core_experiment, "load", None)  # no model is needed for what is finished
+        assert scripts.core_experiment(model_directory, output, *WORDS) == 0
+    said = capsys.readouterr().out
+    assert "is finished: nothing to do" in said and "(--layers 0 1 2 resumes it)" in said
+
+    with calls_of(core_experiment, "measure_sentence") as calls:
+        assert scripts.core_experiment(model_directory, output, *WORDS, *more) == 0
+    assert len(calls) == 4
+    assert_same_experiment(output, all_layers)
+    asked = ["1"] if more[1] == "1" else ["0", "1", "2"]
+    assert [line.split()[0] for line in shown(capsys)[1:]] == [*asked, "Medians"]
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize("stopped", [False, True])
+def test_layers_and_sentences_are_added_at_once(stopped, model_directory, tmp_path):
+    """To a finished run, and to one that was stopped; with steps that may be too short, and steering."""
+    words = [*WORDS, "--scale-unit", "auto", "--scales", "1", "--steer", "--steer-steps", "1", "--num-sentences"]
+    with calls_of(core_experiment, "measure_sentence", KeyboardInterrupt, at=[2] if stopped else []):
+        code = scripts.core_experiment(model_directory, tmp_path / "out", *words, "2", "--layers", "2")
+    assert code == (130 if stopped else 0)
+    for output, layers in ((tmp_path / "out", ["--layers", "all"]), (tmp_path / "fresh", ALL)):
+        assert scripts.core_experiment(model_directory, output, *words, "3", *layers) == 0
+    (first, arrays), (second, expected) = map(experiment_results, (tmp_path / "out", tmp_path / "fresh"))
+    assert arrays.keys() == expected.keys() >= {"steering_deltas", "nats_kl"}
+    assert all(arrays[name].tobytes() == expected[name].tobytes() for name in arrays)
+    assert first["checksum"] == second["checksum"] and first["run"] == second["run"]
+
+
+@pytest.mark.parametrize("moment", ["results", "manifest", "tidied"])
+def test_killed_while_more_layers_take_the_place_of_fewer_it_can_finish(
+    moment, model_directory, undisturbed, all_layers, tmp_path, monkeypatch
+):
+    output = Path(shutil.copytree(undisturbed, tmp_path / "out"))
+    places = {
+        "results": (records, "write_json"),
+        "manifest": (Run, "finish"),
+        "tidied": (Run, "_remove_anew"),
+    }
+    with calls_of(*places[moment], Stopped), pytest.raises(Stopped):
+        scripts.core_experiment(model_directory, output, *WORDS, *ALL)
+    monkeypatch.setattr(core_experiment, "measure_sentence", None)  # all sentences are finished
+    assert scripts.core_experiment(model_directory, output, *WORDS, *ALL) == 0
+    assert_same_experiment(output, all_layers)
+
+
+def test_killed_between_its_results_and_their_checksums_fewer_layers_are_made_again(
+    model_directory, undisturbed, all_layers, tmp_path, capsys, monkeypatch
+):
+    output = Path(shutil.copytree(undisturbed, tmp_path / "out"))
+    with calls_of(Run, "finish", Stopped), pytest.raises(Stopped):
+        scripts.core_experiment(model_directory, output, *WORDS, *ALL)
+    assert scripts.core_experiment(model_directory, output, *WORDS) == 0
+    assert "is missing or damaged: computing it again" in capsys.readouterr().err
+    found, expected = results_in(output), results_in(undisturbed)
+    assert found["fisher_eigenvectors.npz"] == expected["fisher_eigenvectors.npz"]
+    monkeypatch.setattr(core_experiment, "measure_sentence", None)  # those of all layers have not been lost
+    assert scripts.core_experiment(model_directory, output, *WORDS, *ALL) == 0
+    assert_same_experiment(output, all_layers)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_layers_of_a_run_only_grow(model_directory, tmp_path, capsys):
+    """What is unfinished goes on with all its layers, and what is asked for later comes in addition."""
+    output, few = tmp_path / "out", ["--num-sentences", "3"]
+    assert scripts.core_experiment(model_directory, output, *WORDS, *few, "--layers", "2") == 0
+    for more, layers in (("1", "1 2"), ("2", None), ("0", "0 1 2"), ("1", "0 1 2")):
+        with calls_of(core_experiment, "measure_sentence", KeyboardInterrupt, at=[2]):
+            code = scripts.core_experiment(model_directory, output, *WORDS, "--num-sentences", "2", "--layers", more)
+        said = capsys.readouterr().out
+        assert code == (130 if layers else 0)
+        assert (f"All 3 sentences are measured again with layers {layers}" if layers else "is finished") in said
+    assert "Resuming after the 1 sentences" in said
+    assert scripts.core_experiment(model_directory, output, *WORDS, "--num-sentences", "2", "--layers", "1") == 0
+    document, arrays = experiment_results(output)
+    assert arrays["layers"].tolist() == [0, 1, 2] and len(document["sentences"]) == 3  # it has not lost any
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_an_unfinished_run_of_more_layers_goes_on_with_them(model_directory, undisturbed, tmp_path):
+    with calls_of(core_experiment, "measure_sentence", KeyboardInterrupt, at=[3]):
+        assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS) == 130
+    with calls_of(core_experiment, "measure_sentence") as calls:
+        assert scripts.core_experiment(model_directory, tmp_path / "out", *WORDS, "--layers", "2") == 0
+    assert len(calls) == 4
+    (found, _), (expected, _) = map(experiment_results, (tmp_path / "out", undisturbed))
+    assert found["checksum"] == expected["checksum"]
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_layers_are_added_to_all_prompts(model_directory, tmp_path):
+    words = ["--model-name", str(model_directory), "--output-dir", str(tmp_path / "out"), "--max-vocab-subset", "30"]
+    words += ["--device", "cpu", "--scales", "1", "--prompt", "The zoo has", "--layers"]
+    assert scripts.run("core_experiment", [*words, "0", "--prompt", "We like"]) == 0
+    assert scripts.run("core_experiment", [*words, "1"]) == 0
+    document, arrays = experiment_results(tmp_path / "out")
+    assert arrays["layers"].tolist() == [0, 1] and len(document["sentences"]) == 2
+
+
+def test_what_adding_layers_takes_is_said_and_other_runs_are_refused(model_directory, undisturbed, capsys):
+    before = contents(undisturbed)
+    assert scripts.core_experiment(model_directory, undisturbed, *WORDS, *ALL, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "All 6 sentences are measured again with layers 0 1 2" in said and "would be replaced" not in said
+    assert "6 to run:" in said and "at each of 3 layers" in said
+    assert scripts.core_experiment(model_directory, undisturbed, *WORDS, *ALL, "--num-controls", "1") == 2
+    assert "holds a run with other settings (num_controls was 2 and is 1)" in capsys.readouterr().err
+    assert scripts.core_experiment(model_directory, undisturbed, *WORDS, "--layers", "3") == 2
+    assert "--layers 3: the model has layers 0 to 2" in capsys.readouterr().err
+    assert contents(undisturbed) == before
+
+
 def test_how_much_is_done_at_once_is_no_other_run(model_directory, undisturbed, capsys):
     before = contents(undisturbed)
     assert scripts.core_experiment(model_directory, undisturbed, *WORDS, "--batch-size=5") == 0
@@ -225,11 +375,13 @@ def test_another_run_is_refused_and_its_files_stay(model_directory, undisturbed,
     said = refused()
     assert "the data have changed since the run in" in said and "without its 2 finished sentences (about " in said
     assert "holds a run of other sentences" in refused("--num-sentences", "21")
+    assert "the data have changed since the run in" in refused("--layers", "all")
     data.write_text("The zoo has many animals.\nWe like wild animals.")
     lm, _ = loading.load(str(model), device="cpu")
     lm.model.layers[0].mlp.up_proj.weight[0, 0] += 0.01
     lm.save_pretrained(model)
     assert "holds a run of another model" in refused()
+    assert "holds a run of another model" in refused("--layers", "all")
 
 
 def test_results_of_an_older_version_are_not_lost(model_directory, undisturbed, tmp_path, capsys):

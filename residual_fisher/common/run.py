@@ -14,7 +14,8 @@ no more than the item or batch it was at: the same command resumes it.
 
 Three kinds of files stand in the folder:
 
-    items/      run.json (identity, checksums), and the archives of the items until they are merged
+    items/      run.json (identity, checksums), and the archives of the items until they are merged;
+                anew/, the same of a run that measures all items again and replaces this one at its end
     primary     what was computed
     derived     what follows from the primary files: scores, statistics, pictures. They are made again whenever they are
                 missing, damaged or made from something else, and are never a reason to compute anything again.
@@ -23,7 +24,7 @@ This module knows neither models nor pictures.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 import hashlib
 from itertools import chain
@@ -59,6 +60,7 @@ from residual_fisher.common.sources import Source, files_of
 from residual_fisher.common.text import duration, excerpt
 
 ITEMS = "items"
+ANEW = f"{ITEMS}/anew"  # the items of a run that measures all of them again
 MANIFEST = "run.json"
 FORMAT = "residual-fisher/2"
 MAX_HASHED = 1 << 30  # bytes of a file: of a larger one only the size is compared
@@ -107,10 +109,10 @@ def read_back(value):
     return json.loads(json_text(value))
 
 
-def read_manifest(folder: Path) -> dict | None:
+def read_manifest(folder: Path, items: str = ITEMS) -> dict | None:
     """What `items/run.json` says; None unless it is as it was written."""
     try:
-        found = json.loads((folder / ITEMS / MANIFEST).read_text(encoding="utf-8"))
+        found = json.loads((folder / items / MANIFEST).read_text(encoding="utf-8"))
         known = found.pop("checksum")
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
         return None
@@ -176,14 +178,16 @@ class Run:
         """
         self.folder, self.program, self.files = folder, program, tuple(files)
         self.overwrite, self.read_only, self.unit = overwrite, read_only, unit
+        self.items_folder = folder / ITEMS
         self.manifest: dict | None = None  # of the run in the folder, or of this one once it has begun
         self._asked: dict = {}  # identity, sources and goal of this run, from `examine` on
         self._split: Callable[[], Iterable[Item]] = tuple
         self._state, self._begun = State.NEW, False
 
     @property
-    def items_folder(self) -> Path:
-        return self.folder / ITEMS
+    def anew(self) -> bool:
+        """Whether it measures all items again, beside the run that the folder holds: see `measure_anew`."""
+        return self.items_folder != self.folder / ITEMS
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -200,9 +204,12 @@ class Run:
         with lock_directory(self.folder):
             self.open()
             remove_unfinished(self.folder, self.files)
-            remove_unfinished(self.items_folder, ["[0-9]*-[0-9]*.npz", MANIFEST, RECORDS])
+            for items in (ITEMS, ANEW):
+                remove_unfinished(self.folder / items, ["[0-9]*-[0-9]*.npz", MANIFEST, RECORDS])
             if self.manifest and self._is_merged():  # a kill at the end may have left some
                 self._remove_archives()
+                if (anew := read_manifest(self.folder, ANEW)) and anew["identity"] == self.manifest["identity"]:
+                    self._remove_anew()
             yield
 
     def open(self) -> None:
@@ -266,7 +273,7 @@ class Run:
         then = self.manifest["sources"]
         if then["data"] != read_back(sources["data"]):
             what = f"the data have changed since the run in {self.folder} ended"
-            raise UserError(f"{what}: --overwrite starts anew, without {self._kept()}")
+            raise UserError(f"{what}: --overwrite starts anew, without {self.kept()}")
         return then["model"] == read_back(sources["model"]) and self._damaged() is None
 
     def examine(
@@ -335,16 +342,19 @@ class Run:
         return self.manifest is not None and self.manifest["identity"] == read_back(identity)
 
     def _replacing(self) -> str:
-        return f"--overwrite replaces it, with {self._kept()}"
+        return f"--overwrite replaces it, with {self.kept()}"
 
-    def _kept(self) -> str:
-        """What overwriting would throw away, in words: how many items, and how long they took where that is known."""
-        if self.manifest["complete"]:
-            items, seconds = self.manifest["items"], self.manifest["notes"].get("seconds")
-        else:
-            found = readable_records(self.items_folder)
-            items, seconds = len(found), sum(map(seconds_of, found.values()))
+    def kept(self) -> str:
+        """What it has, in words: how many items, and how long they took where that is known."""
+        items, seconds = self.spent()
         return f"its {items} finished {self.unit}" + (f" (about {duration(seconds)})" if seconds else "")
+
+    def spent(self) -> tuple[int, float | None]:
+        """How many items are finished, and the seconds that they took where that is known."""
+        if self.manifest["complete"]:
+            return self.manifest["items"], self.manifest["notes"].get("seconds")
+        found = readable_records(self.items_folder)
+        return len(found), sum(map(seconds_of, found.values()))
 
     def _covers(self, goal: int | str | list[str]) -> bool:
         """Whether a finished run has tried to reach as many items as are wanted."""
@@ -360,6 +370,17 @@ class Run:
 
     # --- items ---
 
+    def measure_anew(self, identity: dict, goal: int | str | list[str]) -> None:
+        """From now on it is a run that measures all items again, beside the one in the folder, as they differ with the
+        settings. The files there stay until `finish`. Items that were measured with this identity before count.
+
+        Raises:
+            UserError: `identity` differs in more than its settings, or the goal is of other texts.
+        """
+        self._require_same({**identity, "settings": self.manifest["identity"]["settings"]}, goal)
+        self.items_folder, self.manifest = self.folder / ANEW, read_manifest(self.folder, ANEW)
+        self.overwrite = not self.is_of(identity)
+
     def begin(self) -> None:
         """Makes the folder ready for items of this run. An earlier run that may be replaced is removed.
 
@@ -372,8 +393,11 @@ class Run:
             if self.manifest:
                 self._write_manifest(complete=False, primary={}, derived={})
             self._remove_archives()
-            for name in self.files:
-                (self.folder / name).unlink(missing_ok=True)
+            if not self.anew:
+                if self.overwrite or not self.is_of(self._asked["identity"]):
+                    self._remove_anew()
+                for name in self.files:
+                    (self.folder / name).unlink(missing_ok=True)
         elif self._is_merged():  # to be extended
             self._remove_archives()
             write_items(self._archive(0, self.manifest["last"]), self._split())
@@ -471,6 +495,13 @@ class Run:
         for *_, path in archives_in(self.items_folder):
             path.unlink()
 
+    def _remove_anew(self) -> None:
+        for *_, path in archives_in(self.folder / ANEW):
+            path.unlink()
+        with suppress(OSError):  # there is none, or somebody's own file in it
+            (self.folder / ANEW / MANIFEST).unlink()  # last: it says that they may be removed
+            (self.folder / ANEW).rmdir()
+
     # --- the end ---
 
     def finish(self, items: int, primary: Sequence[str] | None = None, **notes) -> None:
@@ -478,7 +509,8 @@ class Run:
 
         Args:
             items: how many there are.
-            primary: the files that the caller has merged them into; None: the archives stay, as primary files.
+            primary: the files that the caller has merged them into; None: the archives stay, as primary files (not if
+                they were measured anew).
             notes: see `examine`.
         """
         last = self.last()
@@ -488,9 +520,12 @@ class Run:
             primary = [f"{ITEMS}/{path.name}" for *_, path in archives_in(self.items_folder)]
         known = {name: checksum(self.folder / name) for name in primary}
         notes = {**self.manifest["notes"], **notes}
+        anew, self.items_folder = self.anew, self.folder / ITEMS
         self._write_manifest(complete=True, items=items, last=last, primary=known, notes=notes)
         if self._is_merged():
             self._remove_archives()
+        if anew:
+            self._remove_anew()
 
     def derive(self, names: Sequence[str], made_from: object, make: Callable[[], None]) -> bool:
         """Has `make` write derived files, unless they are intact and made from the same; returns whether it did.

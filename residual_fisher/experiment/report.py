@@ -5,7 +5,7 @@ import shutil
 import statistics
 import textwrap
 
-from residual_fisher.common.text import excerpt_end, model_line, printable, table
+from residual_fisher.common.text import duration, excerpt_end, model_line, printable, table
 from residual_fisher.experiment.lens_audit import KINDS, PREDICTORS
 from residual_fisher.experiment.measurement import FELT_KL
 from residual_fisher.experiment.records import COLUMNS, NATS, RESULTS, by_direction, by_key, told_scale
@@ -20,6 +20,27 @@ EXCERPT = 48  # characters of a prompt's end shown in a line
 def heading(name: str, environment: dict, layers: tuple[int, ...]) -> str:
     """The model, and at which of its layers a run measures."""
     return f"{model_line(name, environment)}; layers {' '.join(map(str, layers))} of {environment['depth']}"
+
+
+def measured_again(
+    count: int, layers: tuple[int, ...], before: tuple[int, ...], finished: int, seconds: float | None
+) -> str:
+    """Why so many sentences are measured (again) at these layers.
+
+    Args:
+        before, finished, seconds: the layers of the run that stays until that ends, how many sentences it has, and what
+            they took, if that is known.
+    """
+    if before == layers:
+        return "The one sentence that is finished had no other to be compared with: it is measured again."
+    now, then, time = " ".join(map(str, layers)), " ".join(map(str, before)), ""
+    if seconds:
+        about = duration(seconds / finished * count * len(layers) / len(before))
+        time = f": roughly {about}, if a layer takes as long as before"
+    return (
+        f"All {count} sentences are measured again with layers {now}, which share a batch{time}. "
+        f"Until that ends, the {finished} sentences at layers {then} stay."
+    )
 
 
 # --- sentence by sentence ------------------------------------------------------------------------
