@@ -562,6 +562,14 @@ def test_perturbations_out_of_order_are_refused():
         fisher.perturb(point, torch.ones(2, tiny.D), torch.tensor([1, 0]))
 
 
+@pytest.mark.parametrize("shape", [(tiny.D,), (1, 1, tiny.D), (2, tiny.D + 1)])
+@pytest.mark.parametrize("perturb", [fisher.perturb, fisher.linearize_perturbed])
+def test_perturbations_that_are_not_rows_of_the_streams_width_are_refused(perturb, shape):
+    _, point = point_of("llama")
+    with pytest.raises(ValueError, match=rf"not \(rows, {tiny.D}\)"):
+        perturb(point, torch.ones(shape), 0)
+
+
 def test_only_the_point_of_one_prompt_can_be_perturbed():
     _, point = point_of("llama")
     deltas = torch.ones(2, tiny.D)
