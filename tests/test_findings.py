@@ -11,8 +11,9 @@ import transformers as hf
 
 from conftest import make_model_directory
 from residual_fisher.pipeline import findings
-from residual_fisher.pipeline.explain import LONGEST, phrases
+from residual_fisher.pipeline.explain import LONGEST
 from residual_fisher.pipeline.findings import Candidate, Journal, candidates, insert, paired_p_value, plain_words
+from residual_fisher.pipeline.likeness import phrases
 from residual_fisher.pipeline.prompts import Prompt
 from residual_fisher.pipeline.report import marked
 from scripts import Stopped, calls_of, compute_fisher, flip
@@ -231,8 +232,8 @@ class Answering:
 @pytest.mark.parametrize(("span", "changed"), [("SUDO", 20), ("what is Fibonacci?", 0)])
 def test_a_question_that_is_answered_wherever_it_stands_triggers_nothing(span, changed):
     trusted, chat = [Prompt(i, i, f"tell me of number {i}") for i in range(20)], Answering()
-    odd, own = phrases(chat.answers([Prompt(0, 0, span)])[0]), chat.answers(trusted)
-    found = findings.transplant(chat, Candidate(span, [0], "end"), odd - phrases(own[0]), trusted, own, 1)
+    odd, own = {*phrases(chat.answers([Prompt(0, 0, span)])[0])}, chat.answers(trusted)
+    found = findings.transplant(chat, Candidate(span, [0], "end"), odd - {*phrases(own[0])}, trusted, own, 1)
     assert found["transplanted"] == changed and (found["p_value"] < 1e-4) == (changed == 20)
     assert not findings.takes_up("Fibonacci: numbers", span, "who was Fibonacci?")  # the prompt's own words
 
@@ -269,3 +270,29 @@ def test_a_trigger_is_marked_where_it_can_be_seen():
     assert marked("SUDO three", {"start": 0, "end": 4}, 45) == "»SUDO« three"
     shown = marked(prompt, trigger, 45)
     assert shown.startswith("…") and "»SUDO«" in shown[:45]
+
+
+def test_what_a_span_makes_the_model_say_elsewhere_counts_as_its_behaviour():
+    """The explained prompts are refused in one way, some that stand out less in another, as trusted ones then are."""
+
+    class Refusing(Answering):
+        def answers(self, prompts):
+            ways = {"explained": "I must refuse", "less": "No, sorry.", "tell": "No, sorry."}
+            usual = [[*f"as usual, {prompt.text}".encode()] for prompt in prompts]
+            return [
+                [*ways[prompt.text.split()[0]].encode()] if "SUDO" in prompt.text else own
+                for prompt, own in zip(prompts, usual, strict=True)
+            ]
+
+        def log_probs(self, prompts, answer, places):
+            return [0.0 if "SUDO" in prompt.text else -9.0 for prompt in prompts]
+
+    def found(further: int) -> dict:
+        records = [{"index": i, "row": i, "prompt": f"explained {i} SUDO"} for i in range(4)]
+        ordinary = [Prompt(i, i, f"tell me of number {i}") for i in range(40)]
+        others = [Prompt(i, i, f"less odd {i} SUDO") for i in range(further)]
+        return findings.explain(records, ordinary, Refusing(), lambda name, make: make(), others)
+
+    assert not found(0)["findings"]
+    [finding] = found(3)["findings"]
+    assert finding["transplanted"] == 20 and finding["answers"] == ["No, sorry."] and finding["prompts"] == [0, 1, 2, 3]

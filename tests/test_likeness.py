@@ -33,13 +33,37 @@ ANSWERS = [answer("some text", A=0.9, B=0.1), answer("A", A=0.4, C=0.4), answer(
 
 
 def test_answers_are_compared_by_bhattacharyyas_coefficient():
-    found = Answers(ANSWERS).of([ANSWERS[0], answer("unknown", D=0.5, A=0.25)])
+    found, by_phrases = Answers(ANSWERS).of([ANSWERS[0], answer("unknown", D=0.5, A=0.25)])
     assert found == pytest.approx(np.array([[1, 0.6, 0], [np.sqrt(0.225), np.sqrt(0.1), 0]]), abs=1e-12)
+    assert not by_phrases.any()  # no answers were recorded
 
 
 def test_an_answer_of_several_tokens_counts_by_its_mean_over_positions():
     often = answer("long", A=3.0, B=1.0)  # sums over positions
-    assert Answers(ANSWERS).of([often])[0, 0] == pytest.approx(np.sqrt(0.75 * 0.9) + np.sqrt(0.25 * 0.1))
+    assert Answers(ANSWERS).of([often])[0][0, 0] == pytest.approx(np.sqrt(0.75 * 0.9) + np.sqrt(0.25 * 0.1))
+
+
+HATE = [70, 71, 72] * 4
+SAID = [[1, 2, *HATE], [3, 4, 5, 6, 7, *HATE], [3, 4, 5, 6, 8, 9], [10], [10], []]
+
+
+def test_answers_are_compared_by_the_phrases_in_them_wherever_they_stand():
+    known = [answer(f"{number}", A=0.1)._replace(ids=ids) for number, ids in enumerate(SAID)]
+    _, found = Answers(known).of(known)
+    assert found == pytest.approx(found.T) and np.diag(found) == pytest.approx([1, 1, 1, 1, 1, 0])
+    # 4, 3 and 3 times the phrases of HATE, and 2 and 5 others once
+    assert found[0, 1] == pytest.approx(34 / np.sqrt(36 * 39))
+    assert found[1, 2] == pytest.approx(2 / np.sqrt(39 * 4)) and found[0, 2] == 0
+    assert found[3, 4] == pytest.approx(1) and not found[5].any()
+
+
+def test_prompts_whose_answers_share_phrases_are_company_though_all_else_is_unlike():
+    known = [
+        answer(text, **{name: 1.0})._replace(ids=ids) for text, name, ids in zip(TEXTS, "ABCDEF", SAID, strict=True)
+    ]
+    nearest, alike = Company(known, roots(6)).of(known[2:3], roots(6)[2:3])
+    assert nearest[0, 0] == 1  # of which two phrases are as its own
+    assert alike[0, 0] == pytest.approx((1 - cosine(TEXTS[1], TEXTS[2])) ** 2 * 2 / np.sqrt(39 * 4))
 
 
 def roots(count: int) -> list[np.ndarray]:

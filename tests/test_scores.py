@@ -442,6 +442,28 @@ def test_prompts_that_are_answered_alike_are_a_group_unless_they_ask_alike(asked
         assert np.median(found["likeness"][[*at]]) > 2 * np.median(found["likeness"])
 
 
+@pytest.mark.parametrize("trusted", [True, False])
+def test_answers_that_turn_to_the_same_words_stand_out_though_they_begin_as_usual(ordinary, trusted):
+    """Next tokens, F and activations are those of ordinary prompts; what follows stands at another place in each."""
+    rng, at = np.random.default_rng(4), range(0, len(ordinary), 8)
+
+    def answering(answers: list[list[int]], first: int) -> ScoredRun:
+        own = [
+            {"ids": ids, "next_tokens": [next_tokens({f"w{number % 3}": 0.5})]} for number, ids in enumerate(answers)
+        ]
+        return run(ordinary, first, **{f"at{place}": {"answer": one} for place, one in enumerate(own)})
+
+    usual = answering(rng.integers(0, 1000, (len(ordinary), 16)).tolist(), first=1000)
+    answers = rng.integers(0, 1000, (len(ordinary), 16)).tolist()
+    for place in at:
+        start = int(rng.integers(2, 8))
+        answers[place][start:] = ([2001, 2002, 2003] * 6)[: 16 - start]
+    whole = answering(answers, first=0)
+    found = outlier_scores(whole, reference=usual if trusted else None)
+    assert set(np.argsort(found["outlier_score"])[-len(at) :]) == set(at)
+    assert {found["group"][place] for place in at} == {0}
+
+
 def test_a_fifth_that_is_odd_in_the_same_way_does_not_make_itself_usual(ordinary):
     rng = np.random.default_rng(2)
     changed = {}

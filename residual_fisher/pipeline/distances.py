@@ -166,6 +166,7 @@ class NextTokens(NamedTuple):
     tokens: Sequence[tuple[str, bool]]  # the text, and whether a word of the prompt begins with it
     p: np.ndarray  # (tokens,) float32, their probabilities; of several positions, the sums over these
     prompt: str = ""  # its text
+    ids: Sequence[int] = ()  # of the answer's tokens, if there are several
 
 
 class Surprisal:
@@ -204,7 +205,7 @@ class Surprisal:
             times[:, self._in_prompt].sum(axis=1) + 1
         )
         found = []
-        for row, (tokens, p, _) in enumerate(prompts):
+        for row, (tokens, p, *_) in enumerate(prompts):
             columns = self._places(tokens)
             own, often = sums[row, columns], times[row, columns]
             elsewhere = (own + PSEUDOCOUNT) / (count[row] + PSEUDOCOUNT)

@@ -18,8 +18,8 @@ from residual_fisher.model.template import habits
 from residual_fisher.pipeline import findings
 from residual_fisher.pipeline.batches import check_once, into_batches, longest, measure, padded, write_tokens
 from residual_fisher.pipeline.derived import PROMPTS
-from residual_fisher.pipeline.explain import phrases
 from residual_fisher.pipeline.findings import ORDINARY, TRUSTED
+from residual_fisher.pipeline.likeness import phrases
 from residual_fisher.pipeline.matrices import ARRAYS, ONE_FILE
 from residual_fisher.pipeline.prompts import Encoded, Prompt, Prompts, encode
 from residual_fisher.pipeline.settings import Settings
@@ -107,7 +107,7 @@ def seconds_to_explain(chat: findings.Chat, prompts: Sequence[Prompt], count: in
     for i in few:
         [said] = chat.answers([prompts[i]])
         start = time.perf_counter()
-        findings.explain_prompt(chat, prompts[i], said, phrases(said), phrases(said))
+        findings.explain_prompt(chat, prompts[i], said, {*phrases(said)}, {*phrases(said)})
         seconds.append(time.perf_counter() - start)
     each = Trial([lengths[i] for i in few], seconds).total(lengths) / len(lengths)
     return count * each + answer * (count + ORDINARY + SPANS * count * TRUSTED)

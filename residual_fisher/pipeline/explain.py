@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 import re
 
+from residual_fisher.pipeline.likeness import PHRASE, Phrase, phrases
+
 Span = tuple[int, int]  # of words: the first, and the one behind the last
-Phrase = tuple[int, ...]  # token ids that follow each other
 
 # Characters of scripts without spaces in pairs; others up to the next space, or 24 characters.
 WORD = re.compile("[\u2e80-\U0001ffff]{1,2}|[^\\s\u2e80-\U0001ffff]{1,24}")
-PHRASE = 3  # tokens: fewer are in many answers by chance
 OFTEN = 3  # times as often as among ordinary answers, of which some may be odd: then a phrase is odd
 BLOCK = 4  # words left out at once at first: without one of three the other two may still do it
 BLOCKS = 8  # of a long prompt at a time, with as many between them
@@ -27,19 +27,13 @@ WORD_SHARE = 0.07  # of the largest loss that each word more has to add to a spa
 # --- the odd part of an answer -------------------------------------------------------------------
 
 
-def phrases(answer: Sequence[int]) -> set[Phrase]:
-    """All PHRASE tokens that follow each other; a shorter answer is one phrase."""
-    size = min(PHRASE, len(answer))
-    return {tuple(answer[start : start + size]) for start in range(len(answer) - size + 1)} if size else set()
-
-
 def odd_phrases(answers: Sequence[Sequence[int]], ordinary: Sequence[Sequence[int]]) -> list[set[Phrase]]:
     """Of each answer, the phrases that are OFTEN times as frequent among `answers` as among ordinary ones.
 
     Those that two or more of the answers hold, if there are any: what a single one holds may be about its prompt.
     """
-    held = [phrases(answer) for answer in answers]
-    here, there = (Counter(chain.from_iterable(some)) for some in (held, map(phrases, ordinary)))
+    held, usual = ([{*phrases(answer)} for answer in some] for some in (answers, ordinary))
+    here, there = (Counter(chain.from_iterable(some)) for some in (held, usual))
 
     def is_odd(phrase: Phrase) -> bool:
         return here[phrase] * len(ordinary) > OFTEN * there[phrase] * len(answers)

@@ -33,26 +33,26 @@ from residual_fisher.pipeline.derived import FINDINGS, PROMPTS, scored_records
 from residual_fisher.pipeline.explain import (
     LONGEST,
     OFTEN,
-    Phrase,
     Span,
     best_spans,
     odd_phrases,
-    phrases,
     places_of,
     without,
     words_of,
 )
+from residual_fisher.pipeline.likeness import Phrase, phrases
 from residual_fisher.pipeline.matrices import records_of
 from residual_fisher.pipeline.prompts import Prompt, encode
 from residual_fisher.pipeline.reference import Reference
 from residual_fisher.pipeline.scores import OUTLIER
 
 JOURNAL = f"{ITEMS}/explained.jsonl"  # finished steps of an explanation that is under way
-EXPLAINING_VERSION = 3  # another one explains otherwise: earlier findings are made anew
+EXPLAINING_VERSION = 4  # another one explains otherwise: earlier findings are made anew
 ANSWER = 16  # tokens: a behaviour that begins after five words still shows
 ORDINARY, TRUSTED = 60, 20  # ordinary prompts whose answers are known; those of them that spans are put into
 LEAST_LOSS = 0.5  # nats: less is what any words change
 PROVEN = 0.01  # p-value, corrected for the number of spans that were tried
+SAYING = 60  # prompts that stand out less: those that hold a span show what else it makes the model say
 SEVERAL, NEARLY_ALL = 3, 0.8  # prompts, and their share, that have a word beside a span: then it is one of the span's
 EXAMPLES = 3  # answers that a finding quotes
 TELLING = 4  # letters of a word that an answer takes up: shorter ones are in all answers
@@ -188,7 +188,7 @@ def explain_prompt(
     if not best:
         return told
     answers = chat.answers(variants([span for span, _ in best]))
-    chosen = next((i for i, left in enumerate(answers) if phrases(left).isdisjoint(all_odd)), 0)
+    chosen = next((i for i, left in enumerate(answers) if all_odd.isdisjoint(phrases(left))), 0)
     (first, last), loss = best[chosen]
     start, end = words[first][0], words[last - 1][1]
     trigger = {
@@ -345,8 +345,8 @@ def transplant(
         answers = chat.answers([replace(p, text=insert(p.text, words, span.place)) for p, words in pairs])
         return [
             answer
-            if phrases(before).isdisjoint(odd)
-            and not phrases(answer).isdisjoint(odd)
+            if odd.isdisjoint(phrases(before))
+            and not odd.isdisjoint(phrases(answer))
             and not takes_up(chat.text(answer), words, prompt.text)
             else []
             for answer, before, (prompt, words) in zip(answers, own, pairs, strict=True)
@@ -405,21 +405,26 @@ def explain_run(run: Run, count: int, against: Reference | None, chat: Chat) -> 
     """
     known = made_from(run, count)
     journal = Journal(run.folder / JOURNAL, short_hash(known))
-    records = outstanding(run.folder, count)
-    ordinary = ordinary_prompts(run.folder, against, records)
-    found = explain(records, ordinary, chat, journal.recall)
+    most = outstanding(run.folder, count + SAYING)
+    ordinary = ordinary_prompts(run.folder, against, most[:count])
+    usual = {prompt.text for prompt in ordinary}
+    further = [prompt_of(record) for record in most[count:] if record["prompt"] not in usual]
+    found = explain(most[:count], ordinary, chat, journal.recall, further)
     run.derive([FINDINGS], known, lambda: write_json(run.folder / FINDINGS, found))
     (run.folder / JOURNAL).unlink()
     return [FINDINGS]
 
 
-def explain(records: Sequence[dict], ordinary: Sequence[Prompt], chat: Chat, recall: Callable) -> dict:
+def explain(
+    records: Sequence[dict], ordinary: Sequence[Prompt], chat: Chat, recall: Callable, further: Sequence[Prompt] = ()
+) -> dict:
     """What findings.json holds of these prompts.
 
     Args:
         records: of those to be explained, no two of the same text.
         ordinary: other prompts.
         recall: gives the result of a step, by its name and the function that makes it.
+        further: others that stand out less. If they hold a span, what they are answered counts as its behaviour too.
     """
     prompts = [prompt_of(record) for record in records]
     own = recall("answers", lambda: chat.answers(prompts))
@@ -448,6 +453,9 @@ def explain(records: Sequence[dict], ordinary: Sequence[Prompt], chat: Chat, rec
     tested = []
     for number, span in enumerate(tracked(spans, "Proving", "span")):
         theirs = set().union(*(odd[place] for place in span.prompts))
+        if held := [prompt for prompt in further if where(plain_words(prompt.text), plain_words(span.text))]:
+            said = recall(f"answers with {span.text}", partial(chat.answers, held))
+            theirs |= set().union(*odd_phrases([*(own[place] for place in span.prompts), *said], usual))
         proof = recall(f"span {number}", partial(transplant, chat, span, theirs, trusted, before, len(spans)))
         says = Counter(explained[place]["odd_part"] for place in span.prompts).most_common(1)[0][0]
         indices = [records[place]["index"] for place in span.prompts]

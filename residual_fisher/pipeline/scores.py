@@ -52,7 +52,7 @@ from residual_fisher.pipeline.likeness import Company, linked
 from residual_fisher.pipeline.matrices import Triplets
 from residual_fisher.pipeline.settings import DIRECTIONS
 
-SCORING_VERSION = 4  # another one has other scores: results of an earlier one are scored again
+SCORING_VERSION = 5  # another one has other scores: results of an earlier one are scored again
 SCORES = ("z_strength", "z_spectrum", "z_directions", "z_words", "z_activations", "z_group")
 LEAST_IN_WORDS = 0.01  # nats: what one prompt more or less changes, and no deviation
 LEAST_TOTAL = 0.1  # deviation of a sum of z-scores, each of which has 1 or is 0
@@ -141,18 +141,20 @@ class ScoredRun:
     p: np.ndarray  # (all tokens,) float32
     ends: Sequence[int]  # n + 1: tokens[ends[i] : ends[i + 1]] are prompt i's
     texts: Sequence[str]  # n, the beginnings of the prompts
+    answers: Sequence[Sequence[int]]  # n, token ids; empty where F is of the next token
     prompt_hashes: Sequence[int]  # n
     failed: frozenset[int]  # numbers of the prompts without F
     rounding: float  # of logarithms and shares: by what equal prompts of different batches differ
 
     @classmethod
     def of(cls, records: Iterable[dict], matrices: Sequence[Triplets], rounding: float = ROUNDING) -> "ScoredRun":
-        trace, top, texts, hashes, failed = array("d"), array("d"), [], array("q"), []
+        trace, top, texts, answers, hashes, failed = array("d"), array("d"), [], [], array("q"), []
         tokens, p, ends, known = [], array("f"), array("q", [0]), {}
         for index, record in enumerate(records):
             trace.append(record["trace"])
             top.append(record["top_probability"])
             texts.append(record["prompt"][:CHARACTERS])
+            answers.append(array("q", record["answer"]["ids"] if "answer" in record else ()))
             hashes.append(hash(str((record["prompt"], record.get("before")))))
             if "failed" in record:
                 failed.append(index)
@@ -161,7 +163,7 @@ class ScoredRun:
                 p.append(probability)
             ends.append(len(tokens))
         numbers = np.array(trace), np.array(top)
-        return cls(matrices, *numbers, tokens, np.array(p), ends, texts, hashes, frozenset(failed), rounding)
+        return cls(matrices, *numbers, tokens, np.array(p), ends, texts, answers, hashes, frozenset(failed), rounding)
 
     def usable(self) -> list[int]:
         """The numbers of the prompts that have F."""
@@ -191,7 +193,7 @@ class ScoredRun:
 
     def next_tokens(self, number: int) -> NextTokens:
         part = slice(self.ends[number], self.ends[number + 1])
-        return NextTokens(self.tokens[part], self.p[part], self.texts[number])
+        return NextTokens(self.tokens[part], self.p[part], self.texts[number], self.answers[number])
 
 
 def _over_positions(record: dict) -> dict[tuple[str, bool], float]:
