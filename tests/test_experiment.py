@@ -141,6 +141,9 @@ def test_the_summary_is_of_the_records(finished_experiment):
         farthest = [s[layer][scale] for s in results["perturbation_results"] for scale in ("1", "-1")]
         assert summary["kl_median"]["fisher"] == pytest.approx(np.median([p["kl"] for p in farthest]), rel=1e-6)
         assert summary["flips"]["fisher"] == pytest.approx(np.mean([p["top_changed"] for p in farthest]))
+        lengths = [(s[layer]["eigenvalues"][0], s[layer]["activation_norm"] / 100) for s in results["fisher"]]
+        nats = [value * step**2 / 2 for value, step in lengths]
+        assert summary["norm_step_nats_median"] == pytest.approx(np.median(nats), rel=1e-5)
         both = [p["controls"][name]["kl"] for p in farthest for name in ("random_0", "random_1")]
         assert summary["kl_median"]["random"] == pytest.approx(np.median(both), rel=1e-6)
 

@@ -146,6 +146,19 @@ def test_kl_divergence_matches_float64_from_1e_8_to_hundreds_of_nats():
     assert fisher.kl_divergence(log_p, logits[None]).item() == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 4])  # other kernels, which round otherwise
+def test_kl_of_a_large_vocabulary_does_not_depend_on_what_all_logits_share(rows):
+    generator = torch.Generator().manual_seed(2)
+    logits = 4 * torch.randn(50_000, generator=generator) + 16
+    for size in (0.3, 0.6, 2.0):
+        perturbed = logits + size * torch.randn(50_000, generator=generator)
+        exact_p, exact_q = (x.double().log_softmax(-1) for x in (logits, perturbed))
+        expected = (exact_p.exp() * (exact_p - exact_q)).sum().item()
+        found = fisher.kl_divergence(logits.log_softmax(-1), perturbed.expand(rows, -1))
+        # one rounding of a logit of 30, 2e-6, is all that is left of 16 shared nats
+        assert found.tolist() == pytest.approx([expected] * rows, abs=5e-6)
+
+
 # --- what a point is of --------------------------------------------------------------------------
 
 
@@ -547,6 +560,14 @@ def test_perturbations_out_of_order_are_refused():
     _, point = point_of("llama")
     with pytest.raises(ValueError, match="ascending"):
         fisher.perturb(point, torch.ones(2, tiny.D), torch.tensor([1, 0]))
+
+
+@pytest.mark.parametrize("shape", [(tiny.D,), (1, 1, tiny.D), (2, tiny.D + 1)])
+@pytest.mark.parametrize("perturb", [fisher.perturb, fisher.linearize_perturbed])
+def test_perturbations_that_are_not_rows_of_the_streams_width_are_refused(perturb, shape):
+    _, point = point_of("llama")
+    with pytest.raises(ValueError, match=rf"not \(rows, {tiny.D}\)"):
+        perturb(point, torch.ones(shape), 0)
 
 
 def test_only_the_point_of_one_prompt_can_be_perturbed():

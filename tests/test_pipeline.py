@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import compute_fisher
+import fisher
 from residual_fisher import load_fisher_matrices
 from residual_fisher.common.text import excerpt
 from residual_fisher.model import loading
@@ -127,6 +128,16 @@ def test_reasons_say_what_is_odd_in_figures_of_the_prompt(finished_pipeline):
     assert report.reasons(odd, statistics, [], changed=True)[1] == (
         "words +4.0: its answer begins with No or Never, as it hardly did"
     )
+
+
+@pytest.mark.filterwarnings("error")
+def test_kept_matrices_are_compared_like_eigenpairs(finished_pipeline):
+    with load_fisher_matrices(finished_pipeline) as matrices:
+        a, b = matrices[0], matrices[6]
+    f, g = (x.U.astype(float) @ np.diag(x.S) @ x.V for x in (a, b))
+    expected = np.trace(f @ g) / (np.linalg.norm(f) * np.linalg.norm(g))
+    assert float(fisher.matrix_similarity(a, b)) == pytest.approx(expected, rel=1e-4)
+    assert float(fisher.subspace_overlap(a, a)) == pytest.approx(1)
 
 
 def test_results_are_read_without_torch_or_matplotlib(finished_pipeline):

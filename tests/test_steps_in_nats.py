@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import core_experiment
+from residual_fisher import load_results
+from residual_fisher.common.program import UserError
 from residual_fisher.experiment import figures
 from residual_fisher.experiment.records import NATS, told_scale
 import scripts
@@ -51,6 +53,34 @@ def test_the_arrays_are_the_records(both):
                         assert known[key] == pytest.approx(
                             float(arrays[f"nats_{key}"][i, row, place, column]), rel=1e-6
                         )
+
+
+def test_the_table_for_a_notebook_has_either_steps(both, model_directory, tmp_path):
+    found, _ = experiment_results(both)
+    for in_nats, key in ((False, "perturbation_results"), (True, "perturbation_results_nats")):
+        frame = load_results(both, in_nats=in_nats)
+        rows = frame[frame.eval("sentence == 1 and layer == 2 and direction == 'fisher'")]
+        assert dict(zip(rows["scale"], rows["kl"], strict=True)) == {
+            float(scale): record["kl"] for scale, record in found[key][1]["2"].items()
+        }
+    assert scripts.core_experiment(model_directory, tmp_path, *LONG) == 0
+    with pytest.raises(UserError, match="no steps in nats beside its own, of --scale-unit eigenvalue"):
+        load_results(tmp_path, in_nats=True)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_the_text_is_continued_after_the_steps_in_nats(model_directory, tmp_path):
+    assert scripts.core_experiment(model_directory, tmp_path, *SHORT, "--continue", "2") == 0
+    found, _ = experiment_results(tmp_path)
+    for said, records in zip(found["continuations"], found["perturbation_results_nats"], strict=True):
+        for layer in ("0", "2"):
+            assert list(said[layer]) == ["-0.02", "1"]
+            for scale, entries in said[layer].items():
+                record = records[layer][scale]
+                for name, entry in entries.items():
+                    known = {"fisher": record, **record["controls"]}[name]
+                    assert (entry["step"], entry["predicted_kl"]) == (known["step"], known["predicted_kl"])
+                    assert entry["ids"][:1] in (known["top_ids"][:1], [])
 
 
 def test_the_summary_and_the_picture_are_of_the_steps_in_nats(both):

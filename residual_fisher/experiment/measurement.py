@@ -61,6 +61,11 @@ class Measured:
     steered: Steered | None = None
     said_steered: Continuations | None = None  # after the perturbations of `steered`, one direction; goals are scales
 
+    @property
+    def far_enough(self) -> Perturbed:
+        """The perturbations after which the text is continued: those in nats where the others are too short."""
+        return self.in_nats or self.perturbed
+
 
 class Clock:
     """Seconds by stage, since they were taken last."""
@@ -193,8 +198,9 @@ def measure_sentence(
             measured.lens = audit(point, lens, settings.seed, batches.perturbations)
     if settings.continue_:
         with clock("continuation"):
-            chosen = choose_scales(scales.tolist(), perturbed.predicted_kl[:, 0], settings.continue_nats)
-            deltas = deltas_of(perturbed.steps, 1 + min(1, settings.num_controls))  # along v, and the first random one
+            far = measured.far_enough
+            chosen = choose_scales(scales.tolist(), far.predicted_kl[:, 0], settings.continue_nats)
+            deltas = deltas_of(far.steps, 1 + min(1, settings.num_controls))  # along v, and the first random one
             measured.continuations = continuations(
                 point, len(context.ids), deltas, chosen, settings.continue_, batches.perturbations
             )

@@ -26,6 +26,7 @@ MAX_SIMILARITY = 2000  # rows of the similarity matrix, whose square is written 
 COSINE_BYTES = 14  # of a number of it there, on a line of its own
 # of a layer, whose medians are in the summary
 NUMBERS = ("trace", "captured_mass", "effective_rank", "activation_norm")
+NORM_STEP = 0.01  # a step as a share of |h|, scale 1 of the unit `norm`: its nats can be compared between layers
 UNCHECKED = ("experiment_config", "environment", "timings", "checksum")  # what the document's checksum leaves out
 NATS = "perturbations_nats"  # in the record of a sentence that was also perturbed in nats
 TOLD_NATS = 2  # predicted for the steps in nats that tables tell of, at most: longer ones say little of F
@@ -141,12 +142,13 @@ class Recorder:
 
     def _continuation(self, measured: Measured) -> dict:
         names, scales = ["fisher", *measured.controls], [f"{scale:g}" for scale in self.scales if scale]
+        far = measured.far_enough
         entries = {"none": self._text(measured.continuations.unperturbed)}
         for row, column, direction, ids in measured.continuations.perturbed:
             at_scale = entries.setdefault(self.layers[row], {}).setdefault(scales[column], {})
             at_scale[names[direction]] = {
-                "step": number_or_none(measured.perturbed.steps[row, column].item()),
-                "predicted_kl": number_or_none(measured.perturbed.predicted_kl[row, direction, column].item()),
+                "step": number_or_none(far.steps[row, column].item()),
+                "predicted_kl": number_or_none(far.predicted_kl[row, direction, column].item()),
                 **self._text(ids),
             }
         return entries
@@ -322,6 +324,7 @@ def summary(records: list[dict], eigenvalues: np.ndarray, scales: list[float]) -
 def numbers_of(entry: dict) -> dict[str, float]:
     """What the summary has medians of, from a layer's entry, by its name there; what is unknown is left out."""
     numbers = {key: entry[key] for key in NUMBERS}
+    numbers["norm_step_nats"] = 0.5 * entry["eigenvalues"][0] * (NORM_STEP * entry["activation_norm"]) ** 2
     numbers |= {f"exact_{key}": value for key, value in entry.get("exact", {}).items()}
     for kind, errors in entry.get("lens", {}).items():
         numbers |= {f"lens_{kind}_{name}": error for name, error in errors.items() if error is not None}

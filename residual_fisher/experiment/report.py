@@ -196,11 +196,15 @@ def summary_tables(document: dict) -> str:
 
     columns = {
         "lambda": (".3g", "eigenvalue_median"),
+        "1% of |h|": (".2g", "norm_step_nats_median"),
         "mass": (".3f", "captured_mass_median"),
         "eff. rank": (".2f", "effective_rank_median"),
         **swept(""),
     }
-    note = f"Medians over {count} sentences; KL in nats and share of changed top tokens at ±{summary['at_scale']:g}."
+    note = (
+        f"Medians over {count} sentences; nats that 1% of |h| along v is predicted to cost, to compare layers by; "
+        f"KL in nats and share of changed top tokens at ±{summary['at_scale']:g}."
+    )
     in_nats = COLUMNS[NATS] in document
     medians = [entry["kl_median"]["fisher"] for entry in layers.values() if entry["kl_median"]["fisher"] is not None]
     if medians and statistics.median(medians) < FELT_KL and config["scale_unit"] == PROTOCOL_UNIT and not in_nats:

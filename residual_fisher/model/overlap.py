@@ -2,15 +2,16 @@
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 class Spectrum(Protocol):
-    """Leading eigenpairs of a matrix, such as `fisher.Eigenpairs`."""
+    """Leading eigenpairs of a matrix, such as `fisher.Eigenpairs`, or a prompt's of `load_fisher_matrices`."""
 
-    values: Tensor  # (..., m) descending, not negative
-    vectors: Tensor  # (..., m, d) orthonormal rows; zero where the eigenvalue is
+    values: Tensor | np.ndarray  # (..., m) descending, not negative
+    vectors: Tensor | np.ndarray  # (..., m, d) orthonormal rows; zero where the eigenvalue is
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -61,6 +62,6 @@ def _leading(a: Spectrum, b: Spectrum, k: int | None) -> tuple[Tensor, Tensor, T
         raise ValueError(f"k = {k} is not between 1 and the {most} eigenpairs that both have")
     if a.vectors.shape[-1] != b.vectors.shape[-1]:
         raise ValueError(f"the vectors are of widths {a.vectors.shape[-1]} and {b.vectors.shape[-1]}")
-    values = (part.values[..., :k].double() for part in (a, b))
-    u, v = (part.vectors[..., :k, :].double() for part in (a, b))
+    values = (torch.as_tensor(part.values[..., :k]).double() for part in (a, b))
+    u, v = (torch.as_tensor(part.vectors[..., :k, :]).double() for part in (a, b))
     return *values, (u @ v.mT).square()

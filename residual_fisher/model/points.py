@@ -449,18 +449,22 @@ def perturb(point: PromptPoint, deltas: Tensor, at: int | Tensor) -> Tensor:
         at: number of the layer where they are added, one of `point.layers`: one for all rows, or (rows,) int64,
             ascending.
     Raises:
-        ValueError: `at` is not ascending, or not of the point's layers; or the point is of a batch.
+        ValueError: `deltas` are not rows of the stream's width; `at` is not ascending, or not of the point's layers; or
+            the point is of a batch.
     """
-    at = _places(point, at, len(deltas))
+    at = _places(point, at, deltas)
     with torch.set_grad_enabled(deltas.requires_grad):
         return point.reading.perturbed_logits(point.modules, deltas, at).to(point.log_probs.device)
 
 
-def _places(point: PromptPoint, at: int | Tensor, rows: int) -> Tensor:
-    """(rows,) int64: where in `point.layers` a layer's number stands."""
+def _places(point: PromptPoint, at: int | Tensor, deltas: Tensor) -> Tensor:
+    """(rows,) int64: where in `point.layers` the number of each row's layer stands."""
     if not isinstance(point, PromptPoint):
         raise ValueError("only the point of one prompt, from `linearize`, can be perturbed")
-    numbers = torch.as_tensor(at).cpu().expand(rows).tolist()
+    width = point.activations.shape[-1]
+    if deltas.ndim != 2 or deltas.shape[-1] != width:
+        raise ValueError(f"deltas are {tuple(deltas.shape)}, not (rows, {width}): of one direction give delta[None]")
+    numbers = torch.as_tensor(at).cpu().expand(len(deltas)).tolist()
     if unknown := set(numbers) - set(point.layers):
         raise ValueError(f"the point has no layer {min(unknown)}: its layers are {point.layers}")
     return torch.tensor([point.layers.index(number) for number in numbers])
@@ -471,7 +475,7 @@ def linearize_perturbed(point: PromptPoint, deltas: Tensor, at: int | Tensor) ->
 
     The result's "layers" axis has length one, and its "..." are the rows: G is (1, rows, k, d).
     """
-    at = _places(point, at, len(deltas))
+    at = _places(point, at, deltas)
     leaf = deltas.detach().float().clone().requires_grad_()
     with capture_head(point.model, lambda x: x[-len(deltas) :]) as head:  # the rows before these are unperturbed
         logits = perturb(point, leaf, torch.tensor(point.layers)[at])  # (rows, V)

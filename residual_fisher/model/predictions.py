@@ -40,9 +40,10 @@ def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
     p = log_p.exp()
     u = logits - log_p
     mean = u @ p
-    far = logits.logsumexp(-1) - mean
+    far = logits.logsumexp(-1) - log_p.logsumexp(-1) - mean  # a float32 log-softmax is normalised to 1e-5 only
     u -= mean[..., None]
     left = u @ p  # what rounding left of the mean
+    far -= left
     near = torch.log1p(u.clamp_(max=80).expm1_() @ p) - left
     return torch.where(far > LARGE_KL, far, near.clamp(min=0))
 

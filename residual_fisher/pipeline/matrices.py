@@ -31,6 +31,16 @@ class Triplets(NamedTuple):
     S: np.ndarray  # (r,) float32, descending, nats / unit^2
     V: np.ndarray  # (r, d) float32, the transpose of U, since F is symmetric
 
+    # eigenpairs by the names that `fisher.matrix_similarity` and `fisher.subspace_overlap` know them by
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.S
+
+    @property
+    def vectors(self) -> np.ndarray:
+        return self.V
+
 
 ACTIVATION = "H"  # (d,) float32, the residual stream at the prompt's last token
 MEMBERS = (*Triplets._fields, ACTIVATION)
