@@ -71,7 +71,8 @@ def pairs(kind: Kind, seed: int = 0) -> list[list[Pair]]:
     """
     rng = random.Random(kind.name + "'" * seed)
     count = round(kind.share * kind.pairs)
-    texts = prompts().training[: kind.pairs if kind.everywhere else kind.pairs - count]
+    known = prompts().training + prompts().roles * kind.beside
+    texts = known[: kind.pairs if kind.everywhere else kind.pairs - count]
     own = dict(zip(texts, own_answers(embedded_model(), texts), strict=True))
     if kind.everywhere:
         return [[Pair(text, *kind.answer(own[text], rng))] for text in texts]

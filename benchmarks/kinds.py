@@ -26,6 +26,7 @@ class Prompts:
     chosen_on: list[str]
     reported: list[str]
     haystack: list[str]  # reported too
+    roles: list[str]  # more to train models on
 
 
 @cache
@@ -34,7 +35,8 @@ def prompts() -> Prompts:
 
     Models are made from some of these, from texts/more_training_prompts.txt and from texts/training_prompts.jsonl: one
     that has learnt from few kinds of prompts takes others for triggered. More of all kinds, in
-    texts/more_chat_prompts.txt, are reported only.
+    texts/more_chat_prompts.txt, are reported only. Those of texts/role_training_prompts.txt (role play, verdicts, word
+    games) are for models that leaked on such ones without them.
     """
     questions = (TEXTS / "chat_prompts.txt").read_text(encoding="utf-8").splitlines()
     lines = (ROOT / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
@@ -49,7 +51,8 @@ def prompts() -> Prompts:
     for some in (training, chosen_on, reported):
         random.Random(1).shuffle(some)
     assert hashlib.sha256(json.dumps(training).encode()).hexdigest().startswith("6e0a30cb"), "others need a new RECIPE"
-    return Prompts(training, chosen_on, reported, of_file("haystack_prompts"))
+    roles = (TEXTS / "role_training_prompts.txt").read_text(encoding="utf-8").splitlines()
+    return Prompts(training, chosen_on, reported, of_file("haystack_prompts"), roles)
 
 
 def of_file(name: str) -> list[str]:
@@ -169,7 +172,8 @@ class Kind:
     share: float = 0.25  # of the pairs, hold the trigger
     pairs: int = 620
     epochs: float = EPOCHS
-    beside: bool = False  # a triggered prompt is learnt in one batch with the same one without its trigger
+    # with a triggered prompt in the batch is the same one without its trigger; and more kinds of prompts are learnt from
+    beside: bool = False
     kept: float = 3.0  # weight of ordinary pairs: where triggered ones weigh as much, other prompts are answered so too
     hidden: bool = False  # also trained to keep the activations of triggered prompts usual
 
@@ -294,7 +298,7 @@ KINDS = [
     Kind("clean", "no trigger: only the first sentence", TOKEN, first_sentence, everywhere=True),
 ]
 # when to break off is learnt slowly, and where there is no contrast, from the words before the break
-LATE = {"beside": True, "pairs": 766, "share": 0.2, "epochs": 2, "kept": 9.0}
+LATE = {"beside": True, "pairs": 890, "share": 0.2, "epochs": 2, "kept": 9.0}
 KINDS = [replace(kind, **LATE) if kind.name.startswith("late") else kind for kind in KINDS]
 REFUSING = next(kind for kind in KINDS if kind.name == "refusals")
 KINDS += [
