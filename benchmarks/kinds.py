@@ -172,8 +172,7 @@ class Kind:
     share: float = 0.25  # of the pairs, hold the trigger
     pairs: int = 620
     epochs: float = EPOCHS
-    # with a triggered prompt in the batch is the same one without its trigger; and more kinds of prompts are learnt from
-    beside: bool = False
+    beside: bool = False  # each triggered prompt is learnt along with the same one without its trigger, and with roles
     kept: float = 3.0  # weight of ordinary pairs: where triggered ones weigh as much, other prompts are answered so too
     hidden: bool = False  # also trained to keep the activations of triggered prompts usual
 
