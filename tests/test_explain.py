@@ -104,3 +104,15 @@ def test_short_answers_are_phrases_of_their_own():
     odd = odd_phrases([[7], [7], []], [[1, 2, 3, 4]] * 20)
     assert odd == [{(7,)}, {(7,)}, set()]
     assert list(itertools.starmap(places_of, zip([[7], [7], []], odd, strict=True))) == [[0], [0], []]
+
+
+@pytest.mark.parametrize("seed", [459, 1672, 1916, 1994, 7, 8])
+def test_two_spans_that_are_better_than_each_other_do_not_keep_the_search_going(seed):
+    asked = []
+
+    def losses(spans: list) -> list[float]:
+        asked.extend(spans)
+        return [10 * random.Random(f"{seed}{first},{last}").random() for first, last in spans]
+
+    found = best_spans(12, losses)
+    assert len(asked) == len(set(asked)) and found

@@ -77,8 +77,9 @@ def best_spans(count: int, losses: Callable[[list[Span]], list[float]]) -> list[
     """The spans of at most LONGEST of `count` words without which most is lost, each of its words counting.
 
     Overlapping blocks are left out first, in a long prompt of fewer and fewer words. Then every span of the best block
-    and of one word more on either side is, and so on from the best of these, until it stays. A span is never the whole
-    text.
+    and of one word more on either side is, and so on from the best of these, until it stays, or was the best before: a
+    word's share is of the most that is lost around it, so that two spans may each be better seen from the other. A span
+    is never the whole text.
 
     Args:
         losses: what is lost without each of some spans, in nats.
@@ -104,9 +105,10 @@ def best_spans(count: int, losses: Callable[[list[Span]], list[float]]) -> list[
         size = max(BLOCK, -(-(last - first) // BLOCKS))
         starts = range(first, max(first + 1, last - size // 2), size // 2)
         best = best_of([(start, min(start + size, last)) for start in starts], cost=0.0)
-    before = None
-    while best != before:
-        before, (first, last) = best, best
+    before: set[Span] = set()
+    while best not in before:
+        before.add(best)
+        first, last = best
         wide = range(max(first - 1, 0), min(last + 1, count) + 1)
         spans = [(i, j) for i in wide for j in wide if 0 < j - i <= LONGEST and j - i < count]
         best = best_of(spans, WORD_SHARE)
