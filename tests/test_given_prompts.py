@@ -124,7 +124,7 @@ def test_more_prompts_extend_a_run_and_others_are_refused(model_directory, tmp_p
     for prompts, code, said in (
         (PROMPTS, 0, "is finished"),
         (PROMPTS[:2], 0, "Medians over 2 sentences"),
-        (PROMPTS[:1], 0, "Medians over 1 sentences"),
+        (PROMPTS[:1], 0, "Medians over 1 sentence;"),
         ([PROMPTS[1], PROMPTS[0]], 2, "a run of other texts (number 1 was 'We like wild', and is 'The zoo has many')"),
         ([*PROMPTS[:2], "Another"], 2, "number 3 was 'In the sea live', and is 'Another'"),
     ):

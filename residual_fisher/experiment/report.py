@@ -202,8 +202,8 @@ def summary_tables(document: dict) -> str:
         **swept(""),
     }
     note = (
-        f"Medians over {count} sentences; nats that 1% of |h| along v is predicted to cost, to compare layers by; "
-        f"KL in nats and share of changed top tokens at ±{summary['at_scale']:g}."
+        f"Medians over {count} sentence{'s' * (count > 1)}; nats that 1% of |h| along v is predicted to cost, to "
+        f"compare layers by; KL in nats and share of changed top tokens at ±{summary['at_scale']:g}."
     )
     in_nats = COLUMNS[NATS] in document
     medians = [entry["kl_median"]["fisher"] for entry in layers.values() if entry["kl_median"]["fisher"] is not None]
