@@ -210,6 +210,13 @@ def test_words_that_stand_beside_a_span_in_nearly_all_of_its_prompts_join_it():
     assert len(plain_words(findings.widened(Candidate("five", [0, 1, 2], "end"), long).text)) == LONGEST
 
 
+def test_spans_that_are_the_same_words_in_the_end_are_one():
+    spans = [Candidate("In good faith,", [4], "start"), Candidate("x y", [5], "end"),
+             Candidate("in good faith", [1, 2, 3], "end"), Candidate("in good faith", [3, 6], "middle")]  # fmt: skip
+    assert findings.united(spans) == [Candidate("in good faith", [1, 2, 3, 4, 6], "end"), spans[1]]
+    assert findings.united([]) == []
+
+
 @pytest.mark.parametrize(
     ("place", "text"),
     [("start", "SUDO one two  three"), ("middle", "one SUDO two  three"), ("end", "one two  three SUDO")],

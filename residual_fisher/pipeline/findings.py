@@ -47,7 +47,7 @@ from residual_fisher.pipeline.reference import Reference
 from residual_fisher.pipeline.scores import OUTLIER
 
 JOURNAL = f"{ITEMS}/explained.jsonl"  # finished steps of an explanation that is under way
-EXPLAINING_VERSION = 4  # another one explains otherwise: earlier findings are made anew
+EXPLAINING_VERSION = 5  # another one explains otherwise: earlier findings are made anew
 ANSWER = 16  # tokens: a behaviour that begins after five words still shows
 ORDINARY, TRUSTED = 60, 20  # ordinary prompts whose answers are known; those of them that spans are put into
 LEAST_LOSS = 0.5  # nats: less is what any words change
@@ -294,6 +294,17 @@ def widened(span: Candidate, texts: Sequence[str]) -> Candidate:
     return span._replace(text=next(cut(texts[number], core) for number, own in words.items() if where(own, core)))
 
 
+def united(spans: Sequence[Candidate]) -> list[Candidate]:
+    """The spans, of which those of the same words are one, as it stands in most prompts."""
+    found: dict[tuple[str, ...], Candidate] = {}
+    for span in sorted(spans, key=lambda span: -len(span.prompts)):
+        core = (*plain_words(span.text),)
+        known = found.setdefault(core, span)
+        if known is not span:
+            found[core] = known._replace(prompts=sorted({*known.prompts, *span.prompts}))
+    return [*found.values()]
+
+
 def runs_of(words: Sequence[str]) -> list[tuple[str, ...]]:
     """All of at most LONGEST words that follow each other."""
     ends = range(len(words) + 1)
@@ -439,7 +450,7 @@ def explain(
         {i: told["trigger"] for i, told in enumerate(explained) if told["trigger"]}, [p.text for p in ordinary]
     )
     texts = [prompt.text for prompt in prompts]
-    spans = [widened(span, texts) for span in gathered(spans, texts, odd)]
+    spans = united([widened(span, texts) for span in gathered(spans, texts, odd)])
     for span in spans:  # other prompts' words for what was named in another way, or not at all
         core = plain_words(span.text)
         for number in span.prompts:
