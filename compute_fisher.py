@@ -352,6 +352,8 @@ def report_finished(run: Run, settings: Settings, against: Reference | None, pip
         what = " and ".join([done[file] for file in made if file in done] or [shown[file] for file in made])
         print(f"{name} was finished: {what}")
     else:
+        if not run.read_only:
+            print(table_of(run, settings))
         print(f"{name} is finished: nothing to do (--overwrite starts anew)")
     return code_of(run, settings)
 
