@@ -33,8 +33,10 @@ def test_all_prompts_or_more_than_there_are_may_be_asked_for(number, chat_direct
     assert len(records(tmp_path / "out")) == 40
     said = capsys.readouterr().out
     assert ("only 40 are available" in said) == (number != "all")
+    table = said[said.index("lambda 1") : said.index("slowest:")]
     assert scripts.compute_fisher(chat_directory, dataset, tmp_path / "out", num_prompts=number) == 0
-    assert "is finished: nothing to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is finished: nothing to do" in said and table in said  # it is told again
 
 
 @pytest.mark.parametrize("size", ["x", "0", "-1", "", "2.5", 30 * "9"])
