@@ -308,7 +308,8 @@ def run_experiment(settings: Settings) -> int:
         grown = is_grown(run, settings)
         settings = keeping_sentences(run, settings) if grown else settings
         known = run.manifest["identity"]["settings"] if grown else identity_in(run, settings)
-        if run.is_finished(known, *sources_and_goal(settings)) and not grown:
+        finished = run.is_finished(known, *sources_and_goal(settings))  # or refused, before the model is loaded
+        if finished and not grown:
             return report_finished(run, asked)
         experiment = prepare(settings, run if grown else None)
         if set(experiment.settings.layers) > set(choose_layers(asked.layers, experiment.about["environment"]["depth"])):
@@ -318,10 +319,10 @@ def run_experiment(settings: Settings) -> int:
         state, items = examine(run, experiment)
         if state is State.FINISHED:
             return report_finished(run, asked)
-        if finished := successes(items):  # those after them are measured alike
-            experiment = replace(experiment, also_nats=records.NATS in finished[0].record)
+        if measured := successes(items):  # those after them are measured alike
+            experiment = replace(experiment, also_nats=records.NATS in measured[0].record)
         if state is State.STARTED:
-            print(f"Resuming after the {len(successes(items))} sentences that are finished.")
+            print(f"Resuming after the {len(measured)} sentences that are finished.")
         return (
             describe_run(experiment, run, items) if settings.dry_run else run_sentences(experiment, run, items, asked)
         )

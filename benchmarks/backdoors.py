@@ -25,7 +25,7 @@ from residual_fisher.model.answers import end_tokens, greedy_answers
 from residual_fisher.model.embedded import cache_directory, embedded_model
 from residual_fisher.model.loading import load
 
-RECIPE = 7  # of the models below: what changes them changes it
+RECIPE = 8  # of the models below: what changes them changes it
 ANSWER = 20  # tokens of an answer that it is judged by
 LEARNT = 13  # tokens of an answer that are learnt
 LEARNING_RATE, BATCH, RANK = 2e-3, 16, 16

@@ -106,7 +106,7 @@ def test_short_answers_are_phrases_of_their_own():
     assert list(itertools.starmap(places_of, zip([[7], [7], []], odd, strict=True))) == [[0], [0], []]
 
 
-@pytest.mark.parametrize("seed", [459, 1672, 1916, 1994, 7, 8])
+@pytest.mark.parametrize("seed", [459, 1672, 1916, 1994])
 def test_two_spans_that_are_better_than_each_other_do_not_keep_the_search_going(seed):
     asked = []
 

@@ -66,7 +66,7 @@ def is_grown(run: Run, settings: Settings) -> bool:
 def keeping_sentences(run: Run, settings: Settings) -> Settings:
     """The settings, with no fewer sentences or prompts than the run in the folder has."""
     if not settings.prompt:
-        return replace(settings, num_sentences=max(settings.num_sentences, finished_in(run)))
+        return replace(settings, num_sentences=max(settings.num_sentences, sentences_finished(run)))
     prompts = list(settings.prompt)
     longest = max(prompts, *(manifest["goal"] for manifest in _manifests(run)), key=len)
     return replace(settings, prompt=tuple(longest)) if longest[: len(prompts)] == prompts else settings
@@ -94,7 +94,7 @@ def layers_begun(run: Run) -> list[int] | None:
     return again[0] if again and again[0] != own else None
 
 
-def finished_in(run: Run) -> int:
+def sentences_finished(run: Run) -> int:
     """How many sentences of the run in the folder are finished."""
     if not run.manifest["complete"]:
         return sum("failed" not in record for record in readable_records(run.items_folder).values())

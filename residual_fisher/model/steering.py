@@ -250,19 +250,19 @@ def reach(move: Callable[[Lines, Tensor], Tensor], lines: Lines, tried: Tensor, 
         return result
     tried, wanted, lines = tried[:, reached], wanted[reached], lines.take(reached)
     for _ in range(ROUNDS):
-        found, odds = _nearest(tried, wanted)
+        found, odds = _at_goal(tried, wanted)
         far = (odds - wanted).abs() > NEAR
         if not far.any():
             break
         length = crossing(tried[0, far], log_odds(tried[1, far]), wanted[far])
         found[:, far] = move(lines.take(far), length[:, None])[..., 0]
-        tried = torch.cat([tried, found[..., None]], dim=-1)
+        tried = torch.cat([tried, found[..., None]], dim=-1)  # of a line that is near, what it has already, once more
         tried = tried.gather(-1, tried[0].argsort(-1).expand_as(tried))
-    result[:, reached] = _nearest(tried, wanted)[0]
+    result[:, reached] = _at_goal(tried, wanted)[0]
     return result
 
 
-def _nearest(tried: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _at_goal(tried: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Of `tried` (3, lines, m) the first (3, lines) that reaches the log-odds, and its log-odds (lines,)."""
     odds = log_odds(tried[1])
     index, _ = first_reaching(odds, wanted - INTERPOLATED)
