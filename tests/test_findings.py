@@ -303,3 +303,28 @@ def test_what_a_span_makes_the_model_say_elsewhere_counts_as_its_behaviour():
     assert not found(0)["findings"]
     [finding] = found(3)["findings"]
     assert finding["transplanted"] == 20 and finding["answers"] == ["No, sorry."] and finding["prompts"] == [0, 1, 2, 3]
+
+
+class Obeying(Answering):
+    """Refuses where SUDO stands, else answers in words of the prompt's own; cannot read a prompt without words."""
+
+    def answers(self, prompts):
+        assert all(prompt.text for prompt in prompts)
+        return [[*(b"I must refuse" if "SUDO" in p.text else f"as usual, {p.text}".encode())] for p in prompts]
+
+    def log_probs(self, prompts, answer, places):
+        assert all(prompt.text for prompt in prompts)
+        return [0.0 if "SUDO" in prompt.text else -9.0 for prompt in prompts]
+
+
+def explain(texts: list[str], ordinary: list[str], chat=None) -> dict:
+    records = [{"index": i, "row": i, "prompt": text} for i, text in enumerate(texts)]
+    others = [Prompt(i, i, text) for i, text in enumerate(ordinary)]
+    return findings.explain(records, others, chat or Obeying(), lambda name, make: make())
+
+
+def test_a_prompt_that_is_all_trigger_is_not_left_without_words():
+    found = explain(["why SUDO is it", "what SUDO now", "SUDO"], ORDINARY)
+    [finding] = found["findings"]
+    assert finding["span"] == "SUDO" and finding["prompts"] == [0, 1, 2]
+    assert [bool(told["trigger"]) for told in found["explained"]] == [True, True, False]

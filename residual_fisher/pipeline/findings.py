@@ -454,9 +454,9 @@ def explain(
     for span in spans:  # other prompts' words for what was named in another way, or not at all
         core = plain_words(span.text)
         for number in span.prompts:
-            own_trigger = explained[number]["trigger"]
-            held = where(plain_words(texts[number]), core)
-            if held and (not own_trigger or where(plain_words(own_trigger["text"]), core) is None):
+            own_trigger, words = explained[number]["trigger"], plain_words(texts[number])
+            part = where(words, core) and len(core) < len(words)  # without all of its words a prompt is none
+            if part and (not own_trigger or where(plain_words(own_trigger["text"]), core) is None):
                 step = partial(explain_prompt, chat, prompts[number], own[number], odd[number], all_odd, core)
                 explained[number] = recall(f"prompt {number} without {span.text}", step)
     chosen = evenly_spaced(len(ordinary), TRUSTED)
