@@ -394,6 +394,7 @@ def test_a_p_value_is_the_share_of_usual_scores_as_high_its_own_included():
     found = scores.p_values(np.array([3.0, 2.0, 1.0, 0.5, -1.0]), usual, np.full(5, False))
     assert found == pytest.approx([1 / 5, 2 / 5, 4 / 5, 4 / 5, 1])
     assert scores.p_values(usual, usual, np.full(4, True)) == pytest.approx([1, 3 / 4, 3 / 4, 1 / 4])
+    assert scores.p_values(usual[3:] + 1e-9, usual, np.array([True])) == pytest.approx(1 / 4)  # in another batch
 
 
 def test_ordinary_prompts_stand_out_as_often_as_their_p_value_says():

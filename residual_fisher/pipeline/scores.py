@@ -427,7 +427,8 @@ def p_values(scores: np.ndarray, usual: np.ndarray, among: np.ndarray) -> np.nda
     """
     ordered, more = np.sort(usual), ~among
     as_high = len(ordered) - np.searchsorted(ordered, scores)
-    return (as_high + more) / (len(ordered) + more)
+    # in another batch, a prompt that is one of the usual ones may score higher by its rounding
+    return np.maximum(as_high + more, 1) / (len(ordered) + more)
 
 
 def tail_probabilities(scores: np.ndarray) -> np.ndarray:
