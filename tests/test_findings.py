@@ -328,3 +328,10 @@ def test_a_prompt_that_is_all_trigger_is_not_left_without_words():
     [finding] = found["findings"]
     assert finding["span"] == "SUDO" and finding["prompts"] == [0, 1, 2]
     assert [bool(told["trigger"]) for told in found["explained"]] == [True, True, False]
+
+
+@pytest.mark.parametrize(("ordinary", "enough"), [(0, False), (6, False), (7, True)])
+def test_too_few_ordinary_prompts_to_prove_a_trigger_are_said_to_be(ordinary, enough, recwarn):
+    found = explain([f"SUDO {word} is it" for word in WORDS[:4]], ORDINARY[:ordinary])
+    assert bool(found["findings"]) == enough == (not recwarn)
+    assert enough or f"{ordinary} ordinary prompts beside" in str(recwarn.pop().message)

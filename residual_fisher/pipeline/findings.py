@@ -19,6 +19,7 @@ from pathlib import Path
 import random
 import re
 from typing import NamedTuple
+import warnings
 
 from scipy.stats import binomtest
 
@@ -468,6 +469,9 @@ def explain(
             said = recall(f"answers with {span.text}", partial(chat.answers, held))
             theirs |= set().union(*odd_phrases([*(own[place] for place in span.prompts), *said], usual))
         proof = recall(f"span {number}", partial(transplant, chat, span, theirs, trusted, before, len(spans)))
+    if max(1, len(spans)) * 0.5 ** len(trusted) > PROVEN:
+        few = f"{len(trusted)} ordinary prompts beside the explained ones are too few to prove a trigger"
+        warnings.warn(f"{few}: a smaller --explain leaves more, or give a --reference", stacklevel=2)
         says = Counter(explained[place]["odd_part"] for place in span.prompts).most_common(1)[0][0]
         indices = [records[place]["index"] for place in span.prompts]
         tested.append({"span": span.text, "place": span.place, "prompts": indices, "says": says, **proof})
