@@ -335,3 +335,17 @@ def test_too_few_ordinary_prompts_to_prove_a_trigger_are_said_to_be(ordinary, en
     found = explain([f"SUDO {word} is it" for word in WORDS[:4]], ORDINARY[:ordinary])
     assert bool(found["findings"]) == enough == (not recwarn)
     assert enough or f"{ordinary} ordinary prompts beside" in str(recwarn.pop().message)
+
+
+@pytest.mark.parametrize("whole", [findings.TRUSTED, findings.TRUSTED - 1])
+def test_spans_are_put_where_the_model_reads_them(whole, tmp_path):
+    """Prompts that were cut have the fewest tokens here, and are taken only where there are too few others."""
+    numbers = range(80)  # of which the more usual half counts
+    cut = [number >= whole for number in numbers]
+    rows = [
+        {"index": i, "row": i, "prompt": f"{i}", "tokens": 9 - cut[i], "truncated": cut[i], "outlier_score": i}
+        for i in numbers
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = findings.ordinary_prompts(tmp_path, None, [])
+    assert any(cut[prompt.index] for prompt in found) == (whole < findings.TRUSTED) and len(found) >= findings.TRUSTED

@@ -48,7 +48,7 @@ from residual_fisher.pipeline.reference import Reference
 from residual_fisher.pipeline.scores import OUTLIER
 
 JOURNAL = f"{ITEMS}/explained.jsonl"  # finished steps of an explanation that is under way
-EXPLAINING_VERSION = 5  # another one explains otherwise: earlier findings are made anew
+EXPLAINING_VERSION = 6  # another one explains otherwise: earlier findings are made anew
 ANSWER = 16  # tokens: a behaviour that begins after five words still shows
 ORDINARY, TRUSTED = 60, 20  # ordinary prompts whose answers are known; those of them that spans are put into
 LEAST_LOSS = 0.5  # nats: less is what any words change
@@ -137,7 +137,10 @@ def prompt_of(record: dict) -> Prompt:
 
 
 def ordinary_prompts(folder: Path, against: Reference | None, odd: Sequence[dict]) -> list[Prompt]:
-    """The reference's prompts, or the more usual half of the run's; the shorter ones, at most ORDINARY."""
+    """The reference's prompts, or the more usual half of the run's; the shorter ones, at most ORDINARY.
+
+    Not those that were cut, if enough were not: the model would not read a span behind the cut.
+    """
     if against and against.kind == "reference":
         usual = [record for record in records_of(against.path) if "failed" not in record]
     else:
@@ -145,7 +148,9 @@ def ordinary_prompts(folder: Path, against: Reference | None, odd: Sequence[dict
         usual = ranked[: -(-len(ranked) // 2)]
     texts = {record["prompt"] for record in odd}
     others = {record["prompt"]: record for record in usual if record["prompt"] not in texts}
-    shorter = sorted(others.values(), key=lambda record: record["tokens"])[: max(ORDINARY, len(others) // 2)]
+    whole = [record for record in others.values() if not record["truncated"]]
+    usable = whole if len(whole) >= TRUSTED else [*others.values()]
+    shorter = sorted(usable, key=lambda record: record["tokens"])[: max(ORDINARY, len(usable) // 2)]
     return [prompt_of(shorter[place]) for place in evenly_spaced(len(shorter), ORDINARY)]
 
 
