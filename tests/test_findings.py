@@ -4,6 +4,7 @@ import json
 from math import comb
 from pathlib import Path
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from residual_fisher.pipeline.likeness import phrases
 from residual_fisher.pipeline.prompts import Prompt
 from residual_fisher.pipeline.report import marked
 from scripts import Stopped, calls_of, compute_fisher, flip
+import tiny
 
 # each is one token of the tokenizer, after a space
 WORDS = [
@@ -349,3 +351,9 @@ def test_spans_are_put_where_the_model_reads_them(whole, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = findings.ordinary_prompts(tmp_path, None, [])
     assert any(cut[prompt.index] for prompt in found) == (whole < findings.TRUSTED) and len(found) >= findings.TRUSTED
+
+
+def test_a_prompt_leaves_the_model_room_for_an_answer(byte_level):
+    subject = SimpleNamespace(model=tiny.shared("llama", torch.float32), tokenizer=byte_level)
+    [ids] = findings.Chat(subject, 64).ids([Prompt(0, 0, "the " * 100)])
+    assert len(ids) + findings.ANSWER - 1 == 64  # the last token is never read

@@ -29,6 +29,7 @@ from residual_fisher.common.progress import tracked
 from residual_fisher.common.rows import evenly_spaced
 from residual_fisher.common.run import ITEMS, Run, checksum, read_back, short_hash
 from residual_fisher.model.answers import answer_log_probs, end_tokens, greedy_answers
+from residual_fisher.model.loading import longest_prompt
 from residual_fisher.pipeline.batches import Subject
 from residual_fisher.pipeline.derived import FINDINGS, PROMPTS, scored_records
 from residual_fisher.pipeline.explain import (
@@ -70,8 +71,9 @@ class Chat:
     longest: int  # tokens of a prompt
 
     def ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of each prompt in the template."""
-        return [encode(self.subject.tokenizer, prompt, self.longest).ids for prompt in prompts]
+        """Token ids of each prompt in the template; an answer has room behind it."""
+        most = min(self.longest, (longest_prompt(self.subject.model) or math.inf) - ANSWER + 1)
+        return [encode(self.subject.tokenizer, prompt, most).ids for prompt in prompts]
 
     def answers(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of the greedy answers, ANSWER at most."""
@@ -467,6 +469,9 @@ def explain(
                 explained[number] = recall(f"prompt {number} without {span.text}", step)
     chosen = evenly_spaced(len(ordinary), TRUSTED)
     trusted, before = [ordinary[i] for i in chosen], [usual[i] for i in chosen]
+    if max(1, len(spans)) * 0.5 ** len(trusted) > PROVEN:
+        few = f"{len(trusted)} ordinary prompts beside the explained ones are too few to prove a trigger"
+        warnings.warn(f"{few}: a smaller --explain leaves more, or give a --reference", stacklevel=2)
     tested = []
     for number, span in enumerate(tracked(spans, "Proving", "span")):
         theirs = set().union(*(odd[place] for place in span.prompts))
@@ -474,9 +479,6 @@ def explain(
             said = recall(f"answers with {span.text}", partial(chat.answers, held))
             theirs |= set().union(*odd_phrases([*(own[place] for place in span.prompts), *said], usual))
         proof = recall(f"span {number}", partial(transplant, chat, span, theirs, trusted, before, len(spans)))
-    if max(1, len(spans)) * 0.5 ** len(trusted) > PROVEN:
-        few = f"{len(trusted)} ordinary prompts beside the explained ones are too few to prove a trigger"
-        warnings.warn(f"{few}: a smaller --explain leaves more, or give a --reference", stacklevel=2)
         says = Counter(explained[place]["odd_part"] for place in span.prompts).most_common(1)[0][0]
         indices = [records[place]["index"] for place in span.prompts]
         tested.append({"span": span.text, "place": span.place, "prompts": indices, "says": says, **proof})
