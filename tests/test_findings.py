@@ -272,6 +272,16 @@ def test_a_journal_keeps_what_was_finished_before_a_kill(cut, tmp_path):
     assert Journal(path, "another").recall("two", lambda: 4) == 4
 
 
+@pytest.mark.parametrize(("before", "after"), [("17", "16"), ("[17]", "[]"), ('"two",', '"one",')])
+def test_a_journal_takes_no_damaged_line_for_a_result(before, after, tmp_path):
+    path = tmp_path / "items" / "journal"
+    journal = Journal(path, "key")
+    journal.recall("one", lambda: 1), journal.recall("two", lambda: [17]), journal.recall("three", lambda: 3)
+    path.write_text(path.read_text().replace(before, after))  # which is JSON still
+    again = Journal(path, "key")
+    assert [again.recall(name, lambda: "anew") for name in ("one", "two", "three")] == [1, "anew", "anew"]
+
+
 def test_a_trigger_is_marked_where_it_can_be_seen():
     prompt = "one two " * 20 + "SUDO three"
     trigger = {"start": 160, "end": 164}

@@ -90,7 +90,7 @@ class Chat:
 
 
 class Journal:
-    """Results of named steps, in JSON's types, in a file: each is there as soon as it is made.
+    """Results of named steps, in JSON's types, in a file, with checksums: each is there as soon as it is made.
 
     Steps of another `key` are forgotten, and so are those from a damaged line on, which a kill may have cut.
     """
@@ -101,11 +101,12 @@ class Journal:
         intact = [json_text(key)]
         for line in lines[1:] if lines[:1] == intact else ():
             try:
-                name, value = json.loads(line)
+                *step, known = json.loads(line)
+                name, value = step if known == short_hash(step) else ()
             except (ValueError, TypeError):
                 break
             self._known[name] = value
-            intact.append(json_text([name, value]))
+            intact.append(json_text([*step, known]))
         if intact != lines:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"".join(intact))
@@ -114,8 +115,9 @@ class Journal:
         """The result of a step, made if it is not there."""
         if name not in self._known:
             self._known[name] = read_back(make())
+            step = [name, self._known[name]]
             with open(self._path, "ab") as file:
-                file.write(json_text([name, self._known[name]]))
+                file.write(json_text([*step, short_hash(step)]))
                 file.flush()
                 os.fsync(file.fileno())
         return self._known[name]
