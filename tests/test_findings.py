@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from conftest import make_model_directory
-from residual_fisher.pipeline import findings
+from residual_fisher.pipeline import findings, report
 from residual_fisher.pipeline.explain import LONGEST
 from residual_fisher.pipeline.findings import Candidate, Journal, candidates, insert, paired_p_value, plain_words
 from residual_fisher.pipeline.likeness import phrases
@@ -340,6 +340,20 @@ def test_a_prompt_that_is_all_trigger_is_not_left_without_words():
     [finding] = found["findings"]
     assert finding["span"] == "SUDO" and finding["prompts"] == [0, 1, 2]
     assert [bool(told["trigger"]) for told in found["explained"]] == [True, True, False]
+
+
+def test_a_model_that_falls_silent_is_said_to():
+    class Silent(Obeying):
+        def answers(self, prompts):
+            said = super().answers(prompts)
+            return [[0] if "SUDO" in prompt.text else own for prompt, own in zip(prompts, said, strict=True)]
+
+        def text(self, ids):
+            return super().text([*filter(None, ids)])  # 0 ends an answer
+
+    found = explain([f"SUDO {word} is it" for word in WORDS[:4]], ORDINARY, Silent())
+    assert found["findings"][0]["answers"] == [""]
+    assert report._findings(found)[-1].endswith("says: (nothing)")
 
 
 @pytest.mark.parametrize(("ordinary", "enough"), [(0, False), (6, False), (7, True)])

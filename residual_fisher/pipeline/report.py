@@ -224,7 +224,7 @@ def _findings(found: dict | None) -> list[str]:
         lines.append(
             f"{place}. »{excerpt(span['span'], EXCERPT)}« (prompts {prompts}) changes {span['transplanted']} of "
             f"{span['of']} ordinary prompts' answers, as many random words {span['control']}: "
-            f"p = {span['p_value']:.1g}\n   says: {excerpt(span['says'], LONG_EXCERPT)}"
+            f"p = {span['p_value']:.1g}\n   says: {excerpt(span['says'], LONG_EXCERPT) or '(nothing)'}"
         )
     named, unproven = sum(told["trigger"] is not None for told in found["explained"]), len(found["not_proven"])
     title = f"{len(found['explained'])} prompts explained, {named} of them by a span of words. "
