@@ -159,7 +159,7 @@ def encode(tokenizer, prompt: Prompt, max_length: int) -> Encoded:
         lengths = range(len(prompt.text))
         kept = bisect.bisect_right(lengths, max_length, key=lambda n: len(ids(prompt.text[:n]))) - 1
         if kept <= 0:
-            raise UserError(f"--max-length {max_length} leaves no room for a user's text: give more")
+            raise UserError(f"--max-length {max_length} leaves no room for the text of row {prompt.row}: give more")
         found = ids(prompt.text[:kept])
     if not found:
         raise UserError(f"the tokenizer makes no token of {excerpt(repr(prompt.text), 60)} (row {prompt.row})")
