@@ -25,9 +25,9 @@ Vector = Sequence[tuple[Hashable, float]]
 class Answers:
     """How alike answers are to some known ones, between 0 and 1, by what could follow and by what does.
 
-    Next tokens p and q: sum_c sqrt(p_c q_c) (Bhattacharyya, 1943). Of an answer of several tokens, p is the mean over
-    its positions. Phrases: the cosine of the counts of PHRASE tokens in a row, wherever in the answer they stand; 0 of
-    answers that were not recorded.
+    Next tokens p and q: sum_c sqrt(p_c q_c) (Bhattacharyya, 1943). Of an answer of several tokens, p is a token's share
+    of the probabilities at all positions. Phrases: the cosine of the counts of PHRASE tokens in a row, wherever in the
+    answer they stand; 0 of answers that were not recorded.
     """
 
     def __init__(self, known: Sequence[NextTokens]):
