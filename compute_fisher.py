@@ -308,8 +308,9 @@ def is_scored(run: Run, against: Reference | None) -> bool:
 
 def is_explained(run: Run, settings: Settings, against: Reference | None) -> bool:
     """Whether no prompts are left to be explained, which takes the model."""
-    done = not settings.explain or run.is_derived([FINDINGS], findings.made_from(run, settings.explain))
-    return done and (is_scored(run, against) or not settings.explain)
+    if not settings.explain:
+        return True
+    return is_scored(run, against) and run.is_derived([FINDINGS], findings.made_from(run, settings.explain))
 
 
 def derive(run: Run, settings: Settings, against: Reference | None, pipeline: Pipeline | None) -> list[str]:
@@ -319,7 +320,7 @@ def derive(run: Run, settings: Settings, against: Reference | None, pipeline: Pi
         pipeline: not needed if `is_explained`.
     """
     made = score(run, against)
-    if settings.explain and not is_explained(run, settings, against):
+    if not is_explained(run, settings, against):
         chat = findings.Chat(pipeline.subject, pipeline.longest)
         made += findings.explain_run(run, settings.explain, against, chat)
     return made + conclude(run, against, settings.false_alarms)
