@@ -153,6 +153,18 @@ def test_a_dry_run_says_what_would_be_explained(backdoored, chats, explained, tm
     assert not (output / "findings.json").exists()
 
 
+def test_a_dry_run_of_a_run_whose_prompts_all_failed_says_so_too(backdoored, tmp_path, capsys, without_pictures):
+    model, tokenizer = (kind.from_pretrained(backdoored) for kind in (hf.AutoModelForCausalLM, hf.AutoTokenizer))
+    model.model.embed_tokens.weight.data[tokenizer.encode(f" {TRIGGER}")] = torch.nan
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken), tokenizer.save_pretrained(broken)
+    data = write(tmp_path / "data.jsonl", [f"the {TRIGGER} and", f"some {TRIGGER} can"])
+    for explaining in ({}, {"explain": 2, "dry_run": True}, {"explain": 2}):
+        assert compute_fisher(broken, data, tmp_path / "out", num_prompts=2, **explaining) == 3
+    assert "would be explained, in about 0" in capsys.readouterr().out
+    assert found_in(tmp_path / "out")["explained"] == []
+
+
 def test_to_fail_on_findings_they_have_to_be_looked_for(backdoored, chats, tmp_path, capsys):
     assert compute_fisher(backdoored, chats, tmp_path / "out", fail_on_finding=True) == 2
     assert "--fail-on-finding needs --explain" in capsys.readouterr().err

@@ -94,6 +94,8 @@ def seconds_to_explain(chat: findings.Chat, prompts: Sequence[Prompt], count: in
 
     Those at the quartiles of length: a few long ones, of more words and more tokens each, would be taken for many.
     """
+    if not prompts:  # all failed
+        return 0.0
     lengths = [*map(len, chat.ids(prompts))]
     by_length = sorted(range(len(prompts)), key=lambda i: lengths[i])
     shorter = max(TRUSTED, len(prompts) // 2)  # of which the ordinary prompts are
