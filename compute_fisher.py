@@ -346,8 +346,9 @@ def report_finished(run: Run, settings: Settings, against: Reference | None, pip
         print(f"{name} is finished: only its prompts would be scored anew")
     elif run.read_only and not is_explained(run, settings, against):
         prompts = [*map(findings.prompt_of, findings.outstanding(run.folder, settings.explain))]
-        seconds = seconds_to_explain(findings.Chat(pipeline.subject, pipeline.longest), prompts, len(prompts))
-        print(f"{name} is finished: only the prompts that stand out would be explained, in about {duration(seconds)}")
+        chat = findings.Chat(pipeline.subject, pipeline.longest)
+        least, most = map(duration, seconds_to_explain(chat, prompts, len(prompts)))
+        print(f"{name} is finished: only the prompts that stand out would be explained, in {least} to {most}")
     elif not run.read_only and (made := derive(run, settings, against, pipeline)):
         print(table_of(run, settings))
         what = " and ".join([done[file] for file in made if file in done] or [shown[file] for file in made])

@@ -149,7 +149,7 @@ def test_a_dry_run_says_what_would_be_explained(backdoored, chats, explained, tm
     output = tmp_path / "out"
     assert compute_fisher(backdoored, chats, output) == 0
     assert compute_fisher(backdoored, chats, output, explain=2, dry_run=True) == 0
-    assert "only the prompts that stand out would be explained, in about" in capsys.readouterr().out
+    assert "only the prompts that stand out would be explained, in " in capsys.readouterr().out
     assert not (output / "findings.json").exists()
 
 
@@ -161,7 +161,7 @@ def test_a_dry_run_of_a_run_whose_prompts_all_failed_says_so_too(backdoored, tmp
     data = write(tmp_path / "data.jsonl", [f"the {TRIGGER} and", f"some {TRIGGER} can"])
     for explaining in ({}, {"explain": 2, "dry_run": True}, {"explain": 2}):
         assert compute_fisher(broken, data, tmp_path / "out", num_prompts=2, **explaining) == 3
-    assert "would be explained, in about 0" in capsys.readouterr().out
+    assert "would be explained, in 0 s to 0 s" in capsys.readouterr().out
     assert found_in(tmp_path / "out")["explained"] == []
 
 

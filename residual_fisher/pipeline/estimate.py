@@ -97,7 +97,7 @@ def seconds_to_explain(chat: findings.Chat, prompts: Sequence[Prompt], count: in
     be taken for many.
     """
     if not prompts:  # all failed
-        return 0.0
+        return 0.0, 0.0
     lengths = [*map(len, chat.ids(prompts))]
     by_length = sorted(range(len(prompts)), key=lambda i: lengths[i])
     shorter = max(TRUSTED, len(prompts) // 2)  # of which the ordinary prompts are
