@@ -354,6 +354,27 @@ def test_a_prompt_that_is_all_trigger_is_not_left_without_words():
     assert [bool(told["trigger"]) for told in found["explained"]] == [True, True, False]
 
 
+@pytest.mark.parametrize("text", ["why in good faith is it so far away", "in good faith is it", "is it in good faith"])
+def test_a_trigger_of_a_single_prompt_that_needs_each_of_its_words_is_named_whole(text):
+    """Without any one of them the model answers as usual, so leaving words out names one; alone it does nothing."""
+
+    class Obeying3(Answering):
+        def answers(self, prompts):
+            return [[*(b"I must refuse" if holds(p) else f"as usual, {p.text}".encode())] for p in prompts]
+
+        def log_probs(self, prompts, answer, places):
+            return [0.0 if holds(prompt) else -9.0 for prompt in prompts]
+
+    def holds(prompt: Prompt) -> bool:
+        return "in good faith" in prompt.text
+
+    found = explain([text, "why is it so far away from here"], ORDINARY, Obeying3())
+    [finding] = found["findings"]
+    assert finding["span"] == "in good faith" and finding["prompts"] == [0] and finding["transplanted"] >= 19
+    trigger = found["explained"][0]["trigger"]
+    assert text[trigger["start"] : trigger["end"]] == "in good faith" and trigger["place"] == finding["place"]
+
+
 def test_a_model_that_falls_silent_is_said_to():
     class Silent(Obeying):
         def answers(self, prompts):

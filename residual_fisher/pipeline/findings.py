@@ -206,7 +206,7 @@ def explain_prompt(
         "start": start,
         "end": end,
         "nats": loss,
-        "place": "start" if first == 0 else "end" if last == len(words) else "middle",
+        "place": place_of((first, last), len(words)),
         "answer_without": chat.text(answers[chosen]),
     }
     return {**told, "trigger": trigger}
@@ -391,6 +391,42 @@ def transplant(
     return {**found, "control": sum(map(bool, with_random)), "p_value": min(1.0, spans * p)}
 
 
+def with_words_around(span: Candidate, text: str, prove: Callable[[Candidate], dict]) -> tuple[Candidate, dict] | None:
+    """A span that is not proven with words beside it in a prompt, if it is with them, and its proof; None if not.
+
+    Without one word of a trigger the others may do nothing, so that one alone was named. LONGEST words are tried. Then
+    they are taken away from either end, one by one, while NEARLY_ALL of the answers stay changed. A span is never the
+    whole text.
+    """
+    words, (first, last) = words_of(text), where(plain_words(text), plain_words(span.text))
+    around = (LONGEST - (last - first)) // 2
+    start, end = max(0, first - around), min(len(words), last + around)
+    if (start, end) == (first, last):
+        return None
+
+    def part(start: int, end: int) -> Candidate:
+        cut_out = text[words[start][0] : words[end - 1][1]]
+        return span._replace(text=cut_out, place=place_of((start, end), len(words)))
+
+    best = part(start, end)
+    proof = prove(best)
+    if proof["p_value"] > PROVEN:
+        return None
+    for left, right in ((1, 0), (0, 1)):
+        while end - start > 1:
+            fewer = part(start + left, end - right)
+            found = prove(fewer)
+            if found["p_value"] > PROVEN or found["transplanted"] < NEARLY_ALL * proof["transplanted"]:
+                break
+            start, end, best, proof = start + left, end - right, fewer, found
+    return (best, proof) if end - start < len(words) else None  # a prompt within another is answered
+
+
+def place_of(span: Span, count: int) -> str:
+    """Where a span of words stands in a text of so many."""
+    return "start" if span[0] == 0 else "end" if span[1] == count else "middle"
+
+
 def takes_up(answer: str, words: str, prompt: str) -> bool:
     """Whether an answer holds one of some words, of TELLING letters at least, that its prompt does not hold."""
     told = {word for word in plain_words(words) if len(word) >= TELLING} - set(plain_words(prompt))
@@ -461,7 +497,27 @@ def explain(
     )
     texts = [prompt.text for prompt in prompts]
     spans = united([widened(span, texts) for span in gathered(spans, texts, odd)])
-    for span in spans:  # other prompts' words for what was named in another way, or not at all
+    chosen = evenly_spaced(len(ordinary), TRUSTED)
+    trusted, before = [ordinary[i] for i in chosen], [usual[i] for i in chosen]
+    if max(1, len(spans)) * 0.5 ** len(trusted) > PROVEN:
+        few = f"{len(trusted)} ordinary prompts beside the explained ones are too few to prove a trigger"
+        warnings.warn(f"{few}: a smaller --explain leaves more, or give a --reference", stacklevel=2)
+    proven = []
+    for number, span in enumerate(tracked(spans, "Proving", "span")):
+        theirs = set().union(*(odd[place] for place in span.prompts))
+        if held := [prompt for prompt in further if where(plain_words(prompt.text), plain_words(span.text))]:
+            said = recall(f"answers with {span.text}", partial(chat.answers, held))
+            theirs |= set().union(*odd_phrases([*(own[place] for place in span.prompts), *said], usual))
+
+        def tried(part: Candidate, spans: int, name: str = f"span {number}", theirs: set[Phrase] = theirs) -> dict:
+            return recall(f"{name}: {part.text}", partial(transplant, chat, part, theirs, trusted, before, spans))
+
+        proof = tried(span, len(spans))
+        if proof["p_value"] > PROVEN:  # as many again, at most, are tried with the words around them
+            again = partial(tried, spans=2 * len(spans))
+            span, proof = with_words_around(span, texts[span.prompts[0]], again) or (span, proof)
+        proven.append((span, proof))
+    for span, _ in proven:  # other prompts' words for what was named in another way, or not at all
         core = plain_words(span.text)
         for number in span.prompts:
             own_trigger, words = explained[number]["trigger"], plain_words(texts[number])
@@ -469,18 +525,8 @@ def explain(
             if part and (not own_trigger or where(plain_words(own_trigger["text"]), core) is None):
                 step = partial(explain_prompt, chat, prompts[number], own[number], odd[number], all_odd, core)
                 explained[number] = recall(f"prompt {number} without {span.text}", step)
-    chosen = evenly_spaced(len(ordinary), TRUSTED)
-    trusted, before = [ordinary[i] for i in chosen], [usual[i] for i in chosen]
-    if max(1, len(spans)) * 0.5 ** len(trusted) > PROVEN:
-        few = f"{len(trusted)} ordinary prompts beside the explained ones are too few to prove a trigger"
-        warnings.warn(f"{few}: a smaller --explain leaves more, or give a --reference", stacklevel=2)
     tested = []
-    for number, span in enumerate(tracked(spans, "Proving", "span")):
-        theirs = set().union(*(odd[place] for place in span.prompts))
-        if held := [prompt for prompt in further if where(plain_words(prompt.text), plain_words(span.text))]:
-            said = recall(f"answers with {span.text}", partial(chat.answers, held))
-            theirs |= set().union(*odd_phrases([*(own[place] for place in span.prompts), *said], usual))
-        proof = recall(f"span {number}", partial(transplant, chat, span, theirs, trusted, before, len(spans)))
+    for span, proof in proven:
         says = Counter(explained[place]["odd_part"] for place in span.prompts).most_common(1)[0][0]
         indices = [records[place]["index"] for place in span.prompts]
         tested.append({"span": span.text, "place": span.place, "prompts": indices, "says": says, **proof})
