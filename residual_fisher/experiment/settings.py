@@ -52,7 +52,12 @@ class Settings(CommandOptions):
     data_split: str = option("train", nonempty, "NAME", "split of a hub dataset, or of a folder", unless="prompt")
     target_word: str = option("animals", word, "WORD", "perturb at the token just before this word", unless="prompt")
     occurrence: int | str = option(
-        1, or_all(positive, "last"), "N", "which of a sentence's, or last", identity=IF_SET, unless="prompt"
+        1,
+        or_all(positive, "last"),
+        "N",
+        "which occurrence of the word in a sentence, or last",
+        identity=IF_SET,
+        unless="prompt",
     )
     num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse", identity=False, unless="prompt")
     require_predicted: bool = option(
@@ -70,7 +75,9 @@ class Settings(CommandOptions):
     layers: tuple | None = option(
         None, or_all(count), "L", "decoder layers, or all (every fifth and the last)", several=True
     )
-    scales: tuple = option(SCALES, finite, "A", "how far to perturb, in units (0 ±0.5 ±1 ±2 ±5 ±10)", several=True)
+    scales: tuple = option(
+        SCALES, finite, "A", "how far to perturb, in units of --scale-unit (0 ±0.5 ±1 ±2 ±5 ±10)", several=True
+    )
     scale_unit: str = option(
         "auto",
         one_of("eigenvalue", "nats", "norm", "auto"),
