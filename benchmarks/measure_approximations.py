@@ -1,4 +1,4 @@
-"""What the top-k truncation misses, what half precision costs, and how much v depends on the metric of h.
+"""What is missed by the top-k truncation and by the pairs of an answer, what half precision costs, the metric of h.
 
     python benchmarks/measure_approximations.py
     python benchmarks/measure_approximations.py --only half metric  # and leave the other figures
@@ -28,9 +28,10 @@ import compute_fisher
 import fisher
 from residual_fisher import load_fisher_matrices
 from residual_fisher.experiment.sentences import Context
+from residual_fisher.model.answers import end_tokens, greedy_answers
 from residual_fisher.model.embedded import embedded_model
 from residual_fisher.model.loading import load
-from residual_fisher.model.passes import edit_stream, hooked
+from residual_fisher.model.passes import edit_stream, hooked, use_attention
 from residual_fisher.pipeline.prompts import Prompt, Prompts, encode
 from residual_fisher.pipeline.scores import OUTLIER, SCORES
 from residual_fisher.pipeline.settings import Settings
@@ -231,7 +232,68 @@ def metric(subject: Subject, contexts: Sequence[Context]) -> dict:
     return figures
 
 
-PARTS = {"truncation": truncation, "half": half_precision, "metric": metric}
+# --- whole answers -------------------------------------------------------------------------------
+
+ANSWER, PAIRS, ANSWERED, HOOKED = 16, 30, 20, 20  # tokens, rows and tokens of a position, prompts, layer
+
+
+def of_answers(subject: Subject, _: Sequence[Context]) -> dict:
+    """How well PAIRS rows stand for the sum over all positions of an answer, by where the bias is and how chosen."""
+    rng, figures = torch.Generator().manual_seed(0), {}
+    for last_only in (False, True):
+        rows: dict[str, list[dict[str, torch.Tensor]]] = {}
+        for prompt in short_prompts()[:ANSWERED]:
+            weights, gradients, positions, norms = all_pairs(subject, prompt, last_only)
+            whole = fisher.fisher_matrix(gradients, weights)
+            held = {  # rows come in the order that the pipeline takes them in
+                "pairs, as the pipeline has them": range(PAIRS),
+                "pairs that hold most of the trace": (weights * gradients.pow(2).sum(-1)).topk(PAIRS).indices,
+                "pairs with the largest p |s|^2": (weights * norms).topk(PAIRS).indices,
+            }
+            found = {name: fisher.fisher_matrix(gradients[some], weights[some]) for name, some in held.items()}
+            signs = torch.randint(2, weights.shape, generator=rng) * 2 - 1
+            signed = (signs * weights.sqrt())[:, None] * gradients
+            mixed = torch.zeros(PAIRS, gradients.shape[-1]).index_add_(0, ranks(weights, positions), signed)
+            found["a token of every position in each row, random signs"] = mixed.T @ mixed
+            for name, part in found.items():
+                rows.setdefault(name, []).append(likeness(part, whole))
+        label = "last" if last_only else "all"
+        figures[label] = {name: summary(some) for name, some in rows.items()}
+        for name, row in figures[label].items():
+            show(f"answers, bias at {label}, {name}", row)
+    return figures
+
+
+def all_pairs(subject: Subject, prompt: Prompt, last_only: bool) -> tuple[torch.Tensor, ...]:
+    """Of all pairs of an answer: p (rows,), G (rows, d), their positions, |s|^2."""
+    ids = encode(subject.tokenizer, prompt, 2048).ids
+    lm, tokens = subject.lm, len(ids)
+    [answer] = greedy_answers(lm, [ids], ANSWER, end_tokens(lm))
+    text, n = torch.tensor([[*ids, *answer[:-1]]]), max(2, len(answer))
+    use_attention(lm, "eager")
+    point = fisher.linearize_prompts(lm, lm.model.layers[HOOKED], text, torch.tensor([tokens]), last_only, n)
+    top = fisher.top_k_of_answers(point, PAIRS, torch.tensor([len(answer)]), rows=n * PAIRS, chunks=fisher.Chunks(30))
+    counted = top.weights[0] > 0  # neither the row that fixes signs nor what is behind a short answer
+    tokens, positions = top.tokens[0, counted], top.positions[0, counted]
+    every = torch.zeros(1, n, len(tokens), dtype=torch.int64)
+    every[0, positions, torch.arange(len(tokens))] = tokens
+    norms = point.cotangents(every)[0, positions, torch.arange(len(tokens))].pow(2).sum(-1)
+    return top.weights[0, counted], top.gradients[0, 0, counted], positions, norms
+
+
+def ranks(weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Of each pair, how many of its position are more probable."""
+    return ((positions[:, None] == positions) & (weights > weights[:, None])).sum(-1)
+
+
+def likeness(part: torch.Tensor, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The cosine of two matrices, and lambda and trace of one as shares of the other's."""
+    values, true = (torch.linalg.eigvalsh(matrix.double()) for matrix in (part, whole))
+    cosine = (part.double() * whole.double()).sum() / values.norm() / true.norm()
+    return {"cosine": cosine, "lambda": values[-1] / true[-1], "trace": values.sum() / true.sum()}
+
+
+PARTS = {"truncation": truncation, "half": half_precision, "metric": metric, "answers": of_answers}
 
 
 def main() -> None:

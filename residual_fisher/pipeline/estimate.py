@@ -89,10 +89,12 @@ def describe_run(
     return 0
 
 
-def seconds_to_explain(chat: findings.Chat, prompts: Sequence[Prompt], count: int) -> float:
-    """How long it takes to explain as many prompts like these: some are, as if the whole of their answers were odd.
+def seconds_to_explain(chat: findings.Chat, prompts: Sequence[Prompt], count: int) -> tuple[float, float]:
+    """The least and about the most that it takes to explain as many prompts like these.
 
-    Those at the quartiles of length: a few long ones, of more words and more tokens each, would be taken for many.
+    At the least no answer is odd, and all are merely given. At the most, each is odd from its first word to its last.
+    So are those that are tried, at the quartiles of length: a few long ones, of more words and more tokens each, would
+    be taken for many.
     """
     lengths = [*map(len, chat.ids(prompts))]
     by_length = sorted(range(len(prompts)), key=lambda i: lengths[i])
@@ -110,7 +112,8 @@ def seconds_to_explain(chat: findings.Chat, prompts: Sequence[Prompt], count: in
         findings.explain_prompt(chat, prompts[i], said, {*phrases(said)}, {*phrases(said)})
         seconds.append(time.perf_counter() - start)
     each = Trial([lengths[i] for i in few], seconds).total(lengths) / len(lengths)
-    return count * each + answer * (count + ORDINARY + SPANS * count * TRUSTED)
+    least = answer * (count + ORDINARY)
+    return least, least + count * (each + answer * SPANS * TRUSTED)
 
 
 def describe_costs(
@@ -154,8 +157,8 @@ def describe_costs(
     if settings.explain:
         prompts = [e.prompt for e in encoded]
         number = settings.explain if taken is None else min(settings.explain, taken)
-        seconds = seconds_to_explain(findings.Chat(subject, pipeline.longest), prompts, number)
-        explaining = [f"explaining: at most about {duration(seconds)}, of the {number} prompts that stand out most"]
+        least, most = map(duration, seconds_to_explain(findings.Chat(subject, pipeline.longest), prompts, number))
+        explaining = [f"explaining: {least} to {most}, of the {number} prompts that stand out most"]
     return "\n".join(
         [
             f"time: {time_line}; and {duration(load_seconds)} to load and check the model",
