@@ -105,7 +105,7 @@ class Settings(CommandOptions):
         2.0,
         finite,
         "X",
-        "the KL predicted at most of those: of either sign, the farthest of --scales within it (2)",
+        "largest predicted KL of these: of either sign, the longest of --scales within it (2)",
         needs="continue_",
     )
     steer: bool = option(False, switch, "true", "also raise the target's probability at the least cost, at every layer")
@@ -130,7 +130,7 @@ class Settings(CommandOptions):
         False,
         switch,
         "true",
-        "that text is a user's turn, or a conversation in JSON: in the model's chat template",
+        "the text of --map is a user's turn, or a conversation in JSON: in the model's chat template",
         identity=False,
         needs="map",
     )
