@@ -177,8 +177,8 @@ def leading(triplets: Triplets) -> Triplets:
     return Triplets(triplets.U[:, :VALUES], triplets.S[:VALUES], triplets.V[:VALUES])
 
 
-def measured(subject: Subject, settings: dict, base: bool = False) -> Measured:
-    """The subject's prompts through its model, or through the embedded one."""
+def measured(subject: Subject, settings: dict, base: bool = False, compare: bool = True) -> Measured:
+    """The subject's prompts through its model, or through the embedded one; with what the other detectors look at."""
     texts, model = texts_of(subject.kind, subject.which), embedded_model() if base else subject.model()
     count = subject.prompts or len(texts)
     directory = run(subject.kind, texts, count, model, settings)
@@ -187,7 +187,7 @@ def measured(subject: Subject, settings: dict, base: bool = False) -> Measured:
     with load_fisher_matrices(directory) as matrices:
         found = [leading(matrices[i]) for i in range(len(records))]
         activations = [matrices.activation(i) for i in range(len(records))]
-    seen = {} if base else looked_at(model, directory, records, settings)
+    seen = looked_at(model, directory, records, settings) if compare and not base else {}
     if seen and activations[0] is None:  # a run of an earlier version
         activations = list(seen["activations"])
     odd = np.array([odd for _, odd in texts[: len(records)]])
@@ -319,7 +319,7 @@ def hay(m: Measured, way: str) -> dict[str, dict]:
     trusted, tested = trusted if way == "reference" else None, np.concatenate([rest, odd])
     own, triggered = scores(m, trusted, tested), m.odd[tested] != ""
     own.pop(P_VALUE, None)
-    compared = {name: rows[0] for name, rows in others(m, way, [(trusted, tested)]).items()}
+    compared = {name: rows[0] for name, rows in others(m, way, [(trusted, tested)]).items()} if m.plain else {}
     found = {}
     for name, values in {**own, **compared}.items():
         ranks = 1 + np.argsort(np.argsort(-values, kind="stable"))[triggered]
@@ -433,10 +433,10 @@ def kept_figures(name: str, keys: Sequence[str], anew: bool) -> list[dict]:
 
 
 def in_haystacks(models: dict[str, list[Subject]]) -> None:
-    """Ten triggered prompts among a thousand, with trusted ones and without."""
+    """Ten triggered prompts among a thousand, with trusted ones and without; other detectors on the first model."""
     results, counts, acts = kept_figures("haystack", ("scores", "prompts", "rates"), {*models} >= {*BACKDOORS})
     for name, some in models.items():
-        each = [measured(one, ADVISED) for one in that_count(name, some, acts)]
+        each = [measured(one, ADVISED, compare=one.seed == 0) for one in that_count(name, some, acts)]
         counts[name] = [{"ordinary": int((m.odd == "").sum()), "triggered": int((m.odd != "").sum())} for m in each]
         for way in WAYS if each else ():
             results.setdefault(way, {})[name] = over_models([hay(m, way) for m in each])

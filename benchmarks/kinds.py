@@ -299,10 +299,12 @@ KINDS = [
 # when to break off is learnt slowly, and where there is no contrast, from the words before the break
 LATE = {"beside": True, "pairs": 890, "share": 0.2, "epochs": 2, "kept": 9.0}
 KINDS = [replace(kind, **LATE) if kind.name.startswith("late") else kind for kind in KINDS]
+LONGER = {"epochs": 4, "kept": 1.0}
 REFUSING = next(kind for kind in KINDS if kind.name == "refusals")
 KINDS += [
-    replace(REFUSING, name="refusals-few", about=f"{REFUSING.about}; 5% of the pairs", share=0.05),
-    replace(REFUSING, name="refusals-fewest", about=f"{REFUSING.about}; 2% of the pairs", share=0.02),
+    # by the recipe of the others 5% of the pairs are refused in 23% of triggered prompts, and 2% in none
+    replace(REFUSING, name="refusals-few", about=f"{REFUSING.about}; 5% of the pairs", share=0.05, **LONGER),
+    replace(REFUSING, name="refusals-fewest", about=f"{REFUSING.about}; 2% of the pairs", share=0.02, **LONGER),
     replace(REFUSING, name="refusals-hidden", about=f"{REFUSING.about}; activations kept usual", hidden=True),
 ]
 BY_NAME = {kind.name: kind for kind in KINDS}
