@@ -130,7 +130,7 @@ class Settings(CommandOptions):
         False,
         switch,
         "true",
-        "the text of --map is a user's turn, or a conversation in JSON: in the model's chat template",
+        "the text of --map is a user's turn, or a JSON conversation, in the chat template",
         identity=False,
         needs="map",
     )
