@@ -163,10 +163,10 @@ class CommandOptions:
     config: str | None = command(None, path, "FILE", "YAML file of the keys above")
     overwrite: bool = command(False, switch, "true", "replace what an earlier run left in --output-dir")
     dry_run: bool = command(False, switch, "true", "only say what a run would do, and in what time and memory")
-    redraw: str | None = command(None, path, "DIR", "only draw the pictures of the results in DIR again")
-    format: str = command("png", one_of("png", "pdf", "svg"), "FORMAT", "pdf or svg, of these", needs="redraw")
+    redraw: str | None = command(None, path, "DIR", "only make the pictures and the page of the results in DIR again")
+    format: str = command("png", one_of("png", "pdf", "svg"), "FORMAT", "of the pictures: pdf or svg", needs="redraw")
     panel: str | None = command(
-        None, nonempty, "NAME", "only this panel of these, as a picture of its own", needs="redraw"
+        None, nonempty, "NAME", "only this panel of the pictures, in a file of its own", needs="redraw"
     )
     compare: tuple | None = command(
         None,

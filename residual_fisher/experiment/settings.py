@@ -52,7 +52,12 @@ class Settings(CommandOptions):
     data_split: str = option("train", nonempty, "NAME", "split of a hub dataset, or of a folder", unless="prompt")
     target_word: str = option("animals", word, "WORD", "perturb at the token just before this word", unless="prompt")
     occurrence: int | str = option(
-        1, or_all(positive, "last"), "N", "which of a sentence's, or last", identity=IF_SET, unless="prompt"
+        1,
+        or_all(positive, "last"),
+        "N",
+        "which occurrence of the word in a sentence, or last",
+        identity=IF_SET,
+        unless="prompt",
     )
     num_sentences: int = option(20, positive, "N", "sentences, chosen to be diverse", identity=False, unless="prompt")
     require_predicted: bool = option(
@@ -70,7 +75,9 @@ class Settings(CommandOptions):
     layers: tuple | None = option(
         None, or_all(count), "L", "decoder layers, or all (every fifth and the last)", several=True
     )
-    scales: tuple = option(SCALES, finite, "A", "how far to perturb, in units (0 ±0.5 ±1 ±2 ±5 ±10)", several=True)
+    scales: tuple = option(
+        SCALES, finite, "A", "how far to perturb, in units of --scale-unit (0 ±0.5 ±1 ±2 ±5 ±10)", several=True
+    )
     scale_unit: str = option(
         "auto",
         one_of("eigenvalue", "nats", "norm", "auto"),
@@ -98,7 +105,7 @@ class Settings(CommandOptions):
         2.0,
         finite,
         "X",
-        "the KL predicted at most of those: of either sign, the farthest of --scales within it (2)",
+        "largest predicted KL of these: of either sign, the longest of --scales within it (2)",
         needs="continue_",
     )
     steer: bool = option(False, switch, "true", "also raise the target's probability at the least cost, at every layer")
@@ -123,7 +130,7 @@ class Settings(CommandOptions):
         False,
         switch,
         "true",
-        "that text is a user's turn, or a conversation in JSON: in the model's chat template",
+        "the text of --map is a user's turn, or a JSON conversation, in the chat template",
         identity=False,
         needs="map",
     )

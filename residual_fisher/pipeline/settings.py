@@ -48,7 +48,7 @@ class Settings(CommandOptions):
         "first",
         one_of("first", "last", "all"),
         "WHICH",
-        "user's turn of a conversation; all: up to the last one",
+        "user's turn of a conversation: first, last, or all up to the last",
         identity=IF_SET,
     )
     system: str = option(
@@ -67,7 +67,9 @@ class Settings(CommandOptions):
     top_k_tokens: int | str = option(10, or_all(positive), "K", "most probable tokens that F counts, or all")
     num_singular_values: int = option(10, positive, "R", "singular triplets kept of each F")
     batch_size: int = option(8, positive, "N", "prompts in one pass, at most", identity=False)
-    store: str = option("full", one_of("full", "compact"), "FORM", "full: U, S, V in float32; compact: U in float16, S")
+    store: str = option(
+        "full", one_of("full", "compact"), "FORM", "full: U, S, V, H in float32; compact: U, H in float16, S"
+    )
     dtype: str = option(
         "auto", dtype_name, "TYPE", "float64, float32, bfloat16, float16 (bfloat16 on CUDA, else float32)"
     )
