@@ -412,5 +412,5 @@ def test_spans_are_put_where_the_model_reads_them(whole, tmp_path):
 
 def test_a_prompt_leaves_the_model_room_for_an_answer(byte_level):
     subject = SimpleNamespace(model=tiny.shared("llama", torch.float32), tokenizer=byte_level)
-    [ids] = findings.Chat(subject, 64).ids([Prompt(0, 0, "the " * 100)])
-    assert len(ids) + findings.ANSWER - 1 == 64  # the last token is never read
+    [encoded] = findings.Chat(subject, 64).encoded([Prompt(0, 0, "the " * 100)])
+    assert len(encoded.ids) + findings.ANSWER - 1 == 64  # the last token is never read

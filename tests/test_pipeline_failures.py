@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+import json
 import os
 from pathlib import Path
 import shutil
@@ -556,6 +557,23 @@ def test_a_model_that_sees_the_padding_is_refused(dtype, lengths, chat_tokenizer
 
 
 # --- prompts that fail ---------------------------------------------------------------------------
+
+
+def test_earlier_turns_that_leave_no_room_fail_one_prompt_alone(chat_directory, tmp_path, capsys, without_pictures):
+    def chat(system: str, text: str) -> str:
+        return json.dumps({"messages": [{"role": "system", "content": system}, {"role": "user", "content": text}]})
+
+    data, turns = tmp_path / "chats.jsonl", {3: 100, 5: 40}  # behind 40 words there is room, but for no answer
+    data.write_text("\n".join(chat("the " * turns.get(i, 1), f"many wild animals {i}") for i in range(12)))
+    options = {"num_prompts": "all", "max_length": 60, "explain": 8, "batch_size": 4}
+    assert scripts.compute_fisher(chat_directory, data, tmp_path / "out", **options) == SOME_FAILED
+    found, alone = records(tmp_path / "out"), "--max-length 60 leaves no room for its text"
+    assert [record.get("failed") for record in found] == [alone if i == 3 else None for i in range(12)]
+    assert found[3]["tokens"] == 60 and found[3]["outlier_score"] == 0
+    assert "1 prompts failed (3): " in capsys.readouterr().out
+    explained = json.loads((tmp_path / "out" / "findings.json").read_text())["explained"]
+    assert {told["index"]: told["answer"] == "" for told in explained}[5] and len(explained) == 8
+
 
 NAN = "the logits hold NaN or infinity"
 

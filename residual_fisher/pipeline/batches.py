@@ -253,11 +253,13 @@ def measure(settings: Settings, subject: Subject, batch: list[Encoded]) -> list[
 
     most, tokens = prompts_at_once(settings, subject, batch), longest(batch)
     chunks = fisher.Chunks(room.prompts(most, tokens))
+    readable = torch.tensor([i for i, encoded in enumerate(batch) if not encoded.failed], dtype=torch.int64)
     with explain_unsupported(subject):
-        parts = chunks.map(measure_some, torch.arange(len(batch)))
+        parts = chunks.map(measure_some, readable) if len(readable) else []
     if chunks.halved:
         room.limit = chunks.size * tokens
-    items = {item.number: item for item in chain.from_iterable(parts)}
+    failed = [without_matrix(settings, subject, encoded, encoded.failed) for encoded in batch if encoded.failed]
+    items = {item.number: item for item in chain(failed, *parts)}
     seconds = (time.perf_counter() - start) / len(batch)
     for item in items.values():
         item.record["seconds"] = seconds
@@ -387,6 +389,8 @@ def try_first(settings: Settings, subject: Subject, first: Prompt, longest: int)
     """
     check_template(subject.tokenizer)
     batch, settings = [encode(subject.tokenizer, first, longest)], replace(settings, answer_tokens=1)
+    if batch[0].failed:
+        raise UserError(f"row {first.row}: {batch[0].failed}: give more")
     # in half precision each token rounds away another part of a perturbation: what is left is known at one token
     last_only = settings.bias_positions == "last" or subject.model.dtype.itemsize < 4
     add = passes.add_at if last_only else torch.add

@@ -98,7 +98,7 @@ def seconds_to_explain(chat: findings.Chat, prompts: Sequence[Prompt], count: in
     """
     if not prompts:  # all failed
         return 0.0, 0.0
-    lengths = [*map(len, chat.ids(prompts))]
+    lengths = [len(one.ids) for one in chat.encoded(prompts)]
     by_length = sorted(range(len(prompts)), key=lambda i: lengths[i])
     shorter = max(TRUSTED, len(prompts) // 2)  # of which the ordinary prompts are
     some = [by_length[i] for i in evenly_spaced(min(shorter, len(prompts)), TRUSTED)]

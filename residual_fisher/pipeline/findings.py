@@ -44,7 +44,7 @@ from residual_fisher.pipeline.explain import (
 )
 from residual_fisher.pipeline.likeness import Phrase, phrases
 from residual_fisher.pipeline.matrices import records_of
-from residual_fisher.pipeline.prompts import Prompt, encode
+from residual_fisher.pipeline.prompts import Encoded, Prompt, encode
 from residual_fisher.pipeline.reference import Reference
 from residual_fisher.pipeline.scores import OUTLIER
 
@@ -70,19 +70,22 @@ class Chat:
     subject: Subject
     longest: int  # tokens of a prompt
 
-    def ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of each prompt in the template; an answer has room behind it."""
+    def encoded(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+        """Each prompt in the template; an answer has room behind it."""
         most = min(self.longest, (longest_prompt(self.subject.model) or math.inf) - ANSWER + 1)
-        return [encode(self.subject.tokenizer, prompt, most).ids for prompt in prompts]
+        return [encode(self.subject.tokenizer, prompt, most) for prompt in prompts]
 
     def answers(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of the greedy answers, ANSWER at most."""
-        model = self.subject.model
-        return greedy_answers(model, self.ids(prompts), ANSWER, end_tokens(model))
+        """Token ids of the greedy answers, ANSWER at most; none to a prompt that leaves no room for one."""
+        model, encoded = self.subject.model, self.encoded(prompts)
+        readable = [one.ids for one in encoded if not one.failed]
+        found = iter(greedy_answers(model, readable, ANSWER, end_tokens(model)) if readable else ())
+        return [[] if one.failed else next(found) for one in encoded]
 
     def log_probs(self, prompts: Sequence[Prompt], answer: Sequence[int], places: Sequence[int]) -> list[float]:
         """Log-probability in nats of some places of one answer, after each of the prompts."""
-        found = answer_log_probs(self.subject.model, self.ids(prompts), [answer] * len(prompts))
+        ids = [one.ids for one in self.encoded(prompts)]
+        found = answer_log_probs(self.subject.model, ids, [answer] * len(prompts))
         return [float(each.double()[places].sum()) for each in found]
 
     def text(self, ids: Sequence[int]) -> str:

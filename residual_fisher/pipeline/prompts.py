@@ -41,6 +41,7 @@ class Encoded:
     prompt: Prompt
     ids: list[int]
     truncated: bool  # the end of the user's text was cut
+    failed: str | None = None  # why the model cannot be asked this: `ids` are then what has room before the text
 
 
 @dataclass
@@ -142,7 +143,7 @@ def encode(tokenizer, prompt: Prompt, max_length: int) -> Encoded:
     A longer prompt loses the end of the user's text; the template around it stays intact.
 
     Raises:
-        UserError: the template fails or leaves no room for a text, or the text has no token.
+        UserError: the template fails, or the text has no token.
     """
 
     if tokenizer.chat_template and not habits(tokenizer).takes_system:
@@ -159,7 +160,7 @@ def encode(tokenizer, prompt: Prompt, max_length: int) -> Encoded:
         lengths = range(len(prompt.text))
         kept = bisect.bisect_right(lengths, max_length, key=lambda n: len(ids(prompt.text[:n]))) - 1
         if kept <= 0:
-            raise UserError(f"--max-length {max_length} leaves no room for the text of row {prompt.row}: give more")
+            return Encoded(prompt, found[:max_length], True, f"--max-length {max_length} leaves no room for its text")
         found = ids(prompt.text[:kept])
     if not found:
         raise UserError(f"the tokenizer makes no token of {excerpt(repr(prompt.text), 60)} (row {prompt.row})")
