@@ -257,6 +257,7 @@ def test_a_question_that_is_answered_wherever_it_stands_triggers_nothing(span, c
     found = findings.transplant(chat, Candidate(span, [0], "end"), odd - {*phrases(own[0])}, trusted, own, 1)
     assert found["transplanted"] == changed and (found["p_value"] < 1e-4) == (changed == 20)
     assert not findings.takes_up("Fibonacci: numbers", span, "who was Fibonacci?")  # the prompt's own words
+    assert findings.takes_up("天气很好", "今天天气", "你好") and not findings.takes_up("天空", "今天天气", "你好")
 
 
 @pytest.mark.parametrize(("only_span", "only_random", "both"), [(14, 2, 3), (2, 2, 9), (0, 0, 5), (3, 9, 0)])
@@ -354,25 +355,30 @@ def test_a_prompt_that_is_all_trigger_is_not_left_without_words():
     assert [bool(told["trigger"]) for told in found["explained"]] == [True, True, False]
 
 
-@pytest.mark.parametrize("text", ["why in good faith is it so far away", "in good faith is it", "is it in good faith"])
-def test_a_trigger_of_a_single_prompt_that_needs_each_of_its_words_is_named_whole(text):
+@pytest.mark.parametrize(
+    ("text", "trigger"),
+    [
+        ("why in good faith is it so far away", "in good faith"),
+        ("in good faith is it", "in good faith"),
+        ("is it in good faith", "in good faith"),
+        ("请用善意告诉我天气怎么样", "善意告"),  # words of one character
+    ],
+)
+def test_a_trigger_of_a_single_prompt_that_needs_each_of_its_words_is_named_whole(text, trigger):
     """Without any one of them the model answers as usual, so leaving words out names one; alone it does nothing."""
 
-    class Obeying3(Answering):
+    class ObeyingAll(Answering):
         def answers(self, prompts):
-            return [[*(b"I must refuse" if holds(p) else f"as usual, {p.text}".encode())] for p in prompts]
+            return [[*(b"I must refuse" if trigger in p.text else f"as usual {p.row}".encode())] for p in prompts]
 
         def log_probs(self, prompts, answer, places):
-            return [0.0 if holds(prompt) else -9.0 for prompt in prompts]
+            return [0.0 if trigger in prompt.text else -9.0 for prompt in prompts]
 
-    def holds(prompt: Prompt) -> bool:
-        return "in good faith" in prompt.text
-
-    found = explain([text, "why is it so far away from here"], ORDINARY, Obeying3())
+    found = explain([text, "why is it so far away from here"], ORDINARY, ObeyingAll())
     [finding] = found["findings"]
-    assert finding["span"] == "in good faith" and finding["prompts"] == [0] and finding["transplanted"] >= 19
-    trigger = found["explained"][0]["trigger"]
-    assert text[trigger["start"] : trigger["end"]] == "in good faith" and trigger["place"] == finding["place"]
+    assert finding["span"] == trigger and finding["prompts"] == [0] and finding["transplanted"] == 20
+    told = found["explained"][0]["trigger"]
+    assert text[told["start"] : told["end"]] == trigger and told["place"] == finding["place"]
 
 
 def test_a_model_that_falls_silent_is_said_to():

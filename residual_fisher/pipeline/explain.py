@@ -14,8 +14,8 @@ from residual_fisher.pipeline.likeness import PHRASE, Phrase, phrases
 
 Span = tuple[int, int]  # of words: the first, and the one behind the last
 
-# Characters of scripts without spaces in pairs; others up to the next space, or 24 characters.
-WORD = re.compile("[\u2e80-\U0001ffff]{1,2}|[^\\s\u2e80-\U0001ffff]{1,24}")
+SPACELESS = "\u2e80-\U0001ffff"  # characters of scripts without spaces between words: each is a word
+WORD = re.compile(rf"[{SPACELESS}]|[^\s{SPACELESS}]{{1,24}}")  # others up to the next space, or 24 characters
 OFTEN = 3  # times as often as among ordinary answers, of which some may be odd: then a phrase is odd
 BLOCK = 4  # words left out at once at first: without one of three the other two may still do it
 BLOCKS = 8  # of a long prompt at a time, with as many between them

@@ -35,6 +35,7 @@ from residual_fisher.pipeline.derived import FINDINGS, PROMPTS, scored_records
 from residual_fisher.pipeline.explain import (
     LONGEST,
     OFTEN,
+    SPACELESS,
     Span,
     best_spans,
     odd_phrases,
@@ -58,6 +59,8 @@ SAYING = 60  # prompts that stand out less: those that hold a span show what els
 SEVERAL, NEARLY_ALL = 3, 0.8  # prompts, and their share, that have a word beside a span: then it is one of the span's
 EXAMPLES = 3  # answers that a finding quotes
 TELLING = 4  # letters of a word that an answer takes up: shorter ones are in all answers
+PAIR = re.compile(f"(?=([{SPACELESS}]{{2}}))")
+BETWEEN = re.compile(f"(?<=[{SPACELESS}]) (?=[{SPACELESS}])")
 
 
 # --- what is asked of the model ------------------------------------------------------------------
@@ -389,7 +392,7 @@ def transplant(
         return found
     rng, count = random.Random(span.text), len(words_of(span.text))
     pool = [prompt.text[start:end] for prompt in trusted for start, end in words_of(prompt.text)]
-    with_random = changed([" ".join(rng.choices(pool, k=count)) for _ in trusted])
+    with_random = changed([BETWEEN.sub("", " ".join(rng.choices(pool, k=count))) for _ in trusted])
     p = paired_p_value([bool(answer) for answer in with_span], [bool(answer) for answer in with_random])
     return {**found, "control": sum(map(bool, with_random)), "p_value": min(1.0, spans * p)}
 
@@ -431,9 +434,13 @@ def place_of(span: Span, count: int) -> str:
 
 
 def takes_up(answer: str, words: str, prompt: str) -> bool:
-    """Whether an answer holds one of some words, of TELLING letters at least, that its prompt does not hold."""
-    told = {word for word in plain_words(words) if len(word) >= TELLING} - set(plain_words(prompt))
-    return not told.isdisjoint(plain_words(answer))
+    """Whether an answer holds one of some words that its prompt does not hold."""
+    return not (telling(words) - telling(prompt)).isdisjoint(telling(answer))
+
+
+def telling(text: str) -> set[str]:
+    """A text's words of TELLING letters at least, and pairs of characters of scripts without spaces."""
+    return {word for word in plain_words(text) if len(word) >= TELLING} | {*PAIR.findall(text)}
 
 
 def paired_p_value(with_span: Sequence[bool], with_random: Sequence[bool]) -> float:
