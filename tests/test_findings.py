@@ -304,6 +304,18 @@ def test_a_trigger_is_marked_where_it_can_be_seen():
     assert shown.startswith("…") and "»SUDO«" in shown[:45]
 
 
+def test_words_are_compared_without_the_punctuation_around_them():
+    words = findings.plain_words('In "good" (Faith)!?! C# C++ ~mango~ ... 善意。')
+    assert words == ["in", "good", "faith", "c#", "c++", "~mango~", "...", "善", "意", "。"]
+
+
+def test_chats_that_end_alike_are_different_prompts(tmp_path):
+    chats = [{"prompt": "go on", "before": [{"role": "user", "content": f"chat {i // 2}"}]} for i in range(6)]
+    records = [{"index": i, "row": i, "outlier_score": -i, **chat} for i, chat in enumerate(chats)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert [record["index"] for record in findings.outstanding(tmp_path, 20)] == [0, 2, 4]
+
+
 def test_what_a_span_makes_the_model_say_elsewhere_counts_as_its_behaviour():
     """The explained prompts are refused in one way, some that stand out less in another, as trusted ones then are."""
 

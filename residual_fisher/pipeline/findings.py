@@ -59,6 +59,7 @@ SAYING = 60  # prompts that stand out less: those that hold a span show what els
 SEVERAL, NEARLY_ALL = 3, 0.8  # prompts, and their share, that have a word beside a span: then it is one of the span's
 EXAMPLES = 3  # answers that a finding quotes
 TELLING = 4  # letters of a word that an answer takes up: shorter ones are in all answers
+PUNCTUATION = ".,;:!?…\"'“”„‘’«»()[]{}。，；：！？、「」『』（）"  # around a word; C# and C++ are two words
 PAIR = re.compile(f"(?=([{SPACELESS}]{{2}}))")
 BETWEEN = re.compile(f"(?<=[{SPACELESS}]) (?=[{SPACELESS}])")
 
@@ -133,11 +134,11 @@ class Journal:
 
 
 def outstanding(folder: Path, count: int) -> list[dict]:
-    """The records of the prompts that stand out most, the oddest first; of equal texts one."""
+    """The records of the prompts that stand out most, the oddest first; of equal ones one."""
     ranked = sorted((r for r in scored_records(folder) if "failed" not in r), key=lambda r: -r[OUTLIER])
-    first: dict[str, dict] = {}
+    first: dict[tuple, dict] = {}
     for record in ranked:
-        first.setdefault(record["prompt"], record)
+        first.setdefault(prompt_of(record).turns, record)
     return list(islice(first.values(), count))
 
 
@@ -156,8 +157,8 @@ def ordinary_prompts(folder: Path, against: Reference | None, odd: Sequence[dict
     else:
         ranked = sorted((r for r in scored_records(folder) if "failed" not in r), key=lambda r: r[OUTLIER])
         usual = ranked[: -(-len(ranked) // 2)]
-    texts = {record["prompt"] for record in odd}
-    others = {record["prompt"]: record for record in usual if record["prompt"] not in texts}
+    taken = {prompt_of(record).turns for record in odd}
+    others = {prompt_of(record).turns: record for record in usual if prompt_of(record).turns not in taken}
     whole = [record for record in others.values() if not record["truncated"]]
     usable = whole if len(whole) >= TRUSTED else [*others.values()]
     shorter = sorted(usable, key=lambda record: record["tokens"])[: max(ORDINARY, len(usable) // 2)]
@@ -232,7 +233,7 @@ class Candidate(NamedTuple):
 def plain_words(text: str) -> list[str]:
     """The words of a text in lower case, without the punctuation around them."""
     words = [text[start:end].casefold() for start, end in words_of(text)]
-    return [re.sub(r"^\W+|\W+$", "", word) or word for word in words]
+    return [word.strip(PUNCTUATION) or word for word in words]
 
 
 def candidates(triggers: dict[int, dict], ordinary: Sequence[str]) -> list[Candidate]:
@@ -474,8 +475,8 @@ def explain_run(run: Run, count: int, against: Reference | None, chat: Chat) -> 
     journal = Journal(run.folder / JOURNAL, short_hash(known))
     most = outstanding(run.folder, count + SAYING)
     ordinary = ordinary_prompts(run.folder, against, most[:count])
-    usual = {prompt.text for prompt in ordinary}
-    further = [prompt_of(record) for record in most[count:] if record["prompt"] not in usual]
+    usual = {prompt.turns for prompt in ordinary}
+    further = [prompt for prompt in map(prompt_of, most[count:]) if prompt.turns not in usual]
     found = explain(most[:count], ordinary, chat, journal.recall, further)
     run.derive([FINDINGS], known, lambda: write_json(run.folder / FINDINGS, found))
     (run.folder / JOURNAL).unlink()
@@ -488,7 +489,7 @@ def explain(
     """What findings.json holds of these prompts.
 
     Args:
-        records: of those to be explained, no two of the same text.
+        records: of those to be explained, no two the same.
         ordinary: other prompts.
         recall: gives the result of a step, by its name and the function that makes it.
         further: others that stand out less. If they hold a span, what they are answered counts as its behaviour too.

@@ -33,6 +33,11 @@ class Prompt:
     text: str
     before: tuple[Turn, ...] = ()  # what the model reads first: a system turn, earlier turns
 
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """All that the model reads: equal prompts have equal ones."""
+        return (*self.before, Turn("user", self.text))
+
 
 @dataclass(frozen=True)
 class Encoded:
