@@ -40,8 +40,8 @@ function finding(span, place) {
         "div",
         {},
         html("h3", {}, "What the model then says"),
-        said(span.says, "blockquote"),
-        span.answers.map((text) => said(text, "blockquote", { class: "data muted" })),
+        said(span.says || "(nothing)", "blockquote"),
+        span.answers.map((text) => said(text || "(nothing)", "blockquote", { class: "data muted" })),
       ),
       html(
         "div",
