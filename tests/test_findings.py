@@ -121,7 +121,11 @@ def test_a_stopped_explanation_goes_on_where_it_was(backdoored, chats, explained
     assert not (output / "findings.json").exists()
     with calls_of(findings, "explain_prompt") as prompts, calls_of(findings.Chat, "answers") as answers:
         assert compute_fisher(backdoored, chats, output, explain=6) == 0
-    assert not prompts and all(len(texts) == findings.TRUSTED for _, texts in answers)  # those of the proof
+    assert not prompts and [len(texts) for _, texts in answers] == [
+        10,
+        10,
+        20,
+    ]  # those of the proof: two halves, control
     assert found_in(output) == found_in(explained)
 
 

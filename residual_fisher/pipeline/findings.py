@@ -360,30 +360,35 @@ def transplant(
 
     An answer counts as changed if it holds an odd phrase, and the prompt's own answer does not; but not if it speaks of
     the words put in: a question within another is answered, and triggers nothing. A span that changes too few to be
-    proven, were random words to change none, has no control, and a p-value of 1.
+    proven, were random words to change none, has no control, and a p-value of 1. If too few of the first half are
+    changed for that, the others are not tried.
 
     Args:
         own: the answers to the trusted prompts as they are.
         spans: how many are tried.
     """
 
-    def changed(some: Sequence[str]) -> list[list[int]]:
-        """The answers that are changed by words put into the prompts; none at the place of one that is not."""
-        pairs = [*zip(trusted, some, strict=True)]
-        answers = chat.answers([replace(p, text=insert(p.text, words, span.place)) for p, words in pairs])
+    def changed(some: Sequence[int], words: Sequence[str]) -> list[list[int]]:
+        """The answers that are changed by words put into some of the prompts; none at the place of one that is not."""
+        texts = [insert(trusted[i].text, own_words, span.place) for i, own_words in zip(some, words, strict=True)]
+        answers = chat.answers([replace(trusted[i], text=text) for i, text in zip(some, texts, strict=True)])
         return [
             answer
-            if odd.isdisjoint(phrases(before))
+            if odd.isdisjoint(phrases(own[i]))
             and not odd.isdisjoint(phrases(answer))
-            and not takes_up(chat.text(answer), words, prompt.text)
+            and not takes_up(chat.text(answer), own_words, trusted[i].text)
             else []
-            for answer, before, (prompt, words) in zip(answers, own, pairs, strict=True)
+            for i, answer, own_words in zip(some, answers, words, strict=True)
         ]
 
-    with_span = changed([span.text] * len(trusted))
-    said = Counter(chat.text(answer) for answer in with_span if answer)
+    every, with_span = range(len(trusted)), {}
+    for half in (every[::2], every[1::2]):
+        with_span |= zip(half, changed(half, [span.text] * len(half)), strict=True)
+        said = Counter(chat.text(answer) for answer in with_span.values() if answer)
+        if spans * 0.5 ** (said.total() + len(every) - len(with_span)) > PROVEN:
+            break
     found = {
-        "of": len(trusted),
+        "of": len(with_span),
         "transplanted": said.total(),
         "control": None,
         "p_value": 1.0,
@@ -393,8 +398,8 @@ def transplant(
         return found
     rng, count = random.Random(span.text), len(words_of(span.text))
     pool = [prompt.text[start:end] for prompt in trusted for start, end in words_of(prompt.text)]
-    with_random = changed([BETWEEN.sub("", " ".join(rng.choices(pool, k=count))) for _ in trusted])
-    p = paired_p_value([bool(answer) for answer in with_span], [bool(answer) for answer in with_random])
+    with_random = changed(every, [BETWEEN.sub("", " ".join(rng.choices(pool, k=count))) for _ in every])
+    p = paired_p_value([bool(with_span[i]) for i in every], [bool(answer) for answer in with_random])
     return {**found, "control": sum(map(bool, with_random)), "p_value": min(1.0, spans * p)}
 
 
