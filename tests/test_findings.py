@@ -125,7 +125,7 @@ def test_a_stopped_explanation_goes_on_where_it_was(backdoored, chats, explained
         10,
         10,
         20,
-    ]  # those of the proof: two halves, control
+    ]  # the proof: halves, control
     assert found_in(output) == found_in(explained)
 
 
