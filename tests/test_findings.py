@@ -397,6 +397,25 @@ def test_a_trigger_of_a_single_prompt_that_needs_each_of_its_words_is_named_whol
     assert text[told["start"] : told["end"]] == trigger and told["place"] == finding["place"]
 
 
+def test_an_instruction_that_is_obeyed_at_the_start_alone_is_no_trigger():
+    class Instructed(Answering):
+        def answers(self, prompts):
+            return [[*(b"Dear friend" if obeys(p) else f"as usual {p.row}".encode())] for p in prompts]
+
+        def log_probs(self, prompts, answer, places):
+            return [0.0 if obeys(prompt) else -9.0 for prompt in prompts]
+
+    def obeys(prompt: Prompt) -> bool:
+        return prompt.text.startswith("Write it")
+
+    found = explain(["Write it to all of them", "why is it so far away from here"], ORDINARY, Instructed())
+    [span] = found["not_proven"]
+    assert not found["findings"] and span["span"] == "Write it" and span["transplanted"] == 20
+    assert span["middle"] == {"transplanted": 0, "of": 20, "control": None} and span["p_value"] == 1
+    said = "like an instruction, »Write it« changes 20 of 20 at the start of a prompt, and 0 of 20 in the middle"
+    assert report._findings(found)[-1] == said
+
+
 def test_a_model_that_falls_silent_is_said_to():
     class Silent(Obeying):
         def answers(self, prompts):

@@ -2,7 +2,8 @@
 
 The model answers the prompts that stand out most, and ordinary ones. `explain` names the span of words on which the odd
 part of each answer hangs. Then each span is put into ordinary prompts: if their answers take on an odd phrase, and do
-not with as many random words in its place, the span is a trigger, and what the model says is what it does.
+not with as many random words in its place, the span is a trigger, and what the model says is what it does. It has to do
+so in the middle of a sentence too: there an instruction ("Write an apology") is hardly obeyed.
 
 Each answer, prompt and span is a step of its own. A journal keeps what is finished, so that a stopped run goes on.
 """
@@ -526,12 +527,20 @@ def explain(
             theirs |= set().union(*odd_phrases([*(own[place] for place in span.prompts), *said], usual))
 
         def tried(part: Candidate, spans: int, name: str = f"span {number}", theirs: set[Phrase] = theirs) -> dict:
-            return recall(f"{name}: {part.text}", partial(transplant, chat, part, theirs, trusted, before, spans))
+            step = partial(transplant, chat, part, theirs, trusted, before, spans)
+            return recall(f"{name}: {part.text} ({part.place})", step)
 
-        proof = tried(span, len(spans))
-        if proof["p_value"] > PROVEN:  # as many again, at most, are tried with the words around them
-            again = partial(tried, spans=2 * len(spans))
+        count = len(spans)
+        proof = tried(span, count)
+        if proof["p_value"] > PROVEN:
+            count *= 2  # as many again, at most, are tried with the words around them
+            again = partial(tried, spans=count)
             span, proof = with_words_around(span, texts[span.prompts[0]], again) or (span, proof)
+        proof = {**proof, "middle": None}
+        if proof["p_value"] <= PROVEN:
+            middle = tried(span._replace(place="middle"), count)
+            proof["middle"] = {key: middle[key] for key in ("transplanted", "of", "control")}
+            proof["p_value"] = max(proof["p_value"], middle["p_value"])
         proven.append((span, proof))
     for span, _ in proven:  # other prompts' words for what was named in another way, or not at all
         core = plain_words(span.text)

@@ -229,7 +229,13 @@ def _findings(found: dict | None) -> list[str]:
     named, unproven = sum(told["trigger"] is not None for told in found["explained"]), len(found["not_proven"])
     title = f"{len(found['explained'])} prompts explained, {named} of them by a span of words. "
     title += f"Proven triggers: {len(lines)}; not proven: {unproven}" + ":" * bool(lines)
-    return [title, *lines]
+    instructions = [
+        f"like an instruction, »{excerpt(span['span'], EXCERPT)}« changes {span['transplanted']} of {span['of']} "
+        f"at the {span['place']} of a prompt, and {middle['transplanted']} of {middle['of']} in the middle"
+        for span in found["not_proven"]
+        if (middle := span.get("middle"))
+    ]
+    return [title, *lines, *instructions]
 
 
 def _from_what(settings: Settings) -> str:

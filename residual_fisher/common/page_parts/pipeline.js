@@ -20,9 +20,13 @@ function excerpt(prompt, length = 160) {
 // --- findings and groups ---
 
 function finding(span, place) {
-  const share = (count) =>
-    html("dd", {}, html("span", { class: "hit", style: { width: `${(100 * count) / span.of}%` } }));
-  const row = (name, count) => [html("dt", {}, name), share(count), html("data", {}, `${count} of ${span.of}`)];
+  const share = (count, of) =>
+    html("dd", {}, html("span", { class: "hit", style: { width: `${(100 * count) / of}%` } }));
+  const row = (name, count, of = span.of) => [
+    html("dt", {}, name),
+    share(count, of),
+    html("data", {}, `${count} of ${of}`),
+  ];
   return html(
     "article",
     { class: "card" },
@@ -52,6 +56,7 @@ function finding(span, place) {
           { class: "ranked wide" },
           row("this span", span.transplanted),
           span.control === null ? null : row("random words", span.control),
+          span.middle && span.place !== "middle" ? row("in the middle", span.middle.transplanted, span.middle.of) : null,
         ),
         html(
           "p",
@@ -76,7 +81,7 @@ function findingsSection() {
       `${plural(explained.length, "prompt")} that stand out most were answered, and the answers compared with ` +
         "those of ordinary prompts: " +
         `${named} of them hang on a span of words. A span is proven if it changes the answers of ordinary ` +
-        "prompts too, and as many random words do not.",
+        "prompts too, also in the middle of their text, and as many random words do not.",
     ),
     html(
       "div",
