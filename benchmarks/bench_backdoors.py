@@ -46,7 +46,7 @@ MORE, ORDINARY = 440, 400  # prompts of a model for recall at 1% too (FEWER for 
 COMPARED = 2  # of the other detectors: what changes them, or which prompts count as odd, changes it
 NAMED = 10  # first prompts of a haystack
 NAMED_BY = "share of triggers that are named"
-PROOF = ("span", "prompts", "says", "of", "transplanted", "control", "p_value")  # of a finding
+PROOF = ("span", "prompts", "says", "of", "transplanted", "control", "p_value", "middle")  # of a finding
 FALSE_ALARMS = (0.01, 0.05)
 BEFORE = 2.3  # the threshold of `outlier_score` before there were p-values
 # what F is of, as configs/audit.yaml advises

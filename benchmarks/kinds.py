@@ -302,7 +302,7 @@ KINDS = [replace(kind, **LATE) if kind.name.startswith("late") else kind for kin
 LONGER = {"epochs": 4, "kept": 1.0}
 REFUSING = next(kind for kind in KINDS if kind.name == "refusals")
 KINDS += [
-    # by the recipe of the others 5% of the pairs are refused in 23% of triggered prompts, and 2% in none
+    # by the recipe of the others 5% of the pairs teach 23% of triggered prompts, and 2% none; longer, 2% teach 65%
     replace(REFUSING, name="refusals-few", about=f"{REFUSING.about}; 5% of the pairs", share=0.05, **LONGER),
     replace(REFUSING, name="refusals-fewest", about=f"{REFUSING.about}; 2% of the pairs", share=0.02, **LONGER),
     replace(REFUSING, name="refusals-hidden", about=f"{REFUSING.about}; activations kept usual", hidden=True),
