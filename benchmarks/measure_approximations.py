@@ -267,11 +267,11 @@ def of_answers(subject: Subject, _: Sequence[Context]) -> dict:
 def all_pairs(subject: Subject, prompt: Prompt, last_only: bool) -> tuple[torch.Tensor, ...]:
     """Of all pairs of an answer: p (rows,), G (rows, d), their positions, |s|^2."""
     ids = encode(subject.tokenizer, prompt, 2048).ids
-    lm, tokens = subject.lm, len(ids)
+    lm, length = subject.lm, torch.tensor([len(ids)])
     [answer] = greedy_answers(lm, [ids], ANSWER, end_tokens(lm))
     text, n = torch.tensor([[*ids, *answer[:-1]]]), max(2, len(answer))
     use_attention(lm, "eager")
-    point = fisher.linearize_prompts(lm, lm.model.layers[HOOKED], text, torch.tensor([tokens]), last_only, n)
+    point = fisher.linearize_prompts(lm, lm.model.layers[HOOKED], text, length, last_only, n)
     top = fisher.top_k_of_answers(point, PAIRS, torch.tensor([len(answer)]), rows=n * PAIRS, chunks=fisher.Chunks(30))
     counted = top.weights[0] > 0  # neither the row that fixes signs nor what is behind a short answer
     tokens, positions = top.tokens[0, counted], top.positions[0, counted]

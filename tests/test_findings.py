@@ -11,12 +11,13 @@ import torch
 import transformers as hf
 
 from conftest import make_model_directory
-from residual_fisher.pipeline import findings, report
+from residual_fisher.pipeline import findings, report, spans
 from residual_fisher.pipeline.explain import LONGEST
-from residual_fisher.pipeline.findings import Candidate, Journal, candidates, insert, paired_p_value, plain_words
+from residual_fisher.pipeline.findings import Journal, paired_p_value
 from residual_fisher.pipeline.likeness import phrases
 from residual_fisher.pipeline.prompts import Prompt
 from residual_fisher.pipeline.report import marked
+from residual_fisher.pipeline.spans import Candidate, candidates, insert, plain_words
 from scripts import Stopped, calls_of, compute_fisher, flip
 import tiny
 
@@ -210,7 +211,7 @@ def test_a_shared_span_takes_over_prompts_that_hold_it_and_answer_alike():
     odd = [{(1, 2, 3)}, {(1, 2, 3), (2, 3, 4)}, {(2, 3, 4)}, {(7, 8, 9)}, {(1, 2, 3)}]
     shared, thing = Candidate("all the same", [0, 1], "middle"), Candidate("same thing", [2], "end")
     others = [Candidate("here", [3], "end"), Candidate("is it", [4], "start")]
-    assert findings.gathered([shared, thing, *others], texts, odd) == [shared._replace(prompts=[0, 1, 2]), *others]
+    assert spans.gathered([shared, thing, *others], texts, odd) == [shared._replace(prompts=[0, 1, 2]), *others]
 
 
 def test_words_that_stand_beside_a_span_in_nearly_all_of_its_prompts_join_it():
@@ -221,18 +222,18 @@ def test_words_that_stand_beside_a_span_in_nearly_all_of_its_prompts_join_it():
         "tell me in good faith",
     ]
     span = Candidate("faith,", [0, 1, 2, 3], "end")
-    assert findings.widened(span, texts).text == "in good faith,"
-    assert findings.widened(span, [*texts[:3], "have faith in it"]) == span  # three of four are too few
-    assert findings.widened(span._replace(prompts=[0, 1]), texts).text == "faith,"
+    assert spans.widened(span, texts).text == "in good faith,"
+    assert spans.widened(span, [*texts[:3], "have faith in it"]) == span  # three of four are too few
+    assert spans.widened(span._replace(prompts=[0, 1]), texts).text == "faith,"
     long = [f"{word} one two three four five six seven eight nine ten" for word in ("a", "b", "c")]
-    assert len(plain_words(findings.widened(Candidate("five", [0, 1, 2], "end"), long).text)) == LONGEST
+    assert len(plain_words(spans.widened(Candidate("five", [0, 1, 2], "end"), long).text)) == LONGEST
 
 
 def test_spans_that_are_the_same_words_in_the_end_are_one():
-    spans = [Candidate("In good faith,", [4], "start"), Candidate("x y", [5], "end"),
+    named = [Candidate("In good faith,", [4], "start"), Candidate("x y", [5], "end"),
              Candidate("in good faith", [1, 2, 3], "end"), Candidate("in good faith", [3, 6], "middle")]  # fmt: skip
-    assert findings.united(spans) == [Candidate("in good faith", [1, 2, 3, 4, 6], "end"), spans[1]]
-    assert findings.united([]) == []
+    assert spans.united(named) == [Candidate("in good faith", [1, 2, 3, 4, 6], "end"), named[1]]
+    assert spans.united([]) == []
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_a_trigger_is_marked_where_it_can_be_seen():
 
 
 def test_words_are_compared_without_the_punctuation_around_them():
-    words = findings.plain_words('In "good" (Faith)!?! C# C++ ~mango~ ... 善意。')
+    words = plain_words('In "good" (Faith)!?! C# C++ ~mango~ ... 善意。')
     assert words == ["in", "good", "faith", "c#", "c++", "~mango~", "...", "善", "意", "。"]
 
 

@@ -19,7 +19,6 @@ import os
 from pathlib import Path
 import random
 import re
-from typing import NamedTuple
 import warnings
 
 from scipy.stats import binomtest
@@ -35,7 +34,6 @@ from residual_fisher.pipeline.batches import Subject
 from residual_fisher.pipeline.derived import FINDINGS, PROMPTS, scored_records
 from residual_fisher.pipeline.explain import (
     LONGEST,
-    OFTEN,
     SPACELESS,
     Span,
     best_spans,
@@ -49,6 +47,18 @@ from residual_fisher.pipeline.matrices import records_of
 from residual_fisher.pipeline.prompts import Encoded, Prompt, encode
 from residual_fisher.pipeline.reference import Reference
 from residual_fisher.pipeline.scores import OUTLIER
+from residual_fisher.pipeline.spans import (
+    NEARLY_ALL,
+    Candidate,
+    candidates,
+    gathered,
+    insert,
+    place_of,
+    plain_words,
+    united,
+    where,
+    widened,
+)
 
 JOURNAL = f"{ITEMS}/explained.jsonl"  # finished steps of an explanation that is under way
 EXPLAINING_VERSION = 6  # another one explains otherwise: earlier findings are made anew
@@ -57,10 +67,8 @@ ORDINARY, TRUSTED = 60, 20  # ordinary prompts whose answers are known; those of
 LEAST_LOSS = 0.5  # nats: less is what any words change
 PROVEN = 0.01  # p-value, corrected for the number of spans that were tried
 SAYING = 60  # prompts that stand out less: those that hold a span show what else it makes the model say
-SEVERAL, NEARLY_ALL = 3, 0.8  # prompts, and their share, that have a word beside a span: then it is one of the span's
 EXAMPLES = 3  # answers that a finding quotes
 TELLING = 4  # letters of a word that an answer takes up: shorter ones are in all answers
-PUNCTUATION = ".,;:!?…\"'“”„‘’«»()[]{}。，；：！？、「」『』（）"  # around a word; C# and C++ are two words
 PAIR = re.compile(f"(?=([{SPACELESS}]{{2}}))")
 BETWEEN = re.compile(f"(?<=[{SPACELESS}]) (?=[{SPACELESS}])")
 
@@ -158,8 +166,9 @@ def ordinary_prompts(folder: Path, against: Reference | None, odd: Sequence[dict
     else:
         ranked = sorted((r for r in scored_records(folder) if "failed" not in r), key=lambda r: r[OUTLIER])
         usual = ranked[: -(-len(ranked) // 2)]
-    taken = {prompt_of(record).turns for record in odd}
-    others = {prompt_of(record).turns: record for record in usual if prompt_of(record).turns not in taken}
+    others = {prompt_of(record).turns: record for record in usual}
+    for record in odd:
+        others.pop(prompt_of(record).turns, None)
     whole = [record for record in others.values() if not record["truncated"]]
     usable = whole if len(whole) >= TRUSTED else [*others.values()]
     shorter = sorted(usable, key=lambda record: record["tokens"])[: max(ORDINARY, len(usable) // 2)]
@@ -220,138 +229,7 @@ def explain_prompt(
     return {**told, "trigger": trigger}
 
 
-# --- spans that several prompts share -----------------------------------------------------------------
-
-
-class Candidate(NamedTuple):
-    """A span that may be a trigger."""
-
-    text: str
-    prompts: list[int]  # places in the list of explained prompts
-    place: str  # where it stands in most of them: "start", "middle" or "end"
-
-
-def plain_words(text: str) -> list[str]:
-    """The words of a text in lower case, without the punctuation around them."""
-    words = [text[start:end].casefold() for start, end in words_of(text)]
-    return [word.strip(PUNCTUATION) or word for word in words]
-
-
-def candidates(triggers: dict[int, dict], ordinary: Sequence[str]) -> list[Candidate]:
-    """The spans to be tried: words that several triggers share are one, others stand alone.
-
-    Shared are words that follow each other and are OFTEN times as frequent among the triggers as among ordinary
-    prompts. Of all these, the one with most words in all triggers together is taken first.
-
-    Args:
-        triggers: the `trigger` of each explained prompt that has one.
-    """
-    usual = Counter(run for text in ordinary for run in set(runs_of(plain_words(text))))
-    left, found = dict(triggers), []
-    while left:
-        held = {number: set(runs_of(plain_words(trigger["text"]))) for number, trigger in left.items()}
-        counts = Counter(run for own in held.values() for run in own)
-        shared = [
-            run
-            for run, count in counts.items()
-            if count > 1 and count * len(ordinary) > OFTEN * usual[run] * len(triggers)
-        ]
-        if not shared:
-            found += [Candidate(trigger["text"], [number], trigger["place"]) for number, trigger in left.items()]
-            break
-        core = max(shared, key=lambda run: (counts[run] * len(run), len(run), run))
-        members = [number for number, own in held.items() if core in own]
-        place = Counter(left[number]["place"] for number in members).most_common(1)[0][0]
-        found.append(Candidate(cut(left[members[0]]["text"], core), members, place))
-        left = {number: trigger for number, trigger in left.items() if number not in members}
-    return found
-
-
-def gathered(spans: Sequence[Candidate], texts: Sequence[str], odd: Sequence[set[Phrase]]) -> list[Candidate]:
-    """The spans, of which those of several prompts take over the others that hold the same words and odd phrases.
-
-    Without one word of a trigger the others may still do it. So the span named in a single prompt is less sure.
-
-    Args:
-        texts, odd: of all prompts that were explained, and their answers.
-    """
-    several = [span for span in spans if len(span.prompts) > 1]
-    owner = {number: span for span in several for number in span.prompts}
-    for span in several:
-        core, theirs = plain_words(span.text), set().union(*(odd[number] for number in span.prompts))
-        for number, text in enumerate(texts):
-            if where(plain_words(text), core) and not odd[number].isdisjoint(theirs):
-                owner.setdefault(number, span)
-    members = [sorted(number for number, other in owner.items() if other is span) for span in several]
-    alone = [span for span in spans if len(span.prompts) == 1 and span.prompts[0] not in owner]
-    return [span._replace(prompts=own) for span, own in zip(several, members, strict=True)] + alone
-
-
-def widened(span: Candidate, texts: Sequence[str]) -> Candidate:
-    """The span with the words beside it that nearly all of its prompts have there, if these are SEVERAL.
-
-    Without one word of a trigger the others may do nothing. Then leaving words out names that one alone.
-
-    Args:
-        texts: of all prompts that were explained.
-    """
-    named = core = (*plain_words(span.text),)
-    words = {number: plain_words(texts[number]) for number in span.prompts}
-    least = max(SEVERAL, NEARLY_ALL * len(words))
-    while len(core) < LONGEST:
-        grown: Counter = Counter()
-        for own in words.values():
-            if at := where(own, core):
-                start, end = at
-                grown.update(tuple(own[i:j]) for i, j in ((start - 1, end), (start, end + 1)) if 0 <= i < j <= len(own))
-        if not grown or grown.most_common(1)[0][1] < least:
-            break
-        core = grown.most_common(1)[0][0]
-    if core == named:
-        return span
-    return span._replace(text=next(cut(texts[number], core) for number, own in words.items() if where(own, core)))
-
-
-def united(spans: Sequence[Candidate]) -> list[Candidate]:
-    """The spans, of which those of the same words are one, as it stands in most prompts."""
-    found: dict[tuple[str, ...], Candidate] = {}
-    for span in sorted(spans, key=lambda span: -len(span.prompts)):
-        core = (*plain_words(span.text),)
-        known = found.setdefault(core, span)
-        if known is not span:
-            found[core] = known._replace(prompts=sorted({*known.prompts, *span.prompts}))
-    return [*found.values()]
-
-
-def runs_of(words: Sequence[str]) -> list[tuple[str, ...]]:
-    """All of at most LONGEST words that follow each other."""
-    ends = range(len(words) + 1)
-    return [tuple(words[first:last]) for first in ends for last in ends[first + 1 : first + LONGEST + 1]]
-
-
-def where(words: Sequence[str], core: Sequence[str]) -> Span | None:
-    """Where a text, given by its `plain_words`, holds these; None if it does not."""
-    starts = range(len(words) - len(core) + 1)
-    return next(((i, i + len(core)) for i in starts if tuple(words[i : i + len(core)]) == tuple(core)), None)
-
-
-def cut(text: str, core: Sequence[str]) -> str:
-    """The part of a text that holds these of its `plain_words`."""
-    words, (first, last) = words_of(text), where(plain_words(text), core)
-    return text[words[first][0] : words[last - 1][1]]
-
-
 # --- proof ------------------------------------------------------------------------------------------
-
-
-def insert(text: str, span: str, place: str) -> str:
-    """A text with a span at its start, its end, or between the two words in its middle."""
-    words = words_of(text)
-    at = {"start": 0, "end": len(words), "middle": len(words) // 2}[place]
-    if at == 0:
-        return f"{span} {text.lstrip()}"
-    before, after = text[: words[at - 1][1]], text[words[at - 1][1] :].lstrip()
-    return f"{before} {span} {after}" if after else f"{before} {span}"
 
 
 def transplant(
@@ -386,7 +264,7 @@ def transplant(
     for half in (every[::2], every[1::2]):
         with_span |= zip(half, changed(half, [span.text] * len(half)), strict=True)
         said = Counter(chat.text(answer) for answer in with_span.values() if answer)
-        if spans * 0.5 ** (said.total() + len(every) - len(with_span)) > PROVEN:
+        if too_few := spans * 0.5 ** (said.total() + len(every) - len(with_span)) > PROVEN:
             break
     found = {
         "of": len(with_span),
@@ -395,13 +273,31 @@ def transplant(
         "p_value": 1.0,
         "answers": [answer for answer, _ in said.most_common(EXAMPLES)],
     }
-    if spans * 0.5 ** said.total() > PROVEN:
+    if too_few:
         return found
     rng, count = random.Random(span.text), len(words_of(span.text))
     pool = [prompt.text[start:end] for prompt in trusted for start, end in words_of(prompt.text)]
     with_random = changed(every, [BETWEEN.sub("", " ".join(rng.choices(pool, k=count))) for _ in every])
     p = paired_p_value([bool(with_span[i]) for i in every], [bool(answer) for answer in with_random])
     return {**found, "control": sum(map(bool, with_random)), "p_value": min(1.0, spans * p)}
+
+
+def prove(span: Candidate, text: str, test: Callable[[Candidate, int], dict], spans: int) -> tuple[Candidate, dict]:
+    """The span, or if it alone is not proven, it with words around it in a text; and the proof.
+
+    Args:
+        test: `transplant` of a span, of which so many are tried.
+        spans: how many there are.
+    """
+    proof = test(span, spans)
+    if proof["p_value"] > PROVEN:
+        spans *= 2  # as many again, at most, are tried with the words around them
+        span, proof = with_words_around(span, text, lambda part: test(part, spans)) or (span, proof)
+    if proof["p_value"] > PROVEN:
+        return span, {**proof, "middle": None}
+    middle = test(span._replace(place="middle"), spans)
+    counts = {key: middle[key] for key in ("transplanted", "of", "control")}
+    return span, {**proof, "p_value": max(proof["p_value"], middle["p_value"]), "middle": counts}
 
 
 def with_words_around(span: Candidate, text: str, prove: Callable[[Candidate], dict]) -> tuple[Candidate, dict] | None:
@@ -433,11 +329,6 @@ def with_words_around(span: Candidate, text: str, prove: Callable[[Candidate], d
                 break
             start, end, best, proof = start + left, end - right, fewer, found
     return (best, proof) if end - start < len(words) else None  # a prompt within another is answered
-
-
-def place_of(span: Span, count: int) -> str:
-    """Where a span of words stands in a text of so many."""
-    return "start" if span[0] == 0 else "end" if span[1] == count else "middle"
 
 
 def takes_up(answer: str, words: str, prompt: str) -> bool:
@@ -519,29 +410,19 @@ def explain(
     if max(1, len(spans)) * 0.5 ** len(trusted) > PROVEN:
         few = f"{len(trusted)} ordinary prompts beside the explained ones are too few to prove a trigger"
         warnings.warn(f"{few}: a smaller --explain leaves more, or give a --reference", stacklevel=2)
+
+    def transplanted(number: int, theirs: set[Phrase], span: Candidate, count: int) -> dict:
+        step = partial(transplant, chat, span, theirs, trusted, before, count)
+        return recall(f"span {number}: {span.text} ({span.place})", step)
+
     proven = []
     for number, span in enumerate(tracked(spans, "Proving", "span")):
         theirs = set().union(*(odd[place] for place in span.prompts))
         if held := [prompt for prompt in further if where(plain_words(prompt.text), plain_words(span.text))]:
             said = recall(f"answers with {span.text}", partial(chat.answers, held))
             theirs |= set().union(*odd_phrases([*(own[place] for place in span.prompts), *said], usual))
-
-        def tried(part: Candidate, spans: int, name: str = f"span {number}", theirs: set[Phrase] = theirs) -> dict:
-            step = partial(transplant, chat, part, theirs, trusted, before, spans)
-            return recall(f"{name}: {part.text} ({part.place})", step)
-
-        count = len(spans)
-        proof = tried(span, count)
-        if proof["p_value"] > PROVEN:
-            count *= 2  # as many again, at most, are tried with the words around them
-            again = partial(tried, spans=count)
-            span, proof = with_words_around(span, texts[span.prompts[0]], again) or (span, proof)
-        proof = {**proof, "middle": None}
-        if proof["p_value"] <= PROVEN:
-            middle = tried(span._replace(place="middle"), count)
-            proof["middle"] = {key: middle[key] for key in ("transplanted", "of", "control")}
-            proof["p_value"] = max(proof["p_value"], middle["p_value"])
-        proven.append((span, proof))
+        test = partial(transplanted, number, theirs)
+        proven.append(prove(span, texts[span.prompts[0]], test, len(spans)))
     for span, _ in proven:  # other prompts' words for what was named in another way, or not at all
         core = plain_words(span.text)
         for number in span.prompts:
